@@ -1,0 +1,303 @@
+"""Every knob of a run: frozen dataclasses, checked when they are made, each field with its unit.
+
+A config file is Python with a function `config() -> Config`; a variant calls it and uses `dataclasses.replace`. It is
+the user's own code and is executed. A run directory holds `config.json`, which is read without executing anything.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import runpy
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Schedule = Literal["cosine", "linear", "wsd", "sgdr", "constant"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0 and math.isfinite(value), f"{section}.{name} must be above 0, got {value}")
+
+
+def _require_not_negative(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0 and math.isfinite(value), f"{section}.{name} must be 0 or more, got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer; `gpt2` and `llama` below give the two usual styles."""
+
+    vocab_size: int = 0  # tokens; 0: what the token store's tokenizer has
+    num_layers: int = 4
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 0  # key and value heads; 0: as many as query heads
+    head_dim: int = 0  # channels a head; 0: d_model / num_heads
+    d_model: int = 128  # channels of the residual stream
+    d_ff: int = 512  # hidden channels of the feed-forward block
+    max_seq_len: int = 256  # tokens; the longest context (rows of the learned position table, size of the KV cache)
+    positions: Literal["learned", "rope"] = "rope"
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    feed_forward: Literal["gelu", "swiglu"] = "swiglu"
+    use_bias: bool = False  # in every projection and norm
+    tie_embeddings: bool = False  # the output head is the transposed token embedding
+    qk_norm: bool = False  # RMSNorm on queries and keys, per head
+    logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0: off
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    norm_eps: float = 1e-5
+    scan_unroll: int = 1  # layers a loop iteration runs; 0: all of them (no loop). The parameter tree is the same
+    remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+
+    def __post_init__(self):
+        _require_positive("model", self, "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len", "rope_theta")
+        _require_positive("model", self, "norm_eps")
+        _require_not_negative("model", self, "vocab_size", "num_kv_heads", "head_dim", "logit_softcap", "scan_unroll")
+        _require(
+            self.head_dim > 0 or self.d_model % self.num_heads == 0,
+            f"model.d_model {self.d_model} is not divisible by model.num_heads {self.num_heads}: "
+            "change one of them or set model.head_dim",
+        )
+        _require(
+            self.num_heads % self.kv_heads == 0,
+            f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}",
+        )
+        _require(
+            self.positions != "rope" or self.channels_per_head % 2 == 0,
+            f"rotary positions rotate pairs of channels: the head dimension {self.channels_per_head} must be even",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads, with the default filled in."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def channels_per_head(self) -> int:
+        """Head dimension, with the default filled in."""
+        return self.head_dim or self.d_model // self.num_heads
+
+
+def gpt2(
+    num_layers: int = 12, num_heads: int = 12, d_model: int = 768, max_seq_len: int = 1024, **fields
+) -> ModelConfig:
+    """GPT-2 style: learned positions, LayerNorm, GELU, biases, tied head (Radford et al., 2019)."""
+    style = {
+        "d_ff": 4 * d_model,
+        "positions": "learned",
+        "norm": "layernorm",
+        "feed_forward": "gelu",
+        "use_bias": True,
+        "tie_embeddings": True,
+    }
+    sizes = {"num_layers": num_layers, "num_heads": num_heads, "d_model": d_model, "max_seq_len": max_seq_len}
+    return ModelConfig(**{**style, **sizes, **fields})
+
+
+def llama(num_layers: int, num_heads: int, d_model: int, d_ff: int, max_seq_len: int, **fields) -> ModelConfig:
+    """Llama style: RoPE, RMSNorm, SwiGLU, no biases, untied head (arXiv:2302.13971)."""
+    sizes = {"num_layers": num_layers, "num_heads": num_heads, "d_model": d_model, "d_ff": d_ff}
+    return ModelConfig(**{**sizes, "max_seq_len": max_seq_len, **fields})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    store: str = ""  # folder of a token store made by `jaxtrain prepare`; "": RUN_DIR/data, made from `sources`
+    sources: tuple[str, ...] = ()  # files, folders, globs, .gz, .jsonl, or python-stdlib; used where `store` is ""
+    tokenizer: str = "byte"  # byte | bpe:VOCAB | hf:PATH; used where `store` is ""
+    validation_fraction: float = 0.02  # of the documents, chosen by hash; used where `store` is ""
+    text_field: str = "text"  # key of the document in a .jsonl line; used where `store` is ""
+    verify: bool = True  # read every shard at start and compare its checksum with the manifest
+    prefetch: int = 2  # batches held ready on the devices
+
+    def __post_init__(self):
+        _require(
+            bool(self.store) != bool(self.sources),
+            "data needs one of data.store (a folder made by `jaxtrain prepare`) and data.sources (text to prepare); "
+            f"got store={self.store!r} sources={self.sources!r}",
+        )
+        _require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction must be between 0 and 1, got {self.validation_fraction}",
+        )
+        _require_positive("data", self, "prefetch")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, the learning-rate schedule and clipping."""
+
+    peak_lr: float = 1e-3  # learning rate at the end of the warm-up
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 100  # optimizer steps
+    decay_steps: int = 0  # optimizer steps of the final decay of "wsd"
+    cycles: int = 1  # number of restarts of "sgdr"; train.steps must be a multiple of it
+    cycle_decay: float = 1.0  # factor on the peak from one "sgdr" cycle to the next
+    floor: float = 0.1  # last learning rate, as a fraction of the peak
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # decoupled, scaled by the learning rate, on matrices only
+    clip_norm: float = 1.0  # threshold of the global gradient norm
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment
+
+    def __post_init__(self):
+        _require_positive("optim", self, "peak_lr", "eps", "clip_norm", "cycles", "cycle_decay")
+        _require_not_negative("optim", self, "warmup_steps", "decay_steps", "weight_decay")
+        _require(0 <= self.floor <= 1, f"optim.floor is a fraction of the peak, from 0 to 1; got {self.floor}")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name} must be in [0, 1), got {value}")
+        _require(
+            self.schedule != "wsd" or self.decay_steps > 0,
+            'optim.schedule "wsd" needs optim.decay_steps above 0: the length of its final decay',
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000  # optimizer steps; the schedule ends here
+    batch_size: int = 16  # sequences an optimizer step, over all devices and micro-batches
+    seq_len: int = 256  # tokens a sequence
+    accumulate: int = 1  # micro-batches an optimizer step
+    precision: Literal["float32", "bfloat16"] = "float32"  # compute dtype; parameters and moments stay float32
+    z_loss: float = 0.0  # coefficient of log^2 Z (1e-4 in PaLM)
+    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
+    loss_chunk: int = 0  # tokens a chunk of the loss head; 0: the default of linear_cross_entropy
+    num_devices: int = 0  # devices the batch is spread over; 0: all
+    log_every: int = 10  # optimizer steps
+    eval_every: int = 0  # optimizer steps; 0: only at the end
+    eval_batches: int = 0  # batches of validation data each time; 0: the whole split
+    stop_after: int = 0  # stop cleanly after this many steps, as a preemption would; 0: off
+    sample_tokens: int = 0  # tokens of generated text written to sample.txt at the end; 0: none
+    sample_prompt: str = ""  # what the sample continues
+
+    def __post_init__(self):
+        _require_positive("train", self, "steps", "batch_size", "seq_len", "accumulate", "log_every")
+        _require_not_negative("train", self, "z_loss", "loss_chunk", "num_devices", "eval_every", "eval_batches")
+        _require_not_negative("train", self, "stop_after", "sample_tokens")
+        _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        _require(
+            self.batch_size % self.accumulate == 0,
+            f"train.batch_size {self.batch_size} is not divisible by train.accumulate {self.accumulate}",
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, what to keep."""
+
+    every: int = 1000  # optimizer steps; the last step is always saved
+    keep: int = 3  # newest checkpoints kept
+
+    def __post_init__(self):
+        _require_positive("checkpoint", self, "every", "keep")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Field by field it is also the command line: `--train.steps 500`."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    seed: int = 0  # of the initial parameters, the order of the data and the sample
+
+    def __post_init__(self):
+        _require_not_negative("config", self, "seed")
+        steps, optim = self.train.steps, self.optim
+        _require(
+            self.train.seq_len <= self.model.max_seq_len,
+            f"train.seq_len {self.train.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}",
+        )
+        decay = optim.decay_steps if optim.schedule == "wsd" else 0 if optim.schedule == "constant" else 1
+        _require(
+            optim.schedule == "sgdr" or optim.warmup_steps + decay <= steps,
+            f"optim.warmup_steps {optim.warmup_steps} leaves no room to decay in train.steps {steps} "
+            f"(schedule {optim.schedule}, decay_steps {optim.decay_steps}): shorten the warm-up or train longer",
+        )
+        _require(
+            optim.schedule != "sgdr" or (steps % optim.cycles == 0 and optim.warmup_steps < steps // optim.cycles),
+            f"optim.cycles {optim.cycles} must divide train.steps {steps} into cycles longer than optim.warmup_steps "
+            f"{optim.warmup_steps}",
+        )
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON text, one key a field."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """A config from `to_json`'s text; an unknown key or a wrong type is a ValueError that names it."""
+    return _build(Config, json.loads(text), "")
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    _require(isinstance(values, dict), f"config key {path or '(top)'}: expected an object, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {path}{near[0]}?" if near else f"; known keys: {', '.join(hints)}"
+            raise ValueError(f"unknown config key {path}{key}{hint}")
+    return cls(**{key: _check(hints[key], value, f"{path}{key}") for key, value in values.items()})
+
+
+def _check(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{path}.")
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        _require(value in typing.get_args(hint), f"config key {path}: {value!r} is none of {typing.get_args(hint)}")
+        return value
+    if origin is tuple:
+        ok = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        _require(ok, f"config key {path}: expected a list of strings, got {value!r}")
+        return tuple(value)
+    number = hint is float and isinstance(value, int | float) and not isinstance(value, bool)
+    _require(number or type(value) is hint, f"config key {path}: expected {hint.__name__}, got {value!r}")
+    return float(value) if hint is float else value
+
+
+def load(path: str | Path) -> Config:
+    """Reads a config: a `.py` file (executed: it is your own code) or a `.json` file (not executed)."""
+    path = Path(path)
+    _require(path.is_file(), f"no config file {path}: give a .py file with a function config(), or a config.json")
+    if path.suffix == ".json":
+        return from_json(path.read_text())
+    _require(path.suffix == ".py", f"config {path} must end in .py or .json")
+    function = runpy.run_path(str(path)).get("config")
+    _require(isinstance(function, types.FunctionType), f"config file {path} defines no function config()")
+    result = function()
+    _require(isinstance(result, Config), f"config() in {path} returned {type(result).__name__}, not a Config")
+    return result
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines `key: old -> new` for every field that differs."""
+    flat_old, flat_new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [f"{key}: {flat_old[key]!r} -> {flat_new[key]!r}" for key in flat_old if flat_old[key] != flat_new[key]]
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,338 @@
+"""Cross-entropy over a vocabulary: exact, stable, and without ever holding all the logits.
+
+Both functions return sums (`LossSums`), to be divided once by the global weight. Everything is float32 inside, whatever
+comes in. Shape suffixes: N tokens, C tokens of a chunk, D hidden channels, V vocabulary.
+
+Per token with logits x, label y and weight w:
+
+  lse       = max(x) + log sum exp(x - max(x))
+  nll       = lse - x[y]                               gradient softmax(x) - onehot(y)
+  z_loss    = coefficient * lse^2                      gradient 2 * coefficient * lse * softmax(x)
+  smoothing = smoothing * ((lse - mean(x)) - nll)      gradient smoothing * (onehot(y) - 1 / V)
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.experimental import checkify
+
+# The head's gradient [D, V] is read and written once a chunk, 8 bytes for 6 * C flops: long chunks hide that behind the
+# matrix products, short ones keep the logits of a chunk small. scripts/bench_loss.py prints what a length costs.
+DEFAULT_CHUNK = 1024
+
+
+@struct.dataclass
+class LossSums:
+    """Sums over tokens, float32 scalars: a pytree that adds, so that micro-batches and devices can be summed exactly.
+
+    Attributes:
+      nll: negative log-likelihood of the labels, nats; pure, whatever else is in the loss.
+      z_loss: z-loss, nats.
+      smoothing: what label smoothing adds, nats.
+      weight: sum of the weights: the number of tokens, if `where` is a mask.
+    """
+
+    nll: jax.Array
+    z_loss: jax.Array
+    smoothing: jax.Array
+    weight: jax.Array
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return jax.tree.map(jnp.add, self, other)
+
+    def total(self) -> jax.Array:
+        """What training minimises, summed: nll + z_loss + smoothing."""
+        return self.nll + self.z_loss + self.smoothing
+
+    def mean(self) -> jax.Array:
+        """What training minimises, nats a token; 0 where every token is masked."""
+        return self.total() / jnp.maximum(self.weight, 1.0)
+
+    def mean_nll(self) -> jax.Array:
+        """Negative log-likelihood, nats a token."""
+        return self.nll / jnp.maximum(self.weight, 1.0)
+
+    def perplexity(self) -> jax.Array:
+        """exp of the mean nll; z-loss and smoothing are no part of it."""
+        return jnp.exp(self.mean_nll())
+
+    def bits_per_token(self) -> jax.Array:
+        """Mean nll in bits."""
+        return self.mean_nll() / math.log(2)
+
+    def bits_per_byte(self, num_bytes: float | jax.Array) -> jax.Array:
+        """Bits that the labels cost, per byte of the text they encode (comparable across tokenizers)."""
+        return self.nll / math.log(2) / num_bytes
+
+
+class _Terms(NamedTuple):
+    """What shapes the loss; hashable, so that it can be a static argument."""
+
+    z_loss: float
+    label_smoothing: float
+    logit_softcap: float | None
+
+
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_softcap: float | None = None,
+) -> LossSums:
+    """Sums the cross-entropy of dense logits.
+
+    Plain differentiable code, so it also serves forward mode and second derivatives; `linear_cross_entropy` gives the
+    same numbers in a fraction of the memory.
+
+    Args:
+      logits: `[..., V]`, any float dtype; a class at -inf has probability and gradient 0.
+      labels: `[...]`, integers in `[0, V)` wherever `where` is not 0; anything elsewhere.
+      where: `[...]` bool or float weights, constants to the gradient. A place of weight 0 adds exactly 0 to the loss
+        and the gradient, even if its logits are NaN.
+      z_loss: coefficient of log^2 Z, the z-loss of PaLM (arXiv:2204.02311); 1e-4 there.
+      label_smoothing: share of the target spread evenly over the vocabulary (arXiv:1512.00567).
+      logit_softcap: logits become cap * tanh(logits / cap) (arXiv:2408.00118); None or 0: off.
+
+    Returns:
+      LossSums in nats. A label outside `[0, V)` at a place that counts makes loss and gradient NaN rather than reading
+      another class; under `checkify.checkify` it is an error that names the label.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, a coefficient out of range.
+    """
+    terms = _check_terms(z_loss, label_smoothing, logit_softcap)
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits {logits.shape} must be [..., V] for labels [...] {labels.shape}")
+    labels, weights, weight = _check_labels(labels, where, logits.shape[-1])
+    logits = jnp.where((weights != 0)[..., None], logits.astype(jnp.float32), 0.0)
+    sums, _ = _sum_terms(_softcap(logits, terms.logit_softcap), labels, weights, terms)
+    return LossSums(*sums, weight=weight)
+
+
+def linear_cross_entropy(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    labels: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    logit_softcap: float | None = None,
+    chunk_size: int | None = None,
+) -> LossSums:
+    """Sums the cross-entropy of `hidden @ kernel` without holding more than one chunk of the logits.
+
+    Scans over chunks of tokens, each with the whole vocabulary. Under differentiation the gradients are formed in the
+    same pass from the same float32 logits and stored summed, so there is no second product with the vocabulary and no
+    `[tokens, V]` array (the scheme of Liger Kernel, arXiv:2410.10989). Without differentiation nothing but the sums is
+    computed. Reverse mode only, once.
+
+    Args:
+      hidden: `[..., D]`, float32, bfloat16 or float16.
+      kernel: `[D, V]`, same dtype; products accumulate in float32.
+      labels, where, z_loss, label_smoothing, logit_softcap: as for `cross_entropy`. A place of weight 0 adds exactly 0
+        even if its hidden state is NaN.
+      chunk_size: tokens a chunk; need not divide their number. None: 1024.
+
+    Returns:
+      LossSums in nats, equal to `cross_entropy(hidden @ kernel, ...)`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, a coefficient out of range, a chunk size below 1.
+    """
+    terms = _check_terms(z_loss, label_smoothing, logit_softcap)
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != kernel.shape[0] or kernel.ndim != 2:
+        raise ValueError(
+            f"hidden {hidden.shape}, kernel {kernel.shape} and labels {labels.shape} must be [..., D], [D, V] and [...]"
+        )
+    if hidden.dtype != kernel.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and kernel is {kernel.dtype}: cast one of them")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    labels, weights, weight = _check_labels(labels, where, kernel.shape[1])
+
+    num_tokens = math.prod(labels.shape)
+    chunk = min(chunk_size or DEFAULT_CHUNK, max(num_tokens, 1))
+    num_chunks = max(math.ceil(num_tokens / chunk), 1)
+
+    def split(array, width):
+        flat = array.reshape((num_tokens, *width))
+        padding = [(0, num_chunks * chunk - num_tokens)] + [(0, 0)] * len(width)
+        return jnp.pad(flat, padding).reshape((num_chunks, chunk, *width))
+
+    hidden, kernel, labels, weights = _vary_alike(hidden, kernel, labels, weights)
+    chunks = _Chunks(split(hidden, hidden.shape[-1:]), split(labels, ()), split(weights, ()))
+    return LossSums(*_linear_sums(chunks, kernel, terms), weight=weight)
+
+
+def _vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside `jax.shard_map`, marks all arrays as varying over the mesh axes that any of them varies over.
+
+    A scan wants the same marks on what goes round it as on what comes in; elsewhere there are no marks.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    axes = frozenset().union(*varying)
+    return tuple(
+        jax.lax.pcast(array, tuple(axes - has), to="varying") if axes - has else array
+        for array, has in zip(arrays, varying, strict=True)
+    )
+
+
+def _check_terms(z_loss: float, label_smoothing: float, logit_softcap: float | None) -> _Terms:
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be 0 or more, got {z_loss}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if logit_softcap is not None and not 0 <= logit_softcap < math.inf:
+        raise ValueError(f"logit_softcap must be above 0, or None or 0 for none; got {logit_softcap}")
+    return _Terms(float(z_loss), float(label_smoothing), float(logit_softcap) if logit_softcap else None)
+
+
+def _check_labels(
+    labels: jax.Array, where: jax.Array | None, num_classes: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns labels safe to look up, float32 weights (NaN at a wrong label), and the sum of `where`."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if where is None:
+        where = jnp.ones(labels.shape, jnp.float32)
+    if where.shape != labels.shape:
+        raise ValueError(f"where {where.shape} must have the shape of labels {labels.shape}")
+    weights = jax.lax.stop_gradient(where.astype(jnp.float32))
+    wrong = (weights != 0) & ((labels < 0) | (labels >= num_classes))
+    checkify.debug_check(
+        ~jnp.any(wrong),
+        "label {label} at a place that counts is outside [0, {num_classes})",
+        label=labels.reshape(-1)[jnp.argmax(wrong)] if labels.size else jnp.int32(0),
+        num_classes=jnp.int32(num_classes),
+    )
+    safe = jnp.where(wrong | (weights == 0), 0, labels)
+    return safe, jnp.where(wrong, jnp.nan, weights), jnp.sum(weights)
+
+
+def _softcap(logits: jax.Array, cap: float | None) -> jax.Array:
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _sum_terms(logits: jax.Array, labels: jax.Array, weights: jax.Array, terms: _Terms):
+    """Sums nll, z-loss and smoothing of float32 logits `[..., V]`; also returns lse `[...]`."""
+    num_classes = logits.shape[-1]
+    shift = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    shifted = logits - shift[..., None]
+    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    # Compare and sum: it fuses into the pass over the logits, and its gradient is no scatter.
+    is_label = _class_index(logits) == labels[..., None]
+    nll = log_sum - jnp.sum(jnp.where(is_label, shifted, 0.0), axis=-1)
+    lse = shift + log_sum
+
+    def weighted_sum(x):
+        return jnp.sum(jnp.where(weights == 0, 0.0, weights * x))
+
+    zero = jnp.zeros((), jnp.float32)
+    z_loss = weighted_sum(terms.z_loss * jnp.square(lse)) if terms.z_loss else zero
+    smoothing = zero
+    if terms.label_smoothing:
+        cross = log_sum - jnp.sum(shifted, axis=-1) / num_classes
+        smoothing = weighted_sum(terms.label_smoothing * (cross - nll))
+    return (weighted_sum(nll), z_loss, smoothing), lse
+
+
+def _class_index(logits: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+
+class _Chunks(NamedTuple):
+    """Tokens cut into K chunks: hidden `[K, C, D]`, labels `[K, C]`, weights `[K, C]`."""
+
+    hidden: jax.Array
+    labels: jax.Array
+    weights: jax.Array
+
+
+def _chunk_logits(chunk: _Chunks, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the chunk's hidden states with masked rows zeroed, and their float32 logits `[C, V]`."""
+    hidden_CD = jnp.where((chunk.weights != 0)[:, None], chunk.hidden, 0)
+    return hidden_CD, jnp.matmul(hidden_CD, kernel, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear_sums(chunks: _Chunks, kernel: jax.Array, terms: _Terms):
+    """Returns the sums of nll, z-loss and smoothing over all chunks."""
+
+    def body(sums, chunk):
+        _, logits_CV = _chunk_logits(chunk, kernel)
+        more, _ = _sum_terms(_softcap(logits_CV, terms.logit_softcap), chunk.labels, chunk.weights, terms)
+        return jax.tree.map(jnp.add, sums, more), None
+
+    start, _ = _vary_alike(jnp.zeros(3, jnp.float32), kernel)
+    return jax.lax.scan(body, tuple(start), chunks)[0]
+
+
+def _logit_gradient(raw: jax.Array, lse: jax.Array, chunk: _Chunks, scales, terms: _Terms) -> jax.Array:
+    """Gradient of `scales . (nll, z_loss, smoothing)` with respect to the logits before the soft-cap, `[C, V]`."""
+    nll, z_loss, smoothing = scales
+    capped = _softcap(raw, terms.logit_softcap)
+    softmax = jnp.exp(capped - lse[:, None])
+    # With e = label_smoothing the sum is nll * (p - onehot) + smoothing * e * (onehot - 1 / V) + z_loss * 2 c lse * p.
+    at_label = -nll + smoothing * terms.label_smoothing
+    elsewhere = -smoothing * terms.label_smoothing / raw.shape[-1]
+    on_softmax = nll + z_loss * 2 * terms.z_loss * lse
+    is_label = _class_index(raw) == chunk.labels[:, None]
+    gradient = on_softmax[:, None] * softmax + jnp.where(is_label, at_label + elsewhere, elsewhere)
+    if terms.logit_softcap is not None:
+        gradient *= 1 - jnp.square(capped / terms.logit_softcap)
+    return gradient * chunk.weights[:, None]
+
+
+def _sums_and_gradients(chunks: _Chunks, kernel: jax.Array, terms: _Terms, scales):
+    """Returns the sums and the gradients of `scales . sums`: hidden `[K, C, D]`, and kernel `[D, V]` in float32."""
+
+    def body(carry, chunk):
+        sums, kernel_gradient_DV = carry
+        hidden_CD, logits_CV = _chunk_logits(chunk, kernel)
+        capped_CV = _softcap(logits_CV, terms.logit_softcap)
+        more, lse_C = _sum_terms(capped_CV, chunk.labels, chunk.weights, terms)
+        gradient_CV = _logit_gradient(logits_CV, lse_C, chunk, scales, terms).astype(kernel.dtype)
+        hidden_gradient_CD = jnp.matmul(gradient_CV, kernel.T, preferred_element_type=jnp.float32)
+        kernel_gradient_DV += jnp.matmul(hidden_CD.T, gradient_CV, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, sums, more), kernel_gradient_DV), hidden_gradient_CD.astype(chunk.hidden.dtype)
+
+    zeros, kernel_zeros, _ = _vary_alike(jnp.zeros(3, jnp.float32), jnp.zeros(kernel.shape, jnp.float32), kernel)
+    start = (tuple(zeros), kernel_zeros)
+    (sums, kernel_gradient_DV), hidden_gradient_KCD = jax.lax.scan(body, start, chunks)
+    return sums, (hidden_gradient_KCD, kernel_gradient_DV)
+
+
+def _linear_sums_forward(chunks: _Chunks, kernel: jax.Array, terms: _Terms):
+    # The gradients are those of the plain total. A caller who weighs nll, z-loss and smoothing differently (the
+    # cotangents tell, in the backward pass) gets a second pass; without z-loss and smoothing there is nothing to weigh.
+    sums, gradients = _sums_and_gradients(chunks, kernel, terms, scales=(jnp.float32(1),) * 3)
+    again = (chunks, kernel) if terms.z_loss or terms.label_smoothing else None
+    return sums, (gradients, again, jnp.zeros((), kernel.dtype))
+
+
+def _linear_sums_backward(terms: _Terms, residuals, cotangents):
+    (hidden_gradient, kernel_gradient), again, like_kernel = residuals
+
+    def scaled():
+        nll = cotangents[0]
+        return (nll * hidden_gradient.astype(jnp.float32)).astype(hidden_gradient.dtype), nll * kernel_gradient
+
+    if again is None:
+        hidden_gradient, kernel_gradient = scaled()
+    else:
+        same = (cotangents[0] == cotangents[1]) & (cotangents[0] == cotangents[2])
+        hidden_gradient, kernel_gradient = jax.lax.cond(
+            same, scaled, lambda: _sums_and_gradients(*again, terms, scales=cotangents)[1]
+        )
+    return _Chunks(hidden_gradient, None, None), kernel_gradient.astype(like_kernel.dtype)
+
+
+_linear_sums.defvjp(_linear_sums_forward, _linear_sums_backward)

@@ -1,0 +1,191 @@
+"""The train step: a pure function around which everything else is arranged.
+
+Order, once a step: accumulate the gradients of the summed loss over micro-batches (and devices) -> divide by the global
+weight -> the optimizer's chain: norm, clip, Adam, decay, learning rate -> add. Jit it with the state donated:
+
+  train_step = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxtrain.losses import LossSums
+from jaxtrain.optim import global_norm
+from jaxtrain.precision import Policy
+
+Batch = Any  # a pytree of arrays [B, ...]
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Any, Batch], LossSums]
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run carries from step to step.
+
+    Attributes:
+      step: number of train steps done, int32 scalar.
+      params: parameters, any pytree of float32 arrays.
+      opt_state: state of the optimizer.
+      loss_scale: state of loss scaling; None: there is none (float32 and bfloat16 need none).
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    loss_scale: Any = None
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+        """Starts at step 0 with a fresh optimizer state."""
+        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
+    policy: Policy | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes a pure, un-jitted train step.
+
+    Args:
+      loss_fn: `(params, batch) -> LossSums`: sums over tokens, not means. Sums of micro-batches and devices are divided
+        once by the global weight, so any split of a batch gives the same loss and gradient, however unequal the parts.
+      optimizer: any optax transformation. It is given `step=` and `loss=` if it takes extra arguments.
+      accumulate: number of micro-batches. Rows i, i + accumulate, ... of the batch make micro-batch i, so that a batch
+        sharded over its rows is split within each device.
+      axis_name: name of the mapped axis (or axes) where this is the body of `jax.pmap` or `jax.shard_map`: sums are
+        then reduced over it, and every device computes the same update.
+      policy: dtypes; None: compute in the parameters' own dtype. The cast is done once a step.
+
+    Returns:
+      `train_step(state, batch) -> (state, metrics)`. Metrics are float32 scalars: `loss` (nll + z_loss + smoothing) and
+      its parts `nll` and `z_loss`, nats a token; `grad_norm` before clipping; `clip_factor` and `learning_rate` as the
+      optimizer applied them (NaN if its state does not hold them under these names); `update_norm`; `param_norm` before
+      the update; `tokens`, the global weight; `skipped`, 1 if the optimizer says it skipped the step.
+
+    Raises:
+      ValueError: accumulate below 1; when traced, a batch that `accumulate` does not divide.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1 micro-batch, got {accumulate}")
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        params = policy.cast_to_compute(state.params) if policy else state.params
+        sums, grads = _accumulate_gradients(loss_fn, _localize(params, axis_name), batch, accumulate, axis_name)
+        if axis_name is not None:
+            sums, grads = jax.lax.psum((sums, grads), axis_name)
+        weight = jnp.maximum(sums.weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, step=state.step, loss=sums.mean()
+            )
+            new_params = jax.tree.map(_add_update, state.params, updates)
+        metrics = {
+            "loss": sums.mean(),
+            "nll": sums.mean_nll(),
+            "z_loss": sums.z_loss / weight,
+            "grad_norm": global_norm(grads),
+            "clip_factor": _read(opt_state, "clip_factor", jnp.nan),
+            "update_norm": global_norm(updates),
+            "param_norm": global_norm(state.params),
+            "learning_rate": _read(opt_state, "learning_rate", jnp.nan),
+            "tokens": sums.weight,
+            "skipped": _read(opt_state, "skipped", 0.0),
+        }
+        return state.replace(step=state.step + 1, params=new_params, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(
+    loss_fn: LossFn, *, axis_name: str | tuple[str, ...] | None = None, policy: Policy | None = None
+) -> Callable[[Any, Batch], LossSums]:
+    """Makes `eval_step(params, batch) -> LossSums`: add the sums over a whole data set, then divide once."""
+
+    def eval_step(params: Any, batch: Batch) -> LossSums:
+        sums = loss_fn(policy.cast_to_compute(params) if policy else params, batch)
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    return eval_step
+
+
+def pmap_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    policy: Policy | None = None,
+    devices: list[jax.Device] | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Maps the same train step with `jax.pmap`, for code that keeps a replica of the state on each device.
+
+    State leaves are `[devices, ...]` (`flax.jax_utils.replicate`), batch leaves `[devices, B / devices, ...]`; metrics
+    come back `[devices]`, all equal. The state is donated. Arguments as for `make_train_step`.
+    """
+    body = make_train_step(loss_fn, optimizer, accumulate=accumulate, axis_name="devices", policy=policy)
+    return jax.pmap(body, axis_name="devices", donate_argnums=0, devices=devices)
+
+
+def _accumulate_gradients(
+    loss_fn: LossFn, params: Any, batch: Batch, accumulate: int, axis_name: str | tuple[str, ...] | None
+) -> tuple[LossSums, Any]:
+    """Returns the sums and the float32 gradient of the summed loss over all micro-batches."""
+
+    def total(params, micro_batch):
+        sums = loss_fn(params, micro_batch)
+        return sums.total(), sums
+
+    def gradients(micro_batch):
+        (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params, micro_batch)
+        return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    if accumulate == 1:
+        return gradients(batch)
+    micro_batches = jax.tree.map(functools.partial(_split_rows, accumulate=accumulate), batch)
+    shapes = jax.eval_shape(lambda batches: gradients(jax.tree.map(lambda x: x[0], batches)), micro_batches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(carry, micro_batch):
+        return jax.tree.map(jnp.add, carry, gradients(micro_batch)), None
+
+    return jax.lax.scan(body, _localize(zeros, axis_name), micro_batches)[0]
+
+
+def _localize(tree: Any, axis_name: str | tuple[str, ...] | None) -> Any:
+    """Marks replicated values as belonging to each device.
+
+    Where `shard_map` tracks replication it would reduce the gradient of replicated parameters by itself, and the one
+    reduction of the train step would count it again.
+    """
+    return tree if axis_name is None else jax.lax.pcast(tree, axis_name, to="varying")
+
+
+def _split_rows(leaf: jax.Array, accumulate: int) -> jax.Array:
+    """`[B, ...]` to `[accumulate, B / accumulate, ...]`, rows dealt out in turn."""
+    if leaf.shape[0] % accumulate:
+        raise ValueError(
+            f"a batch of {leaf.shape[0]} rows (on each device) cannot be split into accumulate={accumulate} equal "
+            "micro-batches: change one of them"
+        )
+    return leaf.reshape((leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:])).swapaxes(0, 1)
+
+
+def _add_update(param: jax.Array, update: jax.Array) -> jax.Array:
+    return (param.astype(jnp.float32) + update.astype(jnp.float32)).astype(param.dtype)
+
+
+def _read(opt_state: optax.OptState, name: str, default: float) -> jax.Array:
+    """A float32 scalar that the optimizer keeps in its state under a name (optax.inject_hyperparams does, too)."""
+    found = [value for _, value in optax.tree_utils.tree_get_all_with_path(opt_state, name)]
+    return jnp.asarray(found[0] if found else default, jnp.float32)
