@@ -1,0 +1,36 @@
+"""How many parameters a model has and how many FLOPs a token costs, by formula."""
+
+from jaxtrain.config import ModelConfig
+
+
+def num_params(config: ModelConfig) -> int:
+    """Number of parameters; a tied head is counted once."""
+    c = config
+    heads, width = c.num_heads, c.channels_per_head
+    norm = c.d_model * (2 if c.use_bias and c.norm == "layernorm" else 1)
+    layer = 2 * norm + (2 * width if c.qk_norm else 0) + _layer_matrices(c)
+    if c.use_bias:
+        num_up = 2 if c.feed_forward == "swiglu" else 1
+        layer += (heads + 2 * c.kv_heads) * width + c.d_model + num_up * c.d_ff + c.d_model
+    tables = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    positions = c.max_seq_len * c.d_model if c.positions == "learned" else 0
+    return tables + positions + c.num_layers * layer + norm
+
+
+def _layer_matrices(c: ModelConfig) -> int:
+    attention = 2 * c.d_model * (c.num_heads + c.kv_heads) * c.channels_per_head
+    return attention + c.d_model * c.d_ff * (3 if c.feed_forward == "swiglu" else 2)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
+    """FLOPs to train on one token: forward, and backward at twice that; recomputation is not counted.
+
+    Two FLOPs for each multiply-add of the matrix products: all matrices, the head, and attention's scores and mixture
+    (the embedding is a look-up). `causal` counts the half of the scores that is not masked, (seq_len + 1) / 2 keys a
+    query; False counts them all, as PaLM's MFU does (arXiv:2204.02311, appendix B).
+    """
+    c = config
+    keys = (seq_len + 1) / 2 if causal else seq_len
+    matrices = c.num_layers * _layer_matrices(c) + c.d_model * c.vocab_size
+    scores = c.num_layers * 2 * c.num_heads * c.channels_per_head * keys
+    return 3 * 2 * (matrices + scores)
