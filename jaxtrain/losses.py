@@ -205,6 +205,8 @@ def _check_labels(
         where = jnp.ones(labels.shape, jnp.float32)
     if where.shape != labels.shape:
         raise ValueError(f"where {where.shape} must have the shape of labels {labels.shape}")
+    # Narrow integers may not be able to count the classes: 65,536 does not fit in uint16.
+    labels = jnp.asarray(labels, jnp.int32 if labels.dtype.itemsize < 4 else None)
     weights = jax.lax.stop_gradient(where.astype(jnp.float32))
     wrong = (weights != 0) & ((labels < 0) | (labels >= num_classes))
     checkify.debug_check(
@@ -213,7 +215,7 @@ def _check_labels(
         label=labels.reshape(-1)[jnp.argmax(wrong)] if labels.size else jnp.int32(0),
         num_classes=jnp.int32(num_classes),
     )
-    safe = jnp.where(wrong | (weights == 0), 0, labels)
+    safe = jnp.where(wrong | (weights == 0), 0, labels).astype(jnp.int32)
     return safe, jnp.where(wrong, jnp.nan, weights), jnp.sum(weights)
 
 

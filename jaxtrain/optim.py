@@ -115,7 +115,8 @@ def clipped_adamw(
 
     Args:
       learning_rate: a number, or a schedule from a step to a learning rate. The step is the chain's own count, unless
-        `update` is given `step=`, which wins: then a caller who skips an update does not delay the schedule.
+        `update` is given `step=`, which wins: then a caller who skips an update does not delay the schedule. To change
+        it from outside, `optax.inject_hyperparams` with everything else in `static_args`, `mask` included.
       b1, b2: decay of the first and second moment, in [0, 1).
       eps: added to sqrt(v_hat), outside the root; above 0.
       weight_decay: 0 or more.
@@ -147,7 +148,9 @@ def _check_adamw(learning_rate, b1, b2, eps, weight_decay, mu_dtype) -> None:
         raise ValueError(f"eps must be above 0, got {eps}")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be 0 or more, got {weight_decay}")
-    if not callable(learning_rate) and not 0 <= learning_rate < math.inf:
+    # An array may be traced (optax.inject_hyperparams), so only a number can be checked.
+    given = not callable(learning_rate) and not isinstance(learning_rate, jax.Array)
+    if given and not 0 <= learning_rate < math.inf:
         raise ValueError(f"learning_rate must be 0 or more, or a schedule; got {learning_rate}")
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
         raise ValueError(f"mu_dtype must be a float dtype, got {mu_dtype}")

@@ -3,7 +3,7 @@
 They are optax schedules, exact at the corners. With t = step + 1 the warm-up is `peak * t / warmup_steps`, so the first
 step moves, a warm-up reaches the peak once (at step warmup_steps - 1) and the last executed step (total_steps - 1) is
 exactly at the floor; past the end the rate stays there. With and without jit the corners are the same bits; between
-them the compiler may fuse a multiply and an add, one unit in the last place.
+them the compiler may fuse a multiply and an add, a few units in the last place.
 """
 
 import math

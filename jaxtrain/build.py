@@ -1,0 +1,101 @@
+"""From a config to the pieces of a run: schedule, optimizer, model, data."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+
+from jaxtrain import schedules
+from jaxtrain.config import Config
+from jaxtrain.data.prepare import prepare
+from jaxtrain.data.store import TokenStore, open_store
+from jaxtrain.models.transformer import Transformer
+from jaxtrain.optim import clipped_adamw
+from jaxtrain.precision import Policy
+
+
+def make_schedule(config: Config) -> schedules.Schedule:
+    """The learning-rate schedule over `train.steps`."""
+    optim, steps = config.optim, config.train.steps
+    match optim.schedule:
+        case "cosine":
+            return schedules.warmup_cosine(optim.peak_lr, steps, optim.warmup_steps, optim.floor)
+        case "linear":
+            return schedules.warmup_linear(optim.peak_lr, steps, optim.warmup_steps, optim.floor)
+        case "wsd":
+            return schedules.warmup_stable_decay(
+                optim.peak_lr, steps, optim.warmup_steps, optim.decay_steps, optim.floor
+            )
+        case "sgdr":
+            cycle_steps = steps // optim.cycles
+            return schedules.sgdr(
+                optim.peak_lr, cycle_steps, optim.warmup_steps, optim.cycles, optim.cycle_decay, optim.floor
+            )
+        case "constant":
+            return schedules.warmup_constant(optim.peak_lr, optim.warmup_steps)
+
+
+def describe_schedule(config: Config) -> str:
+    """The schedule in one line."""
+    optim, schedule = config.optim, make_schedule(config)
+    last = float(schedule(config.train.steps - 1))
+    shape = {
+        "cosine": "cosine",
+        "linear": "linear decay",
+        "wsd": f"held, then linear decay over the last {optim.decay_steps} steps",
+        "sgdr": f"{optim.cycles} cosine cycles, each peak {optim.cycle_decay:g} x the one before",
+        "constant": "held",
+    }[optim.schedule]
+    return f"{optim.warmup_steps} steps up to {optim.peak_lr:g}, {shape}, {last:g} at step {config.train.steps}"
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """Clipped AdamW under the schedule."""
+    optim = config.optim
+    return clipped_adamw(
+        make_schedule(config),
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip_norm=optim.clip_norm,
+        mu_dtype=jnp.dtype(optim.mu_dtype),
+    )
+
+
+def make_policy(config: Config) -> Policy:
+    """Float32 masters that compute in `train.precision`."""
+    return Policy(compute=config.train.precision)
+
+
+def make_model(config: Config, store: TokenStore) -> Transformer:
+    """The model, its vocabulary filled in from the store where the config leaves it open.
+
+    Raises:
+      ValueError: a vocabulary smaller than the store's.
+    """
+    size = config.model.vocab_size or store.vocab_size
+    if size < store.vocab_size:
+        raise ValueError(
+            f"model.vocab_size {size} is smaller than the {store.vocab_size} tokens of {store.path}: "
+            "leave it at 0 to take the store's"
+        )
+    return Transformer(dataclasses.replace(config.model, vocab_size=size))
+
+
+def open_data(config: Config, run_dir: str | Path) -> TokenStore:
+    """Opens the run's token store, after making it from `data.sources` if that is what the config says."""
+    data = config.data
+    if data.store:
+        return open_store(data.store, verify=data.verify)
+    folder = Path(run_dir) / "data"
+    if not folder.exists():
+        prepare(
+            data.sources,
+            folder,
+            tokenizer=data.tokenizer,
+            validation_fraction=data.validation_fraction,
+            text_field=data.text_field,
+        )
+    return open_store(folder, verify=data.verify)

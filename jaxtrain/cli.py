@@ -1,0 +1,224 @@
+"""The command line: `jaxtrain train | eval | generate | prepare | schedule`.
+
+Errors that a user can mend are one line on standard error: exit code 2 for a wrong command or argument, and for what
+jaxtrain refuses with a ValueError; 1 for what goes wrong outside of it (a missing package, a full disk); 128 + n for
+a run that signal n stopped, after it saved. `--debug` shows the traceback.
+"""
+
+import dataclasses
+import difflib
+import json
+import signal
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+
+from jaxtrain.config import Config, load
+
+T = TypeVar("T")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    name, rest = (arguments[0] if arguments else "--help"), arguments[1:]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name not in _COMMANDS:
+        print(f"error: unknown command {name!r}\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        return _COMMANDS[name](rest)
+    except (ValueError, ImportError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _usage() -> str:
+    lines = [f"  {name:10}{command.__doc__.splitlines()[0]}" for name, command in _COMMANDS.items()]
+    return "usage: jaxtrain COMMAND ...\n\n" + "\n".join(lines) + "\n\n`jaxtrain COMMAND --help` lists its options."
+
+
+def _train(arguments: list[str]) -> int:
+    """Trains a config, or goes on with the run in --run-dir: `train CONFIG [--run-dir DIR] [--train.steps N] ...`."""
+    file, default, rest = _config_argument("train", arguments)
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        config: Annotated[Config, tyro.conf.arg(name="")]
+        run_dir: str = f"runs/{file.stem}"  # where the run is kept, and gone on with
+
+    options = _parse(Options, f"train {file}", rest, Options(default))
+    from jaxtrain.train import train
+
+    outcome = train(options.config, options.run_dir)
+    reason = outcome["reason"]
+    return 128 + signal.Signals[reason] if reason.startswith("SIG") else 0
+
+
+def _schedule(arguments: list[str]) -> int:
+    """Draws a config's learning rate: `schedule CONFIG [--png FILE] [--optim.peak-lr X] ...`."""
+    file, default, rest = _config_argument("schedule", arguments)
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        config: Annotated[Config, tyro.conf.arg(name="")]
+        png: str = ""  # also draw to this file
+
+    options = _parse(Options, f"schedule {file}", rest, Options(default))
+    import jax
+    import jax.numpy as jnp
+
+    from jaxtrain.build import describe_schedule, make_schedule
+    from jaxtrain.plots import draw_curve, plot_schedule
+
+    steps = options.config.train.steps
+    schedule = make_schedule(options.config)
+    values = jax.vmap(schedule)(jnp.arange(steps)).tolist()
+    print(describe_schedule(options.config))
+    print(draw_curve(values, label="learning rate"))
+    if options.png:
+        print(f"drawn to {plot_schedule(schedule, steps, options.png)}")
+    return 0
+
+
+def _prepare(arguments: list[str]) -> int:
+    """Tokenises text into a store: `prepare SOURCE... --out DIR [--tokenizer byte|bpe:VOCAB|hf:PATH] ...`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        sources: tyro.conf.Positional[tuple[str, ...]]  # files, folders, globs, .gz, .jsonl, or python-stdlib
+        out: str  # folder of the token store
+        tokenizer: str = "byte"  # byte | bpe:VOCAB | hf:PATH
+        validation_fraction: float = 0.02  # of the documents, chosen by hash
+        text_field: str = "text"  # key of the document in a .jsonl line
+        num_workers: int = 0  # processes; 0: one a core
+
+    options = _parse(Options, "prepare", arguments)
+    from jaxtrain.data.prepare import prepare
+
+    store = prepare(
+        options.sources,
+        options.out,
+        tokenizer=options.tokenizer,
+        validation_fraction=options.validation_fraction,
+        text_field=options.text_field,
+        num_workers=options.num_workers,
+    )
+    for name, split in (("train", store.train), ("validation", store.validation)):
+        print(
+            f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_bytes:,} bytes "
+            f"({split.num_bytes / split.num_tokens:.2f} bytes per token)"
+        )
+    print(f"store: {store.path} ({store.vocab_size:,} tokens in the vocabulary)")
+    return 0
+
+
+def _eval(arguments: list[str]) -> int:
+    """Measures a run on a whole split: `eval RUN [--split validation|train] [--step N] [--json]`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        run: tyro.conf.Positional[str]  # run directory
+        split: Literal["validation", "train"] = "validation"
+        step: int = 0  # of the checkpoint; 0: the newest
+        batches: int = 0  # from the start of the split; 0: all of it
+        compare: bool = False  # compress the same text with gzip -9 and xz -9 too
+        json: bool = False  # print one JSON object
+
+    options = _parse(Options, "eval", arguments)
+    from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
+    from jaxtrain.run import open_run, restore_params
+
+    run = open_run(options.run)
+    params, step = restore_params(run, options.step or None)
+    split = run.store.train if options.split == "train" else run.store.validation
+    result = {"step": step, "split": options.split}
+    result |= evaluate_split(run, params, split, num_batches=options.batches)
+    if options.compare:
+        text = split_text(split, run.store.tokenizer)
+        result |= {f"{name}_bits_per_byte": value for name, value in compressor_bits_per_byte(text).items()}
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:22}{value:.6g}" if isinstance(value, float) else f"{name:22}{value}")
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    """Continues a text with a run's model: `generate RUN --prompt TEXT [--num-tokens N] [--temperature T] ...`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        run: tyro.conf.Positional[str]  # run directory
+        prompt: Annotated[str, tyro.conf.arg(help="text to continue")] = ""
+        num_tokens: int = 256  # how many to add
+        temperature: float = 0.8  # 0: always the likeliest token
+        top_k: int = 0  # draw among the k likeliest; 0: all
+        top_p: float = 1.0  # draw among the likeliest that hold this share of the probability
+        seed: int = 0
+        step: int = 0  # of the checkpoint; 0: the newest
+
+    options = _parse(Options, "generate", arguments)
+    from jaxtrain.generate import Sampling, continue_text
+    from jaxtrain.run import open_run, restore_params
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    run = open_run(options.run)
+    params, _ = restore_params(run, options.step or None)
+    text = continue_text(run, params, options.prompt, options.num_tokens, seed=options.seed, sampling=sampling)
+    print(options.prompt + text)
+    return 0
+
+
+def _parse(options: type[T], command: str, arguments: list[str], default: T | None = None) -> T:
+    """Reads the flags of a command; an unknown one is a ValueError that names the nearest."""
+    known = [*_flags(options, ""), "--help"]
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"`jaxtrain {command} --help` lists the flags"
+            raise ValueError(f"unknown flag {argument.split('=')[0]}: {hint}")
+    return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
+
+
+def _flags(cls: type, prefix: str) -> Iterator[str]:
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _flags(hint, prefix if hint is Config else f"{prefix}{name}.")
+        else:
+            yield f"--{prefix}{name}".replace("_", "-")
+            if hint is bool:
+                yield f"--{prefix}no-{name}".replace("_", "-")
+
+
+def _config_argument(command: str, arguments: list[str]) -> tuple[Path, Config, list[str]]:
+    """Takes the CONFIG that other flags change: its path, what it says, and the rest."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"give a config first: jaxtrain {command} CONFIG [flags], such as configs/quickstart.py")
+    file = Path(arguments[0])
+    return file, load(file), arguments[1:]
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "prepare": _prepare,
+    "schedule": _schedule,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""The record of a run: JSON lines that survive a crash, and the peak speed that utilization is measured against."""
+
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+# JSON has no such numbers; as these strings they are read by any JSON reader, and by `float` in most languages.
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+# Dense (no 2:4 sparsity) bfloat16 FLOP/s of one jax device, by `device_kind`. NVIDIA: data sheets and architecture
+# white papers of A100, H100, H200, GH200 and B200 (those with sparsity in the sheet are halved). TPU: the pages of
+# v4, v5e, v5p and v6e in the Cloud TPU documentation, a chip; on these generations a jax device is a whole chip.
+# Names match whole: a MIG slice of a GPU has a longer name and a fraction of its speed.
+_PEAK_BFLOAT16 = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA GH200 480GB": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+class MetricsWriter:
+    """Appends a run's steps and events to a JSON-lines file, each line flushed as it is written.
+
+    A crash leaves at most one torn last line. Opening the file again ends that line, so that the next object starts on
+    a line of its own. Values are strings, numbers, scalar arrays (NumPy or JAX), None, and lists and dicts of these; a
+    float32 is written with the digits that give the same float32 back, NaN and infinities as the strings "NaN",
+    "Infinity" and "-Infinity". Close it, or use it as a context manager.
+    """
+
+    def __init__(self, path: str | Path):
+        torn = _is_torn(Path(path))
+        self._file = open(path, "a", encoding="ascii", buffering=1)  # noqa: SIM115 (closed by close)
+        if torn:
+            self._file.write("\n")
+
+    def write(self, **fields: Any) -> None:
+        """Writes a logged step; `read_metrics` lists its keys."""
+        self._write_line(fields)
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        """Writes an event: its name, the time (ISO 8601, UTC) and any fields but `event` and `time`."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._write_line(dict(event=name, time=time, **fields))
+
+    def close(self) -> None:
+        """Closes the file; may be called twice."""
+        self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_line(self, fields: dict[str, Any]) -> None:
+        # Encoded before anything is written: a value that is no JSON leaves no half line.
+        self._file.write(json.dumps(_encode(fields), allow_nan=False) + "\n")
+
+
+def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reads a file of `MetricsWriter`: `(step lines, event lines)`.
+
+    A step line has the keys `step` (number of steps done; the first is 1), `attempt` (how many times the run was
+    started, this one included), the metrics of `make_train_step` (`loss`, `nll`, `z_loss`, `grad_norm`, `clip_factor`,
+    `update_norm`, `param_norm`, `learning_rate`, `tokens`, `skipped`), `tokens_seen` (since step 0),
+    `tokens_per_second`, `step_seconds`, and `mfu` (a fraction) where `peak_flops` knows the device. They are sorted by
+    `step`; of a step that was run again after a crash only the last attempt is kept. Event lines have `event` and
+    `time` and stay in the order they were written. Torn lines are left out.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no metrics file {path}: give the folder of a run that `jaxtrain train` has started")
+    steps: dict[int, dict[str, Any]] = {}
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = _decode(json.loads(line))
+        except ValueError:
+            continue
+        if not isinstance(record, dict):
+            continue  # the torn end of a line may be JSON by itself, as in `12`
+        if "event" in record:
+            events.append(record)
+        elif "step" in record:
+            steps[record["step"]] = record  # the file is in order of time: a later line is of a later attempt
+    return [steps[step] for step in sorted(steps)], events
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Looks up the dense peak of one device.
+
+    Args:
+      device_kind: `jax.Device.device_kind`.
+      dtype: of the matrix products.
+
+    Returns:
+      FLOP/s, or None where it is not known: CPUs, other devices, and any dtype but "bfloat16".
+    """
+    return _PEAK_BFLOAT16.get(device_kind) if dtype == "bfloat16" else None
+
+
+def _is_torn(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    if hasattr(value, "dtype"):
+        # Only the exact kinds go through `item`: of a bfloat16 it returns a NumPy scalar that json refuses.
+        value = value.item() if np.dtype(value.dtype).kind in "biu" else float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

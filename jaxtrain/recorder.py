@@ -1,0 +1,100 @@
+"""The metrics of a running loop: read one step late, timed, written and shown."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from jaxtrain.console import Console
+from jaxtrain.metrics import MetricsWriter, peak_flops, read_metrics
+from jaxtrain.models.size import flops_per_token
+from jaxtrain.run import Run
+
+
+class Recorder:
+    """Reads the metrics of each step while the next one runs, writes and shows those that are due; a context manager.
+
+    `attempt` counts how many times the run was started, this time included.
+    """
+
+    def __init__(self, run: Run):
+        config, file = run.config.train, run.folder / "metrics.jsonl"
+        events = read_metrics(file)[1] if file.exists() else []
+        self.attempt = 1 + sum(event["event"] in ("start", "resume") for event in events)
+        self._config = config
+        self._writer = MetricsWriter(file)
+        self._console = Console(config.steps, run.config.optim.clip_norm)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._logged_step: int | None = None
+        self._since = time.perf_counter()
+        self._tokens_per_step = config.batch_size * config.seq_len
+        peak = peak_flops(run.mesh.devices.flat[0].device_kind, config.precision)
+        self._peak = peak and peak * run.mesh.size
+        self._flops_per_step = self._tokens_per_step * flops_per_token(run.model.config, config.seq_len)
+
+    def __enter__(self) -> "Recorder":
+        self._console.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._console.__exit__(*exception)
+        self._writer.close()
+
+    def event(self, name: str, text: str, **fields: Any) -> None:
+        """Writes an event, and shows its text if it has one."""
+        self._writer.event(name, **fields)
+        if text:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Shows a text."""
+        self._console.print(text)
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Shows a table."""
+        self._console.table(title, rows)
+
+    def compile(self, train_step: Callable, *args: Any) -> Callable:
+        """Compiles the step ahead of the loop, and says how long that took."""
+        begin = time.perf_counter()
+        compiled = train_step.lower(*args).compile()
+        seconds = time.perf_counter() - begin
+        self.event("compile", f"compiled in {seconds:.1f}s", seconds=seconds)
+        self._since = time.perf_counter()
+        return compiled
+
+    def step(self, done: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes a step just launched; reads the one before."""
+        self.flush()
+        if self._logged_step is None:
+            self._logged_step = done - 1
+        self._pending = (done, metrics)
+
+    def flush(self) -> None:
+        """Waits for the last launched step and records it."""
+        if self._pending is None:
+            return
+        done, metrics = self._pending
+        self._pending = None
+        values = jax.device_get(metrics)
+        config = self._config
+        if done % config.log_every and done != config.steps:
+            return
+        now = time.perf_counter()
+        seconds = (now - self._since) / (done - self._logged_step)
+        self._since, self._logged_step = now, done
+        fields = {"step": done, "attempt": self.attempt, **values, "tokens_seen": done * self._tokens_per_step}
+        fields |= {"tokens_per_second": self._tokens_per_step / seconds, "step_seconds": seconds}
+        if self._peak:
+            fields["mfu"] = self._flops_per_step / seconds / self._peak
+        self._writer.write(**fields)
+        self._console.update(fields)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what happens inside out of the steps' time."""
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin

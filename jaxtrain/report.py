@@ -1,0 +1,136 @@
+"""The report of a run: one HTML file that needs nothing beside it."""
+
+import base64
+import dataclasses
+import html
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.config import Config, load
+from jaxtrain.console import format_seconds
+from jaxtrain.metrics import read_metrics
+from jaxtrain.plots import plot_metrics
+
+Rows = list[tuple[str, str]]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; }
+th, td { text-align: left; vertical-align: top; padding: 0.2rem 1.2rem 0.2rem 0; border-bottom: 1px solid #ddd; }
+th { font-weight: 600; }
+td { overflow-wrap: anywhere; }
+img { max-width: 100%; }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: 1rem; }
+"""
+
+# Units of the fields whose names do not say them.
+_UNITS = {"nll": "nats per token", "loss": "nats per token", "z_loss": "nats per token"}
+
+
+_HIGHLIGHTS = {
+    *("tokenizer", "num_layers", "num_heads", "d_model", "d_ff", "positions", "norm", "feed_forward"),
+    *("peak_lr", "schedule", "warmup_steps", "weight_decay", "clip_norm"),
+    *("steps", "batch_size", "seq_len", "precision", "every"),
+}
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes `report.html` (and the `report.png` in it) to a run's folder.
+
+    Args:
+      run_dir: folder with a `config.json` and a `metrics.jsonl`. A sample named by a `stop` event is shown too.
+
+    Returns:
+      Path of the HTML file.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: one of the files is missing, or no step has been logged.
+    """
+    run_dir = Path(run_dir)
+    config = load(run_dir / "config.json")
+    picture = plot_metrics(run_dir, clip_norm=config.optim.clip_norm)
+    steps, events = read_metrics(run_dir / "metrics.jsonl")
+    name = html.escape(run_dir.resolve().name)
+    encoded = base64.b64encode(picture.read_bytes()).decode("ascii")
+    evals = [event for event in events if event["event"] == "eval"]
+    sections = [
+        ("Last step", _table(_last_step_rows(steps[-1], config))),
+        ("Last evaluation", _table(_eval_rows(evals[-1]))) if evals else None,
+        ("Curves", f'<img alt="loss, learning rate and gradient norm" src="data:image/png;base64,{encoded}">'),
+        ("Sample", _sample(run_dir, events)),
+        ("Configuration", _table(_config_rows(config))),
+        ("Events", _events_table(events)) if events else None,
+    ]
+    body = "\n".join(f"<h2>{section[0]}</h2>\n{section[1]}" for section in sections if section and section[1])
+    path = run_dir / "report.html"
+    path.write_text(
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n{body}\n</body>\n</html>\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def _last_step_rows(step: dict[str, Any], config: Config) -> Rows:
+    rows = [("step", f"{step['step']:,} of {config.train.steps:,}")]
+    shown = ("nll", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "mfu", "attempt")
+    return rows + [(_label(key), _format(key, step[key])) for key in shown if key in step]
+
+
+def _eval_rows(event: dict[str, Any]) -> Rows:
+    """Every field of the event, so that what an evaluation adds is shown without a change here."""
+    return [(_label(key), _format(key, value)) for key, value in event.items() if key not in ("event", "time")]
+
+
+def _config_rows(config: Config) -> Rows:
+    """What most runs are told apart by, and all that is not at its default; the rest is in `config.json`."""
+    rows = []
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        if not dataclasses.is_dataclass(value):
+            rows.append((section.name, str(value)))
+            continue
+        items = [(item, getattr(value, item.name)) for item in dataclasses.fields(value)]
+        shown = [(item.name, v) for item, v in items if item.name in _HIGHLIGHTS or v != item.default]
+        rows.append((section.name, ", ".join(f"{name}={v}" for name, v in shown)))
+    return rows
+
+
+def _sample(run_dir: Path, events: list[dict[str, Any]]) -> str:
+    names = [event["sample"] for event in events if event["event"] == "stop" and event.get("sample")]
+    path = run_dir / Path(names[-1]).name if names else None
+    if path is None or not path.is_file():
+        return ""
+    return f"<pre>{html.escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>"
+
+
+def _events_table(events: list[dict[str, Any]]) -> str:
+    lines = ["<tr><th>time (UTC)</th><th>event</th><th>details</th></tr>"]
+    for event in events:
+        details = ", ".join(f"{k}={_format(k, v)}" for k, v in event.items() if k not in ("event", "time"))
+        time = str(event.get("time", "")).split(".")[0].replace("T", " ")
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in (time, str(event["event"]), details))
+        lines.append(f"<tr>{cells}</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _table(rows: Rows) -> str:
+    lines = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows]
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _label(key: str) -> str:
+    return key.replace("_", " ") + (f" ({_UNITS[key]})" if key in _UNITS else "")
+
+
+def _format(key: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if key.endswith("seconds"):
+        return format_seconds(value) if value >= 60 else f"{value:.3g} s"
+    if key == "mfu":
+        return f"{value:.1%}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

@@ -1,0 +1,155 @@
+"""A run directory and all the pieces that its config makes: data, mesh, model, state shapes, compiled-to-be steps."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxtrain import build
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.config import Config, differences, from_json, load, to_json
+from jaxtrain.data.store import TokenStore
+from jaxtrain.models.transformer import Transformer, init_params, make_loss_fn
+from jaxtrain.optim import decay_mask
+from jaxtrain.sharding import check_batch, make_mesh, replicated
+from jaxtrain.step import TrainState, make_eval_step, make_train_step
+
+# Fields that change neither the parameters nor the order of the data, so that a run may go on with other values.
+_FREE = ("data.prefetch", "data.verify", "train.num_devices", "train.log_every", "train.eval_", "train.stop_after")
+_FREE += ("train.sample_", "checkpoint.")
+
+
+class Run(NamedTuple):
+    """What a run is made of.
+
+    `abstract_state` has the shapes, dtypes and shardings of the state that `init_state()` makes, born where it belongs.
+    `train_step` and `eval_step` are jitted; the first takes its state's memory.
+    """
+
+    config: Config
+    folder: Path
+    store: TokenStore
+    mesh: Mesh
+    model: Transformer
+    abstract_state: TrainState
+    init_state: Callable[[], TrainState]
+    train_step: Callable
+    eval_step: Callable
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Makes the run's folder, or checks that the folder's run is this one."""
+    file = folder / "config.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if foreign := [path.name for path in folder.iterdir() if path.name != "data"]:
+            raise ValueError(f"{folder} is no run directory, it holds {sorted(foreign)[:3]}: give another --run-dir")
+        file.write_text(to_json(config))
+        return
+    changed = [line for line in differences(from_json(file.read_text()), config) if not line.startswith(_FREE)]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with another config: repeat that one's, or give another --run-dir\n  "
+            + "\n  ".join(changed)
+        )
+    file.write_text(to_json(config))
+
+
+def assemble(config: Config, folder: Path, store: TokenStore) -> Run:
+    """Puts a run together; makes no arrays and compiles nothing.
+
+    Raises:
+      ValueError: a batch that does not divide over devices and micro-batches, a vocabulary that does not fit.
+    """
+    mesh = make_mesh(config.train.num_devices)
+    check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    model, optimizer, policy = build.make_model(config, store), build.make_optimizer(config), build.make_policy(config)
+    settings = config.train
+    common = {"chunk_size": settings.loss_chunk or None, "mesh": mesh}
+    loss_fn = make_loss_fn(model, z_loss=settings.z_loss, label_smoothing=settings.label_smoothing, **common)
+
+    def init() -> TrainState:
+        return TrainState.create(init_params(model, jax.random.key(config.seed)), optimizer)
+
+    sharding = replicated(mesh)
+    shapes = jax.eval_shape(init)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    step = make_train_step(loss_fn, optimizer, accumulate=settings.accumulate, policy=policy)
+    return Run(
+        config=config,
+        folder=folder,
+        store=store,
+        mesh=mesh,
+        model=model,
+        abstract_state=abstract,
+        init_state=jax.jit(init, out_shardings=sharding),
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, sharding)),
+        eval_step=jax.jit(make_eval_step(make_loss_fn(model, **common), policy=policy), out_shardings=sharding),
+    )
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in a folder, as it was trained, on the devices there are now.
+
+    Raises:
+      ValueError: no run there.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
+    config = load(folder / "config.json")
+    return assemble(config, folder, build.open_data(config, folder))
+
+
+def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
+    """The parameters of a run's checkpoint and its step; None: the newest.
+
+    Raises:
+      ValueError: no such checkpoint, or one that does not fit the run.
+    """
+    with Checkpoints(run.folder / "checkpoints") as checkpoints:
+        return checkpoints.restore_params(run.abstract_state.params, step)
+
+
+def describe(run: Run) -> list[tuple[str, str]]:
+    """What a run prints at its start, as rows of a table."""
+    config, c, split = run.config, run.model.config, run.store.train
+    devices, settings = run.mesh.devices.flatten(), config.train
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
+    moments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state.opt_state))
+    tokens = settings.batch_size * settings.seq_len
+    batch = f"{tokens:,} = {settings.batch_size} sequences x {settings.seq_len}"
+    if settings.accumulate > 1:
+        batch += f", in {settings.accumulate} micro-batches"
+    memory = f"parameters {_size(4 * num_params)}, gradients {_size(4 * num_params)}, optimizer {_size(moments)}"
+    return [
+        ("model", f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"),
+        ("parameters", f"{num_params:,}, computing in {settings.precision}"),
+        ("memory per device", memory),
+        ("devices", f"{len(devices)} x {devices[0].device_kind}"),
+        ("data", f"{split.num_tokens:,} tokens of {split.num_documents:,} documents in {run.store.path}"),
+        ("tokens per step", batch),
+        ("epochs", f"{tokens * settings.steps / split.num_tokens:.2f} in {settings.steps:,} steps"),
+        ("learning rate", build.describe_schedule(config)),
+    ]
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.4g} TB"
+
+
+def record(run: Run) -> dict[str, Any]:
+    """What a checkpoint must agree with, beside the shapes of its arrays."""
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.abstract_state.params))
+    return {
+        "config": dataclasses.asdict(run.config),
+        "data": run.store.fingerprint,
+        "decay_mask": [jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays],
+    }
