@@ -104,7 +104,7 @@ def _wrap(parts: list[str], width: int) -> str:
     """Joins the parts to a line; a terminal too narrow for it gets two, broken between parts."""
     hard_space = "\N{NO-BREAK SPACE}"
     line = "  ".join(part.replace(" ", hard_space) for part in parts)
-    return textwrap.fill(line, width, break_on_hyphens=False).replace(hard_space, " ")
+    return textwrap.fill(line, width).replace(hard_space, " ")
 
 
 def format_seconds(seconds: float) -> str:

@@ -76,7 +76,7 @@ class MetricsWriter:
 
     def _write_line(self, fields: dict[str, Any]) -> None:
         # Encoded before anything is written: a value that is no JSON leaves no half line.
-        self._file.write(json.dumps(_encode(fields), allow_nan=False) + "\n")
+        self._file.write(json.dumps(_encode(fields)) + "\n")
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

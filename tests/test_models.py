@@ -1,0 +1,230 @@
+"""The transformer: causality, one parameter tree for every way to run it, sizes by formula."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.config import gpt2, llama
+from jaxtrain.losses import cross_entropy
+from jaxtrain.models.attention import attend, rope_tables, rotate
+from jaxtrain.models.size import flops_per_token, num_params
+from jaxtrain.models.transformer import Transformer, empty_cache, head_kernel, init_params, logits, make_loss_fn
+from jaxtrain.optim import decay_mask
+from jaxtrain.sharding import by_rows, make_mesh, replicated
+
+GPT2 = gpt2(num_layers=2, num_heads=4, d_model=32, max_seq_len=16, vocab_size=29)
+LLAMA = llama(
+    num_layers=3,
+    num_heads=4,
+    d_model=32,
+    d_ff=48,
+    max_seq_len=16,
+    vocab_size=29,
+    num_kv_heads=2,
+    qk_norm=True,
+    logit_softcap=5.0,
+)
+STYLES = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+
+
+@functools.cache
+def make(config, scale=5.0):
+    """A model with matrices large enough that every layer matters to the logits."""
+    model = Transformer(config)
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    return model, jax.tree.map(lambda leaf, matrix: leaf * scale if matrix else leaf, params, decay_mask(params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, params, tokens):
+    hidden, _ = model.apply({"params": params}, tokens)
+    return logits(model, params, hidden)
+
+
+def tokens_of(config, batch_size=3, length=12, seed=1):
+    return jax.random.randint(jax.random.key(seed), (batch_size, length), 0, config.vocab_size)
+
+
+@STYLES
+@pytest.mark.parametrize("place", [1, 6, 11])
+def test_changing_a_token_changes_no_logit_before_it_and_no_other_row(config, place):
+    model, params = make(config)
+    tokens = tokens_of(config)
+    before = run(model, params, tokens)
+    after = run(model, params, tokens.at[1, place].set((tokens[1, place] + 1) % config.vocab_size))
+    changed = np.asarray((before != after).any(axis=-1))
+    assert not changed[[0, 2]].any()
+    assert not changed[1, :place].any()
+    assert changed[1, place:].all()
+
+
+@STYLES
+def test_loss_starts_near_that_of_the_uniform_distribution(config):
+    config = dataclasses.replace(config, vocab_size=257, d_model=256, logit_softcap=0.0)
+    model = Transformer(config)
+    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(3))
+    tokens = tokens_of(config, 8, 16)
+    loss = cross_entropy(run(model, params, tokens[:, :-1]), tokens[:, 1:]).mean()
+    assert abs(float(loss) - math.log(257)) < 0.1
+
+
+@pytest.mark.parametrize("d_model", [64, 768, 4096])
+def test_initial_logits_stay_small_at_any_width(d_model):
+    """GPT-2's 0.02 starts 0.15 above ln V at 768 channels."""
+    model = Transformer(llama(1, 4, d_model, 8, 4, vocab_size=1000))
+    head = jax.jit(lambda key: init_params(model, key)["head"])(jax.random.key(0))
+    variance = float(jnp.var(head)) * d_model  # of a logit: the hidden states have unit variance
+    assert variance / 2 < 0.1
+
+
+@STYLES
+def test_scanned_unrolled_and_recomputed_layers_share_a_tree_and_agree(config):
+    model, params = make(config)
+    batch = batch_of(config)
+    reference, gradient = jax.jit(jax.value_and_grad(lambda p: make_loss_fn(model)(p, batch).mean()))(params)
+    for change in ({"scan_unroll": 0}, {"remat": True}):
+        other = Transformer(dataclasses.replace(config, **change))
+        shapes = jax.eval_shape(lambda other=other: init_params(other, jax.random.key(0)))
+        assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)
+        loss_of = lambda p, m=other: make_loss_fn(m)(p, batch).mean()  # noqa: E731
+        loss, other_gradient = jax.jit(jax.value_and_grad(loss_of))(params)
+        np.testing.assert_allclose(loss, reference, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def batch_of(config, batch_size=4, length=12):
+    tokens = tokens_of(config, batch_size, length + 1)
+    where = jnp.arange(length)[None, :] < jnp.asarray([length, 1, 7, 0])[:batch_size, None]
+    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "where": where}
+
+
+@STYLES
+def test_loss_fn_is_the_cross_entropy_of_the_logits(config):
+    model, params = make(config)
+    batch = batch_of(config)
+    sums = jax.jit(make_loss_fn(model, z_loss=1e-3, chunk_size=5))(params, batch)
+    expected = cross_entropy(run(model, params, batch["inputs"]), batch["labels"], where=batch["where"], z_loss=1e-3)
+    for a, b in zip(jax.tree.leaves(sums), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert sums.weight == 20
+
+
+@STYLES
+def test_loss_and_gradient_are_the_same_on_a_mesh(config):
+    model, params = make(config)
+    batch = batch_of(config)
+    expected = jax.jit(jax.value_and_grad(lambda p, b: make_loss_fn(model)(p, b).mean()))(params, batch)
+    mesh = make_mesh(4)
+    placed = jax.device_put(params, replicated(mesh)), jax.device_put(batch, by_rows(mesh))
+    actual = jax.jit(jax.value_and_grad(lambda p, b: make_loss_fn(model, mesh=mesh)(p, b).mean()))(*placed)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
+
+
+@STYLES
+def test_cache_gives_the_logits_of_the_whole_sequence(config):
+    model, params = make(config)
+    tokens = tokens_of(config, 2, 16)
+    expected = run(model, params, tokens)
+    cache = empty_cache(config, 2, jnp.float32)
+    step = jax.jit(lambda tokens, cache, length: model.apply({"params": params}, tokens, cache, length))
+    hidden, cache = step(tokens[:, :5], cache, jnp.int32(0))
+    pieces = [hidden]
+    for i in range(5, 16):
+        hidden, cache = step(tokens[:, i : i + 1], cache, jnp.int32(i))
+        pieces.append(hidden)
+    actual = logits(model, params, jnp.concatenate(pieces, axis=1))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=2e-5)
+
+
+@STYLES
+def test_parameters_and_gradients_follow_the_compute_dtype(config):
+    model, params = make(config, scale=1.0)
+    batch = batch_of(config)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    hidden, _ = jax.eval_shape(model.apply, {"params": half}, batch["inputs"])
+    assert hidden.dtype == jnp.bfloat16
+    loss = jax.jit(lambda p: make_loss_fn(model)(p, batch).mean())
+    np.testing.assert_allclose(loss(half), loss(params), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2,
+        LLAMA,
+        dataclasses.replace(LLAMA, use_bias=True, tie_embeddings=True, head_dim=6),
+        dataclasses.replace(GPT2, qk_norm=True, norm="rmsnorm", feed_forward="swiglu", tie_embeddings=False),
+    ],
+)
+def test_number_of_parameters_by_formula(config):
+    shapes = jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
+    assert num_params(config) == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_gpt2_has_its_124_million_parameters():
+    assert num_params(gpt2(vocab_size=50257)) == 124_439_808
+
+
+@STYLES
+def test_flops_by_formula_are_those_the_compiler_counts(config):
+    """Forward only (a third), unrolled, all scores: what the program really multiplies. Wide, so that products rule."""
+    config = dataclasses.replace(config, d_model=128, d_ff=512, scan_unroll=0)
+    model = Transformer(config)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    counted = jax.jit(lambda p, t: run(model, p, t)).lower(params, tokens).compile().cost_analysis()["flops"]
+    expected = 2 * 16 * flops_per_token(config, 16, causal=False) / 3
+    assert expected < counted < 1.1 * expected
+
+
+def test_causal_flops_leave_out_what_is_masked():
+    whole, causal = (flops_per_token(LLAMA, 512, causal=flag) for flag in (False, True))
+    attention = 6 * 3 * 2 * 32 * 512  # 6 x layers x (scores and mixture) x heads x head_dim x keys
+    np.testing.assert_allclose(whole - causal, attention * (1 - 513 / 1024))
+
+
+def test_attention_against_a_float64_reference_with_grouped_heads():
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(2, 7, heads, 4)).astype(np.float32) for heads in (6, 2, 2))
+    expected = np.zeros((2, 7, 6, 4))
+    for b, t, h in np.ndindex(2, 7, 6):
+        scores = key[b, : t + 1, h // 3].astype(np.float64) @ query[b, t, h] / 2
+        weights = np.exp(scores - scores.max())
+        expected[b, t, h] = weights / weights.sum() @ value[b, : t + 1, h // 3]
+    np.testing.assert_allclose(attend(query, key, value), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rotation_keeps_length_and_depends_on_distance_alone():
+    x, y = (jax.random.normal(jax.random.key(i), (1, 1, 1, 8)) for i in range(2))
+
+    def product(i, j):
+        at = lambda position: rope_tables(jnp.full((1, 1), position), 8, 10_000.0)  # noqa: E731
+        return float(jnp.sum(rotate(x, at(i)) * rotate(y, at(j))))
+
+    np.testing.assert_allclose(product(5, 2), product(1003, 1000), rtol=1e-4)
+    assert abs(product(5, 2) - product(5, 3)) > 1e-3
+    tables = rope_tables(jnp.arange(300)[None], 8, 10_000.0)
+    assert len(np.unique(np.asarray(tables[1])[0, 255:258, 0, 0])) == 3  # which bfloat16 positions would merge
+
+
+def test_head_is_the_embedding_where_tied():
+    _, tied = make(GPT2)
+    _, untied = make(LLAMA)
+    assert "head" not in tied
+    np.testing.assert_array_equal(head_kernel(tied), tied["embedding"].T)
+    assert head_kernel(untied) is untied["head"]
+
+
+def test_errors_name_the_values():
+    model, params = make(GPT2)
+    with pytest.raises(ValueError, match=r"17 tokens exceed model\.max_seq_len 16"):
+        model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))
+    with pytest.raises(ValueError, match="vocab_size"):
+        init_params(Transformer(dataclasses.replace(GPT2, vocab_size=0)), jax.random.key(0))
