@@ -246,7 +246,11 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """A config from `to_json`'s text; an unknown key or a wrong type is a ValueError that names it."""
-    return _build(Config, json.loads(text), "")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"a config that is not valid JSON: {error}") from None
+    return _build(Config, values, "")
 
 
 def _build(cls: type, values: Any, path: str) -> Any:

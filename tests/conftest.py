@@ -7,3 +7,39 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of 40 small text files: sums in words, easy to learn a little of."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        lines = [f"{a} + {a + i} = {a + a + i}\n" for a in range(i, i + 12)]
+        (folder / f"{i:02}.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(corpus, tmp_path_factory):
+    """Folder of a byte-level token store of the corpus."""
+    from jaxtrain.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("stores") / "store"
+    prepare([str(corpus)], folder, validation_fraction=0.2, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(store):
+    """A run of twelve steps of a 4-row batch that takes a second once it is compiled."""
+    from jaxtrain.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, llama
+
+    return Config(
+        data=DataConfig(store=str(store)),
+        model=llama(num_layers=2, num_heads=2, d_model=16, d_ff=32, max_seq_len=16, num_kv_heads=1),
+        optim=OptimConfig(peak_lr=1e-2, warmup_steps=3),
+        train=TrainConfig(steps=12, batch_size=8, seq_len=16, accumulate=2, log_every=1, num_devices=1),
+        checkpoint=CheckpointConfig(every=5),
+    )

@@ -1,0 +1,157 @@
+"""The config: every field is checked, a round trip keeps it, and a file from a stranger runs nothing."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxtrain.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    differences,
+    from_json,
+    gpt2,
+    llama,
+    load,
+    to_json,
+)
+
+DATA = DataConfig(sources=("python-stdlib",))
+CONFIG = Config(data=DATA, model=gpt2(num_layers=2), optim=OptimConfig(schedule="wsd", decay_steps=9), seed=3)
+
+
+def test_a_round_trip_through_json_keeps_everything():
+    assert from_json(to_json(CONFIG)) == CONFIG
+
+
+def test_loads_python_and_json(tmp_path):
+    (tmp_path / "run.py").write_text(
+        "from jaxtrain.config import Config, DataConfig\n"
+        "def config():\n    return Config(data=DataConfig(sources=('python-stdlib',)), seed=5)\n"
+    )
+    assert load(tmp_path / "run.py").seed == 5
+    (tmp_path / "config.json").write_text(to_json(CONFIG))
+    assert load(tmp_path / "config.json") == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("missing.py", None, "no config file"),
+        ("run.txt", "", r"must end in \.py or \.json"),
+        ("run.py", "x = 1\n", r"no function config\(\)"),
+        ("run.py", "def config():\n    return 3\n", "returned int, not a Config"),
+        ("run.json", "{", "not valid JSON"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sed": 1}, "unknown config key sed; did you mean seed?"),
+        ({"train": {"step": 3}}, r"unknown config key train\.step; did you mean train\.steps\?"),
+        ({"train": {"zzz": 3}}, r"unknown config key train\.zzz; known keys: steps"),
+        ({"train": {"steps": "3"}}, r"train\.steps: expected int, got '3'"),
+        ({"train": {"steps": True}}, r"train\.steps: expected int, got True"),
+        ({"train": {"steps": 2.5}}, r"train\.steps: expected int, got 2\.5"),
+        ({"train": 3}, "train.*expected an object, got 3"),
+        ({"optim": {"schedule": "cos"}}, r"optim\.schedule: 'cos' is none of"),
+        ({"optim": {"peak_lr": None}}, r"optim\.peak_lr: expected float, got None"),
+        ({"data": {"sources": "python-stdlib"}}, r"data\.sources: expected a list of strings"),
+    ],
+)
+def test_json_with_wrong_keys_or_types_names_them(change, message):
+    values = json.loads(to_json(CONFIG))
+    for key, value in change.items():
+        values[key] = {**values[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        from_json(json.dumps(values))
+
+
+def test_a_whole_number_serves_as_a_float():
+    values = json.loads(to_json(CONFIG))
+    values["optim"]["clip_norm"] = 2
+    assert type(from_json(json.dumps(values)).optim.clip_norm) is float
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (ModelConfig, {"num_layers": 0}, "model.num_layers must be above 0, got 0"),
+        (ModelConfig, {"d_model": 100, "num_heads": 3}, "d_model 100 is not divisible by model.num_heads 3"),
+        (ModelConfig, {"num_heads": 4, "num_kv_heads": 3}, "num_heads 4 is not a multiple of model.num_kv_heads 3"),
+        (ModelConfig, {"d_model": 12, "num_heads": 4}, "head dimension 3 must be even"),
+        (ModelConfig, {"logit_softcap": -1.0}, "logit_softcap"),
+        (ModelConfig, {"rope_theta": NAN}, "rope_theta"),
+        (DataConfig, {}, "one of data.store"),
+        (DataConfig, {"store": "a", "sources": ("b",)}, "one of data.store"),
+        (DataConfig, {"store": "a", "validation_fraction": 1.0}, "validation_fraction"),
+        (DataConfig, {"store": "a", "prefetch": 0}, "prefetch"),
+        (OptimConfig, {"peak_lr": 0.0}, "peak_lr"),
+        (OptimConfig, {"peak_lr": NAN}, "peak_lr"),
+        (OptimConfig, {"b2": 1.0}, r"b2 must be in \[0, 1\)"),
+        (OptimConfig, {"b1": NAN}, "b1"),
+        (OptimConfig, {"clip_norm": -1.0}, "clip_norm"),
+        (OptimConfig, {"weight_decay": -0.1}, "weight_decay"),
+        (OptimConfig, {"floor": 1.5}, "floor"),
+        (OptimConfig, {"schedule": "wsd"}, "needs optim.decay_steps"),
+        (TrainConfig, {"steps": 0}, "steps"),
+        (TrainConfig, {"batch_size": 6, "accumulate": 4}, "batch_size 6 is not divisible by train.accumulate 4"),
+        (TrainConfig, {"label_smoothing": 1.0}, "label_smoothing"),
+        (TrainConfig, {"z_loss": -1.0}, "z_loss"),
+        (TrainConfig, {"log_every": 0}, "log_every"),
+        (CheckpointConfig, {"every": 0}, "every"),
+        (CheckpointConfig, {"keep": 0}, "keep"),
+    ],
+)
+def test_values_out_of_range(cls, fields, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seed": -1}, "seed"),
+        ({"train": TrainConfig(seq_len=512)}, "seq_len 512 exceeds model.max_seq_len 256"),
+        ({"optim": OptimConfig(warmup_steps=1000)}, "warmup_steps 1000 leaves no room to decay in train.steps 1000"),
+        ({"optim": OptimConfig(warmup_steps=900, schedule="wsd", decay_steps=101)}, "leaves no room"),
+        ({"optim": OptimConfig(schedule="sgdr", cycles=3)}, "cycles 3 must divide train.steps 1000"),
+        ({"optim": OptimConfig(schedule="sgdr", cycles=10, warmup_steps=100)}, "longer than optim.warmup_steps 100"),
+    ],
+)
+def test_values_that_do_not_go_together(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(data=DATA, **fields)
+
+
+def test_warm_up_may_fill_the_run_where_nothing_decays():
+    config = Config(data=DATA, optim=OptimConfig(schedule="constant", warmup_steps=1000))
+    assert config.optim.warmup_steps == config.train.steps
+
+
+def test_differences_name_every_field_that_differs():
+    other = dataclasses.replace(CONFIG, seed=4, model=llama(2, 4, 64, 128, 256))
+    lines = differences(CONFIG, other)
+    assert "seed: 3 -> 4" in lines
+    assert "model.positions: 'learned' -> 'rope'" in lines
+    assert differences(CONFIG, CONFIG) == []
+
+
+def test_a_json_config_runs_no_code(tmp_path):
+    values = json.loads(to_json(CONFIG))
+    values["data"]["sources"] = ["__import__('os').system('touch /tmp/x')"]
+    assert from_json(json.dumps(values)).data.sources == tuple(values["data"]["sources"])
