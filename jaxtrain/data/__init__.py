@@ -1,0 +1,1 @@
+"""Text to token stores to batches: each module is imported by name."""

@@ -1,0 +1,219 @@
+"""Batches of tokens: a pure function of (seed, step), so that a resumed run needs only its step number.
+
+A batch is a dict of numpy arrays [batch_size, seq_len]: `inputs` int32, `labels` int32 (the token after each input) and
+`where` bool (which labels count).
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
+
+import jax
+import numpy as np
+
+from jaxtrain.data.order import permute
+from jaxtrain.data.store import Split
+
+T = TypeVar("T")
+Batch = dict[str, np.ndarray]
+
+
+class Batches(Protocol):
+    """What `global_batch` needs; `TrainBatches` and `EvalBatches` have it."""
+
+    batch_size: int
+    seq_len: int
+
+    def rows(self, index: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of batch `index`."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainBatches:
+    """Endless shuffled training batches: every epoch has each window of the split once, in an order of its own."""
+
+    split: Split
+    seed: int
+    batch_size: int  # sequences
+    seq_len: int  # tokens
+    vocab_size: int
+
+    def __post_init__(self):
+        _require_sizes(self.batch_size, self.seq_len)
+        if self.num_windows < 1:
+            raise ValueError(
+                f"the training split has {self.split.num_tokens} tokens, fewer than one window of seq_len + 1 = "
+                f"{self.seq_len + 1}: lower seq_len or add text"
+            )
+
+    @property
+    def num_windows(self) -> int:
+        """Windows an epoch: seq_len tokens apart, each with the token that follows it."""
+        return (self.split.num_tokens - 1) // self.seq_len
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of the batch of a step, `where` all True; a ValueError if a token is out of range."""
+        _require_rows(start, stop, self.batch_size)
+        first = step * self.batch_size
+        windows = np.empty((stop - start, self.seq_len + 1), np.int32)
+        position = first + start
+        while position < first + stop:  # a turn an epoch
+            epoch, offset = divmod(position, self.num_windows)
+            count = min(first + stop - position, self.num_windows - offset)
+            order = permute(np.arange(offset, offset + count), self.num_windows, (self.seed, epoch))
+            for row, window in enumerate(order.tolist(), position - first - start):
+                windows[row] = _read(self.split, window * self.seq_len, self.seq_len + 1, self.vocab_size)
+            position += count
+        return _batch(windows, np.ones((stop - start, self.seq_len), bool))
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step."""
+        return self.rows(step, 0, self.batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class EvalBatches:
+    """A split once, in order: each token but the very first is predicted once; what pads the end is not `where`."""
+
+    split: Split
+    batch_size: int  # sequences
+    seq_len: int  # tokens
+    vocab_size: int
+
+    def __post_init__(self):
+        _require_sizes(self.batch_size, self.seq_len)
+        if self.split.num_tokens < 2:
+            raise ValueError(f"the split has {self.split.num_tokens} tokens, none of them to predict: add text")
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches, the last one padded."""
+        return -(-self._num_windows // self.batch_size)
+
+    @property
+    def _num_windows(self) -> int:
+        return -(-(self.split.num_tokens - 1) // self.seq_len)
+
+    def rows(self, index: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of a batch; inputs and labels are 0 where `where` is False."""
+        _require_rows(start, stop, self.batch_size)
+        if not 0 <= index < self.num_batches:
+            raise ValueError(f"batch {index} is not among the {self.num_batches} of the split")
+        windows = np.zeros((stop - start, self.seq_len + 1), np.int32)
+        lengths = np.zeros(stop - start, np.int64)  # labels a row
+        first = index * self.batch_size + start
+        for row, window in enumerate(range(first, min(first + stop - start, self._num_windows))):
+            begin = window * self.seq_len
+            length = min(self.seq_len + 1, self.split.num_tokens - begin)
+            windows[row, :length] = _read(self.split, begin, length, self.vocab_size)
+            lengths[row] = length - 1
+        where = np.arange(self.seq_len)[None, :] < lengths[:, None]
+        batch = _batch(windows, where)
+        # The last token of a ragged window has no label: as an input it would be padding with a value.
+        return {**batch, "inputs": np.where(where, batch["inputs"], 0)}
+
+    def batch(self, index: int) -> Batch:
+        """A whole batch."""
+        return self.rows(index, 0, self.batch_size)
+
+
+def global_batch(batches: Batches, index: int, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """Places a batch on devices: [batch_size, seq_len] arrays with `sharding`.
+
+    Each process builds only the rows that its own devices hold, and no row range twice.
+    """
+    built: dict[tuple[int, int], Batch] = {}
+
+    def part(name: str, where: tuple[slice, slice]) -> np.ndarray:
+        start, stop, _ = where[0].indices(batches.batch_size)
+        if (start, stop) not in built:
+            built[start, stop] = batches.rows(index, start, stop)
+        return built[start, stop][name][:, where[1]]
+
+    shape = (batches.batch_size, batches.seq_len)
+    return {
+        name: jax.make_array_from_callback(shape, sharding, lambda where, name=name: part(name, where))
+        for name in ("inputs", "labels", "where")
+    }
+
+
+class Prefetcher(Generic[T]):
+    """Iterates over function(start), ..., function(stop - 1), computed in order on a thread, `depth` ahead at most.
+
+    A context manager; leaving it stops the thread. What the function raises is raised to the consumer at that item.
+    """
+
+    def __init__(self, function: Callable[[int], T], start: int, stop: int, depth: int):
+        if depth < 1:
+            raise ValueError(f"prefetch depth must be 1 or more, got {depth}")
+        self._function, self._indices, self._left = function, range(start, stop), max(stop - start, 0)
+        self._room = threading.Semaphore(depth)
+        self._ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        self._room.release()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._thread.ident is None or self._stopping.is_set():
+            raise RuntimeError("a Prefetcher gives items inside its `with` block only")
+        if self._left == 0:
+            raise StopIteration
+        item, error = self._ready.get()
+        self._left -= 1
+        if error is not None:
+            self._left = 0
+            raise error
+        self._room.release()
+        return item
+
+    def _work(self) -> None:
+        for index in self._indices:
+            self._room.acquire()
+            if self._stopping.is_set():
+                return
+            try:
+                self._ready.put((self._function(index), None))
+            except BaseException as error:
+                self._ready.put((None, error))
+                return
+
+
+def _read(split: Split, start: int, length: int, vocab_size: int) -> np.ndarray:
+    tokens = split.read(start, length)
+    if tokens.max() >= vocab_size:  # shards are unsigned
+        position = int(np.argmax(tokens >= vocab_size))
+        raise ValueError(
+            f"token id {tokens[position]} at position {start + position} of the split is not in [0, {vocab_size}): "
+            "the store is damaged or belongs to another vocabulary; verify it, or make it again"
+        )
+    return tokens
+
+
+def _batch(windows: np.ndarray, where: np.ndarray) -> Batch:
+    return {"inputs": windows[:, :-1].copy(), "labels": windows[:, 1:].copy(), "where": where}
+
+
+def _require_sizes(batch_size: int, seq_len: int) -> None:
+    if batch_size < 1 or seq_len < 1:
+        raise ValueError(f"batch_size and seq_len must be 1 or more, got {batch_size} and {seq_len}")
+
+
+def _require_rows(start: int, stop: int, batch_size: int) -> None:
+    if not 0 <= start <= stop <= batch_size:
+        raise ValueError(f"rows [{start}, {stop}) are not in a batch of {batch_size}")

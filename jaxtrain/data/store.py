@@ -1,0 +1,196 @@
+"""Opens a token store: the folder `prepare` makes. Everything in it is checked, and no pickle is ever loaded.
+
+manifest.json              what follows, with sizes and SHA-256, and where it came from
+tokenizer.json
+train-00000.bin ...        tokens, raw little-endian uint16 or uint32
+train-documents.npy        int64: where each document starts, in tokens
+validation-...             the same
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.data.files import sha256_file
+from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
+from jaxtrain.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
+
+FORMAT = "jaxtrain-tokens"
+VERSION = 1
+MANIFEST = "manifest.json"
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The tokens of one split, in the order of its documents: each is the end-of-text token and then its own."""
+
+    shards: tuple[np.ndarray, ...]  # 1-D, unsigned; memory-mapped where they come from a store
+    document_starts: np.ndarray  # int64 [num_documents], in tokens
+    num_bytes: int  # UTF-8 bytes of the documents' text
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Number of tokens, the end-of-text tokens included."""
+        return sum(len(shard) for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return len(self.document_starts)
+
+    @cached_property
+    def _shard_starts(self) -> np.ndarray:
+        return np.cumsum([0, *(len(shard) for shard in self.shards)])
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """A copy of tokens [start, start + length), in the store's dtype; a ValueError if the split is shorter."""
+        stop = start + length
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"tokens [{start}, {stop}) are not in a split of {self.num_tokens} tokens")
+        first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        pieces = []
+        for begin, shard in zip(self._shard_starts[first:].tolist(), self.shards[first:], strict=False):
+            if begin >= stop:
+                break
+            pieces.append(shard[max(start - begin, 0) : stop - begin])
+        return np.concatenate(pieces) if pieces else np.empty(0, self.shards[0].dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """An opened token store."""
+
+    path: Path
+    vocab_size: int
+    eot_id: int
+    fingerprint: str  # SHA-256 (hex) of all that determines the tokens; file names, dates and sources do not
+    train: Split
+    validation: Split
+    manifest: dict[str, Any]  # as read
+
+    @cached_property
+    def tokenizer(self) -> ByteTokenizer | BPETokenizer:
+        """The tokenizer the tokens were made with."""
+        return load_tokenizer(self.path)
+
+
+def shard_file(split: str, number: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{number:05d}.bin"
+
+
+def documents_file(split: str) -> str:
+    """File name of a split's document starts."""
+    return f"{split}-documents.npy"
+
+
+def partial_folder(path: Path) -> Path:
+    """Where a store is while it is being made."""
+    return path.parent / f".{path.name}.partial"
+
+
+def open_store(path: str | Path, *, verify: bool = True) -> TokenStore:
+    """Opens a token store.
+
+    Args:
+      path: the folder.
+      verify: also read every shard and compare its SHA-256 with the manifest's (about a second a gigabyte). Sizes and
+        the tokenizer are always checked.
+
+    Raises:
+      ValueError: not a finished store of this format, or a damaged one; says which and what to do.
+    """
+    path = Path(path).expanduser().absolute()
+    manifest = _read_manifest(path)
+    try:
+        found = (manifest["format"], manifest["version"])
+    except (KeyError, TypeError):
+        raise _damaged(path, f"{MANIFEST} does not name its format") from None
+    if found != (FORMAT, VERSION):
+        raise ValueError(
+            f"{path} has format {found[0]!r} version {found[1]!r}; this jaxtrain reads {FORMAT!r} version {VERSION}: "
+            "make the store again with `jaxtrain prepare`"
+        )
+    try:
+        dtype = DTYPES[manifest["dtype"]]
+        vocab_size, eot_id = _number(manifest, "vocab_size"), _number(manifest, "eot_id")
+        tokenizer_sha256 = manifest["tokenizer"]["sha256"]
+        fingerprint = manifest_fingerprint(manifest)
+        train, validation = (
+            _open_split(path, name, manifest["splits"][name], dtype, verify) for name in ("train", "validation")
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"{MANIFEST} lacks a key or holds a wrong value: {error!r}") from None
+    if not (path / TOKENIZER_FILE).is_file() or sha256_file(path / TOKENIZER_FILE) != tokenizer_sha256:
+        raise _damaged(path, f"{TOKENIZER_FILE} is missing or is not the tokenizer the tokens were made with")
+    return TokenStore(path, vocab_size, eot_id, fingerprint, train, validation, manifest)
+
+
+def manifest_fingerprint(manifest: dict[str, Any]) -> str:
+    """SHA-256 (hex) over what a manifest says of the tokens themselves; a KeyError if it does not say it."""
+    splits = {
+        name: [[(shard["num_tokens"], shard["sha256"]) for shard in split["shards"]], split["documents_sha256"]]
+        for name, split in sorted(manifest["splits"].items())
+    }
+    keys = ("format", "version", "dtype", "vocab_size", "eot_id")
+    content = [*(manifest[key] for key in keys), manifest["tokenizer"]["sha256"], splits]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> Any:
+    if path.name.startswith(".") and path.name.endswith(".partial"):
+        raise ValueError(f"{path} is an unfinished token store: run `jaxtrain prepare` again to finish it")
+    if not path.is_dir():
+        if partial_folder(path).is_dir():
+            raise ValueError(f"the token store {path} is unfinished: run `jaxtrain prepare` again to finish it")
+        raise ValueError(f"{path} is not a folder: make a token store there with `jaxtrain prepare`")
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} is not a token store: it has no {MANIFEST}; make one with `jaxtrain prepare`")
+    try:
+        return json.loads((path / MANIFEST).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"{MANIFEST} is not JSON: {error}") from None
+
+
+def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, verify: bool) -> Split:
+    shards = []
+    for number, shard in enumerate(entry["shards"]):
+        file = path / shard_file(name, number)
+        size = _number(shard, "num_tokens") * dtype.itemsize
+        if not file.is_file():
+            raise _damaged(path, f"{file.name} is missing")
+        if file.stat().st_size != size or size == 0:
+            raise _damaged(path, f"{file.name} has {file.stat().st_size} bytes, its manifest says {size}")
+        if verify and sha256_file(file) != shard["sha256"]:
+            raise _damaged(path, f"the checksum of {file.name} is not the manifest's")
+        # A plain view: slicing a np.memmap costs more than copying a window out of it.
+        shards.append(np.memmap(file, dtype, "r").view(np.ndarray))
+    file = path / documents_file(name)
+    try:
+        starts = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{file.name} cannot be read: {error}") from None
+    if starts.dtype != np.int64 or starts.shape != (entry["num_documents"],):
+        raise _damaged(path, f"{file.name} is not int64 [{entry['num_documents']}]")
+    if verify and sha256_file(file) != entry["documents_sha256"]:
+        raise _damaged(path, f"the checksum of {file.name} is not the manifest's")
+    split = Split(tuple(shards), starts, _number(entry, "num_bytes"))
+    if not shards or split.num_tokens != entry["num_tokens"]:
+        raise _damaged(path, f"the shards of {name} have {split.num_tokens} tokens, not {entry['num_tokens']}")
+    return split
+
+
+def _number(entry: dict[str, Any], key: str) -> int:
+    if type(entry[key]) is not int:
+        raise TypeError(f"{key} is {entry[key]!r}, not a whole number")
+    return entry[key]
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"the token store {path} is damaged: {why}; delete it and run `jaxtrain prepare` again")

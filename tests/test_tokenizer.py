@@ -1,0 +1,155 @@
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxtrain.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    load_tokenizer,
+    parse_spec,
+    read_hf,
+    train_bpe,
+)
+
+TEXTS = ["the cat sat on the mat\n", "the dog sat on the log\n", "a cat and a dog\n"] * 20
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BPETokenizer:
+    return train_bpe(TEXTS, 270)
+
+
+def hf_json(bpe: BPETokenizer, old: str = "<|endoftext|>", new: str = "<|endoftext|>", special: bool = True) -> str:
+    data = json.loads(bpe.json_text)
+    data["model"]["vocab"] = {new if token == old else token: i for token, i in data["model"]["vocab"].items()}
+    for token in data["added_tokens"]:
+        token["content"] = token["content"].replace(old, new)
+        token["special"] = special
+    return json.dumps(data)
+
+
+@given(st.binary(max_size=200))
+@settings(deadline=None)
+def test_bytes_round_trip(data):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(data)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == list(data)
+    assert tokenizer.decode_bytes(ids) == data
+
+
+def test_byte_end_of_text_is_spelled_out():
+    tokenizer = ByteTokenizer()
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (257, 256)
+    assert tokenizer.decode([256, 104, 105, 256, 256]) == "<|endoftext|>hi<|endoftext|><|endoftext|>"
+    assert tokenizer.decode([0xC3]) == "�"
+    assert tokenizer.decode([]) == ""
+    with pytest.raises(ValueError, match="257 is not in the byte vocabulary"):
+        tokenizer.decode([257])
+
+
+@given(st.text(max_size=100))
+@settings(deadline=None, max_examples=50)
+def test_bpe_round_trips_any_text(bpe, text):
+    assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.encode(text.encode()).tolist() == bpe.encode(text).tolist()
+
+
+def test_bpe_learns_merges_and_is_deterministic(bpe):
+    assert bpe.vocab_size == 270
+    assert len(bpe.encode("the cat sat")) < len("the cat sat")
+    assert bpe.decode([bpe.eot_id, *bpe.encode("a dog")]) == "<|endoftext|>a dog"
+    assert train_bpe(TEXTS, 270).fingerprint == bpe.fingerprint
+    batch = bpe.encode_batch(TEXTS[:3])
+    assert [ids.tolist() for ids in batch] == [bpe.encode(text).tolist() for text in TEXTS[:3]]
+
+
+def test_documents_cannot_forge_the_end_of_text(bpe):
+    text = "a<|endoftext|>b"
+    for tokenizer in (bpe, ByteTokenizer()):
+        ids = tokenizer.encode(text)
+        assert tokenizer.eot_id not in ids
+        assert tokenizer.decode(ids) == text
+    trained_on_it = train_bpe(["<|endoftext|> <|endoftext|>"] * 50, 268)
+    assert trained_on_it.eot_id not in trained_on_it.encode("<|endoftext|>")
+
+
+def test_bpe_vocabulary_out_of_reach():
+    with pytest.raises(ValueError, match="below 257"):
+        train_bpe(TEXTS, 256)
+    with pytest.raises(ValueError, match=r"too small for bpe:5000: it has pairs for \d+ tokens; use bpe:\d+"):
+        train_bpe(TEXTS, 5000)
+
+
+def test_save_and_load(bpe, tmp_path):
+    for tokenizer in (bpe, ByteTokenizer()):
+        tokenizer.save(tmp_path)
+        saved = (tmp_path / "tokenizer.json").read_bytes()
+        assert tokenizer.fingerprint == hashlib.sha256(saved).hexdigest()
+        loaded = load_tokenizer(tmp_path)
+        assert loaded == tokenizer
+        assert (loaded.vocab_size, loaded.eot_id) == (tokenizer.vocab_size, tokenizer.eot_id)
+        assert loaded.encode("<|endoftext|>cat").tolist() == tokenizer.encode("<|endoftext|>cat").tolist()
+
+
+@pytest.mark.parametrize("text", ["not json", "[]", '{"type": "other"}', '{"model": {"type": "Nonsense"}}'])
+def test_load_refuses_what_is_no_tokenizer(text, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer file"):
+        load_tokenizer(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>"])
+def test_hf_finds_the_end_of_text(bpe, name, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(hf_json(bpe, new=name))
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        tokenizer = read_hf(path)
+        assert tokenizer.eot_id == 0
+        assert tokenizer.encode("the cat").tolist() == bpe.encode("the cat").tolist()
+
+
+def test_hf_adds_no_tokens_and_does_not_truncate(bpe, tmp_path):
+    data = json.loads(bpe.json_text)
+    data["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    assert read_hf(tmp_path).encode("zebra quest").tolist() == bpe.encode("zebra quest").tolist()
+
+
+def test_hf_refusals(bpe, tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer file"):
+        read_hf(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(hf_json(bpe, new="<end>"))
+    with pytest.raises(ValueError, match=r"looked for <\|endoftext\|>, </s>, <\|end_of_text\|>, <\|eot_id\|>, <eos>"):
+        read_hf(file)
+    file.write_text(hf_json(bpe, special=False))
+    with pytest.raises(ValueError, match="could forge it"):
+        read_hf(file)
+
+
+def test_specs():
+    assert parse_spec("byte") == ("byte", "")
+    assert parse_spec("bpe:32000") == ("bpe", "32000")
+    assert parse_spec("hf:C:/models/x") == ("hf", "C:/models/x")
+    for spec in ("", "bytes", "byte:1", "bpe", "bpe:", "bpe:x", "bpe:-5", "bpe:256", "hf:", "gpt2"):
+        with pytest.raises(ValueError, match=r"use byte, bpe:VOCAB .* or hf:PATH"):
+            parse_spec(spec)
+
+
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"jaxtrain\[bpe\]"):
+        train_bpe(TEXTS, 270)
