@@ -90,7 +90,7 @@ def open_data(config: Config, run_dir: str | Path) -> TokenStore:
     if data.store:
         return open_store(data.store, verify=data.verify)
     folder = Path(run_dir) / "data"
-    if not folder.exists():
+    if not (Path(run_dir) / "metrics.jsonl").exists():  # once the run has begun the text is no longer needed
         prepare(
             data.sources,
             folder,

@@ -124,9 +124,8 @@ class DataConfig:
 
     def __post_init__(self):
         _require(
-            bool(self.store) != bool(self.sources),
-            "data needs one of data.store (a folder made by `jaxtrain prepare`) and data.sources (text to prepare); "
-            f"got store={self.store!r} sources={self.sources!r}",
+            bool(self.store or self.sources),
+            "data needs data.store (a folder made by `jaxtrain prepare`) or data.sources (text to prepare)",
         )
         _require(
             0 < self.validation_fraction < 1,

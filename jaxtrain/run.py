@@ -1,6 +1,8 @@
 """A run directory and all the pieces that its config makes: data, mesh, model, state shapes, compiled-to-be steps."""
 
 import dataclasses
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,21 +43,26 @@ class Run(NamedTuple):
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Makes the run's folder, or checks that the folder's run is this one."""
+    """Makes the run's folder, or checks that the run in it is this one.
+
+    Raises:
+      ValueError: a folder of something else, or of a run that has begun with another config.
+    """
     file = folder / "config.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        if foreign := [path.name for path in folder.iterdir() if path.name != "data"]:
-            raise ValueError(f"{folder} is no run directory, it holds {sorted(foreign)[:3]}: give another --run-dir")
-        file.write_text(to_json(config))
-        return
-    changed = [line for line in differences(from_json(file.read_text()), config) if not line.startswith(_FREE)]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run with another config: repeat that one's, or give another --run-dir\n  "
-            + "\n  ".join(changed)
-        )
-    file.write_text(to_json(config))
+    if (folder / "metrics.jsonl").exists() and file.exists():
+        changed = [line for line in differences(from_json(file.read_text()), config) if not line.startswith(_FREE)]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with another config: repeat that one's, or give another --run-dir\n  "
+                + "\n  ".join(changed)
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in folder.iterdir()}
+    if not file.exists() and (foreign := sorted(names - {"data", ".data.partial", "config.json.tmp"})):
+        raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
+    temporary = folder / "config.json.tmp"  # a power cut may not leave half a config
+    temporary.write_text(to_json(config))
+    os.replace(temporary, file)
 
 
 def assemble(config: Config, folder: Path, store: TokenStore) -> Run:
@@ -101,6 +108,12 @@ def open_run(folder: str | Path) -> Run:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
     config = load(folder / "config.json")
+    # There may be fewer devices than the run had, or more: as many as its batch divides over will do.
+    settings, num_devices = config.train, len(jax.devices())
+    num_devices = math.gcd(
+        settings.batch_size // settings.accumulate, min(settings.num_devices or num_devices, num_devices)
+    )
+    config = dataclasses.replace(config, train=dataclasses.replace(settings, num_devices=num_devices))
     return assemble(config, folder, build.open_data(config, folder))
 
 

@@ -26,7 +26,16 @@ def config_file(tiny_config, tmp_path):
 
 
 def test_train_takes_every_field_as_a_flag_and_goes_on_with_its_run(config_file, tmp_path, capsys):
-    arguments = ["train", config_file, "--run-dir", str(tmp_path / "run"), "--train.steps", "6", "--optim.peak-lr", "0.02"]
+    arguments = [
+        "train",
+        config_file,
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--train.steps",
+        "6",
+        "--optim.peak-lr",
+        "0.02",
+    ]
     arguments += ["--train.batch-size", "4", "--train.accumulate", "1", "--seed", "7"]
     assert main([*arguments, "--train.stop-after", "2"]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import from_json, to_json
+from jaxtrain.config import DataConfig, from_json, to_json
 from jaxtrain.metrics import read_metrics
 from jaxtrain.run import open_run
 from jaxtrain.train import train
@@ -131,7 +131,7 @@ def test_stopping_twice_in_an_epoch_and_going_on_gives_the_same_bits(tiny_config
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(tiny_config, tmp_path):
-    config = with_train(tiny_config, steps=400)
+    config = with_train(tiny_config, steps=150)
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
     process = subprocess.Popen(command(file, tmp_path / "run"), env=environment(1), stdout=subprocess.DEVNULL)
@@ -145,7 +145,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(tiny_config, tmp_path
     assert events[-1]["event"] == "stop"
     assert events[-1]["reason"] == "SIGTERM"
     stopped = events[-1]["step"]
-    assert 0 < stopped < 400
+    assert 0 < stopped < 150
     assert int(state_of(tmp_path / "run").step) == stopped
     train(config, tmp_path / "run")
     train(config, tmp_path / "undisturbed")
@@ -154,7 +154,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(tiny_config, tmp_path
 
 def test_the_numbers_do_not_depend_on_micro_batches_or_devices(tiny_config, tmp_path):
     reference = None
-    for devices, accumulate in ((1, 1), (1, 4), (2, 2), (4, 1), (8, 1)):
+    for devices, accumulate in ((1, 1), (1, 4), (4, 2)):
         folder = tmp_path / f"{devices}-{accumulate}"
         train(with_train(tiny_config, num_devices=devices, accumulate=accumulate), folder)
         lines = numbers(folder)
@@ -175,12 +175,31 @@ def test_a_folder_keeps_its_config(tiny_config, tmp_path):
     train(with_train(tiny_config, stop_after=2), tmp_path / "run")
     before = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(ValueError, match=r"optim\.peak_lr: 0\.01 -> 0\.02"):
-        train(dataclasses.replace(tiny_config, optim=dataclasses.replace(tiny_config.optim, peak_lr=0.02)), tmp_path / "run")
+        train(
+            dataclasses.replace(tiny_config, optim=dataclasses.replace(tiny_config.optim, peak_lr=0.02)),
+            tmp_path / "run",
+        )
     assert (tmp_path / "run" / "config.json").read_text() == before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("")
     with pytest.raises(ValueError, match=r"no run directory.*chapter1\.tex"):
         train(tiny_config, tmp_path / "thesis")
+
+
+def test_a_run_that_never_began_may_be_mended(tiny_config, tmp_path):
+    with pytest.raises(ValueError, match="not divisible"):
+        train(with_train(tiny_config, num_devices=8), tmp_path / "run")
+    train(with_train(tiny_config, batch_size=16, num_devices=8, stop_after=1), tmp_path / "run")
+    assert len(open_run(tmp_path / "run").mesh.devices) == 8
+
+
+def test_a_store_made_in_the_run_directory_serves_when_the_text_is_gone(tiny_config, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 200)
+    config = dataclasses.replace(tiny_config, data=DataConfig(sources=(str(text),)))
+    train(with_train(config, stop_after=1), tmp_path / "run")
+    text.unlink()
+    assert train(with_train(config, stop_after=2), tmp_path / "run")["step"] == 2
 
 
 def test_another_store_is_refused_on_resume(tiny_config, corpus, tmp_path):
@@ -196,7 +215,7 @@ def test_another_store_is_refused_on_resume(tiny_config, corpus, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_an_error_with_the_arithmetic(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match="batch_size 8 is not divisible by train.accumulate 2 x 8 devices = 16"):
+    with pytest.raises(ValueError, match=r"batch_size 8 is not divisible by .* 2 x 8 devices = 16"):
         train(with_train(tiny_config, num_devices=8), tmp_path / "run")
 
 

@@ -20,16 +20,21 @@ def attend(
     Returns:
       `[B, T, H, K]`, in the queries' dtype.
     """
+    batch, length, num_heads, width = query_BTHK.shape
     num_groups = key_BSGK.shape[2]
     if positions_BT is None:
-        positions_BT = jnp.arange(query_BTHK.shape[1])[None, :]
+        positions_BT = jnp.arange(length)[None, :]
     visible_BTS = jnp.arange(key_BSGK.shape[1])[None, None, :] <= positions_BT[:, :, None]
-    batch, length, num_heads, width = query_BTHK.shape
-    grouped = query_BTHK.reshape(batch, length, num_groups, num_heads // num_groups, width)  # B T G (H / G) K
+    grouped = query_BTHK.reshape(batch, length, num_groups, num_heads // num_groups, width)
     scores = jnp.einsum("btghk,bsgk->bghts", grouped, key_BSGK, preferred_element_type=jnp.float32)
     scores = jnp.where(visible_BTS[:, None, None], scores * width**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value_BSGK.dtype)
-    return jnp.einsum("bghts,bsgk->btghk", weights, value_BSGK).reshape(query_BTHK.shape)
+    # Divided by their sum after the product with the values: T x K divisions instead of T x S.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    mixed = jnp.einsum(
+        "bghts,bsgk->btghk", weights.astype(value_BSGK.dtype), value_BSGK, preferred_element_type=jnp.float32
+    )
+    total_BTGH = jnp.einsum("bghts->btgh", weights)
+    return (mixed / total_BTGH[..., None]).astype(query_BTHK.dtype).reshape(query_BTHK.shape)
 
 
 def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
