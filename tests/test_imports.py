@@ -1,0 +1,129 @@
+"""Who may import whom, read from the source; and that importing a module does nothing else."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxtrain"
+# Each core module with the core modules it may import: upwards only towards the front of this list.
+CORE = {
+    "losses": set(),
+    "schedules": set(),
+    "precision": set(),
+    "optim": {"losses", "schedules", "precision"},
+    "guard": {"losses", "schedules", "precision", "optim"},
+    "step": {"losses", "schedules", "precision", "optim", "guard"},
+}
+CORE_LIBRARIES = {"jax", "flax", "optax", "chex", "numpy"}
+
+
+def imports(path):
+    """Every module name that a file imports, at its top or inside a function; `from a import b` gives a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import, which this test does not follow"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(path):
+    """The jaxtrain modules among them, as far as they exist: `models.transformer`, `losses`."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")[1:] if name.split(".")[0] == "jaxtrain" else []
+        if parts and (PACKAGE.joinpath(*parts).is_dir() or PACKAGE.joinpath(*parts).with_suffix(".py").is_file()):
+            found.add(".".join(parts))
+    return found
+
+
+def modules():
+    paths = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__main__")
+    assert len(paths) >= 8
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+
+
+@pytest.mark.parametrize("name", [name for name in CORE if (PACKAGE / f"{name}.py").is_file()])
+def test_the_core_imports_no_program(name):
+    path = PACKAGE / f"{name}.py"
+    libraries = {module.split(".")[0] for module in imports(path)} - {"jaxtrain"}
+    assert libraries - CORE_LIBRARIES - set(sys.stdlib_module_names) == set()
+    assert ours(path) - CORE[name] == set()
+
+
+def test_the_core_is_there():
+    assert {path.stem for path in PACKAGE.glob("*.py")} >= CORE.keys() - {"guard"}
+    assert ours(PACKAGE / "step.py") >= {"losses", "optim", "precision"}  # the parser finds imports at all
+
+
+@pytest.mark.parametrize(("package", "other"), [("models", "data"), ("data", "models")])
+def test_models_and_data_stand_alone(package, other):
+    paths = list((PACKAGE / package).rglob("*.py"))
+    assert paths
+    for path in paths:
+        wrong = {name for name in ours(path) if name.split(".")[0] in ("step", other)}
+        assert not wrong, f"{path} imports {wrong}"
+
+
+def test_configs_import_only_the_config():
+    for path in (ROOT / "configs").glob("*.py"):
+        wrong = {name for name in imports(path) if name.split(".")[0] not in ("jaxtrain", "dataclasses")}
+        assert not wrong, f"{path} imports {wrong}"
+        assert ours(path) == {"config"}, path
+
+
+def run_python(code):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("\n")[:-1]
+
+
+def test_the_config_needs_no_jax():
+    """Configs are read by tools that only want numbers, and the command line answers --help at once."""
+    loaded = run_python("import sys, jaxtrain.config\nprint(*sorted({name.split('.')[0] for name in sys.modules}))")[0]
+    assert "jaxtrain" in loaded.split()
+    assert not {"jax", "jaxlib", "flax", "optax", "orbax", "numpy"} & set(loaded.split())
+
+
+IMPORT_EACH = """
+import importlib, logging, os, warnings
+import chex, flax.linen, flax.nnx, jax, numpy, optax, orbax.checkpoint
+from jax._src import xla_bridge
+
+def handlers():
+    loggers = [logging.getLogger(), *(x for x in logging.Logger.manager.loggerDict.values() if hasattr(x, "handlers"))]
+    return [(logger.name, logger.level, str(logger.handlers)) for logger in loggers if logger.handlers or logger.level]
+
+def world():
+    return {
+        "environment": dict(os.environ),
+        "logging": handlers(),
+        "JAX flags": dict(jax.config.values),
+        "warning filters": list(warnings.filters),
+        "working directory": os.getcwd(),
+    }
+
+assert not xla_bridge.backends_are_initialized(), "a library did it"
+logging.getLogger().handlers.clear()  # absl's: with any handler there, logging.basicConfig would do nothing
+for name in MODULES:
+    before = world()
+    importlib.import_module(name)
+    for what, value in world().items():
+        assert value == before[what], f"importing {name} changed the {what}: {before[what]} -> {value}"
+    assert not xla_bridge.backends_are_initialized(), f"importing {name} started a JAX backend"
+    print(name)
+"""
+
+
+def test_importing_does_nothing():
+    """No device, no flag, no environment variable, no logging, no output."""
+    names = modules()
+    assert run_python(IMPORT_EACH.replace("MODULES", repr(names))) == names
