@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Shape = Callable[[jax.Array], jax.Array]
 
 
 def warmup_cosine(peak: float, total_steps: int, warmup_steps: int, floor: float = 0.1) -> Schedule:
@@ -74,14 +75,16 @@ def sgdr(
         raise ValueError(f"cycles must be at least 1, got {cycles}")
     if not 0 < decay <= 1:
         raise ValueError(f"decay must be in (0, 1], got {decay}")
-    one_cycle = warmup_cosine(1.0, cycle_steps, warmup_steps, floor)
     _check_rates(peak, floor)
-    peaks = np.array([peak * decay**cycle for cycle in range(cycles)], np.float32)
+    _check_steps(cycle_steps, warmup_steps, cycle_steps - warmup_steps)
+    peaks = peak * decay ** np.arange(cycles)
 
     def schedule(step):
         step = jnp.asarray(step).astype(jnp.int32)
         cycle = jnp.clip(step // cycle_steps, 0, cycles - 1)
-        return jnp.asarray(peaks)[cycle] * one_cycle(step - cycle * cycle_steps)
+        high, low = (jnp.asarray(rates, jnp.float32)[cycle] for rates in (peaks, peaks * floor))
+        within = step - cycle * cycle_steps
+        return _rate(within, high, low, cycle_steps, warmup_steps, cycle_steps - warmup_steps, _half_cosine)
 
     return schedule
 
@@ -89,11 +92,11 @@ def sgdr(
 def warmup_constant(peak: float, warmup_steps: int) -> Schedule:
     """Linear warm-up, then the peak for ever. Arguments, result and errors as for `warmup_cosine`."""
     _check_rates(peak, 0.0)
-    _check_steps(warmup_steps=warmup_steps)
+    _check_count("warmup_steps", warmup_steps)
 
     def schedule(step):
         t = jnp.minimum(jnp.asarray(step).astype(jnp.int32), warmup_steps) + 1
-        return _warm_up(t, peak, warmup_steps, jnp.float32(peak))
+        return _warm_up(t, jnp.float32(peak), warmup_steps, jnp.float32(peak))
 
     return schedule
 
@@ -102,29 +105,36 @@ def _half_cosine(remaining: jax.Array) -> jax.Array:
     return jnp.square(jnp.sin(jnp.float32(math.pi / 2) * remaining))
 
 
-def _decay(peak: float, total_steps: int, warmup_steps: int, decay_steps: int, floor: float, shape) -> Schedule:
-    """Warm-up, plateau, then `shape` of the remaining share (1 to 0) of the last `decay_steps`."""
+def _decay(peak: float, total_steps: int, warmup_steps: int, decay_steps: int, floor: float, shape: Shape) -> Schedule:
     _check_rates(peak, floor)
-    _check_steps(total_steps=total_steps, warmup_steps=warmup_steps)
-    if decay_steps < 1 or warmup_steps + decay_steps > total_steps:
-        raise ValueError(
-            f"total_steps {total_steps} must hold warmup_steps {warmup_steps} and at least one step of decay "
-            f"(decay_steps {decay_steps}): shorten the warm-up or the decay, or train longer"
-        )
+    _check_steps(total_steps, warmup_steps, decay_steps)
 
     def schedule(step):
-        # Integers up to the one division: exact for any number of steps, where float32 counts only to 2**24.
-        t = jnp.minimum(jnp.asarray(step).astype(jnp.int32), total_steps) + 1
-        left = jnp.clip(total_steps - t, 0, decay_steps)
-        low = jnp.float32(peak * floor)
-        rate = low + (jnp.float32(peak) - low) * shape(left.astype(jnp.float32) / decay_steps)
-        return _warm_up(t, peak, warmup_steps, jnp.where(left == decay_steps, jnp.float32(peak), rate))
+        high, low = jnp.float32(peak), jnp.float32(peak * floor)
+        return _rate(jnp.asarray(step).astype(jnp.int32), high, low, total_steps, warmup_steps, decay_steps, shape)
 
     return schedule
 
 
-def _warm_up(t: jax.Array, peak: float, warmup_steps: int, after: jax.Array) -> jax.Array:
-    return jnp.where(t < warmup_steps, jnp.float32(peak) * (t.astype(jnp.float32) / max(warmup_steps, 1)), after)
+def _rate(
+    step: jax.Array,
+    peak: jax.Array,
+    low: jax.Array,
+    total_steps: int,
+    warmup_steps: int,
+    decay_steps: int,
+    shape: Shape,
+) -> jax.Array:
+    """Warm-up, plateau, then from peak to low by `shape` of the remaining share (1 to 0) of the last `decay_steps`."""
+    # Integers up to the one division: exact for any number of steps, where float32 counts only to 2**24.
+    t = jnp.minimum(step, total_steps) + 1
+    left = jnp.clip(total_steps - t, 0, decay_steps)
+    rate = low + (peak - low) * shape(left.astype(jnp.float32) / decay_steps)
+    return _warm_up(t, peak, warmup_steps, jnp.where(left == decay_steps, peak, rate))
+
+
+def _warm_up(t: jax.Array, peak: jax.Array, warmup_steps: int, after: jax.Array) -> jax.Array:
+    return jnp.where(t < warmup_steps, peak * (t.astype(jnp.float32) / max(warmup_steps, 1)), after)
 
 
 def _check_rates(peak: float, floor: float) -> None:
@@ -134,7 +144,16 @@ def _check_rates(peak: float, floor: float) -> None:
         raise ValueError(f"floor is a fraction of the peak, from 0 to 1; got {floor}")
 
 
-def _check_steps(**counts: int) -> None:
-    for name, count in counts.items():
-        if int(count) != count or not 0 <= count < 2**31 - 1:
-            raise ValueError(f"{name} must be a whole number from 0 to 2**31 - 2, got {count}")
+def _check_steps(total_steps: int, warmup_steps: int, decay_steps: int) -> None:
+    _check_count("total_steps", total_steps)
+    _check_count("warmup_steps", warmup_steps)
+    if decay_steps < 1 or warmup_steps + decay_steps > total_steps:
+        raise ValueError(
+            f"total_steps {total_steps} must hold warmup_steps {warmup_steps} and at least one step of decay "
+            f"(decay_steps {decay_steps}): shorten the warm-up or the decay, or train longer"
+        )
+
+
+def _check_count(name: str, count: int) -> None:
+    if int(count) != count or not 0 <= count < 2**31 - 1:
+        raise ValueError(f"{name} must be a whole number from 0 to 2**31 - 2, got {count}")

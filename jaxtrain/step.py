@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.losses import LossSums
 from jaxtrain.optim import global_norm
@@ -22,6 +24,8 @@ from jaxtrain.precision import Policy
 Batch = Any  # a pytree of arrays [B, ...]
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Any, Batch], LossSums]
+
+_PMAP_AXIS = "devices"
 
 
 @struct.dataclass
@@ -130,11 +134,21 @@ def pmap_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Maps the same train step with `jax.pmap`, for code that keeps a replica of the state on each device.
 
-    State leaves are `[devices, ...]` (`flax.jax_utils.replicate`), batch leaves `[devices, B / devices, ...]`; metrics
+    State leaves are `[devices, ...]` as `replicate` makes them, batch leaves `[devices, B / devices, ...]`; metrics
     come back `[devices]`, all equal. The state is donated. Arguments as for `make_train_step`.
     """
-    body = make_train_step(loss_fn, optimizer, accumulate=accumulate, axis_name="devices", policy=policy)
-    return jax.pmap(body, axis_name="devices", donate_argnums=0, devices=devices)
+    body = make_train_step(loss_fn, optimizer, accumulate=accumulate, axis_name=_PMAP_AXIS, policy=policy)
+    return jax.pmap(body, axis_name=_PMAP_AXIS, donate_argnums=0, devices=devices)
+
+
+def replicate(state: Any, devices: list[jax.Device] | None = None) -> Any:
+    """Copies a state to each device, leaves `[devices, ...]`, laid out as `pmap_train_step` returns it.
+
+    `flax.jax_utils.replicate` serves too, but names the axis otherwise, which costs a second compilation at step 2.
+    """
+    devices = devices or jax.local_devices()
+    sharding = NamedSharding(Mesh(np.array(devices), (_PMAP_AXIS,)), PartitionSpec(_PMAP_AXIS))
+    return jax.tree.map(lambda x: jax.device_put(jnp.stack([x] * len(devices)), sharding), state)
 
 
 def _accumulate_gradients(

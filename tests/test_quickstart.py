@@ -56,7 +56,8 @@ def test_the_sample_looks_like_python(finished):
     folder, _ = finished
     sample = (folder / "sample.txt").read_text()
     assert len(re.findall(r"\b(?:def|self|return|if|import|for|not|None)\b", sample)) >= 5
-    assert re.search(r"\n {4}\S", sample)
+    indents = [len(spaces) for spaces in re.findall(r"^( +)\S", sample, re.MULTILINE)]
+    assert sum(indent in (4, 8, 12, 16) for indent in indents) >= 3
 
 
 def test_the_curve_was_drawn(finished):

@@ -5,7 +5,6 @@ import itertools
 from typing import NamedTuple
 
 import chex
-import flax.jax_utils
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jaxtrain.losses import LossSums, cross_entropy, linear_cross_entropy
 from jaxtrain.optim import clip_by_global_norm, clipped_adamw, scale_by_adam
 from jaxtrain.precision import Policy
 from jaxtrain.schedules import warmup_cosine
-from jaxtrain.step import TrainState, make_eval_step, make_train_step, pmap_train_step
+from jaxtrain.step import TrainState, make_eval_step, make_train_step, pmap_train_step, replicate
 
 VOCAB, WIDTH, ROWS, LENGTH = 13, 5, 32, 16
 METRICS = {
@@ -79,7 +78,7 @@ def two_steps(road, accumulate, num_devices):
     if road == "pmap":
         devices = jax.devices()[:num_devices]
         step = pmap_train_step(lm_loss, optimizer, accumulate=accumulate, devices=devices)
-        state = flax.jax_utils.replicate(state, devices)
+        state = replicate(state, devices)
         batch = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batch)
     else:
         axis_name = None if road == "jit" else "data"
@@ -442,3 +441,18 @@ def test_errors():
     state = TrainState.create(lm_params(), optimizer)
     with pytest.raises(ValueError, match=r"a batch of 32 rows .* accumulate=3 equal"):
         jax.jit(make_train_step(lm_loss, optimizer, accumulate=3))(state, lm_batch())
+
+
+def test_pmap_traces_once():
+    optimizer, devices, calls = adamw(0.1), jax.devices()[:2], []
+
+    def counted_loss(params, batch):
+        calls.append(1)
+        return lm_loss(params, batch)
+
+    step = pmap_train_step(counted_loss, optimizer, devices=devices)
+    state = replicate(TrainState.create(lm_params(), optimizer), devices)
+    batch = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), lm_batch())
+    for _ in range(3):
+        state, _ = step(state, batch)
+    assert len(calls) == 1
