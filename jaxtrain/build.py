@@ -1,6 +1,5 @@
 """From a config to the pieces of a run: schedule, optimizer, model, data."""
 
-import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ from jaxtrain import schedules
 from jaxtrain.config import Config
 from jaxtrain.data.prepare import prepare
 from jaxtrain.data.store import TokenStore, open_store
-from jaxtrain.models.transformer import Transformer
 from jaxtrain.optim import clipped_adamw
 from jaxtrain.precision import Policy
 
@@ -69,33 +67,20 @@ def make_policy(config: Config) -> Policy:
     return Policy(compute=config.train.precision)
 
 
-def make_model(config: Config, store: TokenStore) -> Transformer:
-    """The model, its vocabulary filled in from the store where the config leaves it open.
-
-    Raises:
-      ValueError: a vocabulary smaller than the store's.
-    """
-    size = config.model.vocab_size or store.vocab_size
-    if size < store.vocab_size:
-        raise ValueError(
-            f"model.vocab_size {size} is smaller than the {store.vocab_size} tokens of {store.path}: "
-            "leave it at 0 to take the store's"
-        )
-    return Transformer(dataclasses.replace(config.model, vocab_size=size))
-
-
-def open_data(config: Config, run_dir: str | Path) -> TokenStore:
-    """Opens the run's token store, after making it from `data.sources` if that is what the config says."""
+def prepare_data(config: Config, run_dir: str | Path) -> None:
+    """Makes the run's token store from `data.sources`, if that is what the config says."""
     data = config.data
-    if data.store:
-        return open_store(data.store, verify=data.verify)
-    folder = Path(run_dir) / "data"
-    if not (Path(run_dir) / "metrics.jsonl").exists():  # once the run has begun the text is no longer needed
+    # Once the run has begun the text is no longer needed.
+    if not data.store and not (Path(run_dir) / "metrics.jsonl").exists():
         prepare(
             data.sources,
-            folder,
+            Path(run_dir) / "data",
             tokenizer=data.tokenizer,
             validation_fraction=data.validation_fraction,
             text_field=data.text_field,
         )
-    return open_store(folder, verify=data.verify)
+
+
+def open_data(config: Config, run_dir: str | Path) -> TokenStore:
+    """Opens the run's token store."""
+    return open_store(config.data.store or Path(run_dir) / "data", verify=config.data.verify)

@@ -1,4 +1,4 @@
-"""The command line: `jaxtrain train | eval | generate | prepare | schedule`.
+"""The command line: `jaxtrain train | eval | generate | prepare | plan | schedule`.
 
 Errors that a user can mend are one line on standard error: exit code 2 for a wrong command or argument, and for what
 jaxtrain refuses with a ValueError; 1 for what goes wrong outside of it (a missing package, a full disk); 128 + n for
@@ -10,10 +10,11 @@ import difflib
 import json
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -39,8 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         if debug:
             raise
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Shows an error; returns the exit code."""
+    if isinstance(error, ValueError | ImportError | OSError):
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    else:
+        traceback.print_exception(error)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def _usage() -> str:
@@ -58,9 +67,11 @@ def _train(arguments: list[str]) -> int:
         run_dir: str = f"runs/{file.stem}"  # where the run is kept, and gone on with
 
     options = _parse(Options, f"train {file}", rest, Options(default))
+    from jaxtrain.distributed import session
     from jaxtrain.train import train
 
-    outcome = train(options.config, options.run_dir)
+    with session(_report):
+        outcome = train(options.config, options.run_dir)
     reason = outcome["reason"]
     return 128 + signal.Signals[reason] if reason.startswith("SIG") else 0
 
@@ -88,6 +99,21 @@ def _schedule(arguments: list[str]) -> int:
     print(draw_curve(values, label="learning rate"))
     if options.png:
         print(f"drawn to {plot_schedule(schedule, steps, options.png)}")
+    return 0
+
+
+def _plan(arguments: list[str]) -> int:
+    """Says what a config needs before it runs: `plan CONFIG [--topology v5p:2x2x2] [--max-batch] [--json] ...`."""
+    file, default, rest = _config_argument("plan", arguments)
+    from jaxtrain.plan_view import Question, plan
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        config: Annotated[Config, tyro.conf.arg(name="")]
+        question: Annotated[Question, tyro.conf.arg(name="")] = Question()  # noqa: RUF009 (frozen)
+
+    options = _parse(Options, f"plan {file}", rest, Options(default))
+    plan(options.config, options.question)
     return 0
 
 
@@ -136,14 +162,16 @@ def _eval(arguments: list[str]) -> int:
         json: bool = False  # print one JSON object
 
     options = _parse(Options, "eval", arguments)
+    from jaxtrain.distributed import is_lead, session
     from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
-    from jaxtrain.run import open_run, restore_params
 
-    run = open_run(options.run)
-    params, step = restore_params(run, options.step or None)
-    split = run.store.train if options.split == "train" else run.store.validation
-    result = {"step": step, "split": options.split}
-    result |= evaluate_split(run, params, split, num_batches=options.batches)
+    with session(_report):
+        run, params, step = _trained(options)
+        split = run.store.train if options.split == "train" else run.store.validation
+        result = {"step": step, "split": options.split}
+        result |= evaluate_split(run, params, split, num_batches=options.batches)
+    if not is_lead():
+        return 0
     if options.compare:
         text = split_text(split, run.store.tokenizer)
         result |= {f"{name}_bits_per_byte": value for name, value in compressor_bits_per_byte(text).items()}
@@ -170,15 +198,28 @@ def _generate(arguments: list[str]) -> int:
         step: int = 0  # of the checkpoint; 0: the newest
 
     options = _parse(Options, "generate", arguments)
+    from jaxtrain.distributed import is_lead, session
     from jaxtrain.generate import Sampling, continue_text
-    from jaxtrain.run import open_run, restore_params
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    run = open_run(options.run)
-    params, _ = restore_params(run, options.step or None)
-    text = continue_text(run, params, options.prompt, options.num_tokens, seed=options.seed, sampling=sampling)
-    print(options.prompt + text)
+    with session(_report):
+        run, params, _ = _trained(options)
+        text = continue_text(run, params, options.prompt, options.num_tokens, seed=options.seed, sampling=sampling)
+    if is_lead():
+        print(options.prompt + text)
     return 0
+
+
+def _trained(options: Any) -> tuple[Any, Any, int]:
+    """The run that a command names, its parameters and their step; the same on every process."""
+    from jaxtrain.distributed import agree
+    from jaxtrain.run import open_run, restore_params
+
+    agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
+    run = open_run(options.run)
+    params, step = restore_params(run, options.step or None)
+    agree("the checkpoint", {"step": step}, remedy="the run must be on a file system that they share")
+    return run, params, step
 
 
 def _parse(options: type[T], command: str, arguments: list[str], default: T | None = None) -> T:
@@ -196,7 +237,7 @@ def _parse(options: type[T], command: str, arguments: list[str], default: T | No
 def _flags(cls: type, prefix: str) -> Iterator[str]:
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
-            yield from _flags(hint, prefix if hint is Config else f"{prefix}{name}.")
+            yield from _flags(hint, prefix if name in ("config", "question") else f"{prefix}{name}.")
         else:
             yield f"--{prefix}{name}".replace("_", "-")
             if hint is bool:
@@ -216,6 +257,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "generate": _generate,
     "prepare": _prepare,
+    "plan": _plan,
     "schedule": _schedule,
 }
 

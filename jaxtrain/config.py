@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Schedule = Literal["cosine", "linear", "wsd", "sgdr", "constant"]
+Remat = Literal["none", "minimal", "full", "offload"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -57,11 +58,13 @@ class ModelConfig:
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5
     scan_unroll: int = 1  # layers a loop iteration runs; 0: all of them (no loop). The parameter tree is the same
-    remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+    vocab_multiple: int = 1  # the tables have vocab_size rows rounded up to a multiple of this; the rest is masked
+    remat: Remat = "none"  # what the backward pass computes again instead of keeping it; see models/remat.py
+    attention: Literal["auto", "xla", "splash"] = "auto"  # kernel; auto: splash on TPU, xla elsewhere
 
     def __post_init__(self):
         _require_positive("model", self, "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len", "rope_theta")
-        _require_positive("model", self, "norm_eps")
+        _require_positive("model", self, "norm_eps", "vocab_multiple")
         _require_not_negative("model", self, "vocab_size", "num_kv_heads", "head_dim", "logit_softcap", "scan_unroll")
         _require(
             self.head_dim > 0 or self.d_model % self.num_heads == 0,
@@ -86,6 +89,11 @@ class ModelConfig:
     def channels_per_head(self) -> int:
         """Head dimension, with the default filled in."""
         return self.head_dim or self.d_model // self.num_heads
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and columns of the head: the vocabulary and its padding."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 def gpt2(
@@ -177,7 +185,6 @@ class TrainConfig:
     z_loss: float = 0.0  # coefficient of log^2 Z (1e-4 in PaLM)
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
     loss_chunk: int = 0  # tokens a chunk of the loss head; 0: the default of linear_cross_entropy
-    num_devices: int = 0  # devices the batch is spread over; 0: all
     log_every: int = 10  # optimizer steps
     eval_every: int = 0  # optimizer steps; 0: only at the end
     eval_batches: int = 0  # batches of validation data each time; 0: the whole split
@@ -187,13 +194,29 @@ class TrainConfig:
 
     def __post_init__(self):
         _require_positive("train", self, "steps", "batch_size", "seq_len", "accumulate", "log_every")
-        _require_not_negative("train", self, "z_loss", "loss_chunk", "num_devices", "eval_every", "eval_batches")
+        _require_not_negative("train", self, "z_loss", "loss_chunk", "eval_every", "eval_batches")
         _require_not_negative("train", self, "stop_after", "sample_tokens")
         _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1), got {self.label_smoothing}")
         _require(
             self.batch_size % self.accumulate == 0,
             f"train.batch_size {self.batch_size} is not divisible by train.accumulate {self.accumulate}",
         )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has; one may be -1: all that are left."""
+
+    data: int = -1  # each holds all parameters and takes its rows of the batch
+    fsdp: int = 1  # each holds a part of every matrix, gathered layer by layer, and takes its rows of the batch
+    tensor: int = 1  # each holds some heads, hidden channels and vocabulary, and takes the same rows as the others
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size > 0 or size == -1, f"mesh.{name} must be above 0, or -1 for all that are left; got {size}")
+        rest = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        _require(len(rest) <= 1, f"only one axis of the mesh can be -1, got {' and '.join(rest)}")
 
 
 @dataclass(frozen=True)
@@ -215,6 +238,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0  # of the initial parameters, the order of the data and the sample
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtrain.models.transformer import Cache, Transformer, empty_cache, logits
 from jaxtrain.run import Run
+from jaxtrain.sharding import replicated
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,15 @@ def continue_text(
 ) -> str:
     """Continues a text with a run's model, as the beginning of a document; returns what is new.
 
-    Arguments and errors as for `generate`. The parameters may lie on all the run's devices; one of them is used.
+    Arguments and errors as for `generate`. The parameters may lie on all the run's devices; one a process is used.
     """
     tokenizer = run.store.tokenizer
     tokens = np.concatenate([[tokenizer.eot_id], tokenizer.encode(prompt)])[None]
-    params = jax.device_put(params, run.mesh.devices.flat[0])
+    if jax.process_count() > 1:  # what is on other processes' devices comes here only if it is put everywhere
+        params = jax.jit(lambda tree: tree, out_shardings=replicated(run.mesh))(params)
+        params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+    else:
+        params = jax.device_put(params, run.mesh.devices.flat[0])
     return tokenizer.decode(generate(run.model, params, tokens, num_tokens, seed=seed, sampling=sampling)[0])
 
 

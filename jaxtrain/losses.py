@@ -13,7 +13,7 @@ Per token with logits x, label y and weight w:
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,11 @@ from jax.experimental import checkify
 # The head's gradient [D, V] is read and written once a chunk, 8 bytes for 6 * C flops: long chunks hide that behind the
 # matrix products, short ones keep the logits of a chunk small. scripts/bench_loss.py prints what a length costs.
 DEFAULT_CHUNK = 1024
+
+# A head whose float32 gradient has more bytes than this forms it a block of the vocabulary at a time, for all tokens at
+# once: nothing is carried from chunk to chunk, for one more product with the vocabulary.
+CARRY_LIMIT = 2**30
+_DEFAULT_BLOCK = 8192
 
 
 @struct.dataclass
@@ -75,6 +80,9 @@ class _Terms(NamedTuple):
     z_loss: float
     label_smoothing: float
     logit_softcap: float | None
+    num_classes: int
+    vocab_axis: str | None = None
+    vocab_block: int = 0
 
 
 def cross_entropy(
@@ -107,10 +115,10 @@ def cross_entropy(
     Raises:
       ValueError: shapes or dtypes that do not fit, a coefficient out of range.
     """
-    terms = _check_terms(z_loss, label_smoothing, logit_softcap)
+    terms = _check_terms(z_loss, label_smoothing, logit_softcap, logits.shape[-1])
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {logits.shape} must be [..., V] for labels [...] {labels.shape}")
-    labels, weights, weight = _check_labels(labels, where, logits.shape[-1])
+    labels, weights, weight = _check_labels(labels, where, terms.num_classes)
     logits = jnp.where((weights != 0)[..., None], logits.astype(jnp.float32), 0.0)
     sums, _ = _sum_terms(_softcap(logits, terms.logit_softcap), labels, weights, terms)
     return LossSums(*sums, weight=weight)
@@ -126,13 +134,17 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     logit_softcap: float | None = None,
     chunk_size: int | None = None,
+    num_classes: int | None = None,
+    vocab_axis: str | None = None,
+    vocab_block: int | None = None,
 ) -> LossSums:
     """Sums the cross-entropy of `hidden @ kernel` without holding more than one chunk of the logits.
 
     Scans over chunks of tokens, each with the whole vocabulary. Under differentiation the gradients are formed in the
     same pass from the same float32 logits and stored summed, so there is no second product with the vocabulary and no
-    `[tokens, V]` array (the scheme of Liger Kernel, arXiv:2410.10989). Without differentiation nothing but the sums is
-    computed. Reverse mode only, once.
+    `[tokens, V]` array (the scheme of Liger Kernel, arXiv:2410.10989). A kernel of more than 2^28 elements gets its
+    gradient in a second pass, over blocks of the vocabulary, which never holds it in float32. Without differentiation
+    nothing but the sums is computed. Reverse mode only, once.
 
     Args:
       hidden: `[..., D]`, float32, bfloat16 or float16.
@@ -140,6 +152,12 @@ def linear_cross_entropy(
       labels, where, z_loss, label_smoothing, logit_softcap: as for `cross_entropy`. A place of weight 0 adds exactly 0
         even if its hidden state is NaN.
       chunk_size: tokens a chunk; need not divide their number. None: 1024.
+      num_classes: classes, if the last columns of the kernel are padding: they take no part in the loss, and their
+        gradient is 0. None: V, times the devices along `vocab_axis`.
+      vocab_axis: name of the mapped axis (of `jax.shard_map`, with `check_vma=False`) over which the kernel's columns
+        are in equal parts, in order. Hidden states and labels are then the same along it, and so are the sums and the
+        gradient of the hidden states.
+      vocab_block: columns a block of the second pass; 0: no second pass. None: by the size of the kernel.
 
     Returns:
       LossSums in nats, equal to `cross_entropy(hidden @ kernel, ...)`.
@@ -147,7 +165,12 @@ def linear_cross_entropy(
     Raises:
       ValueError: shapes or dtypes that do not fit, a coefficient out of range, a chunk size below 1.
     """
-    terms = _check_terms(z_loss, label_smoothing, logit_softcap)
+    if vocab_block is None:
+        vocab_block = _DEFAULT_BLOCK if 4 * kernel.size > CARRY_LIMIT else 0
+    columns = kernel.shape[-1] * (jax.lax.axis_size(vocab_axis) if vocab_axis else 1)
+    if num_classes is not None and not 0 < num_classes <= columns:
+        raise ValueError(f"num_classes {num_classes} must be above 0 and at most the {columns} columns of the kernel")
+    terms = _check_terms(z_loss, label_smoothing, logit_softcap, num_classes or columns, vocab_axis, vocab_block)
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != kernel.shape[0] or kernel.ndim != 2:
         raise ValueError(
             f"hidden {hidden.shape}, kernel {kernel.shape} and labels {labels.shape} must be [..., D], [D, V] and [...]"
@@ -156,7 +179,7 @@ def linear_cross_entropy(
         raise ValueError(f"hidden is {hidden.dtype} and kernel is {kernel.dtype}: cast one of them")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
-    labels, weights, weight = _check_labels(labels, where, kernel.shape[1])
+    labels, weights, weight = _check_labels(labels, where, terms.num_classes)
 
     num_tokens = math.prod(labels.shape)
     chunk = min(chunk_size or DEFAULT_CHUNK, max(num_tokens, 1))
@@ -185,14 +208,14 @@ def _vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def _check_terms(z_loss: float, label_smoothing: float, logit_softcap: float | None) -> _Terms:
+def _check_terms(z_loss: float, label_smoothing: float, logit_softcap: float | None, *rest) -> _Terms:
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be 0 or more, got {z_loss}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if logit_softcap is not None and not 0 <= logit_softcap < math.inf:
         raise ValueError(f"logit_softcap must be above 0, or None or 0 for none; got {logit_softcap}")
-    return _Terms(float(z_loss), float(label_smoothing), float(logit_softcap) if logit_softcap else None)
+    return _Terms(float(z_loss), float(label_smoothing), float(logit_softcap) if logit_softcap else None, *rest)
 
 
 def _check_labels(
@@ -225,13 +248,21 @@ def _softcap(logits: jax.Array, cap: float | None) -> jax.Array:
 
 def _sum_terms(logits: jax.Array, labels: jax.Array, weights: jax.Array, terms: _Terms):
     """Sums nll, z-loss and smoothing of float32 logits `[..., V]`; also returns lse `[...]`."""
-    num_classes = logits.shape[-1]
+    classes, is_class = _classes(logits, terms)
+    if is_class is not None:
+        logits = jnp.where(is_class, logits, -jnp.inf)
     shift = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    if terms.vocab_axis:
+        shift = jax.lax.pmax(shift, terms.vocab_axis)
     shifted = logits - shift[..., None]
-    log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+
+    def over_classes(x):
+        total = jnp.sum(x, axis=-1)
+        return jax.lax.psum(total, terms.vocab_axis) if terms.vocab_axis else total
+
+    log_sum = jnp.log(over_classes(jnp.exp(shifted)))
     # Compare and sum: it fuses into the pass over the logits, and its gradient is no scatter.
-    is_label = _class_index(logits) == labels[..., None]
-    nll = log_sum - jnp.sum(jnp.where(is_label, shifted, 0.0), axis=-1)
+    nll = log_sum - over_classes(jnp.where(classes == labels[..., None], shifted, 0.0))
     lse = shift + log_sum
 
     def weighted_sum(x):
@@ -241,13 +272,23 @@ def _sum_terms(logits: jax.Array, labels: jax.Array, weights: jax.Array, terms: 
     z_loss = weighted_sum(terms.z_loss * jnp.square(lse)) if terms.z_loss else zero
     smoothing = zero
     if terms.label_smoothing:
-        cross = log_sum - jnp.sum(shifted, axis=-1) / num_classes
+        counted = shifted if is_class is None else jnp.where(is_class, shifted, 0.0)
+        cross = log_sum - over_classes(counted) / terms.num_classes
         smoothing = weighted_sum(terms.label_smoothing * (cross - nll))
     return (weighted_sum(nll), z_loss, smoothing), lse
 
 
-def _class_index(logits: jax.Array) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+def _classes(logits: jax.Array, terms: _Terms, width: int = 0, start: Any = 0) -> tuple[jax.Array, jax.Array | None]:
+    """The class of each column, and whether it is one; None: all are, none is padding.
+
+    `width`: columns of the kernel, if the logits are those from column `start` only.
+    """
+    width, parts = width or logits.shape[-1], 1
+    if terms.vocab_axis:
+        start += jax.lax.axis_index(terms.vocab_axis) * width
+        parts = jax.lax.axis_size(terms.vocab_axis)
+    classes = start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return classes, classes < terms.num_classes if width * parts > terms.num_classes else None
 
 
 class _Chunks(NamedTuple):
@@ -277,24 +318,33 @@ def _linear_sums(chunks: _Chunks, kernel: jax.Array, terms: _Terms):
     return jax.lax.scan(body, tuple(start), chunks)[0]
 
 
-def _logit_gradient(raw: jax.Array, lse: jax.Array, chunk: _Chunks, scales, terms: _Terms) -> jax.Array:
+def _logit_gradient(
+    raw: jax.Array, lse: jax.Array, chunk: _Chunks, scales, terms: _Terms, width: int = 0, start: Any = 0
+) -> jax.Array:
     """Gradient of `scales . (nll, z_loss, smoothing)` with respect to the logits before the soft-cap, `[C, V]`."""
     nll, z_loss, smoothing = scales
     capped = _softcap(raw, terms.logit_softcap)
+    classes, is_class = _classes(raw, terms, width, start)
     softmax = jnp.exp(capped - lse[:, None])
     # With e = label_smoothing the sum is nll * (p - onehot) + smoothing * e * (onehot - 1 / V) + z_loss * 2 c lse * p.
     at_label = -nll + smoothing * terms.label_smoothing
-    elsewhere = -smoothing * terms.label_smoothing / raw.shape[-1]
+    elsewhere = -smoothing * terms.label_smoothing / terms.num_classes
     on_softmax = nll + z_loss * 2 * terms.z_loss * lse
-    is_label = _class_index(raw) == chunk.labels[:, None]
+    is_label = classes == chunk.labels[:, None]
     gradient = on_softmax[:, None] * softmax + jnp.where(is_label, at_label + elsewhere, elsewhere)
+    if is_class is not None:
+        gradient = jnp.where(is_class, gradient, 0.0)
     if terms.logit_softcap is not None:
         gradient *= 1 - jnp.square(capped / terms.logit_softcap)
     return gradient * chunk.weights[:, None]
 
 
 def _sums_and_gradients(chunks: _Chunks, kernel: jax.Array, terms: _Terms, scales):
-    """Returns the sums and the gradients of `scales . sums`: hidden `[K, C, D]`, and kernel `[D, V]` in float32."""
+    """Returns the sums and the gradients of `scales . sums`: hidden `[K, C, D]`, and kernel `[D, V]`.
+
+    The kernel's is in float32; if it is formed in blocks, in the kernel's dtype.
+    """
+    in_blocks = bool(terms.vocab_block)
 
     def body(carry, chunk):
         sums, kernel_gradient_DV = carry
@@ -303,13 +353,36 @@ def _sums_and_gradients(chunks: _Chunks, kernel: jax.Array, terms: _Terms, scale
         more, lse_C = _sum_terms(capped_CV, chunk.labels, chunk.weights, terms)
         gradient_CV = _logit_gradient(logits_CV, lse_C, chunk, scales, terms).astype(kernel.dtype)
         hidden_gradient_CD = jnp.matmul(gradient_CV, kernel.T, preferred_element_type=jnp.float32)
-        kernel_gradient_DV += jnp.matmul(hidden_CD.T, gradient_CV, preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, sums, more), kernel_gradient_DV), hidden_gradient_CD.astype(chunk.hidden.dtype)
+        if not in_blocks:
+            kernel_gradient_DV += jnp.matmul(hidden_CD.T, gradient_CV, preferred_element_type=jnp.float32)
+        sums = jax.tree.map(jnp.add, sums, more)
+        return (sums, kernel_gradient_DV), (hidden_gradient_CD.astype(chunk.hidden.dtype), lse_C if in_blocks else None)
 
-    zeros, kernel_zeros, _ = _vary_alike(jnp.zeros(3, jnp.float32), jnp.zeros(kernel.shape, jnp.float32), kernel)
-    start = (tuple(zeros), kernel_zeros)
-    (sums, kernel_gradient_DV), hidden_gradient_KCD = jax.lax.scan(body, start, chunks)
+    carry = jnp.zeros((0,) if in_blocks else kernel.shape, jnp.float32)
+    zeros, carry, _ = _vary_alike(jnp.zeros(3, jnp.float32), carry, kernel)
+    (sums, kernel_gradient_DV), (hidden_gradient_KCD, lse_KC) = jax.lax.scan(body, (tuple(zeros), carry), chunks)
+    if in_blocks:
+        kernel_gradient_DV = _kernel_gradient(chunks, kernel, lse_KC, terms, scales)
     return sums, (hidden_gradient_KCD, kernel_gradient_DV)
+
+
+def _kernel_gradient(chunks: _Chunks, kernel: jax.Array, lse_KC: jax.Array, terms: _Terms, scales) -> jax.Array:
+    """The kernel's gradient `[D, V]` in its dtype, a block of columns at a time: whole sums over tokens, in float32."""
+    tokens = _Chunks(*(x.reshape(-1, *x.shape[2:]) for x in chunks))
+    hidden_ND = jnp.where((tokens.weights != 0)[:, None], tokens.hidden, 0)
+    num_columns = kernel.shape[1]
+    block = min(terms.vocab_block, num_columns)
+
+    def body(i, gradient_DV):
+        # The last block overlaps the one before: the same columns twice, with the same result.
+        start = jnp.minimum(i * block, num_columns - block)
+        columns_DW = jax.lax.dynamic_slice_in_dim(kernel, start, block, axis=1)
+        logits_NW = jnp.matmul(hidden_ND, columns_DW, preferred_element_type=jnp.float32)
+        gradient_NW = _logit_gradient(logits_NW, lse_KC.reshape(-1), tokens, scales, terms, num_columns, start)
+        block_DW = jnp.matmul(hidden_ND.T, gradient_NW.astype(kernel.dtype), preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(gradient_DV, block_DW.astype(kernel.dtype), start, axis=1)
+
+    return jax.lax.fori_loop(0, -(-num_columns // block), body, jnp.zeros_like(kernel))
 
 
 def _linear_sums_forward(chunks: _Chunks, kernel: jax.Array, terms: _Terms):
@@ -325,7 +398,8 @@ def _linear_sums_backward(terms: _Terms, residuals, cotangents):
 
     def scaled():
         nll = cotangents[0]
-        return (nll * hidden_gradient.astype(jnp.float32)).astype(hidden_gradient.dtype), nll * kernel_gradient
+        hidden = (nll * hidden_gradient.astype(jnp.float32)).astype(hidden_gradient.dtype)
+        return hidden, (nll * kernel_gradient.astype(jnp.float32)).astype(kernel_gradient.dtype)
 
     if again is None:
         hidden_gradient, kernel_gradient = scaled()
@@ -334,6 +408,8 @@ def _linear_sums_backward(terms: _Terms, residuals, cotangents):
         hidden_gradient, kernel_gradient = jax.lax.cond(
             same, scaled, lambda: _sums_and_gradients(*again, terms, scales=cotangents)[1]
         )
+    if terms.vocab_axis:
+        hidden_gradient = jax.lax.psum(hidden_gradient, terms.vocab_axis)
     return _Chunks(hidden_gradient, None, None), kernel_gradient.astype(like_kernel.dtype)
 
 

@@ -1,6 +1,7 @@
 """The metrics of a running loop: read one step late, timed, written and shown."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxtrain.console import Console
+from jaxtrain.distributed import is_lead
 from jaxtrain.metrics import MetricsWriter, peak_flops, read_metrics
 from jaxtrain.models.size import flops_per_token
 from jaxtrain.run import Run
@@ -16,16 +18,18 @@ from jaxtrain.run import Run
 class Recorder:
     """Reads the metrics of each step while the next one runs, writes and shows those that are due; a context manager.
 
-    `attempt` counts how many times the run was started, this time included.
+    `attempt` counts how many times the run was started, this time included. Every process reads, and only process 0
+    writes and shows.
     """
 
     def __init__(self, run: Run):
         config, file = run.config.train, run.folder / "metrics.jsonl"
+        self._nowhere = None if is_lead() else open(os.devnull, "w")  # noqa: SIM115 (closed on leaving)
         events = read_metrics(file)[1] if file.exists() else []
         self.attempt = 1 + sum(event["event"] in ("start", "resume") for event in events)
         self._config = config
-        self._writer = MetricsWriter(file)
-        self._console = Console(config.steps, run.config.optim.clip_norm)
+        self._writer = MetricsWriter(os.devnull if self._nowhere else file)
+        self._console = Console(config.steps, run.config.optim.clip_norm, self._nowhere)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._logged_step: int | None = None
         self._since = time.perf_counter()
@@ -41,6 +45,8 @@ class Recorder:
     def __exit__(self, *exception) -> None:
         self._console.__exit__(*exception)
         self._writer.close()
+        if self._nowhere:
+            self._nowhere.close()
 
     def event(self, name: str, text: str, **fields: Any) -> None:
         """Writes an event, and shows its text if it has one."""

@@ -12,15 +12,16 @@ from jax.sharding import Mesh
 
 from jaxtrain import build
 from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.config import Config, differences, from_json, load, to_json
+from jaxtrain.config import Config, MeshConfig, differences, from_json, load, to_json
 from jaxtrain.data.store import TokenStore
-from jaxtrain.models.transformer import Transformer, init_params, make_loss_fn
+from jaxtrain.models.transformer import Transformer
 from jaxtrain.optim import decay_mask
-from jaxtrain.sharding import check_batch, make_mesh, replicated
-from jaxtrain.step import TrainState, make_eval_step, make_train_step
+from jaxtrain.program import make_program
+from jaxtrain.sharding import check_batch, make_mesh
+from jaxtrain.step import TrainState
 
 # Fields that change neither the parameters nor the order of the data, so that a run may go on with other values.
-_FREE = ("data.prefetch", "data.verify", "train.num_devices", "train.log_every", "train.eval_", "train.stop_after")
+_FREE = ("data.prefetch", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
 _FREE += ("train.sample_", "checkpoint.")
 
 
@@ -69,32 +70,19 @@ def assemble(config: Config, folder: Path, store: TokenStore) -> Run:
     """Puts a run together; makes no arrays and compiles nothing.
 
     Raises:
-      ValueError: a batch that does not divide over devices and micro-batches, a vocabulary that does not fit.
+      ValueError: sizes that do not divide over the mesh, a vocabulary that does not fit.
     """
-    mesh = make_mesh(config.train.num_devices)
-    check_batch(config.train.batch_size, config.train.accumulate, mesh)
-    model, optimizer, policy = build.make_model(config, store), build.make_optimizer(config), build.make_policy(config)
-    settings = config.train
-    common = {"chunk_size": settings.loss_chunk or None, "mesh": mesh}
-    loss_fn = make_loss_fn(model, z_loss=settings.z_loss, label_smoothing=settings.label_smoothing, **common)
-
-    def init() -> TrainState:
-        return TrainState.create(init_params(model, jax.random.key(config.seed)), optimizer)
-
-    sharding = replicated(mesh)
-    shapes = jax.eval_shape(init)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-    step = make_train_step(loss_fn, optimizer, accumulate=settings.accumulate, policy=policy)
+    program = make_program(config, make_mesh(config.mesh), store.vocab_size)
     return Run(
         config=config,
         folder=folder,
         store=store,
-        mesh=mesh,
-        model=model,
-        abstract_state=abstract,
-        init_state=jax.jit(init, out_shardings=sharding),
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(sharding, sharding)),
-        eval_step=jax.jit(make_eval_step(make_loss_fn(model, **common), policy=policy), out_shardings=sharding),
+        mesh=program.mesh,
+        model=program.model,
+        abstract_state=program.abstract_state,
+        init_state=program.init_state,
+        train_step=program.train_step,
+        eval_step=program.eval_step,
     )
 
 
@@ -108,13 +96,21 @@ def open_run(folder: str | Path) -> Run:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
     config = load(folder / "config.json")
-    # There may be fewer devices than the run had, or more: as many as its batch divides over will do.
-    settings, num_devices = config.train, len(jax.devices())
-    num_devices = math.gcd(
-        settings.batch_size // settings.accumulate, min(settings.num_devices or num_devices, num_devices)
-    )
-    config = dataclasses.replace(config, train=dataclasses.replace(settings, num_devices=num_devices))
+    config = dataclasses.replace(config, mesh=_mesh_for(config, len(jax.devices())))
     return assemble(config, folder, build.open_data(config, folder))
+
+
+def _mesh_for(config: Config, num_devices: int) -> MeshConfig:
+    """A mesh to evaluate and generate on: the run's, or if there are other devices now, as many as its rows fill."""
+    try:
+        mesh = make_mesh(config.mesh)
+        check_batch(config.train.batch_size, config.train.accumulate, mesh)
+        return config.mesh
+    except ValueError:
+        num_rows = math.gcd(config.train.batch_size // config.train.accumulate, num_devices)
+        if config.mesh.fsdp == 1 or config.model.d_model % num_rows:
+            return MeshConfig(data=num_rows)
+        return MeshConfig(data=1, fsdp=num_rows)
 
 
 def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
@@ -132,22 +128,28 @@ def describe(run: Run) -> list[tuple[str, str]]:
     config, c, split = run.config, run.model.config, run.store.train
     devices, settings = run.mesh.devices.flatten(), config.train
     num_params = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
-    moments = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state.opt_state))
     tokens = settings.batch_size * settings.seq_len
     batch = f"{tokens:,} = {settings.batch_size} sequences x {settings.seq_len}"
     if settings.accumulate > 1:
         batch += f", in {settings.accumulate} micro-batches"
-    memory = f"parameters {_size(4 * num_params)}, gradients {_size(4 * num_params)}, optimizer {_size(moments)}"
+    parameters, optimizer = (_bytes_per_device(x) for x in (run.abstract_state.params, run.abstract_state.opt_state))
+    memory = f"parameters {_size(parameters)}, gradients {_size(parameters)}, optimizer {_size(optimizer)}"
+    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
     return [
         ("model", f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"),
         ("parameters", f"{num_params:,}, computing in {settings.precision}"),
         ("memory per device", memory),
-        ("devices", f"{len(devices)} x {devices[0].device_kind}"),
+        ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {mesh}" if mesh else "")),
         ("data", f"{split.num_tokens:,} tokens of {split.num_documents:,} documents in {run.store.path}"),
         ("tokens per step", batch),
         ("epochs", f"{tokens * settings.steps / split.num_tokens:.2f} in {settings.steps:,} steps"),
         ("learning rate", build.describe_schedule(config)),
     ]
+
+
+def _bytes_per_device(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _size(num_bytes: float) -> str:

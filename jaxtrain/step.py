@@ -57,6 +57,7 @@ def make_train_step(
     accumulate: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
     policy: Policy | None = None,
+    map_gradients: Callable[[Callable], Callable] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes a pure, un-jitted train step.
 
@@ -69,6 +70,8 @@ def make_train_step(
       axis_name: name of the mapped axis (or axes) where this is the body of `jax.pmap` or `jax.shard_map`: sums are
         then reduced over it, and every device computes the same update.
       policy: dtypes; None: compute in the parameters' own dtype. The cast is done once a step.
+      map_gradients: wraps `(params, batch) -> (LossSums, gradients)`, all micro-batches of it, to run it over a mesh
+        while the optimizer stays outside: see `sharding.map_gradients`.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`. Metrics are float32 scalars: `loss` (nll + z_loss + smoothing) and
@@ -82,10 +85,13 @@ def make_train_step(
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1 micro-batch, got {accumulate}")
     optimizer = optax.with_extra_args_support(optimizer)
+    gradients = functools.partial(_accumulate_gradients, loss_fn, accumulate=accumulate, axis_name=axis_name)
+    if map_gradients is not None:
+        gradients = map_gradients(gradients)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         params = policy.cast_to_compute(state.params) if policy else state.params
-        sums, grads = _accumulate_gradients(loss_fn, _localize(params, axis_name), batch, accumulate, axis_name)
+        sums, grads = gradients(_localize(params, axis_name), batch)
         if axis_name is not None:
             sums, grads = jax.lax.psum((sums, grads), axis_name)
         weight = jnp.maximum(sums.weight, 1.0)
@@ -152,7 +158,7 @@ def replicate(state: Any, devices: list[jax.Device] | None = None) -> Any:
 
 
 def _accumulate_gradients(
-    loss_fn: LossFn, params: Any, batch: Batch, accumulate: int, axis_name: str | tuple[str, ...] | None
+    loss_fn: LossFn, params: Any, batch: Batch, *, accumulate: int, axis_name: str | tuple[str, ...] | None
 ) -> tuple[LossSums, Any]:
     """Returns the sums and the float32 gradient of the summed loss over all micro-batches."""
 

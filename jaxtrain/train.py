@@ -4,9 +4,13 @@ Nothing here knows how a layer, a schedule or a file format works. How a run sta
 
   1. its folder has a checkpoint: the newest is restored, and the run goes on as if it had never stopped
   2. otherwise: fresh parameters from the seed
+
+Under several processes each runs all of this on its own part of the batch and of the state; process 0 alone prepares
+data and writes records, and before each part they agree that they are about to do the same.
 """
 
 import contextlib
+import dataclasses
 import functools
 import signal
 from collections.abc import Iterator
@@ -15,10 +19,11 @@ from typing import Any
 
 import jax
 
-from jaxtrain import build
+from jaxtrain import __version__, build, distributed
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config
 from jaxtrain.data.loader import Prefetcher, TrainBatches, global_batch
+from jaxtrain.data.store import TokenStore
 from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
 from jaxtrain.generate import continue_text
 from jaxtrain.optim import decay_mask, decay_report
@@ -73,11 +78,10 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
       evaluation.
 
     Raises:
-      ValueError: a config, store or checkpoint that does not fit, with the remedy.
+      ValueError: a config, store or checkpoint that does not fit, with the remedy, or processes that disagree on them.
     """
     folder = Path(run_dir)
-    claim(folder, config)
-    run = assemble(config, folder, build.open_data(config, folder))
+    run = assemble(config, folder, _data(config, folder))
     with (
         Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         Recorder(run) as recorder,
@@ -90,16 +94,52 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
         if outcome["reason"] == "finished":
             outcome |= _finish(run, state, recorder)
         recorder.event("stop", f"stopped at step {outcome['step']}: {outcome['reason']}", **outcome)
-        try:
-            recorder.say(f"report: {write_report(folder)}")
-        except (ImportError, ValueError) as error:  # no matplotlib, or not one step logged: the run is no worse
-            recorder.say(f"no report: {error}")
+        if distributed.is_lead():
+            try:
+                recorder.say(f"report: {write_report(folder)}")
+            except (ImportError, ValueError) as error:  # no matplotlib, or not one step logged: the run is no worse
+                recorder.say(f"no report: {error}")
     return outcome
 
 
+def _data(config: Config, folder: Path) -> TokenStore:
+    """Opens the run's data, after process 0 has made its folder and, if need be, the data."""
+    distributed.agree(
+        "the run",
+        dataclasses.asdict(config) | {"jax": jax.__version__, "jaxtrain": __version__},
+        remedy="start them with the same command and the same versions",
+    )
+
+    def begin() -> None:
+        claim(folder, config)
+        build.prepare_data(config, folder)
+
+    distributed.first("prepare the data", begin)
+    distributed.agree(
+        "the run directory",
+        {"config.json": "there" if (folder / "config.json").exists() else "not there"},
+        remedy="--run-dir must be on a file system that they share",
+    )
+    store = build.open_data(config, folder)
+    distributed.agree(
+        "the data", {"fingerprint": store.fingerprint}, remedy="give each the same store, or one that they share"
+    )
+    return store
+
+
 def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder) -> TrainState:
-    versions = {"jax": jax.__version__, "devices": run.mesh.size, "device": run.mesh.devices.flat[0].device_kind}
+    versions = {
+        "jax": jax.__version__,
+        "processes": jax.process_count(),
+        "devices": run.mesh.size,
+        "device": run.mesh.devices.flat[0].device_kind,
+    }
     step = checkpoints.latest_step()
+    distributed.agree(
+        "the checkpoint to go on from",
+        {"newest step": step},
+        remedy="--run-dir must be on a file system that they share",
+    )
     if step is None:
         recorder.event("start", "", step=0, attempt=recorder.attempt, **versions)
         return run.init_state()
@@ -138,7 +178,7 @@ def _loop(
             checkpoints.save(state, record(run))
         recorder.event("save", "", step=int(state.step))
 
-    done, reason = first, "finished"
+    done, reason, vote = first, "finished", distributed.StopVote()
     with Prefetcher(fetch, first, config.steps, run.config.data.prefetch) as feed:
         for done, batch in enumerate(feed, start=first + 1):
             state, metrics = train_step(state, batch)
@@ -149,8 +189,9 @@ def _loop(
                 recorder.flush()
                 with recorder.pause():
                     _evaluate(run, state, recorder, config.eval_batches)
-            if stop.reason or done == config.stop_after:
-                reason = stop.reason or "stop_after"
+            asked = vote.reason(stop.reason, done)
+            if asked or done == config.stop_after:
+                reason = asked or "stop_after"
                 break
             if done % run.config.checkpoint.every == 0:
                 save(state)
@@ -177,7 +218,7 @@ def _finish(run: Run, state: TrainState, recorder: Recorder) -> dict[str, Any]:
     """Evaluates on the whole split, sets the result beside plain compressors, and writes a sample."""
     config, split = run.config.train, run.store.validation
     rivals = {}
-    if split.num_bytes <= _COMPRESS_LIMIT:
+    if split.num_bytes <= _COMPRESS_LIMIT and distributed.is_lead():
         rivals = compressor_bits_per_byte(split_text(split, run.store.tokenizer))
     more = {f"{name}_bits_per_byte": value for name, value in rivals.items()}
     outcome = {"evaluation": _evaluate(run, state, recorder, 0, **more)}
@@ -186,5 +227,6 @@ def _finish(run: Run, state: TrainState, recorder: Recorder) -> dict[str, Any]:
     if config.sample_tokens:
         outcome["sample"] = "sample.txt"
         text = continue_text(run, state.params, config.sample_prompt, config.sample_tokens, seed=run.config.seed)
-        (run.folder / "sample.txt").write_text(config.sample_prompt + text, encoding="utf-8")
+        if distributed.is_lead():
+            (run.folder / "sample.txt").write_text(config.sample_prompt + text, encoding="utf-8")
     return outcome

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.config import MeshConfig
 from jaxtrain.optim import clipped_adamw
 from jaxtrain.sharding import make_mesh, replicated
 from jaxtrain.step import TrainState
@@ -23,7 +24,7 @@ def make_state(step=3, **changes):
 
 
 def abstract(state, num_devices=1):
-    sharding = replicated(make_mesh(num_devices))
+    sharding = replicated(make_mesh(MeshConfig(data=num_devices)))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
 
 

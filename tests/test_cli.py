@@ -142,7 +142,7 @@ MISTAKES = [
     (["train", "CONFIG", "--optim.b2", "nan"], 2, "b2 must be in [0, 1), got nan"),
     (["train", "CONFIG", "--optim.schedule", "cos"], 2, "cos"),
     (["train", "CONFIG", "--data.store", "/nowhere"], 2, "/nowhere is not a folder"),
-    (["train", "CONFIG", "--train.num-devices", "99"], 2, "exceeds the 8 devices"),
+    (["train", "CONFIG", "--mesh.data", "99"], 2, "takes 99 devices, and there are 8"),
     (["eval", "nowhere"], 2, "nowhere is no run directory"),
     (["eval", "RUN", "--step", "7"], 2, "no checkpoint of step 7"),
     (["eval", "RUN", "--split", "test"], 2, "test"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtrain.config import MeshConfig
 from jaxtrain.data.loader import EvalBatches
 from jaxtrain.data.store import Split, open_store
 from jaxtrain.evaluate import compressor_bits_per_byte, evaluate, split_text
@@ -29,7 +30,7 @@ def eval_step(scale, batch):
 
 def run(batch_size, seq_len, devices=1, **options):
     batches = EvalBatches(SPLIT, batch_size=batch_size, seq_len=seq_len, vocab_size=50)
-    return evaluate(eval_step, jnp.float32(0.1), batches, by_rows(make_mesh(devices)), **options)
+    return evaluate(eval_step, jnp.float32(0.1), batches, by_rows(make_mesh(MeshConfig(data=devices))), **options)
 
 
 @pytest.mark.parametrize(("batch_size", "seq_len", "devices"), [(1, 7, 1), (4, 7, 1), (8, 16, 4), (8, 200, 8)])

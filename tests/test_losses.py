@@ -13,6 +13,7 @@ import pytest
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain import losses
 from jaxtrain.losses import LossSums, cross_entropy, linear_cross_entropy
 
 TOKENS, WIDTH, VOCAB = 15, 6, 11
@@ -484,6 +485,117 @@ def test_shard_map_reduces_a_replicated_kernel_by_itself(example):
     assert_close(jax.jit(mapped)(hidden, kernel, labels), linear_nll(hidden, kernel, labels)[1][1])
 
 
+ALL_TERMS = {"z_loss": 0.01, "label_smoothing": 0.1, "logit_softcap": 3.0}
+
+
+def weighed(example_labels, weights, scales=(1.0, 1.0, 1.0), **options):
+    """`(hidden, kernel) -> (scales . sums, sums)`."""
+
+    def loss(hidden, kernel):
+        sums = linear_cross_entropy(hidden, kernel, example_labels, where=weights, chunk_size=4, **options)
+        return jnp.dot(jnp.array(scales, jnp.float32), parts(sums)), sums
+
+    return loss
+
+
+def sums_and_gradients(loss, hidden, kernel):
+    gradients, sums = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(hidden, kernel)
+    return parts(sums), *gradients
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+@pytest.mark.parametrize("vocab_block", [0, 4])
+def test_padding_of_the_vocabulary_takes_no_part(example, terms, vocab_block):
+    """Three more columns, all above the others, are as good as none; their gradient is exactly 0."""
+    hidden, kernel, labels, weights = example
+    padding = np.full((WIDTH, 3), 7.0, np.float32)
+    padded = np.concatenate([kernel, padding], axis=1)
+    loss = weighed(labels, weights, num_classes=VOCAB, vocab_block=vocab_block, **terms)
+    actual = sums_and_gradients(loss, hidden, padded)
+    expected = sums_and_gradients(weighed(labels, weights, **terms), hidden, kernel)
+    assert (actual[2][:, VOCAB:] == 0).all()
+    for a, b in zip((*actual[:2], actual[2][:, :VOCAB]), expected, strict=True):
+        assert_close(a, b, 3e-7)
+
+
+def test_a_label_among_the_padding_is_wrong(example):
+    hidden, kernel, labels, weights = example
+    labels = np.where(np.arange(TOKENS) == TOKENS - 1, VOCAB - 1, 0).astype(np.int32)
+    assert np.isfinite(linear_cross_entropy(hidden, kernel, labels, where=weights, num_classes=VOCAB).nll)
+    assert np.isnan(linear_cross_entropy(hidden, kernel, labels, where=weights, num_classes=VOCAB - 1).nll)
+
+
+@pytest.mark.parametrize("vocab_block", [1, 4, VOCAB - 1, VOCAB, 100])
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (2.0, -3.0, 0.5)], ids=str)
+def test_a_second_pass_over_blocks_of_the_vocabulary(example, vocab_block, scales):
+    """The same gradient, whether the blocks divide the columns or not, also with unequal cotangents."""
+    hidden, kernel, labels, weights = example
+    actual = sums_and_gradients(weighed(labels, weights, scales, vocab_block=vocab_block, **ALL_TERMS), hidden, kernel)
+    one_pass = sums_and_gradients(weighed(labels, weights, scales, vocab_block=0, **ALL_TERMS), hidden, kernel)
+    for a, b in zip(actual, one_pass, strict=True):
+        assert_close(a, b)
+    hidden, kernel = np.float64(hidden), np.float64(kernel)
+    _, on_logits = oracle(hidden @ kernel, labels, weights, scales, **ALL_TERMS)
+    assert_close(actual[1], on_logits @ kernel.T)
+    assert_close(actual[2], hidden.T @ on_logits)
+
+
+def test_large_heads_take_the_second_pass_by_themselves(monkeypatch):
+    """A head whose float32 gradient is above the limit is multiplied with once more, a block at a time."""
+    arguments = big_problem()
+    monkeypatch.setattr(losses, "_DEFAULT_BLOCK", 256)
+
+    def num_products(limit):
+        monkeypatch.setattr(losses, "CARRY_LIMIT", limit)
+        function = jax.grad(lambda h, k, labels: linear_cross_entropy(h, k, labels, chunk_size=64).nll, (0, 1))
+        sizes, text = tensor_sizes(function, *arguments)
+        return text.count("dot_general"), 4096 * 256 in sizes
+
+    size = 4 * arguments[1].size
+    assert num_products(size) == (3, False)
+    assert num_products(size - 1) == (4, True)
+
+
+@pytest.mark.parametrize("vocab_block", [0, 2])
+@pytest.mark.parametrize("terms", [{}, ALL_TERMS], ids=["nll", "all"])
+@pytest.mark.parametrize(
+    ("devices", "columns", "num_classes"),
+    [(2, 12, 12), (2, 12, VOCAB), (4, 12, VOCAB), (4, 16, VOCAB), (4, 12, 9)],
+)
+def test_vocabulary_in_parts_over_an_axis(devices, columns, num_classes, terms, vocab_block):
+    """Against float64 numpy on the classes alone: with padding in the last part, or nothing but padding there."""
+    rng = np.random.default_rng(5)
+    hidden = rng.normal(size=(TOKENS, WIDTH)).astype(np.float32)
+    kernel = rng.normal(size=(WIDTH, columns)).astype(np.float32) + 2 * (np.arange(columns) >= num_classes)
+    kernel = kernel.astype(np.float32)
+    labels = rng.integers(0, num_classes, TOKENS).astype(np.int32)
+    labels[0] = num_classes - 1
+    weights = rng.choice([0.0, 0.5, 2.0], TOKENS).astype(np.float32)
+    scales = (2.0, -3.0, 0.5)
+    options = {"num_classes": num_classes, "vocab_axis": "tensor", "vocab_block": vocab_block}
+
+    def body(hidden, kernel):
+        gradients, sums = jax.grad(weighed(labels, weights, scales, **options, **terms), (0, 1), has_aux=True)(
+            hidden, kernel
+        )
+        return parts(sums)[None], gradients[0][None], gradients[1]
+
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((devices,), ("tensor",), axis_types=auto, devices=jax.devices()[:devices])
+    by_device, by_columns = P("tensor"), P(None, "tensor")
+    mapped = jax.shard_map(
+        body, mesh=mesh, in_specs=(P(), by_columns), out_specs=(by_device, by_device, by_columns), check_vma=False
+    )
+    sums, on_hidden, on_kernel = jax.jit(mapped)(hidden, kernel)
+    hidden, kernel = np.float64(hidden), np.float64(kernel[:, :num_classes])
+    expected_sums, on_logits = oracle(hidden @ kernel, labels, weights, scales, **terms)
+    for device in range(devices):  # the same on all of them
+        assert_close(sums[device], expected_sums)
+        assert_close(on_hidden[device], on_logits @ kernel.T)
+    assert_close(on_kernel[:, :num_classes], hidden.T @ on_logits)
+    assert (on_kernel[:, num_classes:] == 0).all()
+
+
 @pytest.mark.parametrize("leading", [(), (5,), (5, 3), (5, 1, 3), (0,), (0, 4)], ids=str)
 def test_leading_dimensions(leading):
     rng = np.random.default_rng(3)
@@ -542,6 +654,8 @@ def test_any_sizes(tokens, width, vocab, chunk_size):
         ({"labels": jnp.zeros(4)}, "labels must be integers, got float32"),
         ({"where": jnp.ones((4, 1))}, r"where \(4, 1\)"),
         ({"kernel": jnp.zeros((3, 5), jnp.bfloat16)}, "hidden is float32 and kernel is bfloat16"),
+        ({"num_classes": 0}, "num_classes 0 must be above 0 and at most the 5 columns of the kernel"),
+        ({"num_classes": 6}, "num_classes 6 must be"),
         ({"chunk_size": 0}, "chunk_size must be at least 1 token, got 0"),
         ({"z_loss": -1.0}, "z_loss must be 0 or more, got -1.0"),
         ({"z_loss": np.nan}, "z_loss"),

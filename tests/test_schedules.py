@@ -172,9 +172,11 @@ def test_kinds_of_steps(name):
     steps = jnp.array([[0, 6, 7], [40, 59, 80]])
     rates = schedule(steps)
     assert (rates.shape, rates.dtype) == ((2, 3), jnp.float32)
-    np.testing.assert_array_equal(jax.jit(jax.vmap(jax.vmap(schedule)))(steps), rates)
+    np.testing.assert_array_max_ulp(jax.jit(jax.vmap(jax.vmap(schedule)))(steps), rates, maxulp=3)
     for kind in (int, np.int32, np.int64, np.uint16):
-        assert schedule(kind(40)) == rates[1, 0]
+        # A scalar and an array go through different cosines in XLA; the corner at 59 is exact.
+        np.testing.assert_array_max_ulp(schedule(kind(40)), rates[1, 0], maxulp=3)
+        assert schedule(kind(59)) == rates[1, 1]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.config import DataConfig, from_json, to_json
+from jaxtrain.config import DataConfig, MeshConfig, from_json, to_json
+from jaxtrain.data.store import open_store
 from jaxtrain.metrics import read_metrics
-from jaxtrain.run import open_run
+from jaxtrain.run import assemble, describe, open_run
 from jaxtrain.train import train
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
@@ -22,6 +23,10 @@ TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
 
 def with_train(config, **fields):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+
+
+def on_devices(config, num_devices):
+    return dataclasses.replace(config, mesh=MeshConfig(data=num_devices))
 
 
 def numbers(run_dir):
@@ -105,14 +110,14 @@ def command(config_file, run_dir, *flags):
 
 
 def environment(num_devices):
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONWARNINGS": "default"}
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_stopping_twice_in_an_epoch_and_going_on_gives_the_same_bits(tiny_config, tmp_path, num_devices):
     """R-C1, R-C2: every leaf of the state, every number of every line, each part in a process of its own."""
-    config = with_train(tiny_config, batch_size=32, num_devices=num_devices)
+    config = on_devices(with_train(tiny_config, batch_size=32), num_devices)
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
     for folder, stops in (("whole", [0]), ("parts", [4, 9, 0])):
@@ -158,7 +163,7 @@ def test_the_numbers_do_not_depend_on_micro_batches_or_devices(tiny_config, tmp_
     reference = None
     for devices, accumulate in ((1, 1), (1, 4), (4, 2)):
         folder = tmp_path / f"{devices}-{accumulate}"
-        train(with_train(tiny_config, num_devices=devices, accumulate=accumulate), folder)
+        train(on_devices(with_train(tiny_config, accumulate=accumulate), devices), folder)
         lines = numbers(folder)
         reference = reference or lines
         for line, expected in zip(lines, reference, strict=True):
@@ -190,9 +195,9 @@ def test_a_folder_keeps_its_config(tiny_config, tmp_path):
 
 def test_a_run_that_never_began_may_be_mended(tiny_config, tmp_path):
     with pytest.raises(ValueError, match="not divisible"):
-        train(with_train(tiny_config, num_devices=8), tmp_path / "run")
-    train(with_train(tiny_config, batch_size=16, num_devices=8, stop_after=1), tmp_path / "run")
-    assert len(open_run(tmp_path / "run").mesh.devices) == 8
+        train(on_devices(tiny_config, 8), tmp_path / "run")
+    train(on_devices(with_train(tiny_config, batch_size=16, stop_after=1), 8), tmp_path / "run")
+    assert len(open_run(tmp_path / "run").mesh.devices.flatten()) == 8
 
 
 def test_a_store_made_in_the_run_directory_serves_when_the_text_is_gone(tiny_config, tmp_path):
@@ -217,11 +222,26 @@ def test_another_store_is_refused_on_resume(tiny_config, corpus, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_an_error_with_the_arithmetic(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match=r"batch_size 8 is not divisible by .* 2 x 8 devices = 16"):
-        train(with_train(tiny_config, num_devices=8), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"batch_size 8 is not divisible by .* 2 x 8 devices along .* = 16"):
+        train(on_devices(tiny_config, 8), tmp_path / "run")
 
 
 def test_metrics_are_json_for_any_reader(whole_run):
     folder, _, _ = whole_run
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_the_start_says_what_one_device_holds(tiny_config, tmp_path):
+    held = {}
+    for name, mesh in (("whole", MeshConfig(data=1)), ("parts", MeshConfig(data=2, fsdp=2))):
+        config = dataclasses.replace(tiny_config, mesh=mesh)
+        run = assemble(config, tmp_path / name, open_store(config.data.store))
+        held[name] = dict(describe(run))
+    num_params = held["whole"]["parameters"].split(",computing")[0]
+    assert held["parts"]["parameters"].startswith(num_params)
+    assert held["parts"]["devices"] == "4 x cpu: data 2 x fsdp 2"
+    assert held["whole"]["devices"] == "1 x cpu"
+    # All but the norms' scales (5 x 16 numbers) is halved.
+    kilobytes = [float(row["memory per device"].split()[1]) for row in held.values()]
+    assert kilobytes[1] - 0.32 == pytest.approx((kilobytes[0] - 0.32) / 2, abs=0.02)

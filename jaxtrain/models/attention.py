@@ -6,9 +6,16 @@ Shape suffixes: B batch, T queries, S keys, H query heads, G key and value heads
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.models import splash
+
 
 def attend(
-    query_BTHK: jax.Array, key_BSGK: jax.Array, value_BSGK: jax.Array, positions_BT: jax.Array | None = None
+    query_BTHK: jax.Array,
+    key_BSGK: jax.Array,
+    value_BSGK: jax.Array,
+    positions_BT: jax.Array | None = None,
+    *,
+    kernel: str = "xla",
 ) -> jax.Array:
     """Attends to the keys up to each query's position (arXiv:1706.03762); softmax in float32.
 
@@ -16,10 +23,32 @@ def attend(
       query_BTHK: queries; H is a multiple of G (arXiv:2305.13245).
       key_BSGK, value_BSGK: keys and values, of positions 0 to S - 1.
       positions_BT: position of each query among the keys; None: T = S and query t is at position t.
+      kernel: "xla", or "splash" on a TPU (jaxtrain.models.splash), which takes no positions; "auto": by the default
+        backend and the shapes.
 
     Returns:
       `[B, T, H, K]`, in the queries' dtype.
+
+    Raises:
+      ValueError: a kernel that cannot do this.
     """
+    if kernel == "auto":
+        kernel = choose_kernel(jax.default_backend(), query_BTHK.shape[1]) if positions_BT is None else "xla"
+    if kernel == "splash":
+        if positions_BT is not None:
+            raise ValueError('the attention kernel "splash" takes no positions: use "xla"')
+        return splash.attend(query_BTHK, key_BSGK, value_BSGK)
+    return _attend_xla(query_BTHK, key_BSGK, value_BSGK, positions_BT)
+
+
+def choose_kernel(platform: str, seq_len: int) -> str:
+    """The kernel for a platform ("cpu", "gpu", "tpu") and a number of tokens."""
+    return "splash" if platform == "tpu" and seq_len % splash.LANES == 0 else "xla"
+
+
+def _attend_xla(
+    query_BTHK: jax.Array, key_BSGK: jax.Array, value_BSGK: jax.Array, positions_BT: jax.Array | None
+) -> jax.Array:
     batch, length, num_heads, width = query_BTHK.shape
     num_groups = key_BSGK.shape[2]
     if positions_BT is None:

@@ -8,7 +8,7 @@ def num_params(config: ModelConfig) -> int:
     c = config
     heads, width = c.num_heads, c.channels_per_head
     norm = c.d_model * (2 if c.use_bias and c.norm == "layernorm" else 1)
-    layer = 2 * norm + (2 * width if c.qk_norm else 0) + _layer_matrices(c)
+    layer = 2 * norm + (2 * width if c.qk_norm else 0) + matrices_per_layer(c)
     if c.use_bias:
         num_up = 2 if c.feed_forward == "swiglu" else 1
         layer += (heads + 2 * c.kv_heads) * width + c.d_model + num_up * c.d_ff + c.d_model
@@ -17,7 +17,8 @@ def num_params(config: ModelConfig) -> int:
     return tables + positions + c.num_layers * layer + norm
 
 
-def _layer_matrices(c: ModelConfig) -> int:
+def matrices_per_layer(c: ModelConfig) -> int:
+    """Number of parameters in the matrices of one layer."""
     attention = 2 * c.d_model * (c.num_heads + c.kv_heads) * c.channels_per_head
     return attention + c.d_model * c.d_ff * (3 if c.feed_forward == "swiglu" else 2)
 
@@ -31,6 +32,6 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     """
     c = config
     keys = (seq_len + 1) / 2 if causal else seq_len
-    matrices = c.num_layers * _layer_matrices(c) + c.d_model * c.vocab_size
+    matrices = c.num_layers * matrices_per_layer(c) + c.d_model * c.vocab_size
     scores = c.num_layers * 2 * c.num_heads * c.channels_per_head * keys
     return 3 * 2 * (matrices + scores)

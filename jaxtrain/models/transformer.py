@@ -4,22 +4,31 @@ Parameters are float32 and stacked over layers, `[L, ...]`, whether the loop ove
 compute in the dtype that they are given in, so a bfloat16 copy of the tree makes a bfloat16 forward pass; norms,
 softmax and rotary angles are float32 always.
 
+Inside `jax.shard_map` the same code runs on each device's part of the parameters and of the batch: `Parallel` says in
+how many parts they are. A layer then has its part of the heads and hidden channels; models/parallel.py has the
+collectives.
+
 Shape suffixes: B batch, T tokens, S cached tokens, D d_model, F d_ff, H query heads, G key and value heads, K head_dim,
 V vocabulary, L layers.
 """
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.losses import LossSums, linear_cross_entropy
 from jaxtrain.models.attention import attend, rope_tables, rotate
+from jaxtrain.models.layout import gather_layer
+from jaxtrain.models.masters import WithMasters, cast_masters
+from jaxtrain.models.parallel import Parallel, enter_tensor, gather, leave_tensor, look_up, together
+from jaxtrain.models.remat import ATTENTION, BLOCK_INPUT, checkpoint_name, rematerialize
 
 Params = dict[str, Any]
 
@@ -46,10 +55,11 @@ class Norm(nn.Module):
 
     config: ModelConfig
     rms: bool
+    per_part: int = 1  # devices among which what is normed is shared out
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = enter_tensor(self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.per_part)
         y = x.astype(jnp.float32)
         if not self.rms:
             y -= jnp.mean(y, axis=-1, keepdims=True)
@@ -61,20 +71,22 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """Contracts the last `num_in_dims` dimensions of x with a kernel `[*in, *features]`."""
+    """Multiplies the last dimension of x by a kernel `[in, features]`.
 
-    features: tuple[int, ...]
+    `partial`: x and the kernel have one device's part of the contraction, of as many; the sum is over all of them.
+    """
+
+    features: int
     std: float
     use_bias: bool
-    num_in_dims: int = 1
+    partial: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (*x.shape[-self.num_in_dims :], *self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
-        y = jnp.tensordot(x, kernel, axes=self.num_in_dims)
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        y = leave_tensor(x @ kernel, self.partial)
         if self.use_bias:
-            y += _broadcast(self.param("bias", nn.initializers.zeros, self.features), y)
+            y += _broadcast(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         return y
 
 
@@ -83,63 +95,83 @@ def _broadcast(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with a cache, over the cached tokens too."""
+    """Causal self-attention; with a cache, over the cached tokens too. H and G are this device's heads."""
 
     config: ModelConfig
+    parallel: Parallel
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, place: Place, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        c = self.config
+        c, parts = self.config, self.parallel.tensor
+        x_BTD = enter_tensor(x_BTD, parts)
 
         def project(name, num_heads):
-            return Linear((num_heads, c.channels_per_head), _INIT_STD, c.use_bias, name=name)(x_BTD)
+            features = num_heads * c.channels_per_head // parts
+            y = Linear(features, _INIT_STD, c.use_bias, name=name)(x_BTD)
+            return y.reshape(*y.shape[:-1], -1, c.channels_per_head)
 
         query_BTHK, value_BTGK = project("query", c.num_heads), project("value", c.kv_heads)
         key_BTGK = project("key", c.kv_heads)
         if c.qk_norm:  # arXiv:2302.05442
-            query_BTHK = Norm(c, rms=True, name="query_norm")(query_BTHK)
-            key_BTGK = Norm(c, rms=True, name="key_norm")(key_BTGK)
+            query_BTHK = Norm(c, rms=True, per_part=parts, name="query_norm")(query_BTHK)
+            key_BTGK = Norm(c, rms=True, per_part=parts, name="key_norm")(key_BTGK)
         if place.rope is not None:
             query_BTHK, key_BTGK = rotate(query_BTHK, place.rope), rotate(key_BTGK, place.rope)
         if cache is None:
-            mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK)
+            query_BTHK, key_BTGK = checkpoint_name(query_BTHK, "query"), checkpoint_name(key_BTGK, "key")
+            value_BTGK = checkpoint_name(value_BTGK, "value")
+            mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK, kernel=c.attention)
+            mixed_BTHK = checkpoint_name(mixed_BTHK, ATTENTION)
         else:
             new = Cache(key_BTGK, value_BTGK)
             cache = jax.tree.map(
                 lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, place.num_cached, axis=1), cache, new
             )
             mixed_BTHK = attend(query_BTHK, cache.key, cache.value, place.positions_BT)
-        return Linear((c.d_model,), _residual_std(c), c.use_bias, num_in_dims=2, name="out")(mixed_BTHK), cache
+        mixed_BTF = mixed_BTHK.reshape(*x_BTD.shape[:-1], -1)
+        out = Linear(c.d_model, _residual_std(c), c.use_bias, partial=parts, name="out")
+        return checkpoint_name(out(mixed_BTF), "attention_out"), cache
 
 
 class FeedForward(nn.Module):
-    """GELU (arXiv:1606.08415, tanh form) or SwiGLU (arXiv:2002.05202)."""
+    """GELU (arXiv:1606.08415, tanh form) or SwiGLU (arXiv:2002.05202). F are this device's hidden channels."""
 
     config: ModelConfig
+    parallel: Parallel
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        hidden_BTF = Linear((c.d_ff,), _INIT_STD, c.use_bias, name="up")(x_BTD)
+        parts = self.parallel.tensor
+        x_BTD = enter_tensor(x_BTD, parts)
+
+        def project(name):
+            y_BTF = Linear(c.d_ff // parts, _INIT_STD, c.use_bias, name=name)(x_BTD)
+            return checkpoint_name(y_BTF, name)
+
+        hidden_BTF = project("up")
         if c.feed_forward == "swiglu":
-            hidden_BTF *= jax.nn.silu(Linear((c.d_ff,), _INIT_STD, c.use_bias, name="gate")(x_BTD))
+            hidden_BTF *= jax.nn.silu(project("gate"))
         else:
             hidden_BTF = jax.nn.gelu(hidden_BTF, approximate=True)
-        return Linear((c.d_model,), _residual_std(c), c.use_bias, name="down")(hidden_BTF)
+        return Linear(c.d_model, _residual_std(c), c.use_bias, partial=parts, name="down")(hidden_BTF)
 
 
 class Block(nn.Module):
     """One layer: attention and feed-forward, each added to the residual stream behind a norm."""
 
     config: ModelConfig
+    parallel: Parallel
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, place: Place, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         c = self.config
         rms = c.norm == "rmsnorm"
-        mixed_BTD, cache = Attention(c, name="attention")(Norm(c, rms, name="attention_norm")(x_BTD), place, cache)
+        attention = Attention(c, self.parallel, name="attention")
+        mixed_BTD, cache = attention(Norm(c, rms, name="attention_norm")(x_BTD), place, cache)
         x_BTD += mixed_BTD
-        x_BTD += FeedForward(c, name="feed_forward")(Norm(c, rms, name="feed_forward_norm")(x_BTD))
+        feed_forward = FeedForward(c, self.parallel, name="feed_forward")
+        x_BTD += feed_forward(Norm(c, rms, name="feed_forward_norm")(x_BTD))
         return x_BTD, cache
 
 
@@ -150,6 +182,7 @@ class Transformer(nn.Module):
     """
 
     config: ModelConfig
+    parallel: Parallel = Parallel()
 
     @nn.compact
     def __call__(
@@ -165,11 +198,12 @@ class Transformer(nn.Module):
         Returns:
           Hidden states `[B, T, D]` after the final norm, in the parameters' dtype, and the filled cache.
         """
-        c = self.config
+        c, p = self.config, self.parallel
         if tokens_BT.shape[1] > c.max_seq_len:
             raise ValueError(f"{tokens_BT.shape[1]} tokens exceed model.max_seq_len {c.max_seq_len}")
-        table = self.param("embedding", nn.initializers.normal(_head_std(c)), (c.vocab_size, c.d_model))
-        x_BTD = jnp.take(table, tokens_BT, axis=0)
+        part_VD = (c.vocab_rows // p.tensor, c.d_model // p.fsdp)
+        table_VD = self.param("embedding", nn.initializers.normal(_head_std(c)), part_VD)
+        x_BTD = look_up(table_VD, tokens_BT, p)
         first = jnp.zeros((), jnp.int32) if num_cached is None else num_cached
         positions_BT = jnp.broadcast_to(first + jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
         rope = None
@@ -178,26 +212,57 @@ class Transformer(nn.Module):
         else:
             rows = self.param("positions", nn.initializers.normal(_INIT_STD), (c.max_seq_len, c.d_model))
             x_BTD += jnp.take(rows, positions_BT, axis=0)
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=c.num_layers,
-            unroll=c.scan_unroll or c.num_layers,
-        )
-        x_BTD, cache = layers(c, name="layers")(x_BTD, Place(positions_BT, rope, num_cached), cache)
+        if self.is_initializing():
+            self.param("layers", functools.partial(_init_layers, c))
+        layers = self.get_variable("params", "layers"), self.get_variable("masters", "layers")
+        x_BTD, cache = _run_layers(c, p, layers, x_BTD, Place(positions_BT, rope, num_cached), cache)
         if not c.tie_embeddings:
-            self.param("head", nn.initializers.normal(_head_std(c)), (c.d_model, c.vocab_size))
+            self.param("head", nn.initializers.normal(_head_std(c)), part_VD[::-1])
         return Norm(c, c.norm == "rmsnorm", name="final_norm")(x_BTD), cache
 
 
+def _init_layers(c: ModelConfig, key: jax.Array) -> Params:
+    """Parameters of all layers, whole, `[L, ...]`."""
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    rope = rope_tables(tokens_BT, c.channels_per_head, c.rope_theta) if c.positions == "rope" else None
+    block = Block(c, Parallel(), parent=None)
+
+    def init(key):
+        return block.init(key, jnp.zeros((1, 1, c.d_model)), Place(tokens_BT, rope, None), None)["params"]
+
+    return jax.vmap(init)(jax.random.split(key, c.num_layers))
+
+
+def _run_layers(
+    c: ModelConfig,
+    p: Parallel,
+    layers: tuple[Params, Params | None],
+    x_BTD: jax.Array,
+    place: Place,
+    cache: Cache | None,
+) -> tuple[jax.Array, Cache | None]:
+    """Runs one layer after the other, each with its slice of the parameters (and their masters) and of the cache."""
+    block = Block(c, p, parent=None)
+
+    def body(x_BTD, layer):
+        (params, masters), cache = layer
+        x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
+        # Cast and gathered in here, where the backward pass does it again: no weights are kept in another form.
+        if masters is not None:
+            params = cast_masters(params, masters, x_BTD)
+        return block.apply({"params": gather_layer(params, p.fsdp)}, x_BTD, place, cache)
+
+    body = rematerialize(body, c.remat, gathered=p.fsdp > 1, looped=c.scan_unroll not in (0, c.num_layers))
+    return jax.lax.scan(body, x_BTD, (layers, cache), unroll=c.scan_unroll or c.num_layers)
+
+
 def init_params(model: Transformer, key: jax.Array) -> Params:
-    """Initial parameters, float32. A vocabulary of unknown size is a ValueError."""
+    """Initial parameters, whole, float32. A vocabulary of unknown size is a ValueError."""
     if model.config.vocab_size < 1:
         raise ValueError(f"model.vocab_size must be above 0 to make parameters, got {model.config.vocab_size}")
-    return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    # One token is enough to know the shapes, and too few for a kernel that works in blocks.
+    whole = Transformer(dataclasses.replace(model.config, attention="xla"))
+    return whole.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def head_kernel(params: Params) -> jax.Array:
@@ -206,8 +271,9 @@ def head_kernel(params: Params) -> jax.Array:
 
 
 def logits(model: Transformer, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-    """Logits `[B, T, V]` of hidden states, float32, soft-capped if the model says so."""
-    raw_BTV = jnp.matmul(hidden_BTD, head_kernel(params), preferred_element_type=jnp.float32)
+    """Logits `[B, T, V]` of hidden states, float32, soft-capped if the model says so; V without its padding."""
+    kernel_DV = head_kernel(params)[:, : model.config.vocab_size]
+    raw_BTV = jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
     cap = model.config.logit_softcap
     return cap * jnp.tanh(raw_BTV / cap) if cap else raw_BTV
 
@@ -219,51 +285,39 @@ def empty_cache(config: ModelConfig, batch_size: int, dtype: jax.typing.DTypeLik
 
 
 def make_loss_fn(
-    model: Transformer,
-    *,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    chunk_size: int | None = None,
-    mesh: Mesh | None = None,
-):
+    model: Transformer, *, z_loss: float = 0.0, label_smoothing: float = 0.0, chunk_size: int | None = None
+) -> Callable[[Params, dict[str, jax.Array]], LossSums]:
     """Makes `loss_fn(params, batch) -> LossSums` for next-token prediction.
 
     Args:
-      model: the transformer.
+      model: the transformer. With `model.parallel` the function belongs into `jax.shard_map`, where it sees one
+        device's part of the parameters and the batch and returns the sums of that part; see `sharding.map_gradients`.
       z_loss, label_smoothing, chunk_size: see `linear_cross_entropy`.
-      mesh: mesh over whose axis `data` the batch is sharded; None: one device, or a caller that maps devices itself.
 
     Returns:
-      The loss function. Its batch holds `inputs` and `labels` `[B, T]` int32 and `where` `[B, T]` bool.
+      The loss function. Its batch holds `inputs` and `labels` `[B, T]` int32 and `where` `[B, T]` bool; its parameters
+      may be `WithMasters`.
     """
-
-    def head(hidden_BTD, kernel_DV, labels_BT, where_BT):
-        return linear_cross_entropy(
-            hidden_BTD,
-            kernel_DV,
-            labels_BT,
-            where=where_BT,
-            z_loss=z_loss,
-            label_smoothing=label_smoothing,
-            logit_softcap=model.config.logit_softcap or None,
-            chunk_size=chunk_size,
-        )
-
-    if mesh is not None and mesh.size > 1:
-        # By hand: each device walks its own rows, and the head's gradient is reduced once, not once a chunk.
-        rows = P("data")
-        head_of_rows = head
-        head = jax.shard_map(
-            lambda *args: jax.lax.psum(head_of_rows(*args), "data"),
-            mesh=mesh,
-            in_specs=(rows, P(), rows, rows),
-            out_specs=P(),
-        )
+    c, p = model.config, model.parallel
 
     def loss_fn(params: Params, batch: dict[str, jax.Array]) -> LossSums:
-        hidden_BTD, _ = model.apply({"params": params}, batch["inputs"])
+        params, masters = params if isinstance(params, WithMasters) else (params, None)
+        variables = {"params": params} | ({"masters": {"layers": masters["layers"]}} if masters else {})
+        hidden_BTD, _ = model.apply(variables, batch["inputs"])
         with jax.named_scope("head"):
-            return head(hidden_BTD, head_kernel(params), batch["labels"], batch["where"])
+            hidden_BTD, kernel_DV = together(hidden_BTD, head_kernel(params))
+            return linear_cross_entropy(
+                hidden_BTD,
+                gather(kernel_DV, 0, p.fsdp),
+                batch["labels"],
+                where=batch["where"],
+                z_loss=z_loss,
+                label_smoothing=label_smoothing,
+                logit_softcap=c.logit_softcap or None,
+                chunk_size=chunk_size,
+                num_classes=c.vocab_size,
+                vocab_axis="tensor" if p.tensor > 1 else None,
+            )
 
     return loss_fn
 

@@ -1,0 +1,282 @@
+"""Reads compiled HLO text: which collectives a program runs, over which mesh axes, and how many bytes they carry.
+
+Bytes are those of the whole array on one device: of an all-gather what comes out, of a reduce-scatter what goes in, of
+an all-reduce, all-to-all or collective-permute the array itself. So a weight that is gathered costs its own size, and
+a gradient that is reduced costs the gradient's, however many devices share the work.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_OTHER_KINDS = ("ragged-all-to-all", "collective-broadcast")
+_BITS = {"pred": 8, "c64": 64, "c128": 128}  # the others have their width in their name
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.~-]+) .*\{$|^(ENTRY )?%?([\w.~-]+) \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.~-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_ARRAY = re.compile(r"\b(pred|[subfc]f?\d+\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.~-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}")
+_IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+
+class Collective(NamedTuple):
+    """One array that a collective moves.
+
+    Attributes:
+      kind: one of `KINDS`, or `ragged-all-to-all` or `collective-broadcast`.
+      axes: mesh axes it runs over, in the mesh's order; `("?",)` if its groups are not those of any axes.
+      dtype: HLO's name, such as `bf16`.
+      shape: of the whole array on one device.
+      count: how many times a step it runs: the trips of the loops around it.
+      num_bytes: bytes a step, all times together.
+      source: the operation of the traced program that it comes from, `""` where the compiler added it.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    num_bytes: int
+    source: str
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+
+class Program:
+    """A parsed HLO module: its computations by name, each a list of instructions."""
+
+    def __init__(self, text: str):
+        """Parses `compiled.as_text()`; text without an entry computation is a ValueError."""
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        body: list[Instruction] = []
+        for line in text.splitlines():
+            if not line.startswith(" ") and line.endswith("{") and (head := _COMPUTATION.match(line)):
+                name = head.group(2) or head.group(4)
+                body = self.computations.setdefault(name, [])
+                self.entry = name if line.startswith("ENTRY") else self.entry
+            elif found := _INSTRUCTION.match(line):
+                body.append(Instruction(*found.groups()))
+        if not self.entry:
+            raise ValueError("this is no HLO module: it has no ENTRY computation")
+
+    def walk(self, name: str = "", times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
+        """Yields `(computation, instruction, times it runs)` from the entry downwards; branches all count as taken."""
+        name = name or self.entry
+        for instruction in self.computations.get(name, ()):
+            yield name, instruction, times
+            if instruction.opcode in ("async-done", "async-update") or instruction.opcode in _reducers():
+                continue  # the first names again what async-start has called, the second adds two numbers
+            trips = self.trip_count(name, instruction) if instruction.opcode == "while" else 1
+            for called in _called(instruction.rest):
+                yield from self.walk(called, times * trips)
+
+    def trip_count(self, parent: str, loop: Instruction) -> int:
+        """Trips of a while loop: what the compiler noted, else the bound that its condition compares with.
+
+        Raises:
+          ValueError: it has neither, as a loop that runs until something happens.
+        """
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+        if noted:
+            return int(noted.group(1))
+        condition = re.search(r"condition=%?([\w.~-]+)", loop.rest).group(1)
+        lines = {line.name: line for line in self.computations[condition]}
+        bounds = [line for line in lines.values() if line.opcode == "constant" and line.shape[:3] in ("s32", "s64")]
+        counters = [line for line in lines.values() if line.opcode == "get-tuple-element"]
+        if len(bounds) != 1 or len(counters) != 1 or "direction=LT" not in self._text(condition):
+            raise ValueError(f"the loop %{loop.name} has no trip count that can be read from its condition")
+        index = int(re.search(r"index=(\d+)", counters[0].rest).group(1))
+        return _constant(bounds[0]) - self._start(parent, loop, index)
+
+    def _start(self, parent: str, loop: Instruction, index: int) -> int:
+        """First value of a loop's counter, 0 where it is not a plain constant."""
+        lines = {line.name: line for line in self.computations[parent]}
+        state = lines.get(_operands(loop.rest)[0])
+        line = lines.get(_operands(state.rest)[index]) if state and state.opcode == "tuple" else None
+        while line and line.opcode in ("copy", "bitcast", "copy-done", "copy-start", "convert"):
+            line = lines.get(_operands(line.rest)[0])
+        return _constant(line) if line and line.opcode == "constant" else 0
+
+    def _text(self, computation: str) -> str:
+        """A computation's lines and those of the fusions in it."""
+        return "\n".join(f"{line.opcode} {line.rest}" for _, line, _ in self.walk(computation))
+
+
+def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    """Every array that the collectives of a compiled program move in one execution.
+
+    Args:
+      text: `compiled.as_text()`.
+      mesh_shape: `mesh.shape` of the mesh that the program was compiled for.
+
+    Raises:
+      ValueError: text that is no HLO module; a loop of unknown length.
+    """
+    program = Program(text)
+    chains = set()
+    found = []
+    for computation, line, times in program.walk():
+        opcode = line.opcode.removesuffix("-start")
+        if opcode not in KINDS + _OTHER_KINDS:
+            continue
+        # A TPU splits a gather that hides behind matrix products into fusions that all name it: one transfer.
+        chain = re.search(r'chain_id="(\d+)"', line.rest)
+        if chain and (opcode, chain.group(1)) in chains:
+            continue
+        chains |= {(opcode, chain.group(1))} if chain else set()
+        axes, group_size = _axes(line.rest, mesh_shape)
+        if group_size == 1:
+            continue
+        # A TPU fuses an all-reduce and the slice behind it to what is a reduce-scatter.
+        kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else opcode
+        for dtype, shape in _arrays(line, group_size):
+            num_bytes = times * math.prod(shape) * _bits(dtype) // 8
+            found.append(Collective(kind, axes, dtype, shape, times, num_bytes, _source(line.rest)))
+    return found
+
+
+def summarize(found: list[Collective]) -> list[dict]:
+    """Adds them up by kind, axes and dtype: dicts `kind axes dtype count bytes`, most bytes first."""
+    sums: dict[tuple, dict] = {}
+    for one in found:
+        key = (one.kind, one.axes, one.dtype)
+        row = sums.setdefault(
+            key, {"kind": one.kind, "axes": list(one.axes), "dtype": one.dtype, "count": 0, "bytes": 0}
+        )
+        row["count"] += one.count
+        row["bytes"] += one.num_bytes
+    return sorted(sums.values(), key=lambda row: -row["bytes"])
+
+
+def _reducers() -> tuple[str, ...]:
+    return ("all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "reduce-window", "scatter", "sort", "map")
+
+
+def _called(rest: str) -> list[str]:
+    branches = _BRANCHES.search(rest)
+    names = [name.strip().lstrip("%") for name in branches.group(1).split(",")] if branches else []
+    return names + _CALLED.findall(rest)
+
+
+def _operands(rest: str) -> list[str]:
+    return re.findall(r"%([\w.~-]+)", re.split(r"\)(?:,|$)", rest, maxsplit=1)[0])
+
+
+def _constant(line: Instruction) -> int:
+    return int(line.rest.split(")")[0])
+
+
+def _source(rest: str) -> str:
+    name = re.search(r'op_name="([^"]*)"', rest)
+    return name.group(1) if name else ""
+
+
+def _bits(dtype: str) -> int:
+    return _BITS.get(dtype) or int(re.search(r"\d+", dtype).group())
+
+
+def _arrays(line: Instruction, group_size: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Whole arrays of a collective, `(dtype, shape)` each."""
+    shapes = [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(line.shape)]
+    if line.opcode in ("all-gather-start", "collective-permute-start"):
+        # Their result is what goes in, what comes out, and some counters.
+        shapes = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
+        shapes = shapes[len(shapes) // 2 :]
+    if line.opcode == "reduce-scatter":
+        dimension = int(re.search(r"dimensions=\{(\d+)\}", line.rest).group(1))
+        shapes = [
+            (dtype, tuple(size * (group_size if i == dimension else 1) for i, size in enumerate(shape)))
+            for dtype, shape in shapes
+        ]
+    return shapes
+
+
+def _axes(rest: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that the devices of a group differ in, and the size of a group."""
+    names, sizes = tuple(mesh_shape), tuple(mesh_shape.values())
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
+    if pairs:
+        groups = _brace_groups(pairs.group(1))
+        moved = [group for group in groups if group[0] != group[1]]
+        coordinates = [np.unravel_index(group, sizes) for group in moved]
+        differ = {i for one in coordinates for i, at in enumerate(one) if at[0] != at[1]}
+        return tuple(names[i] for i in sorted(differ)), 2 if moved else 1
+    groups = _replica_groups(rest, math.prod(sizes))
+    differ = {i for i, at in enumerate(np.unravel_index(groups[0], sizes)) if len(set(at.tolist())) > 1}
+    whole = math.prod(sizes[i] for i in differ) == len(groups[0])
+    alike = all(
+        {i for i, at in enumerate(np.unravel_index(group, sizes)) if len(set(at.tolist())) > 1} == differ
+        for group in groups
+    )
+    axes = tuple(names[i] for i in sorted(differ)) if whole and alike else ("?",)
+    return axes, len(groups[0])
+
+
+def _replica_groups(rest: str, num_devices: int) -> list[list[int]]:
+    """Groups of device positions, from any of HLO's three notations."""
+    if mesh := _MESH.search(rest):
+        return _mesh_groups(*mesh.groups())
+    groups = rest.partition("replica_groups=")[2]
+    if iota := _IOTA.match(groups):
+        return _iota(iota).tolist()
+    braces = re.match(r"\{(\{.*?\})\}", groups)
+    return _brace_groups(braces.group(1)) if braces else [list(range(num_devices))]
+
+
+def _brace_groups(text: str) -> list[list[int]]:
+    return [[int(i) for i in group.split(",")] for group in re.findall(r"[\d,]+\d|\d", text.replace("},{", " "))]
+
+
+def _iota(found: re.Match) -> np.ndarray:
+    """`[2,4]<=[8]T(1,0)`: counts up in the shape on the right, transposes, and takes the shape on the left."""
+    shape, dims = ([int(i) for i in found.group(i).split(",")] for i in (1, 2))
+    array = np.arange(math.prod(dims)).reshape(dims)
+    if found.group(3):
+        array = array.transpose([int(i) for i in found.group(3).split(",")])
+    return array.reshape(shape)
+
+
+def _mesh_groups(sizes: str, device_ids: str | None, axes: str) -> list[list[int]]:
+    """`mesh['data'=2,'fsdp'=4] {'fsdp'}`, with `device_ids=([4,2]T(1,0))` where devices are in another order."""
+    mesh = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    devices = np.arange(math.prod(mesh.values()))
+    if order := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids or ""):
+        dims = [int(i) for i in order.group(1).split(",")]
+        devices = devices.reshape(dims)
+        if order.group(2):
+            devices = devices.transpose([int(i) for i in order.group(2).split(",")])
+    grid, names = _split_axes(mesh, axes)
+    devices = devices.reshape(list(grid.values()))
+    inside = [list(grid).index(name) for name in names]
+    outside = [i for i in range(len(grid)) if i not in inside]
+    group_size = math.prod(devices.shape[i] for i in inside)
+    return devices.transpose(outside + inside).reshape(-1, group_size).tolist()
+
+
+def _split_axes(mesh: dict[str, int], axes: str) -> tuple[dict[str, int], list[str]]:
+    """Replaces each axis of which only a part is named, `'fsdp':(2)4` (the 4 behind 2), by its parts."""
+    grid, names = {}, []
+    parts = {
+        name: (int(before or 1), int(size or mesh[name]))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    }
+    for name, size in mesh.items():
+        before, part = parts.get(name, (1, size))
+        grid |= {f"{name}<": before, name: part, f"{name}>": size // (before * part)}
+        names += [name] if name in parts else []
+    return grid, names
