@@ -28,8 +28,8 @@ def zclip(
 ) -> optax.GradientTransformation:
     """Clips a gradient whose norm is an outlier among the recent ones (ZClip, arXiv:2504.02507).
 
-    With mean m and deviation s of the recent norms, a norm whose z = (norm - m) / s is above the threshold is clipped to
-    m + s * z_threshold^2 / z: the larger the spike, the less of it is left. The averages take the clipped norm.
+    With mean m and deviation s of the recent norms, a norm whose z = (norm - m) / s is above the threshold is clipped
+    to m + s * z_threshold^2 / z: the larger the spike, the less of it is left. The averages take the clipped norm.
 
     Args:
       max_norm: a fixed threshold on top, from the first step on; None: none.
