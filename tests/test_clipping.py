@@ -1,14 +1,19 @@
 """ZClip and adaptive clipping, against NumPy and optax."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxtrain.clipping import clip_adaptively, zclip
+from jaxtrain.build import make_optimizer
+from jaxtrain.clipping import ZClipState, clip_adaptively, zclip
 from jaxtrain.guard import skip_bad_steps
-from jaxtrain.optim import clipped_adamw, global_norm
+from jaxtrain.metrics import read_metrics
+from jaxtrain.optim import ClipState, clipped_adamw, global_norm
+from jaxtrain.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +154,22 @@ def test_they_take_the_place_of_the_fixed_threshold(make):
 def test_arguments_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("clipping", ["global_norm", "zclip", "adaptive"])
+def test_a_run_clips_as_its_config_says(tiny_config, tmp_path, clipping):
+    """The same run, three ways; each learns, and the factor that it logs is that of its own rule."""
+    config = dataclasses.replace(
+        tiny_config, optim=dataclasses.replace(tiny_config.optim, clipping=clipping, clip_norm=0.05)
+    )
+    train(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    left = [line["grad_norm"] * line["clip_factor"] for line in lines]
+    if clipping == "adaptive":
+        assert len({round(norm, 4) for norm in left}) > 6  # each unit has a threshold of its own
+        assert all(line["clip_factor"] < 1 for line in lines)
+    else:  # no norm is an outlier yet, so zclip has its fixed threshold
+        np.testing.assert_allclose(left, 0.05, rtol=1e-5)
+    state = make_optimizer(config).init({"w": jnp.zeros((2, 2))})
+    assert isinstance(state.inner[0], ZClipState if clipping == "zclip" else ClipState)

@@ -129,7 +129,7 @@ def test_a_long_spike_ends_the_run_with_its_state_and_a_report(tiny_config, tmp_
     assert cli.main(["train", str(file), "--run-dir", str(tmp_path / "run")]) == 1
     assert "gave up at step" in capsys.readouterr().err
     lines, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines if line["give_up"]][0] == 19  # the eleventh of them
+    assert next(line["step"] for line in lines if line["give_up"]) == 19  # the eleventh of them
     assert events[-1]["event"] == "stop"
     assert events[-1]["reason"] == GAVE_UP
     assert (tmp_path / "run" / "report.html").exists()
