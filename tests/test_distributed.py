@@ -377,7 +377,7 @@ def test_half_an_address_is_an_error_with_what_there_is(cluster, given):
 def test_a_time_out_that_is_none_is_an_error(monkeypatch, text):
     monkeypatch.setenv("JAXTRAIN_TIMEOUT", text)
     with pytest.raises(ValueError, match=f"JAXTRAIN_TIMEOUT must be .* got '{text}'"):
-        distributed._timeout()
+        distributed.time_limit()
 
 
 def test_one_process_agrees_with_itself():
