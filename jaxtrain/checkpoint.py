@@ -132,12 +132,15 @@ class Checkpoints:
             if _LEFTOVER.match(path.name):
                 shutil.rmtree(path)
 
-    def save(self, state: TrainState, record: dict[str, Any]) -> None:
+    def save(self, state: TrainState, record: dict[str, Any]) -> bool:
         """Copies the state to the host and writes it in the background; a step that is there already is left alone.
 
         Args:
           state: may be donated to the next train step as soon as this returns.
           record: JSON values, given back by `restore`.
+
+        Returns:
+          Whether a save has begun.
 
         Raises:
           NotFinite: a parameter or the optimizer state has NaN or infinities; nothing is written.
@@ -146,7 +149,7 @@ class Checkpoints:
         step = int(state.step)
         self.wait()
         if step == self._step or distributed.tell("look for the checkpoint", lambda: step in self.steps()):
-            return
+            return False
         self._refuse_not_finite(state)
         rest = state.replace(params=None)
         leaves = describe(state.params, "params") | describe(rest, "rest")
@@ -163,6 +166,7 @@ class Checkpoints:
         self._step = step
         self._thread = threading.Thread(target=self._commit, args=(step, leaves), name="checkpoint", daemon=True)
         self._thread.start()
+        return True
 
     def failure(self) -> Exception | None:
         """What went wrong with the last save, as soon as it is known and only once; does not wait."""

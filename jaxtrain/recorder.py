@@ -62,10 +62,10 @@ class Recorder:
         """Shows a table."""
         self._console.table(title, rows)
 
-    def compile(self, train_step: Callable, *args: Any) -> Callable:
-        """Compiles the step ahead of the loop, and says how long that took."""
+    def compile(self, make: Callable[[], Callable]) -> Callable:
+        """Calls what compiles the step ahead of the loop, and says how long that took."""
         begin = time.perf_counter()
-        compiled = train_step.lower(*args).compile()
+        compiled = make()
         seconds = time.perf_counter() - begin
         self.event("compile", f"compiled in {seconds:.1f}s", seconds=seconds)
         self._since = time.perf_counter()

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 
@@ -16,7 +16,7 @@ _POLL_SECONDS = 0.05  # how soon a signal is heeded while something runs on a th
 _left_behind: list[threading.Thread] = []
 
 
-class Stopped(Exception):  # noqa: N818 (no error: somebody asked for it)
+class Stopped(Exception):
     """The run was asked to stop while it did something that is not worth finishing."""
 
 
@@ -91,13 +91,13 @@ def leave_behind(thread: threading.Thread) -> None:
     _left_behind.append(thread)
 
 
-def leave(code: int) -> int:
-    """The exit code, if the interpreter can end in good order; otherwise ends the process here.
+def is_stuck() -> bool:
+    """Whether a thread that was left behind is still alive: it would hold up the interpreter's end, or crash in it."""
+    return any(thread.is_alive() for thread in _left_behind)
 
-    A thread that compiles, or hangs in the file system, would hold up the interpreter's end or crash in it.
-    """
-    if any(thread.is_alive() for thread in _left_behind):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+
+def leave(code: int) -> NoReturn:
+    """Ends the process here and now."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
