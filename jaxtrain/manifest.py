@@ -93,7 +93,7 @@ def verify(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, Any]:
             if size != wanted["bytes"]:
                 return f"{name} has {size} bytes, its manifest says {wanted['bytes']}"
             if sha256_file(folder / name) != wanted["sha256"]:
-                return f"{name} has other bytes than were written (its SHA-256 differs)"
+                return f"{name} has other bytes than were written"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:

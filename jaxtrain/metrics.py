@@ -87,8 +87,8 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
     `update_norm`, `param_norm`, `learning_rate`, `tokens`, `skipped`), `tokens_seen` (since step 0),
     `tokens_per_second`, `step_seconds`, and `mfu` (a fraction) where `peak_flops` knows the device. They are sorted by
     `step`; of a step that was run again after a crash only the last attempt is kept, and what a `start` or `resume`
-    from an earlier step has undone is left out. Event lines have `event` and `time`, stay in the order they were written
-    and are all there. Torn lines are left out.
+    from an earlier step has undone is left out. Event lines have `event` and `time`, stay in the order they were
+    written and are all there. Torn lines are left out.
 
     Raises:
       ValueError: there is no such file.

@@ -18,7 +18,8 @@ from jaxtrain.run import Run
 class Recorder:
     """Reads the metrics of each step while the next one runs, writes and shows those that are due; a context manager.
 
-    `attempt` counts how many times the run was started, this time included. Every process reads, and only process 0
+    `attempt` counts how many times the run was started, this time included; `evaluated` has the steps that earlier
+    attempts evaluated. Every process reads, and only process 0
     writes and shows.
     """
 
@@ -27,6 +28,7 @@ class Recorder:
         self._nowhere = None if is_lead() else open(os.devnull, "w")  # noqa: SIM115 (closed on leaving)
         events = read_metrics(file)[1] if file.exists() else []
         self.attempt = 1 + sum(event["event"] in ("start", "resume") for event in events)
+        self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
         self._config = config
         self._writer = MetricsWriter(os.devnull if self._nowhere else file)
         self._console = Console(config.steps, run.config.optim.clip_norm, self._nowhere)
@@ -102,5 +104,7 @@ class Recorder:
     def pause(self) -> Iterator[None]:
         """Leaves what happens inside out of the steps' time."""
         begin = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begin

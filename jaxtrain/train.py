@@ -94,6 +94,8 @@ def _data(config: Config, folder: Path, stack: contextlib.ExitStack) -> TokenSto
     )
 
     def begin() -> None:
+        if config.train.init_from and not (folder / "metrics.jsonl").exists():
+            init_from.find(config.train.init_from, folder)
         stack.enter_context(held(folder))
         claim(folder, config)
         build.prepare_data(config, folder)
@@ -176,9 +178,18 @@ def _loop(
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
     train_step = recorder.compile(lambda: stop.run(lambda: run.train_step.lower(state, fetch(first)).compile()))
     saver = Saver(run, checkpoints, recorder)
+
+    def evaluate(state: TrainState) -> None:
+        with recorder.pause():
+            result = _evaluate(run, state, recorder, stop, config.eval_batches)
+        checkpoints.score(int(state.step), result["nll"])
+
     done, reason, vote = first, "", distributed.StopVote()
     # Where it is alone, a process that is asked to stop waits for no batch; several stop together, after a step.
     hurry = stop.asked if jax.process_count() == 1 else lambda: False
+    interrupted = config.eval_every and first % config.eval_every == 0 and first not in recorder.evaluated
+    if first and interrupted and jax.process_count() == 1:  # a stop had interrupted it
+        evaluate(state)
     prefetch, patience = run.config.data.prefetch, distributed.time_limit()
     with Prefetcher(fetch, first, config.steps, prefetch, time_limit=patience, asked_to_stop=hurry) as feed:
         for done, batch in enumerate(feed, start=first + 1):
@@ -189,9 +200,8 @@ def _loop(
                 break
             if config.eval_every and done % config.eval_every == 0:
                 recorder.flush()
-                with recorder.pause(), contextlib.suppress(Stopped):
-                    result = _evaluate(run, state, recorder, stop, config.eval_batches)
-                    checkpoints.score(done, result["nll"])
+                with contextlib.suppress(Stopped):
+                    evaluate(state)
             asked = vote.reason(stop.reason, done)
             if asked or done == config.stop_after:
                 reason = asked or "stop_after"

@@ -227,7 +227,7 @@ class Prefetcher(Generic[T]):
                 )
                 raise TimeoutError(
                     f"batch {self._stop - self._left} did not come within {self._time_limit:g} s: the thread that "
-                    f"reads the data {where}; see whether its file system answers, or give more time with JAXTRAIN_TIMEOUT"
+                    f"reads the data {where}; see whether its disk answers, or give more time with JAXTRAIN_TIMEOUT"
                 )
 
     def _work(self) -> None:
