@@ -102,6 +102,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._step: int | None = None  # saved last, or being saved
+        self.committed: int | None = None  # the step of the last save that went well
         self._moved = 0.0  # when the save was last seen to get on
 
     def __enter__(self) -> "Checkpoints":
@@ -291,6 +292,7 @@ class Checkpoints:
                 sync_folder(self.folder)
                 _at("committed")
                 self.prune()
+            self.committed = step
         except Exception as error:
             self._clear(step)
             self._error = error

@@ -45,8 +45,6 @@ class Saver:
         error = self._checkpoints.failure()
         if error is not None:
             self._failed(error)
-        elif self._again_at is None and not self._checkpoints.busy():
-            self._failures = 0
         if self._again_at is not None and time.monotonic() >= self._again_at:
             self._attempt(state)
 
@@ -72,7 +70,9 @@ class Saver:
         self._again_at = None
         with self._recorder.pause():
             try:
-                self._checkpoints.wait()  # for the previous one, whose failure this is not
+                self._checkpoints.wait()  # for the previous one
+                if self._step is not None and self._checkpoints.committed == self._step:
+                    self._failures = 0
                 self._step = int(state.step)
                 begun = self._checkpoints.save(state, record(self._run))
             except NotFinite:

@@ -18,7 +18,7 @@ import pytest
 
 from jaxtrain import cli, saver
 from jaxtrain.checkpoint import POINTS, Checkpoints
-from jaxtrain.config import CheckpointConfig, Config, to_json
+from jaxtrain.config import CheckpointConfig, to_json
 from jaxtrain.metrics import read_metrics
 from jaxtrain.run import held, open_run
 from jaxtrain.train import train
@@ -55,7 +55,9 @@ def kill_at(point):
 
 
 def terminate_at(point):
-    if point == where:
+    global seen
+    seen += point == where
+    if point == where and seen == 1:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)  # the loop goes on meanwhile
 
@@ -172,14 +174,14 @@ class Command:
 
 
 def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
-    """R-C4: each attempt is killed at its second save; what counts is whole, what does not is gone at the next start."""
+    """R-C4: each attempt is killed at its second save; what counts is whole, and litter goes at the next start."""
     command = Command(config, tmp_path)
     checkpoints = Checkpoints(command.run_dir / "checkpoints")
     newest = 0
     for point in POINTS:
         assert command("kill", point)[0] == -signal.SIGKILL
         before, newest = newest, checkpoints.latest_step()
-        # The first save of an attempt is there; so is the second if it was renamed.
+        # The first save of an attempt is there, and the second if it was renamed.
         assert newest == before + (4 if point == "committed" else 2)
         litter = [path.name for path in checkpoints.folder.iterdir() if path.name.startswith(".")]
         wanted = {"begin": 0, "committed": 0}.get(point, 1)
@@ -317,7 +319,7 @@ def test_pauses_hold_up_no_step(config, tmp_path, monkeypatch):
     begin = time.monotonic()
     train(config, tmp_path / "run")
     assert time.monotonic() - begin > 3.0
-    (failed,) = events(tmp_path / "run", "save_failed")
+    assert len(events(tmp_path / "run", "save_failed")) == 1
     saves = [event["step"] for event in events(tmp_path / "run", "save")]
     assert saves[0] == 2
     assert saves[-1] == 20
