@@ -76,5 +76,7 @@ def test_leaving_flushes_and_waits_for_nobody():
         "threading.Thread(target=threading.Event().wait).start()\n"  # no daemon: would hold the interpreter for ever
         "print('said', end='')\nstop.leave(143)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=buffered, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (143, "said")
