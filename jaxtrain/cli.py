@@ -65,22 +65,33 @@ def _train(arguments: list[str]) -> int:
     class Options:
         config: Annotated[Config, tyro.conf.arg(name="")]
         run_dir: str = f"runs/{file.stem}"  # where the run is kept, and gone on with
+        rewind: int = 0  # this once: go on from the checkpoint of this step, and set aside those after it; 0: off
 
     options = _parse(Options, f"train {file}", rest, Options(default))
     from jaxtrain.distributed import session
+    from jaxtrain.stop import is_stuck, leave
     from jaxtrain.train import GAVE_UP, train
 
-    with session(_report):
-        outcome = train(options.config, options.run_dir)
-    reason = outcome["reason"]
+    if options.rewind < 0:
+        raise ValueError(f"--rewind must be the step of a checkpoint, got {options.rewind}")
+    try:
+        with session(_report):
+            outcome = train(options.config, options.run_dir, rewind=options.rewind)
+    except OSError as error:
+        if is_stuck():
+            leave(_report(error))
+        raise
+    code, reason = 0, outcome["reason"]
     if reason == GAVE_UP:
         print(
             f"error: gave up at step {outcome['step']} after too many bad steps (see guard.max_consecutive and "
             f"guard.max_share); the state is saved, and {options.run_dir} has a report",
             file=sys.stderr,
         )
-        return 1
-    return 128 + signal.Signals[reason] if reason.startswith("SIG") else 0
+        code = 1
+    elif reason.startswith("SIG"):
+        code = 128 + signal.Signals[reason]
+    return leave(code) if is_stuck() else code
 
 
 def _schedule(arguments: list[str]) -> int:

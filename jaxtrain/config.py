@@ -194,6 +194,7 @@ class TrainConfig:
     stop_after: int = 0  # stop cleanly after this many steps, as a preemption would; 0: off
     sample_tokens: int = 0  # tokens of generated text written to sample.txt at the end; 0: none
     sample_prompt: str = ""  # what the sample continues
+    init_from: str = ""  # RUN or RUN/checkpoints/STEP: start from its weights, at step 0 with a fresh optimizer
 
     def __post_init__(self):
         _require_positive("train", self, "steps", "batch_size", "seq_len", "accumulate", "log_every")
@@ -288,9 +289,18 @@ class CheckpointConfig:
 
     every: int = 1000  # optimizer steps; the last step is always saved
     keep: int = 3  # newest checkpoints kept
+    keep_every: int = 0  # optimizer steps; multiples of it are kept for good; 0: none
+    keep_best: int = 0  # checkpoints kept with the least validation loss; needs train.eval_every; 0: none
+    retries: int = 3  # more attempts of a save that fails, before the run ends (one process; several end at once)
 
     def __post_init__(self):
         _require_positive("checkpoint", self, "every", "keep")
+        _require_not_negative("checkpoint", self, "keep_every", "keep_best", "retries")
+        _require(
+            self.keep_every % self.every == 0,
+            f"checkpoint.keep_every {self.keep_every} must be a multiple of checkpoint.every {self.every}: "
+            "only steps that are saved can be kept",
+        )
 
 
 @dataclass(frozen=True)
@@ -314,6 +324,12 @@ class Config:
         _require(
             self.train.seq_len <= self.model.max_seq_len,
             f"train.seq_len {self.train.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}",
+        )
+        eval_every, every = self.train.eval_every, self.checkpoint.every
+        _require(
+            self.checkpoint.keep_best == 0 or (eval_every > 0 and eval_every % every == 0),
+            f"checkpoint.keep_best ranks steps that are both evaluated and saved: train.eval_every {eval_every} must "
+            f"be a multiple of checkpoint.every {every}",
         )
         decay = optim.decay_steps if optim.schedule == "wsd" else 0 if optim.schedule == "constant" else 1
         _require(

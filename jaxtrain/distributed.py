@@ -33,7 +33,7 @@ class _Cluster(NamedTuple):
     method: str | None  # for jax.distributed.initialize: how it finds the devices of this process
 
 
-def _timeout() -> float:
+def time_limit() -> float:
     """Seconds to wait for other processes: JAXTRAIN_TIMEOUT, or 300."""
     text = os.environ.get("JAXTRAIN_TIMEOUT", "300")
     with contextlib.suppress(ValueError):
@@ -92,7 +92,7 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
 def _initialize() -> None:
     if jax.distributed.is_initialized():
         return
-    timeout = _timeout()
+    timeout = time_limit()
     address, num_processes, process_id, method = _asked_for() or _detected(timeout)
     if num_processes < 2:
         return
@@ -163,7 +163,7 @@ def agree(what: str, values: Mapping[str, Any], *, remedy: str = "", timeout: fl
     if _alone():
         return
     state, key = _state(), f"jaxtrain/agree/{next(_turns)}"
-    timeout = _timeout() if timeout is None else timeout
+    timeout = time_limit() if timeout is None else timeout
     deadline = time.monotonic() + timeout
     state.client.key_value_set(f"{key}/{state.process_id}", json.dumps(_flat(values)))
     if state.process_id == 0:
@@ -208,6 +208,21 @@ def first(what: str, function: Callable[[], T], *, timeout: float = _LONG_SECOND
     if problem:
         raise ValueError(problem)
     return None
+
+
+def tell(what: str, function: Callable[[], T]) -> T:
+    """Process 0 calls a function and tells the others its result, a JSON value. Arguments and errors as for `first`."""
+    result = first(what, function)
+    if _alone():
+        return result
+    state, key = _state(), f"jaxtrain/tell/{next(_turns)}"
+    if state.process_id == 0:
+        state.client.key_value_set(key, json.dumps(result))
+        return result
+    text = _get(key, time.monotonic() + time_limit())
+    if text is None:
+        raise ValueError(_missing([0], what, time_limit()))
+    return json.loads(text)
 
 
 class StopVote:

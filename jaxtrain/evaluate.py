@@ -1,5 +1,6 @@
 """Evaluation over a whole split: sums first, one division at the end."""
 
+import functools
 import gzip
 import lzma
 import math
@@ -11,9 +12,11 @@ from jax.sharding import Sharding
 from jaxtrain.data.loader import EvalBatches, Prefetcher, global_batch
 from jaxtrain.data.store import Split
 from jaxtrain.data.tokenizer import Tokenizer
+from jaxtrain.distributed import time_limit
 from jaxtrain.losses import LossSums
 from jaxtrain.run import Run
 from jaxtrain.sharding import by_rows
+from jaxtrain.stop import Stopped
 
 
 def evaluate(
@@ -24,6 +27,7 @@ def evaluate(
     *,
     num_batches: int = 0,
     prefetch: int = 2,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | int]:
     """Measures a model on a split.
 
@@ -37,16 +41,23 @@ def evaluate(
       sharding: where a batch goes.
       num_batches: how many batches, from the start of the split; 0: all.
       prefetch: batches held ready.
+      asked_to_stop: looked at between batches.
 
     Returns:
       `nll` (nats a token), `perplexity`, `bits_per_token`, `bits_per_byte`, and the number of `tokens`. Bits per byte
       use the whole split's tokens per byte.
+
+    Raises:
+      Stopped: it was asked to stop: what was measured so far is no result.
     """
     last = min(num_batches or batches.num_batches, batches.num_batches)
     nll = weight = 0.0
     pending: LossSums | None = None
-    with Prefetcher(lambda i: global_batch(batches, i, sharding), 0, last, prefetch) as feed:
+    fetch = functools.partial(global_batch, batches, sharding=sharding)
+    with Prefetcher(fetch, 0, last, prefetch, time_limit=time_limit()) as feed:
         for batch in feed:
+            if asked_to_stop():
+                raise Stopped
             following = eval_step(params, batch)
             if pending is not None:  # read one batch late, while the next one runs
                 nll, weight = nll + float(pending.nll), weight + float(pending.weight)
@@ -63,13 +74,17 @@ def evaluate(
     }
 
 
-def evaluate_split(run: Run, params: Any, split: Split, *, num_batches: int = 0) -> dict[str, float | int]:
+def evaluate_split(
+    run: Run, params: Any, split: Split, *, num_batches: int = 0, asked_to_stop: Callable[[], bool] = lambda: False
+) -> dict[str, float | int]:
     """Evaluates a run's model on a split, in the run's batches; see `evaluate`."""
     config = run.config.train
     batches = EvalBatches(
         split, batch_size=config.batch_size, seq_len=config.seq_len, vocab_size=run.model.config.vocab_size
     )
-    return evaluate(run.eval_step, params, batches, by_rows(run.mesh), num_batches=num_batches)
+    return evaluate(
+        run.eval_step, params, batches, by_rows(run.mesh), num_batches=num_batches, asked_to_stop=asked_to_stop
+    )
 
 
 def compressor_bits_per_byte(text: bytes) -> dict[str, float]:

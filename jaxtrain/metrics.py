@@ -86,8 +86,9 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
     started, this one included), the metrics of `make_train_step` (`loss`, `nll`, `z_loss`, `grad_norm`, `clip_factor`,
     `update_norm`, `param_norm`, `learning_rate`, `tokens`, `skipped`), `tokens_seen` (since step 0),
     `tokens_per_second`, `step_seconds`, and `mfu` (a fraction) where `peak_flops` knows the device. They are sorted by
-    `step`; of a step that was run again after a crash only the last attempt is kept. Event lines have `event` and
-    `time` and stay in the order they were written. Torn lines are left out.
+    `step`; of a step that was run again after a crash only the last attempt is kept, and what a `start` or `resume`
+    from an earlier step has undone is left out. Event lines have `event` and `time`, stay in the order they were
+    written and are all there. Torn lines are left out.
 
     Raises:
       ValueError: there is no such file.
@@ -106,6 +107,8 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
             continue  # the torn end of a line may be JSON by itself, as in `12`
         if "event" in record:
             events.append(record)
+            if record["event"] in ("start", "resume") and "step" in record:  # what came after that is no part of it
+                steps = {step: line for step, line in steps.items() if step <= record["step"]}
         elif "step" in record:
             steps[record["step"]] = record  # the file is in order of time: a later line is of a later attempt
     return [steps[step] for step in sorted(steps)], events

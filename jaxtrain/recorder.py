@@ -18,8 +18,9 @@ from jaxtrain.run import Run
 class Recorder:
     """Reads the metrics of each step while the next one runs, writes and shows those that are due; a context manager.
 
-    `attempt` counts how many times the run was started, this time included; `give_up` says that the last step read was
-    one bad step too many. Every process reads, and only process 0 writes and shows.
+    `attempt` counts how many times the run was started, this time included; `evaluated` has the steps that earlier
+    attempts evaluated; `give_up` says that the last step read was one bad step too many. Every process reads, and only
+    process 0 writes and shows.
     """
 
     def __init__(self, run: Run):
@@ -28,6 +29,7 @@ class Recorder:
         events = read_metrics(file)[1] if file.exists() else []
         self.attempt = 1 + sum(event["event"] in ("start", "resume") for event in events)
         self.give_up = False
+        self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
         self._config = config
         self._writer = MetricsWriter(os.devnull if self._nowhere else file)
         self._console = Console(config.steps, run.config.optim.clip_norm, self._nowhere)
@@ -63,10 +65,10 @@ class Recorder:
         """Shows a table."""
         self._console.table(title, rows)
 
-    def compile(self, train_step: Callable, *args: Any) -> Callable:
-        """Compiles the step ahead of the loop, and says how long that took."""
+    def compile(self, make: Callable[[], Callable]) -> Callable:
+        """Calls what compiles the step ahead of the loop, and says how long that took."""
         begin = time.perf_counter()
-        compiled = train_step.lower(*args).compile()
+        compiled = make()
         seconds = time.perf_counter() - begin
         self.event("compile", f"compiled in {seconds:.1f}s", seconds=seconds)
         self._since = time.perf_counter()
@@ -104,5 +106,7 @@ class Recorder:
     def pause(self) -> Iterator[None]:
         """Leaves what happens inside out of the steps' time."""
         begin = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - begin
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - begin

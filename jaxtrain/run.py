@@ -1,9 +1,12 @@
 """A run directory and all the pieces that its config makes: data, mesh, model, state shapes, compiled-to-be steps."""
 
+import contextlib
 import dataclasses
+import fcntl
 import math
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +16,9 @@ from jax.sharding import Mesh
 from jaxtrain import build
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config, MeshConfig, differences, from_json, load, to_json
+from jaxtrain.data.files import sha256_file
 from jaxtrain.data.store import TokenStore
+from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.optim import decay_mask
 from jaxtrain.program import make_program
@@ -23,6 +28,8 @@ from jaxtrain.step import TrainState
 # Fields that change neither the parameters nor the order of the data, so that a run may go on with other values.
 _FREE = ("data.prefetch", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
 _FREE += ("train.sample_", "checkpoint.")
+
+_LOCK = "lock"  # in the run's folder, while somebody trains in it
 
 
 class Run(NamedTuple):
@@ -43,6 +50,46 @@ class Run(NamedTuple):
     eval_step: Callable
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes a run's folder and keeps other processes from training in it; the end of this process frees it too.
+
+    Raises:
+      ValueError: another process holds it, or it is the folder of something else; nothing was touched.
+    """
+    _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / _LOCK
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ValueError(
+                f"{folder} is being trained in by {who}: wait for it or stop it, or give another --run-dir"
+            ) from None
+        # The one who held it before may have deleted the file meanwhile: what counts is the one with the name.
+        if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
+            break
+        os.close(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = {"data", ".data.partial", "config.json.tmp", _LOCK}
+    if "config.json" not in names and (foreign := sorted(names - ours)):
+        raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
+
+
 def claim(folder: Path, config: Config) -> None:
     """Makes the run's folder, or checks that the run in it is this one.
 
@@ -57,10 +104,8 @@ def claim(folder: Path, config: Config) -> None:
                 f"{folder} holds a run with another config: repeat that one's, or give another --run-dir\n  "
                 + "\n  ".join(changed)
             )
+    _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in folder.iterdir()}
-    if not file.exists() and (foreign := sorted(names - {"data", ".data.partial", "config.json.tmp"})):
-        raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
     temporary = folder / "config.json.tmp"  # a power cut may not leave half a config
     temporary.write_text(to_json(config))
     os.replace(temporary, file)
@@ -160,11 +205,17 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.4g} TB"
 
 
+def tokenizer_hash(store: TokenStore) -> str:
+    """SHA-256 (hex) of a store's tokenizer."""
+    return sha256_file(store.path / TOKENIZER_FILE)
+
+
 def record(run: Run) -> dict[str, Any]:
     """What a checkpoint must agree with, beside the shapes of its arrays."""
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.abstract_state.params))
     return {
         "config": dataclasses.asdict(run.config),
         "data": run.store.fingerprint,
+        "tokenizer": tokenizer_hash(run.store),
         "decay_mask": [jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays],
     }

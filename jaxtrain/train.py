@@ -2,8 +2,8 @@
 
 Nothing here knows how a layer, a schedule or a file format works. How a run starts, in this order:
 
-  1. its folder has a checkpoint: the newest is restored, and the run goes on as if it had never stopped
-  2. otherwise: fresh parameters from the seed
+  1. its folder has a checkpoint: the newest that is whole is restored, and the run goes on as if it had never stopped
+  2. otherwise: fresh parameters from the seed, or the weights of the run that `train.init_from` names
 
 Under several processes each runs all of this on its own part of the batch and of the state; process 0 alone prepares
 data and writes records, and before each part they agree that they are about to do the same.
@@ -12,14 +12,12 @@ data and writes records, and before each part they agree that they are about to 
 import contextlib
 import dataclasses
 import functools
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxtrain import __version__, build, distributed
+from jaxtrain import __version__, build, distributed, init_from
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config
 from jaxtrain.data.loader import Prefetcher, TrainBatches, global_batch
@@ -30,9 +28,11 @@ from jaxtrain.generate import continue_text
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.recorder import Recorder
 from jaxtrain.report import write_report
-from jaxtrain.run import Run, assemble, claim, describe, record
+from jaxtrain.run import Run, assemble, claim, describe, held, record, tokenizer_hash
+from jaxtrain.saver import Saver
 from jaxtrain.sharding import by_rows
 from jaxtrain.step import TrainState
+from jaxtrain.stop import Stop, Stopped
 
 # Compressing a large split for comparison would take minutes.
 _COMPRESS_LIMIT = 16 * 2**20
@@ -40,41 +40,14 @@ _COMPRESS_LIMIT = 16 * 2**20
 GAVE_UP = "too many bad steps"  # the guard's limits, see `Config.guard`
 
 
-class _Stop:
-    """Remembers that somebody asked the run to stop; the loop looks at each step."""
-
-    def __init__(self):
-        self.reason: str | None = None
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator["_Stop"]:
-        """Takes SIGTERM and SIGINT for a polite request, once; a second one acts as it would have."""
-        previous = {}
-
-        def handle(number, frame):
-            del frame
-            self.reason = signal.Signals(number).name
-            signal.signal(number, previous[number])
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.getsignal(number)
-            with contextlib.suppress(ValueError):  # not the main thread: somebody else's signals
-                signal.signal(number, handle)
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                with contextlib.suppress(ValueError):
-                    signal.signal(number, handler)
-
-
-def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
+def train(config: Config, run_dir: str | Path, *, rewind: int = 0) -> dict[str, Any]:
     """Trains, or goes on training, the run in a folder.
 
     Args:
       config: the run. Where the folder has one already it must say the same, but for fields such as `log_every` that
         change no number of the run.
       run_dir: holds config.json, metrics.jsonl, checkpoints/, and at the end report.html, report.png and sample.txt.
+      rewind: go on from the checkpoint of this step, and set aside those after it; 0: from the newest.
 
     Returns:
       The `stop` event: `step`, `reason` ("finished", "stop_after", a signal's name, or GAVE_UP) and, of a finished run,
@@ -83,19 +56,29 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
     Raises:
       ValueError: a config, store or checkpoint that does not fit, with the remedy, or processes that disagree on them.
     """
-    folder = Path(run_dir)
-    run = assemble(config, folder, _data(config, folder))
-    with (
-        Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
-        Recorder(run) as recorder,
-        _Stop().listen() as stop,
-    ):
+    folder, rule = Path(run_dir), config.checkpoint
+    with contextlib.ExitStack() as stack:
+        run = assemble(config, folder, _data(config, folder, stack))
+        stop = stack.enter_context(Stop().listen())
+        recorder = stack.enter_context(Recorder(run))
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                folder / "checkpoints",
+                keep=rule.keep,
+                keep_every=rule.keep_every,
+                keep_best=rule.keep_best,
+                report=recorder.event,
+            )
+        )
         recorder.table(f"jaxtrain: {folder}", describe(run))
         recorder.say(decay_report(run.abstract_state.params, decay_mask))
-        state = _start(run, checkpoints, recorder)
-        state, outcome = _loop(run, state, checkpoints, recorder, stop)
-        if outcome["reason"] == "finished":
-            outcome |= _finish(run, state, recorder)
+        try:
+            state = _start(run, checkpoints, recorder, stop, rewind)
+            state, outcome = _loop(run, state, checkpoints, recorder, stop)
+            if outcome["reason"] == "finished":
+                outcome |= _finish(run, state, checkpoints, recorder, stop)
+        except Stopped:  # while it made no steps: all there were are saved
+            outcome = {"step": checkpoints.latest_step() or 0, "reason": stop.reason}
         recorder.event("stop", f"stopped at step {outcome['step']}: {outcome['reason']}", **outcome)
         if distributed.is_lead():
             try:
@@ -105,8 +88,8 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
     return outcome
 
 
-def _data(config: Config, folder: Path) -> TokenStore:
-    """Opens the run's data, after process 0 has made its folder and, if need be, the data."""
+def _data(config: Config, folder: Path, stack: contextlib.ExitStack) -> TokenStore:
+    """Opens the run's data, after process 0 has taken its folder (given back by `stack`) and, if need be, made them."""
     distributed.agree(
         "the run",
         dataclasses.asdict(config) | {"jax": jax.__version__, "jaxtrain": __version__},
@@ -114,6 +97,9 @@ def _data(config: Config, folder: Path) -> TokenStore:
     )
 
     def begin() -> None:
+        if config.train.init_from and not (folder / "metrics.jsonl").exists():
+            init_from.find(config.train.init_from, folder)
+        stack.enter_context(held(folder))
         claim(folder, config)
         build.prepare_data(config, folder)
 
@@ -130,23 +116,29 @@ def _data(config: Config, folder: Path) -> TokenStore:
     return store
 
 
-def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder) -> TrainState:
+def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, rewind: int) -> TrainState:
     versions = {
         "jax": jax.__version__,
         "processes": jax.process_count(),
         "devices": run.mesh.size,
         "device": run.mesh.devices.flat[0].device_kind,
     }
-    step = checkpoints.latest_step()
     distributed.agree(
         "the checkpoint to go on from",
-        {"newest step": step},
-        remedy="--run-dir must be on a file system that they share",
+        {"newest step": checkpoints.latest_step(), "rewind": rewind},
+        remedy="--run-dir must be on a file system that they share, and the command the same",
     )
-    if step is None:
+    distributed.first("tidy the checkpoints", checkpoints.clean)
+    if rewind:
+        later = distributed.tell("rewind", lambda: checkpoints.rewind(rewind))
+        text = f"rewinding to step {rewind}: set aside the checkpoints of steps {later}"
+        recorder.event("rewind", text, step=rewind, set_aside=later)
+    # Asked of process 0, which may have set aside what others still see.
+    if distributed.tell("look for checkpoints", checkpoints.latest_step) is None:
         recorder.event("start", "", step=0, attempt=recorder.attempt, **versions)
-        return run.init_state()
-    state, saved = checkpoints.restore(run.abstract_state, step)
+        return _fresh(run, recorder, stop)
+    state, saved = stop.run(lambda: checkpoints.restore(run.abstract_state, repair=True))
+    step = int(state.step)
     for key, now in record(run).items():
         if key != "config" and saved[key] != now:
             raise ValueError(
@@ -157,8 +149,21 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder) -> TrainState
     return state
 
 
+def _fresh(run: Run, recorder: Recorder, stop: Stop) -> TrainState:
+    """The state before the first step: from the seed, and where the config says so with another run's weights."""
+    source = run.config.train.init_from
+    state = stop.run(run.init_state)
+    if not source:
+        return state
+    like, tokenizer = run.abstract_state.params, tokenizer_hash(run.store)
+    params, step = stop.run(lambda: init_from.read(source, run.folder, like, tokenizer))
+    text = f"starting from the weights of {source}, step {step}, with a fresh optimizer"
+    recorder.event("init_from", text, source=source, source_step=step)
+    return state.replace(params=params)
+
+
 def _loop(
-    run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stop: _Stop
+    run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stop: Stop
 ) -> tuple[TrainState, dict[str, Any]]:
     """Runs the steps that are left; returns the last state and what the `stop` event says."""
     config = run.config.train
@@ -176,41 +181,52 @@ def _loop(
         batches = FaultyBatches(batches, run.config.faults)
     fetch = functools.partial(global_batch, batches, sharding=by_rows(run.mesh))
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
-    train_step = recorder.compile(run.train_step, state, fetch(first))
+    train_step = recorder.compile(lambda: stop.run(lambda: run.train_step.lower(state, fetch(first)).compile()))
+    saver = Saver(run, checkpoints, recorder)
 
-    def save(state: TrainState) -> None:
+    def evaluate(state: TrainState) -> None:
         with recorder.pause():
-            checkpoints.save(state, record(run))
-        recorder.event("save", "", step=int(state.step))
+            result = _evaluate(run, state, recorder, stop, config.eval_batches)
+        checkpoints.score(int(state.step), result["nll"])
 
-    done, reason, vote = first, "finished", distributed.StopVote()
-    with Prefetcher(fetch, first, config.steps, run.config.data.prefetch) as feed:
+    done, reason, vote = first, "", distributed.StopVote()
+    # Where it is alone, a process that is asked to stop waits for no batch; several stop together, after a step.
+    hurry = stop.asked if jax.process_count() == 1 else lambda: False
+    interrupted = config.eval_every and first % config.eval_every == 0 and first not in recorder.evaluated
+    if first and interrupted and jax.process_count() == 1:  # a stop had interrupted it
+        evaluate(state)
+    prefetch, patience = run.config.data.prefetch, distributed.time_limit()
+    with Prefetcher(fetch, first, config.steps, prefetch, time_limit=patience, asked_to_stop=hurry) as feed:
         for done, batch in enumerate(feed, start=first + 1):
             state, metrics = train_step(state, batch)
             recorder.step(done, metrics)
+            saver.look(state)
             if done == config.steps or recorder.give_up:
                 break
             if config.eval_every and done % config.eval_every == 0:
                 recorder.flush()
-                with recorder.pause():
-                    _evaluate(run, state, recorder, config.eval_batches)
+                with contextlib.suppress(Stopped):
+                    evaluate(state)
             asked = vote.reason(stop.reason, done)
             if asked or done == config.stop_after:
                 reason = asked or "stop_after"
                 break
             if done % run.config.checkpoint.every == 0:
-                save(state)
+                saver.save(state)
     recorder.flush()
-    save(state)
-    checkpoints.wait()
-    return state, {"step": done, "reason": GAVE_UP if recorder.give_up else reason}
+    saver.finish(state)
+    if recorder.give_up:
+        reason = GAVE_UP
+    return state, {"step": done, "reason": reason or ("finished" if done == config.steps else stop.reason)}
 
 
 def _evaluate(
-    run: Run, state: TrainState, recorder: Recorder, num_batches: int, **more: float
+    run: Run, state: TrainState, recorder: Recorder, stop: Stop, num_batches: int, **more: float
 ) -> dict[str, float | int]:
-    result = evaluate_split(run, state.params, run.store.validation, num_batches=num_batches) | more
-    step = int(state.step)
+    hurry = stop.asked if jax.process_count() == 1 else lambda: False
+    split = run.store.validation
+    measured = stop.run(lambda: evaluate_split(run, state.params, split, num_batches=num_batches, asked_to_stop=hurry))
+    result, step = measured | more, int(state.step)
     text = (
         f"validation at step {step}: nll {result['nll']:.4f}, perplexity {result['perplexity']:.2f}, "
         f"{result['bits_per_byte']:.4f} bits per byte"
@@ -219,19 +235,23 @@ def _evaluate(
     return result
 
 
-def _finish(run: Run, state: TrainState, recorder: Recorder) -> dict[str, Any]:
+def _finish(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stop: Stop) -> dict[str, Any]:
     """Evaluates on the whole split, sets the result beside plain compressors, and writes a sample."""
     config, split = run.config.train, run.store.validation
     rivals = {}
     if split.num_bytes <= _COMPRESS_LIMIT and distributed.is_lead():
-        rivals = compressor_bits_per_byte(split_text(split, run.store.tokenizer))
+        rivals = stop.run(lambda: compressor_bits_per_byte(split_text(split, run.store.tokenizer)))
     more = {f"{name}_bits_per_byte": value for name, value in rivals.items()}
-    outcome = {"evaluation": _evaluate(run, state, recorder, 0, **more)}
+    outcome = {"evaluation": _evaluate(run, state, recorder, stop, 0, **more)}
+    if config.eval_every and not config.eval_batches:  # comparable with those on the way
+        checkpoints.score(int(state.step), outcome["evaluation"]["nll"])
+        distributed.first("delete old checkpoints", checkpoints.prune)
     if rivals:
         recorder.say(f"the same bytes: gzip -9 {rivals['gzip']:.4f}, xz -9 {rivals['xz']:.4f} bits per byte")
     if config.sample_tokens:
         outcome["sample"] = "sample.txt"
-        text = continue_text(run, state.params, config.sample_prompt, config.sample_tokens, seed=run.config.seed)
+        prompt, count = config.sample_prompt, config.sample_tokens
+        text = stop.run(lambda: continue_text(run, state.params, prompt, count, seed=run.config.seed))
         if distributed.is_lead():
-            (run.folder / "sample.txt").write_text(config.sample_prompt + text, encoding="utf-8")
+            (run.folder / "sample.txt").write_text(prompt + text, encoding="utf-8")
     return outcome

@@ -21,6 +21,20 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import pytest  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also what takes minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    """What is marked slow is left out, unless --slow asks for it or it is asked for by `-m`."""
+    if config.getoption("--slow") or config.getoption("-m"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of 40 small text files: sums in words, easy to learn a little of."""

@@ -143,6 +143,8 @@ MISTAKES = [
     (["train", "CONFIG", "--optim.schedule", "cos"], 2, "cos"),
     (["train", "CONFIG", "--data.store", "/nowhere"], 2, "/nowhere is not a folder"),
     (["train", "CONFIG", "--mesh.data", "99"], 2, "takes 99 devices, and there are 8"),
+    (["train", "CONFIG", "--rewind", "-1"], 2, "--rewind must be the step of a checkpoint, got -1"),
+    (["train", "CONFIG", "--run-dir", "OUT", "--train.init-from", "RUN/nowhere"], 2, "it has no checkpoint"),
     (["eval", "nowhere"], 2, "nowhere is no run directory"),
     (["eval", "RUN", "--step", "7"], 2, "no checkpoint of step 7"),
     (["eval", "RUN", "--split", "test"], 2, "test"),

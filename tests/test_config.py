@@ -114,6 +114,14 @@ NAN = float("nan")
         (TrainConfig, {"log_every": 0}, "log_every"),
         (CheckpointConfig, {"every": 0}, "every"),
         (CheckpointConfig, {"keep": 0}, "keep"),
+        (CheckpointConfig, {"keep_every": -1}, "keep_every must be 0 or more"),
+        (CheckpointConfig, {"keep_best": -1}, "keep_best must be 0 or more"),
+        (CheckpointConfig, {"retries": -1}, "retries must be 0 or more"),
+        (
+            CheckpointConfig,
+            {"every": 50, "keep_every": 120},
+            "keep_every 120 must be a multiple of checkpoint.every 50",
+        ),
     ],
 )
 def test_values_out_of_range(cls, fields, message):
@@ -128,6 +136,11 @@ def test_values_out_of_range(cls, fields, message):
         ({"train": TrainConfig(seq_len=512)}, "seq_len 512 exceeds model.max_seq_len 256"),
         ({"optim": OptimConfig(warmup_steps=1000)}, "warmup_steps 1000 leaves no room to decay in train.steps 1000"),
         ({"optim": OptimConfig(warmup_steps=900, schedule="wsd", decay_steps=101)}, "leaves no room"),
+        ({"checkpoint": CheckpointConfig(keep_best=2)}, "keep_best .*eval_every 0 must be a multiple of .*every 1000"),
+        (
+            {"checkpoint": CheckpointConfig(every=40, keep_best=1), "train": TrainConfig(eval_every=100)},
+            "eval_every 100 must be a multiple of checkpoint.every 40",
+        ),
         ({"optim": OptimConfig(schedule="sgdr", cycles=3)}, "cycles 3 must divide train.steps 1000"),
         ({"optim": OptimConfig(schedule="sgdr", cycles=10, warmup_steps=100)}, "longer than optim.warmup_steps 100"),
     ],

@@ -183,6 +183,41 @@ def test_a_signal_to_one_stops_both_after_the_same_step(config, tmp_path):
     assert newest == stop["step"]
 
 
+def test_process_0_finds_the_damaged_checkpoint_and_all_go_back(config, whole, tmp_path):
+    """R-C5, R-C8."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "8")
+    file = max((run_dir / "checkpoints" / "6" / "rest").rglob("d/*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    outputs = train_in_two(config, run_dir)
+    assert "checkpoint 6 is damaged: rest/" in outputs[0]
+    assert "damaged" not in outputs[1]
+    _, events = read_metrics(run_dir / "metrics.jsonl")
+    assert [event["step"] for event in events if event["event"] == "resume"] == [3]
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert names == {"3", "6", "6.damaged", "8"}
+    assert_same_run(run_dir, whole)
+
+
+def test_a_save_that_fails_ends_all_processes(config, tmp_path):
+    """R-C6: process 0 alone writes the manifest, and the other hears of it."""
+    run_dir = tmp_path / "run"
+    (tmp_path / "script.py").write_text(
+        "import sys, jaxtrain.checkpoint\n"
+        "def full(*arguments): raise OSError(28, 'No space left on device')\n"
+        "jaxtrain.checkpoint.seal = full\n"
+        "from jaxtrain.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [tmp_path / "script.py", *train_command(config, run_dir)[2:]]
+    codes, _, errors = Processes(*[command] * 2).wait()
+    assert codes[0] == 1
+    assert codes[1] != 0
+    assert "the checkpoint of step 3 could not be saved: [Errno 28] No space left on device" in errors[0]
+    assert Checkpoints(run_dir / "checkpoints").steps() == []
+
+
 def test_processes_that_disagree_on_the_config_say_where(config, tmp_path):
     commands = [train_command(c, tmp_path / "run") for c in (config, changed(config, "train", batch_size=16))]
     codes, _, errors = Processes(*commands).wait()
@@ -234,6 +269,7 @@ def body(rank):
         time.sleep(1000)
     if what == "first":
         assert distributed.first("think", lambda: 7) == (7 if rank == 0 else None)
+        assert distributed.tell("think", lambda: [7, rank]) == [7, 0]
         distributed.first("think again", lambda: {}["nothing"])
     distributed.agree("a number", {"a": {"b": 1}, "c": [1, 2]})
 
@@ -377,7 +413,7 @@ def test_half_an_address_is_an_error_with_what_there_is(cluster, given):
 def test_a_time_out_that_is_none_is_an_error(monkeypatch, text):
     monkeypatch.setenv("JAXTRAIN_TIMEOUT", text)
     with pytest.raises(ValueError, match=f"JAXTRAIN_TIMEOUT must be .* got '{text}'"):
-        distributed._timeout()
+        distributed.time_limit()
 
 
 def test_one_process_agrees_with_itself():

@@ -15,6 +15,7 @@ from jaxtrain.data.store import Split, open_store
 from jaxtrain.evaluate import compressor_bits_per_byte, evaluate, split_text
 from jaxtrain.losses import LossSums
 from jaxtrain.sharding import by_rows, make_mesh
+from jaxtrain.stop import Stopped
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 103).astype(np.uint16)
 SPLIT = Split((TOKENS,), np.zeros(3, np.int64), num_bytes=100)
@@ -58,3 +59,11 @@ def test_compressors_see_exactly_the_held_out_text(store):
     np.testing.assert_allclose(result["gzip"], 8 * len(gzip.compress(text, 9)) / len(text), atol=0.01)
     assert lzma.decompress(lzma.compress(text, preset=9)) == text
     assert 0 < result["xz"] < 8
+
+
+def test_a_stop_leaves_no_result_of_a_part():
+    """R-C9."""
+    seen = iter([False, False, True])
+    with pytest.raises(Stopped):
+        run(1, 7, asked_to_stop=lambda: next(seen))
+    assert list(seen) == []

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.data import loader
 from jaxtrain.data.loader import EvalBatches, Prefetcher, TrainBatches, global_batch
 from jaxtrain.data.order import permute
 from jaxtrain.data.store import Split
@@ -241,3 +242,42 @@ def test_prefetcher_edges():
         next(Prefetcher(int, 0, 3, 1))
     with pytest.raises(ValueError, match="depth must be 1 or more, got 0"):
         Prefetcher(int, 0, 3, 0)
+
+
+def test_a_data_thread_that_hangs_is_named_and_left_behind():
+    """R-C7: nobody waits for ever, not even on the way out."""
+    goes_on = threading.Event()
+
+    def on_a_dead_disk(index):
+        if index == 8:
+            goes_on.wait(60)
+        return index
+
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "_PARTING_SECONDS", 0.1)
+        with Prefetcher(on_a_dead_disk, 6, 10, 2, time_limit=0.5) as prefetched:
+            assert [next(prefetched), next(prefetched)] == [6, 7]
+            with pytest.raises(
+                TimeoutError, match=r"8 did not come within 0\.5 s: .* is at .*\.py:\d+ .*JAXTRAIN_TIMEOUT"
+            ):
+                next(prefetched)
+    assert time.monotonic() - began < 10
+    goes_on.set()
+
+
+def test_who_is_asked_to_stop_waits_for_no_batch():
+    goes_on, asked = threading.Event(), threading.Event()
+
+    def slow(index):
+        if index == 2:
+            goes_on.wait(60)
+        return index
+
+    found = []
+    with Prefetcher(slow, 0, 5, 1, asked_to_stop=asked.is_set) as prefetched:
+        threading.Timer(0.3, asked.set).start()
+        found += prefetched  # what is ready is still given out
+        assert asked.is_set()
+        goes_on.set()
+    assert found == [0, 1]

@@ -104,6 +104,27 @@ def test_the_last_attempt_wins(tmp_path):
     assert len(events) == 1
 
 
+def test_what_a_restart_from_an_earlier_step_has_undone_is_left_out(tmp_path):
+    """R-C15, R-A23: in the order of the file, whatever the attempts wrote after."""
+    path = tmp_path / "m"
+    with MetricsWriter(path) as writer:
+        writer.event("start", step=0)
+        for step in (1, 2, 3, 4, 5, 6):
+            writer.write(step=step, attempt=1)
+        writer.event("resume", step=4)
+        writer.write(step=5, attempt=2)
+        assert [(line["step"], line["attempt"]) for line in read_metrics(path)[0]][4:] == [(5, 2)]
+        writer.event("eval", step=1)  # no restart
+        writer.event("resume", step=2)
+        writer.write(step=3, attempt=3)
+    steps, events = read_metrics(path)
+    assert [(line["step"], line["attempt"]) for line in steps] == [(1, 1), (2, 1), (3, 3)]
+    assert [event["event"] for event in events] == ["start", "resume", "eval", "resume"]
+    with MetricsWriter(path) as writer:
+        writer.event("start", step=0)  # the first checkpoint had not been written
+    assert read_metrics(path)[0] == []
+
+
 def test_lines_that_are_no_records_are_left_out(tmp_path):
     path = tmp_path / "m"
     path.write_bytes(b'{"step": 1}\n12\n"text"\n[]\n\n{"other": 1}\n\xff\xfe\x00\n{"step": 2}\n')

@@ -5,7 +5,10 @@ A batch is a dict of numpy arrays [batch_size, seq_len]: `inputs` int32, `labels
 """
 
 import queue
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +21,10 @@ from jaxtrain.data.order import permute
 from jaxtrain.data.store import Split
 
 T = TypeVar("T")
+
+_POLL_SECONDS = 0.2  # how soon a stop is noticed while a batch is waited for
+_PARTING_SECONDS = 10.0  # for the thread to finish the batch that it is at
+
 Batch = dict[str, np.ndarray]
 
 
@@ -146,11 +153,28 @@ class Prefetcher(Generic[T]):
     """Iterates over function(start), ..., function(stop - 1), computed in order on a thread, `depth` ahead at most.
 
     A context manager; leaving it stops the thread. What the function raises is raised to the consumer at that item.
+
+    Args:
+      function: makes an item from its number.
+      start, stop: the numbers.
+      depth: items held ready.
+      time_limit: seconds to wait for an item, then a TimeoutError says where the thread hangs.
+      asked_to_stop: looked at while waiting: ends the iteration.
     """
 
-    def __init__(self, function: Callable[[int], T], start: int, stop: int, depth: int):
+    def __init__(
+        self,
+        function: Callable[[int], T],
+        start: int,
+        stop: int,
+        depth: int,
+        *,
+        time_limit: float = 300.0,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ):
         if depth < 1:
             raise ValueError(f"prefetch depth must be 1 or more, got {depth}")
+        self._time_limit, self._asked_to_stop, self._stop = time_limit, asked_to_stop, stop
         self._function, self._indices, self._left = function, range(start, stop), max(stop - start, 0)
         self._room = threading.Semaphore(depth)
         self._ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
@@ -162,11 +186,11 @@ class Prefetcher(Generic[T]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopping.set()
         self._room.release()
-        self._thread.join()
+        self._thread.join(_PARTING_SECONDS)  # a daemon: one that hangs is left behind
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -176,13 +200,37 @@ class Prefetcher(Generic[T]):
             raise RuntimeError("a Prefetcher gives items inside its `with` block only")
         if self._left == 0:
             raise StopIteration
-        item, error = self._ready.get()
+        ready = self._wait()
+        if ready is None:
+            raise StopIteration
+        item, error = ready
         self._left -= 1
         if error is not None:
             self._left = 0
             raise error
         self._room.release()
         return item
+
+    def _wait(self) -> tuple[T | None, BaseException | None] | None:
+        """The next item or error; None: it did not come before a stop was asked for."""
+        deadline = time.monotonic() + self._time_limit
+        while True:
+            try:
+                return self._ready.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if self._asked_to_stop():
+                    return None
+            if time.monotonic() >= deadline:
+                frame = sys._current_frames().get(self._thread.ident)
+                where = (
+                    "ended"
+                    if frame is None
+                    else "is at {0.filename}:{0.lineno} ({0.name})".format(traceback.extract_stack(frame)[-1])
+                )
+                raise TimeoutError(
+                    f"batch {self._stop - self._left} did not come within {self._time_limit:g} s: the thread that "
+                    f"reads the data {where}; see whether its disk answers, or give more time with JAXTRAIN_TIMEOUT"
+                )
 
     def _work(self) -> None:
         for index in self._indices:
