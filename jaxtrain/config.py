@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxtrain.data.skip import parse_ranges
+
 Schedule = Literal["cosine", "linear", "wsd", "sgdr", "constant"]
 Remat = Literal["none", "minimal", "full", "offload"]
 
@@ -129,6 +131,7 @@ class DataConfig:
     text_field: str = "text"  # key of the document in a .jsonl line; used where `store` is ""
     verify: bool = True  # read every shard at start and compare its checksum with the manifest
     prefetch: int = 2  # batches held ready on the devices
+    skip: tuple[str, ...] = ()  # batches left out, START:STOP (without STOP), counted from 0; more may be added later
 
     def __post_init__(self):
         _require(
@@ -140,6 +143,7 @@ class DataConfig:
             f"data.validation_fraction must be between 0 and 1, got {self.validation_fraction}",
         )
         _require_positive("data", self, "prefetch")
+        parse_ranges(self.skip)
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ class TrainConfig:
     log_every: int = 10  # optimizer steps
     eval_every: int = 0  # optimizer steps; 0: only at the end
     eval_batches: int = 0  # batches of validation data each time; 0: the whole split
+    replay_check: int = 0  # every so many steps run a step twice and compare all bits; 0: off. Takes a second state
     stop_after: int = 0  # stop cleanly after this many steps, as a preemption would; 0: off
     sample_tokens: int = 0  # tokens of generated text written to sample.txt at the end; 0: none
     sample_prompt: str = ""  # what the sample continues
@@ -195,7 +200,7 @@ class TrainConfig:
     def __post_init__(self):
         _require_positive("train", self, "steps", "batch_size", "seq_len", "accumulate", "log_every")
         _require_not_negative("train", self, "z_loss", "loss_chunk", "eval_every", "eval_batches")
-        _require_not_negative("train", self, "stop_after", "sample_tokens")
+        _require_not_negative("train", self, "stop_after", "sample_tokens", "replay_check")
         _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1), got {self.label_smoothing}")
         _require(
             self.batch_size % self.accumulate == 0,
@@ -231,6 +236,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class FaultConfig:
+    """Deliberate faults, for tests of what a run does about them; steps are counted from 1, 0: never."""
+
+    corrupt_replay_step: int = 0  # under train.replay_check: one bit of the second run's parameters is flipped
+
+    def __post_init__(self):
+        _require_not_negative("faults", self, "corrupt_replay_step")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Field by field it is also the command line: `--train.steps 500`."""
 
@@ -240,6 +255,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     seed: int = 0  # of the initial parameters, the order of the data and the sample
 
     def __post_init__(self):

@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from jaxtrain import build
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config, MeshConfig, differences, from_json, load, to_json
+from jaxtrain.data.loader import TrainBatches
+from jaxtrain.data.skip import parse_ranges
 from jaxtrain.data.store import TokenStore
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.optim import decay_mask
@@ -21,8 +23,9 @@ from jaxtrain.sharding import check_batch, make_mesh
 from jaxtrain.step import TrainState
 
 # Fields that change neither the parameters nor the order of the data, so that a run may go on with other values.
-_FREE = ("data.prefetch", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
-_FREE += ("train.sample_", "checkpoint.")
+# `data.skip` does, but `check_past` sees to it that what was trained keeps its order.
+_FREE = ("data.prefetch", "data.skip", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
+_FREE += ("train.sample_", "train.replay_check", "checkpoint.")
 
 
 class Run(NamedTuple):
@@ -44,7 +47,7 @@ class Run(NamedTuple):
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Makes the run's folder, or checks that the run in it is this one.
+    """Makes the run's folder, or checks that the run in it is this one, which may still refuse to go on like this.
 
     Raises:
       ValueError: a folder of something else, or of a run that has begun with another config.
@@ -61,9 +64,15 @@ def claim(folder: Path, config: Config) -> None:
     names = {path.name for path in folder.iterdir()}
     if not file.exists() and (foreign := sorted(names - {"data", ".data.partial", "config.json.tmp"})):
         raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
+    if not (folder / "metrics.jsonl").exists() or not file.exists():
+        write_config(folder, config)
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Writes a run's `config.json`, whole."""
     temporary = folder / "config.json.tmp"  # a power cut may not leave half a config
     temporary.write_text(to_json(config))
-    os.replace(temporary, file)
+    os.replace(temporary, folder / "config.json")
 
 
 def assemble(config: Config, folder: Path, store: TokenStore) -> Run:
@@ -113,6 +122,19 @@ def _mesh_for(config: Config, num_devices: int) -> MeshConfig:
         return MeshConfig(data=1, fsdp=num_rows)
 
 
+def train_batches(run: Run) -> TrainBatches:
+    """The batches that a run trains on: batch i is what step i + 1 reads."""
+    config = run.config
+    return TrainBatches(
+        run.store.train,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        seq_len=config.train.seq_len,
+        vocab_size=run.model.config.vocab_size,
+        skip=parse_ranges(config.data.skip),
+    )
+
+
 def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     """The parameters of a run's checkpoint and its step; None: the newest.
 
@@ -135,12 +157,14 @@ def describe(run: Run) -> list[tuple[str, str]]:
     parameters, optimizer = (_bytes_per_device(x) for x in (run.abstract_state.params, run.abstract_state.opt_state))
     memory = f"parameters {_size(parameters)}, gradients {_size(parameters)}, optimizer {_size(optimizer)}"
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
+    skipped = [("skipped batches", " ".join(config.data.skip))] if config.data.skip else []
     return [
         ("model", f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"),
         ("parameters", f"{num_params:,}, computing in {settings.precision}"),
         ("memory per device", memory),
         ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {mesh}" if mesh else "")),
         ("data", f"{split.num_tokens:,} tokens of {split.num_documents:,} documents in {run.store.path}"),
+        *skipped,
         ("tokens per step", batch),
         ("epochs", f"{tokens * settings.steps / split.num_tokens:.2f} in {settings.steps:,} steps"),
         ("learning rate", build.describe_schedule(config)),

@@ -22,14 +22,16 @@ import jax
 from jaxtrain import __version__, build, distributed
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config
-from jaxtrain.data.loader import Prefetcher, TrainBatches, global_batch
+from jaxtrain.data.loader import Prefetcher, global_batch
+from jaxtrain.data.skip import check_past
 from jaxtrain.data.store import TokenStore
 from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
 from jaxtrain.generate import continue_text
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.recorder import Recorder
+from jaxtrain.replay_check import ReplayChecked, ReplayMismatch
 from jaxtrain.report import write_report
-from jaxtrain.run import Run, assemble, claim, describe, record
+from jaxtrain.run import Run, assemble, claim, describe, record, train_batches, write_config
 from jaxtrain.sharding import by_rows
 from jaxtrain.step import TrainState
 
@@ -90,6 +92,8 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
         recorder.table(f"jaxtrain: {folder}", describe(run))
         recorder.say(decay_report(run.abstract_state.params, decay_mask))
         state = _start(run, checkpoints, recorder)
+        if distributed.is_lead():
+            write_config(folder, config)
         state, outcome = _loop(run, state, checkpoints, recorder, stop)
         if outcome["reason"] == "finished":
             outcome |= _finish(run, state, recorder)
@@ -128,7 +132,8 @@ def _data(config: Config, folder: Path) -> TokenStore:
 
 
 def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder) -> TrainState:
-    versions = {
+    about = {"skip": list(run.config.data.skip)} if run.config.data.skip else {}
+    about |= {
         "jax": jax.__version__,
         "processes": jax.process_count(),
         "devices": run.mesh.size,
@@ -141,7 +146,7 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder) -> TrainState
         remedy="--run-dir must be on a file system that they share",
     )
     if step is None:
-        recorder.event("start", "", step=0, attempt=recorder.attempt, **versions)
+        recorder.event("start", "", step=0, attempt=recorder.attempt, **about)
         return run.init_state()
     state, saved = checkpoints.restore(run.abstract_state, step)
     for key, now in record(run).items():
@@ -150,7 +155,8 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder) -> TrainState
                 f"the checkpoint of step {step} was made with another {key}: {saved[key]}, and now it is {now}; "
                 "go on with what the run was started with"
             )
-    recorder.event("resume", f"resumed from step {step}", step=step, attempt=recorder.attempt, **versions)
+    check_past(saved["config"]["data"].get("skip", ()), run.config.data.skip, step)
+    recorder.event("resume", f"resumed from step {step}", step=step, attempt=recorder.attempt, **about)
     return state
 
 
@@ -162,16 +168,10 @@ def _loop(
     first = int(state.step)
     if first >= config.steps:
         return state, {"step": first, "reason": "finished"}
-    batches = TrainBatches(
-        run.store.train,
-        seed=run.config.seed,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        vocab_size=run.model.config.vocab_size,
-    )
-    fetch = functools.partial(global_batch, batches, sharding=by_rows(run.mesh))
+    fetch = functools.partial(global_batch, train_batches(run), sharding=by_rows(run.mesh))
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
     train_step = recorder.compile(run.train_step, state, fetch(first))
+    checked_step = ReplayChecked(run.config, train_step, run.abstract_state)
 
     def save(state: TrainState) -> None:
         with recorder.pause():
@@ -181,7 +181,12 @@ def _loop(
     done, reason, vote = first, "finished", distributed.StopVote()
     with Prefetcher(fetch, first, config.steps, run.config.data.prefetch) as feed:
         for done, batch in enumerate(feed, start=first + 1):
-            state, metrics = train_step(state, batch)
+            try:
+                state, metrics = checked_step(done, state, batch, checkpoints.latest_step)
+            except ReplayMismatch as mismatch:
+                recorder.flush()
+                recorder.event("replay_mismatch", "", step=done, leaves=mismatch.leaves)
+                raise
             recorder.step(done, metrics)
             if done == config.steps:
                 break
