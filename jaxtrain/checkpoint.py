@@ -44,6 +44,10 @@ class Checkpoints:
         """The newest step that was written whole; None: there is none."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """The steps that were written whole, in ascending order."""
+        return sorted(self._manager.all_steps())
+
     def save(self, state: TrainState, record: dict[str, Any]) -> None:
         """Copies the state to the host and writes it in the background; a step that is there already is left alone.
 
@@ -101,7 +105,7 @@ class Checkpoints:
         return self._manager.restore(step, args=args).params, step
 
     def _pick(self, step: int | None) -> int:
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps()
         if not steps:
             raise ValueError(f"no checkpoint in {self.folder}: train first, or give another run directory")
         if step is None:

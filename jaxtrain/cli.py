@@ -1,4 +1,4 @@
-"""The command line: `jaxtrain train | eval | generate | prepare | plan | schedule`.
+"""The command line: `jaxtrain train | eval | generate | replay | prepare | plan | schedule`.
 
 Errors that a user can mend are one line on standard error: exit code 2 for a wrong command or argument, and for what
 jaxtrain refuses with a ValueError; 1 for what goes wrong outside of it (a missing package, a full disk); 128 + n for
@@ -210,6 +210,29 @@ def _generate(arguments: list[str]) -> int:
     return 0
 
 
+def _replay(arguments: list[str]) -> int:
+    """Runs a step of a run again and looks into it: `replay RUN --step S [--json]`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        run: tyro.conf.Positional[str]  # run directory
+        step: int  # counted from 1, as in metrics.jsonl
+        json: bool = False  # print one JSON object, with all rows
+
+    options = _parse(Options, "replay", arguments)
+    from jaxtrain.distributed import agree, is_lead, session
+    from jaxtrain.metrics import encode
+    from jaxtrain.replay import replay
+    from jaxtrain.replay_view import show
+
+    with session(_report):
+        agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
+        result = replay(options.run, options.step)
+    if is_lead():
+        print(json.dumps(encode(result))) if options.json else show(result)
+    return 0
+
+
 def _trained(options: Any) -> tuple[Any, Any, int]:
     """The run that a command names, its parameters and their step; the same on every process."""
     from jaxtrain.distributed import agree
@@ -256,6 +279,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "replay": _replay,
     "prepare": _prepare,
     "plan": _plan,
     "schedule": _schedule,

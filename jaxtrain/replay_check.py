@@ -11,6 +11,7 @@ from jaxtrain.sharding import replicated
 from jaxtrain.step import Metrics, TrainState
 
 _FLIPPED_BIT = 22  # the highest of a float32's mantissa: too large a change to be rounded away
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class ReplayMismatch(OSError):
@@ -21,7 +22,7 @@ class ReplayMismatch(OSError):
         saved = "start anew" if last_checkpoint is None else f"go on from the checkpoint of step {last_checkpoint}"
         super().__init__(
             f"step {step} gave other bits when it was run again (silent data corruption): {listed}; this step was not "
-            f"saved, {saved}, on other devices (a GPU repeats itself only with XLA_FLAGS=--xla_gpu_deterministic_ops=true)"
+            f"saved, {saved}, on other devices (a GPU repeats itself only under XLA_FLAGS={_DETERMINISTIC})"
         )
         self.leaves = leaves
 
