@@ -2,12 +2,17 @@
 
 Errors that a user can mend are one line on standard error: exit code 2 for a wrong command or argument, and for what
 jaxtrain refuses with a ValueError; 1 for what goes wrong outside of it (a missing package, a full disk); 128 + n for
-a run that signal n stopped, after it saved. `--debug` shows the traceback.
+a run that signal n stopped, after it saved; 130 for any command that Ctrl-C broke off. `--debug` shows the traceback.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import errno
+import io
 import json
+import os
+import re
 import signal
 import sys
 import traceback
@@ -32,23 +37,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(_usage())
         return 0
-    if name not in _COMMANDS:
-        print(f"error: unknown command {name!r}\n{_usage()}", file=sys.stderr)
-        return 2
     try:
+        if name not in _COMMANDS:
+            near = difflib.get_close_matches(name, _COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_COMMANDS)}"
+            raise ValueError(f"unknown command {name!r}: {hint}")
         return _COMMANDS[name](rest)
-    except (ValueError, ImportError, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
         return _report(error)
 
 
+# What to do about the usual troubles outside of jaxtrain.
+_REMEDIES = {
+    errno.ENOSPC: "free some space and give the same command again",
+    errno.EDQUOT: "free some space and give the same command again",
+    errno.EACCES: "give a path that this user may use",
+    errno.EPERM: "give a path that this user may use",
+    errno.EROFS: "the file system is read-only: give a path on another",
+    errno.ENOTDIR: "a part of the path is a file: give another path",
+    errno.EISDIR: "it is a folder: give the path of a file",
+    errno.EEXIST: "something else has this name: give another path",
+    errno.ENOENT: "give a path that exists",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links go round in a circle: give another path",
+}
+
+
 def _report(error: BaseException) -> int:
     """Shows an error; returns the exit code."""
-    if isinstance(error, ValueError | ImportError | OSError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    text = str(error)
+    if isinstance(error, UnicodeEncodeError):  # half of a surrogate pair: bytes of an argument that are not UTF-8
+        text = f"{error.object!r} is not Unicode text: give it as UTF-8"
+    elif isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and "EXHAUSTED" in text):
+        text = f"out of memory: {text.splitlines()[0] if text else 'the host has no more'}\n"
+        text += "lower train.batch_size or raise train.accumulate; `jaxtrain plan` says what a run needs"
+    elif isinstance(error, OSError) and error.errno in _REMEDIES:
+        text += f": {_REMEDIES[error.errno]}"
+    elif not isinstance(error, ValueError | ImportError | OSError):
         traceback.print_exception(error)
+        return 1
+    print(f"error: {text}".encode(errors="backslashreplace").decode(), file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
 
 
@@ -67,6 +100,8 @@ def _train(arguments: list[str]) -> int:
         run_dir: str = f"runs/{file.stem}"  # where the run is kept, and gone on with
 
     options = _parse(Options, f"train {file}", rest, Options(default))
+    if not options.run_dir:
+        raise ValueError("--run-dir is '': give the folder of the run")
     from jaxtrain.distributed import session
     from jaxtrain.train import train
 
@@ -130,6 +165,8 @@ def _prepare(arguments: list[str]) -> int:
         num_workers: int = 0  # processes; 0: one a core
 
     options = _parse(Options, "prepare", arguments)
+    if not options.out:
+        raise ValueError("--out is '': give the folder of the token store")
     from jaxtrain.data.prepare import prepare
 
     store = prepare(
@@ -254,7 +291,37 @@ def _parse(options: type[T], command: str, arguments: list[str], default: T | No
             near = difflib.get_close_matches(flag, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"`jaxtrain {command} --help` lists the flags"
             raise ValueError(f"unknown flag {argument.split('=')[0]}: {hint}")
-    return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
+    if {"--help", "-h"} & set(arguments):
+        return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
+    printed, columns = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"  # tyro draws a box around its errors, whose lines are broken at this width
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
+    except SystemExit:
+        text = _without_box(printed.getvalue())
+        of_config = re.match(r"Error parsing [a-z.]+: ", text)  # which says itself what is wrong
+        if of_config:
+            raise ValueError(text[of_config.end() :]) from None
+        raise ValueError(
+            f"{text.removeprefix('Error parsing ')}; `jaxtrain {command} --help` lists the flags"
+        ) from None
+    finally:
+        os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _without_box(text: str) -> str:
+    """The first paragraph in a box of tyro's, as one line."""
+    words = []
+    for line in text.splitlines()[1:]:
+        line = line.strip("│╰╯ ")  # where the output is ASCII the box has rules only
+        if not line.startswith(("─", "---")):
+            words += line.split()
+        elif words:
+            break
+    return " ".join(words)
 
 
 def _flags(cls: type, prefix: str) -> Iterator[str]:

@@ -41,7 +41,12 @@ def evaluate(
     Returns:
       `nll` (nats a token), `perplexity`, `bits_per_token`, `bits_per_byte`, and the number of `tokens`. Bits per byte
       use the whole split's tokens per byte.
+
+    Raises:
+      ValueError: a negative number of batches.
     """
+    if num_batches < 0:
+        raise ValueError(f"the number of batches must be 0 (all) or more, got {num_batches}")
     last = min(num_batches or batches.num_batches, batches.num_batches)
     nll = weight = 0.0
     pending: LossSums | None = None

@@ -16,6 +16,7 @@ from jaxtrain.config import Config, MeshConfig, differences, from_json, load, to
 from jaxtrain.data.loader import TrainBatches
 from jaxtrain.data.skip import parse_ranges
 from jaxtrain.data.store import TokenStore
+from jaxtrain.metrics import read_metrics
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.optim import decay_mask
 from jaxtrain.program import make_program
@@ -53,19 +54,29 @@ def claim(folder: Path, config: Config) -> None:
       ValueError: a folder of something else, or of a run that has begun with another config.
     """
     file = folder / "config.json"
-    if (folder / "metrics.jsonl").exists() and file.exists():
+    begun = file.exists() and _has_begun(folder)
+    if begun:
         changed = [line for line in differences(from_json(file.read_text()), config) if not line.startswith(_FREE)]
         if changed:
             raise ValueError(
                 f"{folder} holds a run with another config: repeat that one's, or give another --run-dir\n  "
                 + "\n  ".join(changed)
             )
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+        raise ValueError(f"{folder} is a file or lies below one: give another --run-dir")
     folder.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in folder.iterdir()}
     if not file.exists() and (foreign := sorted(names - {"data", ".data.partial", "config.json.tmp"})):
         raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
-    if not (folder / "metrics.jsonl").exists() or not file.exists():
+    if not begun:
         write_config(folder, config)
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has anything to lose by another config: a step that was logged, or a checkpoint."""
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    saved = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+    return saved or (metrics.exists() and bool(read_metrics(metrics)[0]))
 
 
 def write_config(folder: Path, config: Config) -> None:
@@ -141,6 +152,8 @@ def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     Raises:
       ValueError: no such checkpoint, or one that does not fit the run.
     """
+    if not (run.folder / "checkpoints").is_dir():
+        raise ValueError(f"no checkpoint in {run.folder}: train first, or give another run directory")
     with Checkpoints(run.folder / "checkpoints") as checkpoints:
         return checkpoints.restore_params(run.abstract_state.params, step)
 

@@ -83,7 +83,9 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
       ValueError: a config, store or checkpoint that does not fit, with the remedy, or processes that disagree on them.
     """
     folder = Path(run_dir)
-    run = assemble(config, folder, _data(config, folder))
+    with _untouched_if_refused(folder):
+        run = assemble(config, folder, _data(config, folder))
+        train_batches(run)  # which may find the text too short
     with (
         Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
         Recorder(run) as recorder,
@@ -104,6 +106,23 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
             except (ImportError, ValueError) as error:  # no matplotlib, or not one step logged: the run is no worse
                 recorder.say(f"no report: {error}")
     return outcome
+
+
+@contextlib.contextmanager
+def _untouched_if_refused(folder: Path) -> Iterator[None]:
+    """Takes back what `claim` did to a folder if what follows fails; a store that was prepared there stays."""
+    file = folder / "config.json"
+    was_there, before = folder.exists(), file.read_bytes() if file.is_file() else None
+    try:
+        yield
+    except BaseException:
+        if distributed.is_lead():
+            with contextlib.suppress(OSError):
+                file.unlink() if before is None else file.write_bytes(before)
+            with contextlib.suppress(OSError):  # not empty
+                if not was_there:
+                    folder.rmdir()
+        raise
 
 
 def _data(config: Config, folder: Path) -> TokenStore:
