@@ -121,6 +121,8 @@ def _schedule(arguments: list[str]) -> int:
         png: str = ""  # also draw to this file
 
     options = _parse(Options, f"schedule {file}", rest, Options(default))
+    if options.png and not options.png.endswith(".png"):
+        raise ValueError(f"--png {options.png!r} must end in .png")
     import jax
     import jax.numpy as jnp
 

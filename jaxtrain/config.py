@@ -315,13 +315,16 @@ def from_json(text: str) -> Config:
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
-    _require(isinstance(values, dict), f"config key {path or '(top)'}: expected an object, got {values!r}")
+    _require(isinstance(values, dict), f"config key {path.rstrip('.') or '(top)'}: expected an object, got {values!r}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
             hint = f"; did you mean {path}{near[0]}?" if near else f"; known keys: {', '.join(hints)}"
             raise ValueError(f"unknown config key {path}{key}{hint}")
+    for item in dataclasses.fields(cls):
+        needed = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        _require(item.name in values or not needed, f"config key {path}{item.name} is missing: give at least that one")
     return cls(**{key: _check(hints[key], value, f"{path}{key}") for key, value in values.items()})
 
 

@@ -173,7 +173,7 @@ COMMANDS = {
     "picture below a folder that is not there": bad(
         "schedule {config} --png no/a.png", "no/a.png", "give a path that exists", code=1
     ),
-    "picture of an unknown kind": bad("schedule {config} --png a.foo", "foo", "png"),
+    "picture of an unknown kind": bad("schedule {config} --png a.foo", "'a.foo'", "must end in .png"),
     "eval of no run": bad("eval nowhere", "nowhere is no run directory", "--run-dir of `jaxtrain train`"),
     "eval of a file": bad("eval {config}", "config.json is no run directory", "give the --run-dir"),
     "eval of a negative step": bad("eval {run} --step -1", "-1", "there are [5, 10, 12]"),
@@ -192,7 +192,7 @@ COMMANDS = {
     "replay of step 0": bad("replay {run} --step 0", "no step 0", "give --step 1 to 12"),
     "replay of a step to come": bad("replay {run} --step 13", "no step 13", "give --step 1 to 12"),
     "plan for an unknown chip": bad("plan {config} --chip h9000", "h9000", "v5p"),
-    "plan for an unknown topology": bad("plan {config} --topology v5p:2x", "v5p:2x", "v5p:2x2x2"),
+    "plan for an unknown topology": bad("plan {config} --topology v5p:2x", "'v5p:2x'", "as v5p:4x4x4"),
     "plan for negative devices": bad("plan {config} --devices -8", "-8", "1"),
     "plan at a price of NaN": bad("plan {config} --chip v5p --price nan", "nan", "0"),
 }
@@ -248,7 +248,9 @@ CONFIGS = {
     "json: infinity": bad("train c.json", "above 0 and finite", "inf", make=values(optim={"peak_lr": np.inf})),
     "json: huge": bad("train c.json", "train.steps: 1000000", "too large", make=values(train={"steps": 10**30})),
     "json: huge for a float": bad("train c.json", "optim.eps: 1000", "too large", make=values(optim={"eps": 10**400})),
-    "json: half a character": bad("train c.json", "\\ud800", "UTF-8", make=raw('{"data": {"store": "\\ud800"}}')),
+    "json: half a character": bad(
+        "train c.json", "\\ud800 is not a folder", "`jaxtrain prepare`", make=raw('{"data": {"store": "\\ud800"}}')
+    ),
     "json: a seed above 2^31": bad("train c.json", "seed", "2^31", make=values(seed=2**31)),
     "negative steps": bad(TRAIN + " --train.steps -4", "got -4", "above 0"),
     "a learning rate of 0": bad(TRAIN + " --optim.peak-lr 0", "got 0.0", "above 0"),
