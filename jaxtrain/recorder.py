@@ -18,8 +18,8 @@ from jaxtrain.run import Run
 class Recorder:
     """Reads the metrics of each step while the next one runs, writes and shows those that are due; a context manager.
 
-    `attempt` counts how many times the run was started, this time included. Every process reads, and only process 0
-    writes and shows.
+    `attempt` counts how many times the run was started, this time included; `give_up` says that the last step read was
+    one bad step too many. Every process reads, and only process 0 writes and shows.
     """
 
     def __init__(self, run: Run):
@@ -27,6 +27,7 @@ class Recorder:
         self._nowhere = None if is_lead() else open(os.devnull, "w")  # noqa: SIM115 (closed on leaving)
         events = read_metrics(file)[1] if file.exists() else []
         self.attempt = 1 + sum(event["event"] in ("start", "resume") for event in events)
+        self.give_up = False
         self._config = config
         self._writer = MetricsWriter(os.devnull if self._nowhere else file)
         self._console = Console(config.steps, run.config.optim.clip_norm, self._nowhere)
@@ -85,8 +86,9 @@ class Recorder:
         done, metrics = self._pending
         self._pending = None
         values = jax.device_get(metrics)
+        self.give_up = bool(values["give_up"])
         config = self._config
-        if done % config.log_every and done != config.steps:
+        if done % config.log_every and done != config.steps and not self.give_up:
             return
         now = time.perf_counter()
         seconds = (now - self._since) / (done - self._logged_step)

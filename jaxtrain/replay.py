@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.data.loader import TrainBatches, global_batch
+from jaxtrain.faults import inject
 from jaxtrain.metrics import read_metrics
 from jaxtrain.models.transformer import Transformer, make_loss_fn
 from jaxtrain.optim import global_norm
 from jaxtrain.precision import Policy
-from jaxtrain.run import Run, open_run, train_batches
-from jaxtrain.sharding import by_rows, replicated
+from jaxtrain.run import Run, batch_source, open_run, train_batches
+from jaxtrain.sharding import replicated
 from jaxtrain.step import TrainState
 
 # What a clock or a restart changes; the rest of a step line must come out the same.
@@ -45,8 +45,7 @@ def replay(run_dir: str | Path, step: int) -> dict[str, Any]:
     lines, events = read_metrics(run.folder / "metrics.jsonl")
     _require_reached(run, step, lines, events)
     state, first = _state_before(run, step)
-    batches = train_batches(run)
-    fetch = functools.partial(global_batch, batches, sharding=by_rows(run.mesh))
+    fetch = batch_source(run)
     train_step = run.train_step.lower(state, fetch(first)).compile()
     logged = {line["step"]: line for line in _current(lines, events)}
     tokens_per_step = run.config.train.batch_size * run.config.train.seq_len
@@ -71,7 +70,7 @@ def replay(run_dir: str | Path, step: int) -> dict[str, Any]:
         "notes": _notes(run, step, events),
         "micro_batches": _micro_batches(jax.device_get(looked["micro_batches"])),
         "layers": _layers(jax.device_get(looked["layers"])),
-        "rows": _rows(run, batches, step, jax.device_get(looked["row_nll"])),
+        "rows": _rows(run, step, jax.device_get(looked["row_nll"])),
     }
 
 
@@ -145,6 +144,8 @@ def _make_analysis(run: Run) -> Any:
         label_smoothing=config.label_smoothing,
         chunk_size=config.loss_chunk or None,
     )
+    if run.config.faults.in_batch:
+        loss_fn = inject(loss_fn)
     # Without its loss scale the gradients of float16 would vanish.
     policy = Policy(compute="float32" if config.precision == "float16" else config.precision)
 
@@ -213,9 +214,10 @@ def _layers(norms: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _rows(run: Run, batches: TrainBatches, step: int, row_nll: np.ndarray) -> list[dict[str, Any]]:
+def _rows(run: Run, step: int, row_nll: np.ndarray) -> list[dict[str, Any]]:
     """The rows of the batch with the documents they come from, the worst first; NaN is worst."""
-    split, tokenizer, length = run.store.train, run.store.tokenizer, batches.seq_len + 1
+    batches, split, tokenizer = train_batches(run), run.store.train, run.store.tokenizer
+    length = batches.seq_len + 1
     rows = []
     for row, begin in enumerate(batches.positions(step - 1, 0, batches.batch_size).tolist()):
         tokens = split.read(begin, length)

@@ -1,6 +1,7 @@
 """A run directory and all the pieces that its config makes: data, mesh, model, state shapes, compiled-to-be steps."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -13,14 +14,15 @@ from jax.sharding import Mesh
 from jaxtrain import build
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config, MeshConfig, differences, from_json, load, to_json
-from jaxtrain.data.loader import TrainBatches
+from jaxtrain.data.loader import TrainBatches, global_batch
 from jaxtrain.data.skip import parse_ranges
 from jaxtrain.data.store import TokenStore
+from jaxtrain.faults import FaultyBatches
 from jaxtrain.metrics import read_metrics
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.optim import decay_mask
 from jaxtrain.program import make_program
-from jaxtrain.sharding import check_batch, make_mesh
+from jaxtrain.sharding import by_rows, check_batch, make_mesh
 from jaxtrain.step import TrainState
 
 # Fields that change neither the parameters nor the order of the data, so that a run may go on with other values.
@@ -144,6 +146,14 @@ def train_batches(run: Run) -> TrainBatches:
         vocab_size=run.model.config.vocab_size,
         skip=parse_ranges(config.data.skip),
     )
+
+
+def batch_source(run: Run) -> Callable[[int], dict[str, jax.Array]]:
+    """What a train step is given: `index -> batch`, on the devices, with the faults that the config asks for."""
+    batches = train_batches(run)
+    if run.config.faults.in_batch:
+        batches = FaultyBatches(batches, run.config.faults)
+    return functools.partial(global_batch, batches, sharding=by_rows(run.mesh))
 
 
 def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:

@@ -11,7 +11,6 @@ data and writes records, and before each part they agree that they are about to 
 
 import contextlib
 import dataclasses
-import functools
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ import jax
 from jaxtrain import __version__, build, distributed
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config
-from jaxtrain.data.loader import Prefetcher, global_batch
+from jaxtrain.data.loader import Prefetcher
 from jaxtrain.data.skip import check_past
 from jaxtrain.data.store import TokenStore
 from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
@@ -31,12 +30,13 @@ from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.recorder import Recorder
 from jaxtrain.replay_check import ReplayChecked, ReplayMismatch
 from jaxtrain.report import write_report
-from jaxtrain.run import Run, assemble, claim, describe, record, train_batches, write_config
-from jaxtrain.sharding import by_rows
+from jaxtrain.run import Run, assemble, batch_source, claim, describe, record, train_batches, write_config
 from jaxtrain.step import TrainState
 
 # Compressing a large split for comparison would take minutes.
 _COMPRESS_LIMIT = 16 * 2**20
+
+GAVE_UP = "too many bad steps"  # the guard's limits, see `Config.guard`
 
 
 class _Stop:
@@ -76,8 +76,8 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
       run_dir: holds config.json, metrics.jsonl, checkpoints/, and at the end report.html, report.png and sample.txt.
 
     Returns:
-      The `stop` event: `step`, `reason` ("finished", "stop_after" or a signal's name) and, of a finished run, the last
-      evaluation.
+      The `stop` event: `step`, `reason` ("finished", "stop_after", a signal's name, or GAVE_UP) and, of a finished run,
+      the last evaluation.
 
     Raises:
       ValueError: a config, store or checkpoint that does not fit, with the remedy, or processes that disagree on them.
@@ -187,7 +187,7 @@ def _loop(
     first = int(state.step)
     if first >= config.steps:
         return state, {"step": first, "reason": "finished"}
-    fetch = functools.partial(global_batch, train_batches(run), sharding=by_rows(run.mesh))
+    fetch = batch_source(run)
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
     train_step = recorder.compile(run.train_step, state, fetch(first))
     checked_step = ReplayChecked(run.config, train_step, run.abstract_state)
@@ -207,7 +207,7 @@ def _loop(
                 recorder.event("replay_mismatch", "", step=done, leaves=mismatch.leaves)
                 raise
             recorder.step(done, metrics)
-            if done == config.steps:
+            if done == config.steps or recorder.give_up:
                 break
             if config.eval_every and done % config.eval_every == 0:
                 recorder.flush()
@@ -222,7 +222,7 @@ def _loop(
     recorder.flush()
     save(state)
     checkpoints.wait()
-    return state, {"step": done, "reason": reason}
+    return state, {"step": done, "reason": GAVE_UP if recorder.give_up else reason}
 
 
 def _evaluate(
