@@ -112,7 +112,8 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
 def _untouched_if_refused(folder: Path) -> Iterator[None]:
     """Takes back what `claim` did to a folder if what follows fails; a store that was prepared there stays."""
     file = folder / "config.json"
-    was_there, before = folder.exists(), file.read_bytes() if file.is_file() else None
+    before = file.read_bytes() if file.is_file() else None
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except BaseException:
@@ -120,8 +121,8 @@ def _untouched_if_refused(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 file.unlink() if before is None else file.write_bytes(before)
             with contextlib.suppress(OSError):  # not empty
-                if not was_there:
-                    folder.rmdir()
+                for path in absent:
+                    path.rmdir()
         raise
 
 

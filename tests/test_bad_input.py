@@ -1,10 +1,14 @@
 """Bad input of every kind: one or two clear lines, the right exit code, and nothing written, changed or lost."""
 
+import ast
 import gzip
 import hashlib
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -174,6 +178,13 @@ COMMANDS = {
         "schedule {config} --png no/a.png", "no/a.png", "give a path that exists", code=1
     ),
     "picture of an unknown kind": bad("schedule {config} --png a.foo", "'a.foo'", "must end in .png"),
+    "a full disk": bad(
+        "schedule {config} --png a.png",
+        "No space left",
+        "free some space",
+        make=lambda world: (world.tmp / "a.png").symlink_to("/dev/full"),
+        code=1,
+    ),
     "eval of no run": bad("eval nowhere", "nowhere is no run directory", "--run-dir of `jaxtrain train`"),
     "eval of a file": bad("eval {config}", "config.json is no run directory", "give the --run-dir"),
     "eval of a negative step": bad("eval {run} --step -1", "-1", "there are [5, 10, 12]"),
@@ -462,3 +473,87 @@ def test_a_run_that_failed_at_its_first_step_may_be_mended_in_place(world):
     base = ["train", str(world.config), "--run-dir", str(world.out)]
     assert main([*base, "--train.batch-size", "2000000000"]) == 1
     assert main([*base, "--train.stop-after", "1"]) == 0
+
+
+INTERRUPTED = {
+    "train": ("train {config} --run-dir {out}", "jaxtrain.train.assemble"),
+    "eval": ("eval {run}", "jaxtrain.run.open_run"),
+    "generate": ("generate {run}", "jaxtrain.run.open_run"),
+    "replay": ("replay {run} --step 3", "jaxtrain.replay.open_run"),
+    "prepare": ("prepare {corpus} --out {out}", "jaxtrain.data.prepare.build_store"),
+    "plan": ("plan {config}", "jaxtrain.plan_view.make_plan"),
+    "schedule": ("schedule {config}", "jaxtrain.plots.draw_curve"),
+}
+
+
+@pytest.mark.parametrize("command", INTERRUPTED)
+def test_ctrl_c_is_one_line(command, world, monkeypatch, capsys):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    words, place = INTERRUPTED[command]
+    monkeypatch.setattr(place, interrupt)
+    assert main([word.format(**world._asdict()) for word in words.split()]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_exit_codes_and_tracebacks_of_the_real_command(world):
+    """What `main` returns is the exit code, and a traceback is shown only where it is asked for."""
+    world.write("interrupt.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    world.write("broken.py", "def config():\n    return 1 / 0\n")
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "jaxtrain.cli", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    interrupted = run("train", "interrupt.py")
+    assert (interrupted.returncode, interrupted.stderr) == (130, "interrupted\n")
+    broken = run("train", "broken.py")
+    assert broken.returncode == 2
+    assert broken.stderr == "error: broken.py line 2: ZeroDivisionError: division by zero; mend the config\n"
+    shown = run("train", "broken.py", "--debug")
+    assert shown.returncode != 0
+    assert "Traceback" in shown.stderr
+    assert "return 1 / 0" in shown.stderr
+
+
+def test_a_config_from_a_run_is_read_and_not_executed(world, monkeypatch):
+    """Text that would be code elsewhere stays text, and a config.py beside the JSON is left alone."""
+
+    def refuse(*args, **options):
+        pytest.fail("a .json config was executed")
+
+    monkeypatch.setattr("runpy.run_path", refuse)
+    world.json("config.json", data={"text_field": f"__import__('builtins').exec({CODE!r})"})
+    world.write("config.py", CODE)
+    before = snapshot(world)
+    assert main(["schedule", "config.json"]) == 0
+    assert snapshot(world) == before
+
+
+def test_nothing_in_the_package_loads_a_pickle_or_executes_text():
+    """Read from the source: only `config.load` executes a file, the user's own .py."""
+    found = []
+    for path in sorted((ROOT / "jaxtrain").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found += [(path.name, what) for what in _dangers(node)]
+    assert found == [("config.py", "runpy")]
+    everything = "import pickle, yaml\nfrom shelve import open\neval('1')\nnp.load(f)\nx.load(f, allow_pickle=True)"
+    assert len([what for node in ast.walk(ast.parse(everything)) for what in _dangers(node)]) == 6
+
+
+def _dangers(node):
+    modules = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml", "runpy", "torch"}
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name.split(".")[0] in modules)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (name for name in [node.module or ""] if name.split(".")[0] in modules)
+    elif isinstance(node, ast.Call):
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        if isinstance(node.func, ast.Name) and name in ("eval", "exec", "compile", "__import__"):
+            yield name
+        safe = [word for word in node.keywords if word.arg == "allow_pickle" and word.value.value is False]
+        numpy_load = name == "load" and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "np"
+        if (numpy_load or any(word.arg == "allow_pickle" for word in node.keywords)) and not safe:
+            yield f"{name} with pickles"

@@ -65,8 +65,10 @@ class TrainBatches:
         return _batch(windows, np.ones((stop - start, self.seq_len), bool))
 
     def positions(self, step: int, start: int, stop: int) -> np.ndarray:
-        """Where in the split rows [start, stop) of the batch of a step begin, in tokens; int64."""
+        """Where in the split rows [start, stop) of the batch of a step begin, in tokens; int64. Steps count from 0."""
         _require_rows(start, stop, self.batch_size)
+        if step < 0:
+            raise ValueError(f"steps count from 0, got {step}")
         first = skip_to(step, self.skip) * self.batch_size
         windows = np.empty(stop - start, np.int64)
         position = first + start
