@@ -206,3 +206,17 @@ def test_a_flipped_bit_ends_the_run_before_it_is_saved(tiny_config, tmp_path, ca
     assert events[-1]["event"] == "replay_mismatch"
     assert events[-1]["step"] == 10
     assert any(leaf.startswith("params/") for leaf in events[-1]["leaves"])
+
+
+def test_a_bad_micro_batch_is_found(tiny_config, tmp_path):
+    """The step that the guard skipped comes out bad again, and the row that made it so is first."""
+    config = change(tiny_config, "train", stop_after=7)
+    train(dataclasses.replace(config, faults=FaultConfig(nan_micro_batch_step=6)), tmp_path / "run")
+    result = replay(tmp_path / "run", 6)
+    assert result["reproduces"] is True
+    assert result["metrics"]["skipped"] == 1
+    assert [np.isfinite(part["loss"]) for part in result["micro_batches"]] == [False, True]
+    assert result["rows"][0]["row"] == 0
+    assert np.isnan(result["rows"][0]["nll"])
+    assert all(np.isfinite(row["nll"]) for row in result["rows"][1:])
+    assert all(layer["update_norm"] == 0 for layer in result["layers"])
