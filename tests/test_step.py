@@ -15,16 +15,17 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.guard import skip_bad_steps
 from jaxtrain.losses import LossSums, cross_entropy, linear_cross_entropy
 from jaxtrain.optim import clip_by_global_norm, clipped_adamw, scale_by_adam
-from jaxtrain.precision import Policy
+from jaxtrain.precision import LossScaling, Policy
 from jaxtrain.schedules import warmup_cosine
 from jaxtrain.step import TrainState, make_eval_step, make_train_step, pmap_train_step, replicate
 
 VOCAB, WIDTH, ROWS, LENGTH = 13, 5, 32, 16
 METRICS = {
     *("loss", "nll", "z_loss", "grad_norm", "clip_factor"),
-    *("update_norm", "param_norm", "learning_rate", "tokens", "skipped"),
+    *("update_norm", "param_norm", "learning_rate", "tokens", "skipped", "skip_reason", "give_up"),
 }
 # The large eps makes Adam's direction a smooth function of the gradient, which noise cannot turn round.
 adamw = functools.partial(clipped_adamw, eps=1e-2, clip_norm=0.2)
@@ -132,6 +133,8 @@ def test_one_batch_matches_float64():
         "learning_rate": 0.1,
         "tokens": 138,
         "skipped": 0,
+        "skip_reason": 0,
+        "give_up": 0,
     }
     assert norm > 0.3
     assert metrics.keys() == METRICS == expected.keys()
@@ -259,7 +262,7 @@ def test_all_masked_batch():
     optimizer = adamw(0.1, weight_decay=0.0)
     state = TrainState.create(lm_params(), optimizer)
     after, metrics = jax.jit(make_train_step(lm_loss, optimizer, accumulate=4))(state, lm_batch((0, 0, 0, 0)))
-    zero = {"loss", "nll", "z_loss", "grad_norm", "update_norm", "tokens", "skipped"}
+    zero = {"loss", "nll", "z_loss", "grad_norm", "update_norm", "tokens", "skipped", "skip_reason", "give_up"}
     assert {name for name in METRICS if metrics[name] == 0} == zero
     assert all(np.isfinite(metrics[name]) for name in METRICS)
     assert after.step == 1
@@ -317,6 +320,94 @@ def test_the_optimizer_is_told_step_and_loss():
     assert state.step == 42
     assert state.opt_state.loss == metrics["loss"] > 1
     assert metrics["skipped"] == 1
+
+
+def half_step(loss_fn=lm_loss, scaling=LossScaling(divisor=512.0), **arguments):  # noqa: B008 (frozen)
+    """A float16 step and its first state."""
+    optimizer = skip_bad_steps(adamw(0.1))
+    policy = Policy(compute="float16")
+    train_step = jax.jit(make_train_step(loss_fn, optimizer, policy=policy, loss_scaling=scaling, **arguments))
+    return train_step, TrainState.create(lm_params(), optimizer, scaling.init())
+
+
+def test_loss_scaling_changes_nothing_but_the_scale():
+    """R-B31: divided out before the norm. Powers of two are exact, so any scale that fits gives the same bits."""
+    results = []
+    for initial in (2.0**6, 2.0**15):
+        train_step, state = half_step(scaling=LossScaling(initial=initial, divisor=512.0), accumulate=2)
+        state, metrics = train_step(state, lm_batch())
+        assert metrics.pop("loss_scale") == initial
+        results.append((metrics, state.params, state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    metrics = results[0][0]
+    for name, rtol in (("loss", 1e-3), ("grad_norm", 3e-3), ("clip_factor", 3e-3)):
+        np.testing.assert_allclose(metrics[name], one_batch_one_device()[0][0][name], rtol=rtol, err_msg=name)
+
+
+def test_without_scaling_small_gradients_vanish_in_float16():
+    """What loss scaling is for: a loss whose gradient is 2^-30 of its parameters' size."""
+
+    def small_loss(params, batch):
+        sums = lm_loss(jax.tree.map(lambda p: p * jnp.float16(1), params), batch)
+        return jax.tree.map(lambda x: x * 2.0**-30, sums).replace(weight=sums.weight)
+
+    norms = {}
+    for initial in (1.0, 2.0**20):
+        train_step, state = half_step(small_loss, LossScaling(initial=initial))
+        norms[initial] = float(train_step(state, lm_batch())[1]["grad_norm"])
+    expected = one_batch_one_device()[0][0]["grad_norm"] * 2.0**-30
+    np.testing.assert_allclose(norms[2.0**20], expected, rtol=3e-3)
+    assert norms[1.0] < 0.8 * expected
+
+
+def test_an_overflow_halves_the_scale_and_changes_nothing_else():
+    """R-B31: the step is skipped and counted, the next one is fine."""
+    train_step, state = half_step(scaling=LossScaling(initial=2.0**16, divisor=1.0))
+    before = jax.tree.map(np.asarray, (state.params, state.opt_state.inner))
+    scales, skipped = [], []
+    while not skipped or skipped[-1]:
+        state, metrics = train_step(state, lm_batch())
+        scales.append(float(metrics["loss_scale"]))
+        skipped.append(float(metrics["skipped"]))
+        if skipped[-1]:
+            assert metrics["skip_reason"] == 1
+            after = (state.params, optax.tree_utils.tree_set(state.opt_state.inner, learning_rate=jnp.float32(0)))
+            jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert 3 <= len(scales) <= 10
+    assert scales == [2.0 ** (16 - i) for i in range(len(scales))]
+    assert state.step == len(scales)
+    assert state.opt_state.accepted == 1
+
+
+@pytest.mark.parametrize("road", ["shard_map", "pmap"])
+def test_loss_scaling_on_many_devices(road):
+    """The same numbers as on one device; the factor reaches every one."""
+    scaling, optimizer, policy = LossScaling(divisor=512.0), skip_bad_steps(adamw(0.1)), Policy(compute="float16")
+    train_step, state = half_step()
+    _, expected = train_step(state, lm_batch())
+    devices = jax.devices()[:4]
+    if road == "pmap":
+        body = make_train_step(lm_loss, optimizer, axis_name="data", policy=policy, loss_scaling=scaling)
+        batch = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), lm_batch())
+        _, metrics = jax.pmap(body, axis_name="data", devices=devices)(replicate(state, devices), batch)
+        metrics = jax.tree.map(lambda x: x[0], metrics)
+    else:
+        body = make_train_step(lm_loss, optimizer, axis_name="data", policy=policy, loss_scaling=scaling)
+        specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P())}
+        _, metrics = jax.jit(jax.shard_map(body, mesh=mesh_of(4), **specs))(state, lm_batch())
+    assert metrics["loss_scale"] == 2.0**15
+    assert_close(metrics, expected, rtol=2e-3)
+
+
+def test_float16_needs_its_parts():
+    policy, plain, scaling = Policy(compute="float16"), adamw(0.1), LossScaling()
+    with pytest.raises(ValueError, match=r"give make_train_step\(loss_scaling"):
+        make_train_step(lm_loss, plain, policy=policy)
+    step = make_train_step(lm_loss, plain, policy=policy, loss_scaling=scaling)
+    with pytest.raises(ValueError, match=r"TrainState\.create\(params, optimizer, loss_scaling\.init\(\)\)"):
+        step(TrainState.create(lm_params(), plain), lm_batch())
+    with pytest.raises(ValueError, match=r"wrap it in jaxtrain\.guard\.skip_bad_steps"):
+        step(TrainState.create(lm_params(), plain, scaling.init()), lm_batch())
 
 
 class LinenModel(nn.Module):

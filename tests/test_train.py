@@ -66,7 +66,8 @@ def test_a_run_writes_what_it_promises(whole_run):
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["30", "40"]
     steps, events = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in steps] == list(range(1, 41))
-    contract = "loss nll z_loss grad_norm clip_factor update_norm param_norm learning_rate tokens skipped"
+    contract = "loss nll z_loss grad_norm clip_factor update_norm param_norm learning_rate tokens"
+    contract += " skipped skip_reason give_up"
     contract += " step tokens_seen tokens_per_second step_seconds attempt"
     assert all(set(line) == set(contract.split()) for line in steps)
     assert steps[-1]["tokens_seen"] == 40 * 8 * 16
