@@ -1,13 +1,18 @@
-"""The command line: `jaxtrain train | eval | generate | prepare | plan | schedule`.
+"""The command line: `jaxtrain train | eval | generate | replay | prepare | plan | schedule`.
 
 Errors that a user can mend are one line on standard error: exit code 2 for a wrong command or argument, and for what
 jaxtrain refuses with a ValueError; 1 for what goes wrong outside of it (a missing package, a full disk); 128 + n for
-a run that signal n stopped, after it saved. `--debug` shows the traceback.
+a run that signal n stopped, after it saved; 130 for any command that Ctrl-C broke off. `--debug` shows the traceback.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import errno
+import io
 import json
+import os
+import re
 import signal
 import sys
 import traceback
@@ -32,23 +37,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(_usage())
         return 0
-    if name not in _COMMANDS:
-        print(f"error: unknown command {name!r}\n{_usage()}", file=sys.stderr)
-        return 2
     try:
+        if name not in _COMMANDS:
+            near = difflib.get_close_matches(name, _COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_COMMANDS)}"
+            raise ValueError(f"unknown command {name!r}: {hint}")
         return _COMMANDS[name](rest)
-    except (ValueError, ImportError, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
         return _report(error)
 
 
+# What to do about the usual troubles outside of jaxtrain.
+_REMEDIES = {
+    errno.ENOSPC: "free some space and give the same command again",
+    errno.EDQUOT: "free some space and give the same command again",
+    errno.EACCES: "give a path that this user may use",
+    errno.EPERM: "give a path that this user may use",
+    errno.EROFS: "the file system is read-only: give a path on another",
+    errno.ENOTDIR: "a part of the path is a file: give another path",
+    errno.EISDIR: "it is a folder: give the path of a file",
+    errno.EEXIST: "something else has this name: give another path",
+    errno.ENOENT: "give a path that exists",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links go round in a circle: give another path",
+}
+
+
 def _report(error: BaseException) -> int:
     """Shows an error; returns the exit code."""
-    if isinstance(error, ValueError | ImportError | OSError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    text = str(error)
+    if isinstance(error, UnicodeEncodeError):  # half of a surrogate pair: bytes of an argument that are not UTF-8
+        text = f"{error.object!r} is not Unicode text: give it as UTF-8"
+    elif isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and "EXHAUSTED" in text):
+        text = f"out of memory: {text.splitlines()[0] if text else 'the host has no more'}\n"
+        text += "lower train.batch_size or raise train.accumulate; `jaxtrain plan` says what a run needs"
+    elif isinstance(error, OSError) and error.errno in _REMEDIES:
+        text += f": {_REMEDIES[error.errno]}"
+    elif not isinstance(error, ValueError | ImportError | OSError):
         traceback.print_exception(error)
+        return 1
+    print(f"error: {text}".encode(errors="backslashreplace").decode(), file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
 
 
@@ -68,6 +101,8 @@ def _train(arguments: list[str]) -> int:
         rewind: int = 0  # this once: go on from the checkpoint of this step, and set aside those after it; 0: off
 
     options = _parse(Options, f"train {file}", rest, Options(default))
+    if not options.run_dir:
+        raise ValueError("--run-dir is '': give the folder of the run")
     from jaxtrain.distributed import session
     from jaxtrain.stop import is_stuck, leave
     from jaxtrain.train import GAVE_UP, train
@@ -104,6 +139,8 @@ def _schedule(arguments: list[str]) -> int:
         png: str = ""  # also draw to this file
 
     options = _parse(Options, f"schedule {file}", rest, Options(default))
+    if options.png and not options.png.endswith(".png"):
+        raise ValueError(f"--png {options.png!r} must end in .png")
     import jax
     import jax.numpy as jnp
 
@@ -148,6 +185,8 @@ def _prepare(arguments: list[str]) -> int:
         num_workers: int = 0  # processes; 0: one a core
 
     options = _parse(Options, "prepare", arguments)
+    if not options.out:
+        raise ValueError("--out is '': give the folder of the token store")
     from jaxtrain.data.prepare import prepare
 
     store = prepare(
@@ -228,6 +267,29 @@ def _generate(arguments: list[str]) -> int:
     return 0
 
 
+def _replay(arguments: list[str]) -> int:
+    """Runs a step of a run again and looks into it: `replay RUN --step S [--json]`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        run: tyro.conf.Positional[str]  # run directory
+        step: int  # counted from 1, as in metrics.jsonl
+        json: bool = False  # print one JSON object, with all rows
+
+    options = _parse(Options, "replay", arguments)
+    from jaxtrain.distributed import agree, is_lead, session
+    from jaxtrain.metrics import encode
+    from jaxtrain.replay import replay
+    from jaxtrain.replay_view import show
+
+    with session(_report):
+        agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
+        result = replay(options.run, options.step)
+    if is_lead():
+        print(json.dumps(encode(result))) if options.json else show(result)
+    return 0
+
+
 def _trained(options: Any) -> tuple[Any, Any, int]:
     """The run that a command names, its parameters and their step; the same on every process."""
     from jaxtrain.distributed import agree
@@ -249,7 +311,37 @@ def _parse(options: type[T], command: str, arguments: list[str], default: T | No
             near = difflib.get_close_matches(flag, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"`jaxtrain {command} --help` lists the flags"
             raise ValueError(f"unknown flag {argument.split('=')[0]}: {hint}")
-    return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
+    if {"--help", "-h"} & set(arguments):
+        return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
+    printed, columns = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"  # tyro draws a box around its errors, whose lines are broken at this width
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
+    except SystemExit:
+        text = _without_box(printed.getvalue())
+        of_config = re.match(r"Error parsing [a-z.]+: ", text)  # which says itself what is wrong
+        if of_config:
+            raise ValueError(text[of_config.end() :]) from None
+        raise ValueError(
+            f"{text.removeprefix('Error parsing ')}; `jaxtrain {command} --help` lists the flags"
+        ) from None
+    finally:
+        os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _without_box(text: str) -> str:
+    """The first paragraph in a box of tyro's, as one line."""
+    words = []
+    for line in text.splitlines()[1:]:
+        line = line.strip("│╰╯ ")  # where the output is ASCII the box has rules only
+        if not line.startswith(("─", "---")):
+            words += line.split()
+        elif words:
+            break
+    return " ".join(words)
 
 
 def _flags(cls: type, prefix: str) -> Iterator[str]:
@@ -274,6 +366,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "replay": _replay,
     "prepare": _prepare,
     "plan": _plan,
     "schedule": _schedule,

@@ -9,15 +9,19 @@ import difflib
 import json
 import math
 import runpy
-import types
+import traceback
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxtrain.data.skip import parse_ranges
+
 Schedule = Literal["cosine", "linear", "wsd", "sgdr", "constant"]
 Clipping = Literal["global_norm", "zclip", "adaptive"]
 Remat = Literal["none", "minimal", "full", "offload"]
+
+_INT_LIMIT = 2**31  # what is counted on devices is counted in 32 bits
 
 
 def _require(condition: bool, message: str) -> None:
@@ -25,16 +29,28 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _finite(value: float) -> str:
+    return "" if math.isfinite(value) else " and finite"
+
+
+def _require_types(section: str, config: Any) -> None:
+    """Fields may come from Python, where nothing else would notice; whole numbers must fit in 32 bits."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        _check(hint, getattr(config, name), f"{section}.{name}".lstrip("."))
+
+
 def _require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0 and math.isfinite(value), f"{section}.{name} must be above 0, got {value}")
+        _require(value > 0 and math.isfinite(value), f"{section}.{name} must be above 0{_finite(value)}, got {value}")
 
 
 def _require_not_negative(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value >= 0 and math.isfinite(value), f"{section}.{name} must be 0 or more, got {value}")
+        _require(
+            value >= 0 and math.isfinite(value), f"{section}.{name} must be 0 or more{_finite(value)}, got {value}"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,7 @@ class ModelConfig:
     attention: Literal["auto", "xla", "splash"] = "auto"  # kernel; auto: splash on TPU, xla elsewhere
 
     def __post_init__(self):
+        _require_types("model", self)
         _require_positive("model", self, "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len", "rope_theta")
         _require_positive("model", self, "norm_eps", "vocab_multiple")
         _require_not_negative("model", self, "vocab_size", "num_kv_heads", "head_dim", "logit_softcap", "scan_unroll")
@@ -130,8 +147,10 @@ class DataConfig:
     text_field: str = "text"  # key of the document in a .jsonl line; used where `store` is ""
     verify: bool = True  # read every shard at start and compare its checksum with the manifest
     prefetch: int = 2  # batches held ready on the devices
+    skip: tuple[str, ...] = ()  # batches left out, START:STOP (without STOP), counted from 0; more may be added later
 
     def __post_init__(self):
+        _require_types("data", self)
         _require(
             bool(self.store or self.sources),
             "data needs data.store (a folder made by `jaxtrain prepare`) or data.sources (text to prepare)",
@@ -141,6 +160,7 @@ class DataConfig:
             f"data.validation_fraction must be between 0 and 1, got {self.validation_fraction}",
         )
         _require_positive("data", self, "prefetch")
+        parse_ranges(self.skip)
 
 
 @dataclass(frozen=True)
@@ -164,6 +184,7 @@ class OptimConfig:
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment
 
     def __post_init__(self):
+        _require_types("optim", self)
         _require_positive("optim", self, "peak_lr", "eps", "clip_norm", "cycles", "cycle_decay")
         _require_not_negative("optim", self, "warmup_steps", "decay_steps", "weight_decay")
         _require(0 <= self.floor <= 1, f"optim.floor is a fraction of the peak, from 0 to 1; got {self.floor}")
@@ -191,15 +212,17 @@ class TrainConfig:
     log_every: int = 10  # optimizer steps
     eval_every: int = 0  # optimizer steps; 0: only at the end
     eval_batches: int = 0  # batches of validation data each time; 0: the whole split
+    replay_check: int = 0  # every so many steps run a step twice and compare all bits; 0: off. Takes a second state
     stop_after: int = 0  # stop cleanly after this many steps, as a preemption would; 0: off
     sample_tokens: int = 0  # tokens of generated text written to sample.txt at the end; 0: none
     sample_prompt: str = ""  # what the sample continues
     init_from: str = ""  # RUN or RUN/checkpoints/STEP: start from its weights, at step 0 with a fresh optimizer
 
     def __post_init__(self):
+        _require_types("train", self)
         _require_positive("train", self, "steps", "batch_size", "seq_len", "accumulate", "log_every")
         _require_not_negative("train", self, "z_loss", "loss_chunk", "eval_every", "eval_batches")
-        _require_not_negative("train", self, "stop_after", "sample_tokens")
+        _require_not_negative("train", self, "stop_after", "sample_tokens", "replay_check")
         _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1), got {self.label_smoothing}")
         _require(
             self.batch_size % self.accumulate == 0,
@@ -216,6 +239,7 @@ class MeshConfig:
     tensor: int = 1  # each holds some heads, hidden channels and vocabulary, and takes the same rows as the others
 
     def __post_init__(self):
+        _require_types("mesh", self)
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             _require(size > 0 or size == -1, f"mesh.{name} must be above 0, or -1 for all that are left; got {size}")
@@ -233,6 +257,7 @@ class GuardConfig:
     max_share: float = 0.05  # share of skipped steps among the last 1,000 or so; a larger one ends the run
 
     def __post_init__(self):
+        _require_types("guard", self)
         _require_not_negative("guard", self, "sigmas")
         _require_positive("guard", self, "max_consecutive")
         _require(self.window >= 2, f"guard.window must be at least 2 steps, got {self.window}")
@@ -249,6 +274,7 @@ class LossScaleConfig:
     ceiling: float = 2.0**24
 
     def __post_init__(self):
+        _require_types("loss_scale", self)
         _require_positive("loss_scale", self, "initial", "growth_interval", "floor", "ceiling")
         _require(
             self.floor <= self.initial <= self.ceiling,
@@ -272,6 +298,7 @@ class FaultConfig:
     corrupt_replay_step: int = 0  # the second run of the step, see train.replay_check, has one flipped bit
 
     def __post_init__(self):
+        _require_types("faults", self)
         names = ("nan_loss_step", "nan_micro_batch_step", "gradient_step", "inf_step", "spike_step")
         _require_not_negative("faults", self, *names, "corrupt_replay_step")
         _require_positive("faults", self, "spike_steps")
@@ -294,6 +321,7 @@ class CheckpointConfig:
     retries: int = 3  # more attempts of a save that fails, before the run ends (one process; several end at once)
 
     def __post_init__(self):
+        _require_types("checkpoint", self)
         _require_positive("checkpoint", self, "every", "keep")
         _require_not_negative("checkpoint", self, "keep_every", "keep_best", "retries")
         _require(
@@ -319,6 +347,7 @@ class Config:
     seed: int = 0  # of the initial parameters, the order of the data and the sample
 
     def __post_init__(self):
+        _require_types("", self)
         _require_not_negative("config", self, "seed")
         steps, optim = self.train.steps, self.optim
         _require(
@@ -353,28 +382,32 @@ def from_json(text: str) -> Config:
     """A config from `to_json`'s text; an unknown key or a wrong type is a ValueError that names it."""
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"a config that is not valid JSON: {error}") from None
     return _build(Config, values, "")
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
-    _require(isinstance(values, dict), f"config key {path or '(top)'}: expected an object, got {values!r}")
+    _require(isinstance(values, dict), f"config key {path.rstrip('.') or '(top)'}: expected an object, got {values!r}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
             hint = f"; did you mean {path}{near[0]}?" if near else f"; known keys: {', '.join(hints)}"
             raise ValueError(f"unknown config key {path}{key}{hint}")
+    for item in dataclasses.fields(cls):
+        needed = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        _require(item.name in values or not needed, f"config key {path}{item.name} is missing: give at least that one")
     return cls(**{key: _check(hints[key], value, f"{path}{key}") for key, value in values.items()})
 
 
 def _check(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{path}.")
+        return value if isinstance(value, hint) else _build(hint, value, f"{path}.")
     origin = typing.get_origin(hint)
     if origin is Literal:
-        _require(value in typing.get_args(hint), f"config key {path}: {value!r} is none of {typing.get_args(hint)}")
+        known = value in typing.get_args(hint)
+        _require(known, f"config key {path}: {value!r} is none of {', '.join(typing.get_args(hint))}")
         return value
     if origin is tuple:
         ok = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
@@ -382,6 +415,8 @@ def _check(hint: Any, value: Any, path: str) -> Any:
         return tuple(value)
     number = hint is float and isinstance(value, int | float) and not isinstance(value, bool)
     _require(number or type(value) is hint, f"config key {path}: expected {hint.__name__}, got {value!r}")
+    large = hint in (int, float) and isinstance(value, int) and abs(value) >= _INT_LIMIT
+    _require(not large, f"config key {path}: {value!r:.30} is too large, it must be below 2^31")
     return float(value) if hint is float else value
 
 
@@ -389,14 +424,33 @@ def load(path: str | Path) -> Config:
     """Reads a config: a `.py` file (executed: it is your own code) or a `.json` file (not executed)."""
     path = Path(path)
     _require(path.is_file(), f"no config file {path}: give a .py file with a function config(), or a config.json")
+    _require(path.suffix in (".json", ".py"), f"config {path} must end in .py or .json")
     if path.suffix == ".json":
-        return from_json(path.read_text())
-    _require(path.suffix == ".py", f"config {path} must end in .py or .json")
-    function = runpy.run_path(str(path)).get("config")
-    _require(isinstance(function, types.FunctionType), f"config file {path} defines no function config()")
-    result = function()
-    _require(isinstance(result, Config), f"config() in {path} returned {type(result).__name__}, not a Config")
-    return result
+        try:
+            return from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}; mend it, or give another config") from None
+    try:
+        function = runpy.run_path(str(path)).get("config")
+        _require(callable(function), "there is no function config() that returns a Config")
+        result = function()
+        _require(isinstance(result, Config), f"config() returned {type(result).__name__}, not a Config")
+        return result
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path}{_line_in(path, error)}: {_say(error)}; mend the config") from error
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """` line N`: the last line of the file that led to an error; empty if none did."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f" line {error.lineno}"
+    numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f" line {numbers[-1]}" if numbers else ""
+
+
+def _say(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
 def differences(old: Config, new: Config) -> list[str]:

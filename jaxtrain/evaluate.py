@@ -48,8 +48,11 @@ def evaluate(
       use the whole split's tokens per byte.
 
     Raises:
+      ValueError: a negative number of batches.
       Stopped: it was asked to stop: what was measured so far is no result.
     """
+    if num_batches < 0:
+        raise ValueError(f"the number of batches must be 0 (all) or more, got {num_batches}")
     last = min(num_batches or batches.num_batches, batches.num_batches)
     nll = weight = 0.0
     pending: LossSums | None = None

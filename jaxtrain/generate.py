@@ -108,13 +108,15 @@ def generate(
       The new tokens `[B, num_tokens]`, int32.
 
     Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, num_tokens below 1.
+      ValueError: an empty prompt, a token outside the vocabulary, num_tokens below 1, a seed out of range.
     """
     prompt = np.asarray(prompt, np.int32)
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f"prompt must be [batch, at least 1 token], got shape {prompt.shape}")
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be 0 or more and below 2^31, got {seed}")
     if prompt.min() < 0 or prompt.max() >= model.config.vocab_size:
         raise ValueError(f"prompt has tokens outside [0, {model.config.vocab_size})")
 

@@ -115,6 +115,8 @@ def cross_entropy(
     Raises:
       ValueError: shapes or dtypes that do not fit, a coefficient out of range.
     """
+    if logits.ndim < 1 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits must be floats [..., V], got {logits.dtype} {logits.shape}")
     terms = _check_terms(z_loss, label_smoothing, logit_softcap, logits.shape[-1])
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {logits.shape} must be [..., V] for labels [...] {labels.shape}")
@@ -228,6 +230,8 @@ def _check_labels(
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if where is None:
         where = jnp.ones(labels.shape, jnp.float32)
+    if jnp.issubdtype(where.dtype, jnp.complexfloating):
+        raise ValueError(f"where must be bool or numbers, got {where.dtype}")
     if where.shape != labels.shape:
         raise ValueError(f"where {where.shape} must have the shape of labels {labels.shape}")
     # Narrow integers may not be able to count the classes: 65,536 does not fit in uint16.

@@ -76,7 +76,7 @@ class MetricsWriter:
 
     def _write_line(self, fields: dict[str, Any]) -> None:
         # Encoded before anything is written: a value that is no JSON leaves no half line.
-        self._file.write(json.dumps(_encode(fields)) + "\n")
+        self._file.write(json.dumps(encode(fields)) + "\n")
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -135,11 +135,12 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
+    """The value as JSON has it: arrays as numbers, NaN and infinities as strings."""
     if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
+        return {key: encode(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
+        return [encode(item) for item in value]
     if hasattr(value, "dtype"):
         # Only the exact kinds go through `item`: of a bfloat16 it returns a NumPy scalar that json refuses.
         value = value.item() if np.dtype(value.dtype).kind in "biu" else float(value)

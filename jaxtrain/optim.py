@@ -157,6 +157,8 @@ def _check_adamw(learning_rate, b1, b2, eps, weight_decay, mu_dtype) -> None:
         raise ValueError(f"weight_decay must be 0 or more, got {weight_decay}")
     # An array may be traced (optax.inject_hyperparams), so only a number can be checked.
     given = not callable(learning_rate) and not isinstance(learning_rate, jax.Array)
+    if given and isinstance(learning_rate, str):
+        raise ValueError(f"learning_rate must be a number or a schedule, got {learning_rate!r}")
     if given and not 0 <= learning_rate < math.inf:
         raise ValueError(f"learning_rate must be 0 or more, or a schedule; got {learning_rate}")
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):

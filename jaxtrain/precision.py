@@ -31,7 +31,10 @@ class Policy:
     def __post_init__(self):
         computing = ["float32", "bfloat16", "float16"]
         for name, allowed in (("params", ["float32"]), ("compute", computing), ("output", ["float32"])):
-            dtype = jnp.dtype(getattr(self, name)).name
+            try:
+                dtype = jnp.dtype(getattr(self, name)).name
+            except TypeError:  # the name of none
+                dtype = repr(getattr(self, name))
             if dtype not in allowed:
                 raise ValueError(f"Policy.{name} is {dtype}; it can be {' or '.join(allowed)}")
 

@@ -1,12 +1,9 @@
-"""A run directory and all the pieces that its config makes: data, mesh, model, state shapes, compiled-to-be steps."""
+"""All the pieces that a config makes: data, mesh, model, state shapes, compiled-to-be steps; and a run's batches."""
 
-import contextlib
 import dataclasses
-import fcntl
+import functools
 import math
-import os
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +12,18 @@ from jax.sharding import Mesh
 
 from jaxtrain import build
 from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.config import Config, MeshConfig, differences, from_json, load, to_json
+from jaxtrain.config import Config, MeshConfig, load
 from jaxtrain.data.files import sha256_file
+from jaxtrain.data.loader import TrainBatches, global_batch
+from jaxtrain.data.skip import parse_ranges
 from jaxtrain.data.store import TokenStore
 from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
+from jaxtrain.faults import FaultyBatches
 from jaxtrain.models.transformer import Transformer
 from jaxtrain.optim import decay_mask
 from jaxtrain.program import make_program
-from jaxtrain.sharding import check_batch, make_mesh
+from jaxtrain.sharding import by_rows, check_batch, make_mesh
 from jaxtrain.step import TrainState
-
-# Fields that change neither the parameters nor the order of the data, so that a run may go on with other values.
-_FREE = ("data.prefetch", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
-_FREE += ("train.sample_", "checkpoint.")
-
-_LOCK = "lock"  # in the run's folder, while somebody trains in it
 
 
 class Run(NamedTuple):
@@ -48,67 +42,6 @@ class Run(NamedTuple):
     init_state: Callable[[], TrainState]
     train_step: Callable
     eval_step: Callable
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Makes a run's folder and keeps other processes from training in it; the end of this process frees it too.
-
-    Raises:
-      ValueError: another process holds it, or it is the folder of something else; nothing was touched.
-    """
-    _refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / _LOCK
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise ValueError(
-                f"{folder} is being trained in by {who}: wait for it or stop it, or give another --run-dir"
-            ) from None
-        # The one who held it before may have deleted the file meanwhile: what counts is the one with the name.
-        if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
-            break
-        os.close(descriptor)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = {"data", ".data.partial", "config.json.tmp", _LOCK}
-    if "config.json" not in names and (foreign := sorted(names - ours)):
-        raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
-
-
-def claim(folder: Path, config: Config) -> None:
-    """Makes the run's folder, or checks that the run in it is this one.
-
-    Raises:
-      ValueError: a folder of something else, or of a run that has begun with another config.
-    """
-    file = folder / "config.json"
-    if (folder / "metrics.jsonl").exists() and file.exists():
-        changed = [line for line in differences(from_json(file.read_text()), config) if not line.startswith(_FREE)]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with another config: repeat that one's, or give another --run-dir\n  "
-                + "\n  ".join(changed)
-            )
-    _refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.json.tmp"  # a power cut may not leave half a config
-    temporary.write_text(to_json(config))
-    os.replace(temporary, file)
 
 
 def assemble(config: Config, folder: Path, store: TokenStore) -> Run:
@@ -158,12 +91,35 @@ def _mesh_for(config: Config, num_devices: int) -> MeshConfig:
         return MeshConfig(data=1, fsdp=num_rows)
 
 
+def train_batches(run: Run) -> TrainBatches:
+    """The batches that a run trains on: batch i is what step i + 1 reads."""
+    config = run.config
+    return TrainBatches(
+        run.store.train,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        seq_len=config.train.seq_len,
+        vocab_size=run.model.config.vocab_size,
+        skip=parse_ranges(config.data.skip),
+    )
+
+
+def batch_source(run: Run) -> Callable[[int], dict[str, jax.Array]]:
+    """What a train step is given: `index -> batch`, on the devices, with the faults that the config asks for."""
+    batches = train_batches(run)
+    if run.config.faults.in_batch:
+        batches = FaultyBatches(batches, run.config.faults)
+    return functools.partial(global_batch, batches, sharding=by_rows(run.mesh))
+
+
 def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     """The parameters of a run's checkpoint and its step; None: the newest.
 
     Raises:
       ValueError: no such checkpoint, or one that does not fit the run.
     """
+    if not (run.folder / "checkpoints").is_dir():
+        raise ValueError(f"no checkpoint in {run.folder}: train first, or give another run directory")
     with Checkpoints(run.folder / "checkpoints") as checkpoints:
         return checkpoints.restore_params(run.abstract_state.params, step)
 
@@ -180,12 +136,14 @@ def describe(run: Run) -> list[tuple[str, str]]:
     parameters, optimizer = (_bytes_per_device(x) for x in (run.abstract_state.params, run.abstract_state.opt_state))
     memory = f"parameters {_size(parameters)}, gradients {_size(parameters)}, optimizer {_size(optimizer)}"
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
+    skipped = [("skipped batches", " ".join(config.data.skip))] if config.data.skip else []
     return [
         ("model", f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"),
         ("parameters", f"{num_params:,}, computing in {settings.precision}"),
         ("memory per device", memory),
         ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {mesh}" if mesh else "")),
         ("data", f"{split.num_tokens:,} tokens of {split.num_documents:,} documents in {run.store.path}"),
+        *skipped,
         ("tokens per step", batch),
         ("epochs", f"{tokens * settings.steps / split.num_tokens:.2f} in {settings.steps:,} steps"),
         ("learning rate", build.describe_schedule(config)),

@@ -112,6 +112,8 @@ def num_row_shards(mesh: Mesh) -> int:
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises a ValueError if the batch does not divide evenly over micro-batches and devices."""
     parts = num_row_shards(mesh)
+    if accumulate < 1:
+        raise ValueError(f"train.accumulate must be at least 1 micro-batch, got {accumulate}")
     if batch_size % (accumulate * parts):
         raise ValueError(
             f"train.batch_size {batch_size} is not divisible by train.accumulate {accumulate} x {parts} devices along "

@@ -91,7 +91,7 @@ def make_train_step(
       ValueError: accumulate below 1, float16 without loss scaling; when traced, a batch that `accumulate` does not
         divide, or loss scaling with an optimizer that skips nothing or a state without it.
     """
-    if accumulate < 1:
+    if not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate must be at least 1 micro-batch, got {accumulate}")
     if policy is not None and policy.compute == "float16" and loss_scaling is None:
         raise ValueError("gradients underflow in float16: give make_train_step(loss_scaling=LossScaling())")
@@ -204,6 +204,8 @@ def _accumulate_gradients(
 
     def total(params, micro_batch):
         sums = loss_fn(params, micro_batch)
+        if not isinstance(sums, LossSums):
+            raise ValueError(f"loss_fn must return LossSums, sums over tokens, not a {type(sums).__name__}")
         return functools.reduce(jnp.multiply, loss_factor, sums.total()), sums
 
     def gradients(micro_batch):

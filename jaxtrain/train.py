@@ -11,7 +11,6 @@ data and writes records, and before each part they agree that they are about to 
 
 import contextlib
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,19 @@ import jax
 from jaxtrain import __version__, build, distributed, init_from
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config
-from jaxtrain.data.loader import Prefetcher, TrainBatches, global_batch
+from jaxtrain.data.loader import Prefetcher
+from jaxtrain.data.skip import check_past
 from jaxtrain.data.store import TokenStore
 from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
-from jaxtrain.faults import FaultyBatches
+from jaxtrain.folder import claim, has_begun, held, restored_if_refused, write_config
 from jaxtrain.generate import continue_text
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.recorder import Recorder
+from jaxtrain.replay_check import ReplayChecked, ReplayMismatch
 from jaxtrain.report import write_report
-from jaxtrain.run import Run, assemble, claim, describe, held, record, tokenizer_hash
+from jaxtrain.run import Run, assemble, batch_source, describe, record, tokenizer_hash, train_batches
 from jaxtrain.saver import Saver
-from jaxtrain.sharding import by_rows
-from jaxtrain.step import TrainState
+from jaxtrain.step import Metrics, TrainState
 from jaxtrain.stop import Stop, Stopped
 
 # Compressing a large split for comparison would take minutes.
@@ -58,7 +58,9 @@ def train(config: Config, run_dir: str | Path, *, rewind: int = 0) -> dict[str, 
     """
     folder, rule = Path(run_dir), config.checkpoint
     with contextlib.ExitStack() as stack:
-        run = assemble(config, folder, _data(config, folder, stack))
+        with restored_if_refused(folder) if distributed.is_lead() else contextlib.nullcontext():
+            run = assemble(config, folder, _data(config, folder, stack))
+            train_batches(run)  # which may find the text too short
         stop = stack.enter_context(Stop().listen())
         recorder = stack.enter_context(Recorder(run))
         checkpoints = stack.enter_context(
@@ -74,6 +76,8 @@ def train(config: Config, run_dir: str | Path, *, rewind: int = 0) -> dict[str, 
         recorder.say(decay_report(run.abstract_state.params, decay_mask))
         try:
             state = _start(run, checkpoints, recorder, stop, rewind)
+            if distributed.is_lead():
+                write_config(folder, config)
             state, outcome = _loop(run, state, checkpoints, recorder, stop)
             if outcome["reason"] == "finished":
                 outcome |= _finish(run, state, checkpoints, recorder, stop)
@@ -97,7 +101,7 @@ def _data(config: Config, folder: Path, stack: contextlib.ExitStack) -> TokenSto
     )
 
     def begin() -> None:
-        if config.train.init_from and not (folder / "metrics.jsonl").exists():
+        if config.train.init_from and not has_begun(folder):
             init_from.find(config.train.init_from, folder)
         stack.enter_context(held(folder))
         claim(folder, config)
@@ -117,7 +121,8 @@ def _data(config: Config, folder: Path, stack: contextlib.ExitStack) -> TokenSto
 
 
 def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, rewind: int) -> TrainState:
-    versions = {
+    about = {"skip": list(run.config.data.skip)} if run.config.data.skip else {}
+    about |= {
         "jax": jax.__version__,
         "processes": jax.process_count(),
         "devices": run.mesh.size,
@@ -135,8 +140,14 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
         recorder.event("rewind", text, step=rewind, set_aside=later)
     # Asked of process 0, which may have set aside what others still see.
     if distributed.tell("look for checkpoints", checkpoints.latest_step) is None:
-        recorder.event("start", "", step=0, attempt=recorder.attempt, **versions)
-        return _fresh(run, recorder, stop)
+        state, weights = _fresh(run, stop)
+        recorder.event("start", "", step=0, attempt=recorder.attempt, **about)
+        if weights:
+            text = (
+                f"starting from the weights of {weights['source']}, step {weights['source_step']}, with fresh moments"
+            )
+            recorder.event("init_from", text, **weights)
+        return state
     state, saved = stop.run(lambda: checkpoints.restore(run.abstract_state, repair=True))
     step = int(state.step)
     for key, now in record(run).items():
@@ -145,21 +156,20 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
                 f"the checkpoint of step {step} was made with another {key}: {saved[key]}, and now it is {now}; "
                 "go on with what the run was started with"
             )
-    recorder.event("resume", f"resumed from step {step}", step=step, attempt=recorder.attempt, **versions)
+    check_past(saved["config"]["data"].get("skip", ()), run.config.data.skip, step)
+    recorder.event("resume", f"resumed from step {step}", step=step, attempt=recorder.attempt, **about)
     return state
 
 
-def _fresh(run: Run, recorder: Recorder, stop: Stop) -> TrainState:
-    """The state before the first step: from the seed, and where the config says so with another run's weights."""
+def _fresh(run: Run, stop: Stop) -> tuple[TrainState, dict[str, Any]]:
+    """The state before the first step: from the seed, or with another run's weights, and then which."""
     source = run.config.train.init_from
     state = stop.run(run.init_state)
     if not source:
-        return state
+        return state, {}
     like, tokenizer = run.abstract_state.params, tokenizer_hash(run.store)
     params, step = stop.run(lambda: init_from.read(source, run.folder, like, tokenizer))
-    text = f"starting from the weights of {source}, step {step}, with a fresh optimizer"
-    recorder.event("init_from", text, source=source, source_step=step)
-    return state.replace(params=params)
+    return state.replace(params=params), {"source": source, "source_step": step}
 
 
 def _loop(
@@ -170,18 +180,10 @@ def _loop(
     first = int(state.step)
     if first >= config.steps:
         return state, {"step": first, "reason": "finished"}
-    batches = TrainBatches(
-        run.store.train,
-        seed=run.config.seed,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        vocab_size=run.model.config.vocab_size,
-    )
-    if run.config.faults.in_batch:
-        batches = FaultyBatches(batches, run.config.faults)
-    fetch = functools.partial(global_batch, batches, sharding=by_rows(run.mesh))
+    fetch = batch_source(run)
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
-    train_step = recorder.compile(lambda: stop.run(lambda: run.train_step.lower(state, fetch(first)).compile()))
+    compiled = recorder.compile(lambda: stop.run(lambda: run.train_step.lower(state, fetch(first)).compile()))
+    train_step = ReplayChecked(run.config, compiled, run.abstract_state)
     saver = Saver(run, checkpoints, recorder)
 
     def evaluate(state: TrainState) -> None:
@@ -191,14 +193,20 @@ def _loop(
 
     done, reason, vote = first, "", distributed.StopVote()
     # Where it is alone, a process that is asked to stop waits for no batch; several stop together, after a step.
-    hurry = stop.asked if jax.process_count() == 1 else lambda: False
+    alone = jax.process_count() == 1
     interrupted = config.eval_every and first % config.eval_every == 0 and first not in recorder.evaluated
-    if first and interrupted and jax.process_count() == 1:  # a stop had interrupted it
+    if first and interrupted and alone:  # a stop had interrupted it
         evaluate(state)
-    prefetch, patience = run.config.data.prefetch, distributed.time_limit()
-    with Prefetcher(fetch, first, config.steps, prefetch, time_limit=patience, asked_to_stop=hurry) as feed:
+    with Prefetcher(
+        fetch,
+        first,
+        config.steps,
+        run.config.data.prefetch,
+        time_limit=distributed.time_limit(),
+        asked_to_stop=stop.asked if alone else lambda: False,
+    ) as feed:
         for done, batch in enumerate(feed, start=first + 1):
-            state, metrics = train_step(state, batch)
+            state, metrics = _step(train_step, done, state, batch, checkpoints, recorder)
             recorder.step(done, metrics)
             saver.look(state)
             if done == config.steps or recorder.give_up:
@@ -215,9 +223,20 @@ def _loop(
                 saver.save(state)
     recorder.flush()
     saver.finish(state)
-    if recorder.give_up:
-        reason = GAVE_UP
+    reason = GAVE_UP if recorder.give_up else reason
     return state, {"step": done, "reason": reason or ("finished" if done == config.steps else stop.reason)}
+
+
+def _step(
+    train_step: ReplayChecked, done: int, state: TrainState, batch: Any, checkpoints: Checkpoints, recorder: Recorder
+) -> tuple[TrainState, Metrics]:
+    """One step; a machine that computes it wrongly is put on record before the run ends."""
+    try:
+        return train_step(done, state, batch, checkpoints.latest_step)
+    except ReplayMismatch as mismatch:
+        recorder.flush()
+        recorder.event("replay_mismatch", "", step=done, leaves=mismatch.leaves)
+        raise
 
 
 def _evaluate(

@@ -20,8 +20,9 @@ import pytest
 from jaxtrain import cli, saver
 from jaxtrain.checkpoint import POINTS, Checkpoints
 from jaxtrain.config import CheckpointConfig, to_json
+from jaxtrain.folder import held
 from jaxtrain.metrics import read_metrics
-from jaxtrain.run import held, open_run
+from jaxtrain.run import open_run
 from jaxtrain.train import train
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}

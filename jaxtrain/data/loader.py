@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxtrain.data.order import permute
+from jaxtrain.data.skip import Ranges, skip_to
 from jaxtrain.data.store import Split
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class TrainBatches:
     batch_size: int  # sequences
     seq_len: int  # tokens
     vocab_size: int
+    skip: Ranges = ()  # batches left out, see `data.skip`
 
     def __post_init__(self):
         _require_sizes(self.batch_size, self.seq_len)
@@ -64,18 +66,26 @@ class TrainBatches:
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of the batch of a step, `where` all True; a ValueError if a token is out of range."""
-        _require_rows(start, stop, self.batch_size)
-        first = step * self.batch_size
         windows = np.empty((stop - start, self.seq_len + 1), np.int32)
+        for row, position in enumerate(self.positions(step, start, stop).tolist()):
+            windows[row] = _read(self.split, position, self.seq_len + 1, self.vocab_size)
+        return _batch(windows, np.ones((stop - start, self.seq_len), bool))
+
+    def positions(self, step: int, start: int, stop: int) -> np.ndarray:
+        """Where in the split rows [start, stop) of the batch of a step begin, in tokens; int64. Steps count from 0."""
+        _require_rows(start, stop, self.batch_size)
+        if step < 0:
+            raise ValueError(f"steps count from 0, got {step}")
+        first = skip_to(step, self.skip) * self.batch_size
+        windows = np.empty(stop - start, np.int64)
         position = first + start
         while position < first + stop:  # a turn an epoch
             epoch, offset = divmod(position, self.num_windows)
             count = min(first + stop - position, self.num_windows - offset)
             order = permute(np.arange(offset, offset + count), self.num_windows, (self.seed, epoch))
-            for row, window in enumerate(order.tolist(), position - first - start):
-                windows[row] = _read(self.split, window * self.seq_len, self.seq_len + 1, self.vocab_size)
+            windows[position - first - start :][:count] = order
             position += count
-        return _batch(windows, np.ones((stop - start, self.seq_len), bool))
+        return windows * self.seq_len
 
     def batch(self, step: int) -> Batch:
         """The batch of a step."""

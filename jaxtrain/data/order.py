@@ -25,6 +25,8 @@ def permute(index: np.ndarray | int, size: int, key: tuple[int, int]) -> np.ndar
     array = np.asarray(index)
     if not 1 <= size <= 1 << 62:
         raise ValueError(f"size must be from 1 to 2^62, got {size}")
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"indices must be integers, got {array.dtype}")
     if array.size and not (array.min() >= 0 and array.max() < size):
         raise ValueError(f"indices must lie in [0, {size}), got {array.min()} to {array.max()}")
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)

@@ -120,6 +120,8 @@ def open_store(path: str | Path, *, verify: bool = True) -> TokenStore:
     try:
         dtype = DTYPES[manifest["dtype"]]
         vocab_size, eot_id = _number(manifest, "vocab_size"), _number(manifest, "eot_id")
+        if not 0 <= eot_id < vocab_size:
+            raise TypeError(f"eot_id {eot_id} is no token of a vocabulary of {vocab_size}")
         tokenizer_sha256 = manifest["tokenizer"]["sha256"]
         fingerprint = manifest_fingerprint(manifest)
         train, validation = (
