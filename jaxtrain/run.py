@@ -90,6 +90,12 @@ def _refuse_foreign(folder: Path) -> None:
         raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run has started there: one that has not may still get another config."""
+    file = folder / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
+
+
 def claim(folder: Path, config: Config) -> None:
     """Makes the run's folder, or checks that the run in it is this one.
 
@@ -97,7 +103,7 @@ def claim(folder: Path, config: Config) -> None:
       ValueError: a folder of something else, or of a run that has begun with another config.
     """
     file = folder / "config.json"
-    if (folder / "metrics.jsonl").exists() and file.exists():
+    if has_begun(folder) and file.exists():
         changed = [line for line in differences(from_json(file.read_text()), config) if not line.startswith(_FREE)]
         if changed:
             raise ValueError(

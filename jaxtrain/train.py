@@ -27,7 +27,7 @@ from jaxtrain.generate import continue_text
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.recorder import Recorder
 from jaxtrain.report import write_report
-from jaxtrain.run import Run, assemble, claim, describe, held, record, tokenizer_hash
+from jaxtrain.run import Run, assemble, claim, describe, has_begun, held, record, tokenizer_hash
 from jaxtrain.saver import Saver
 from jaxtrain.sharding import by_rows
 from jaxtrain.step import TrainState
@@ -94,7 +94,7 @@ def _data(config: Config, folder: Path, stack: contextlib.ExitStack) -> TokenSto
     )
 
     def begin() -> None:
-        if config.train.init_from and not (folder / "metrics.jsonl").exists():
+        if config.train.init_from and not has_begun(folder):
             init_from.find(config.train.init_from, folder)
         stack.enter_context(held(folder))
         claim(folder, config)
@@ -132,8 +132,14 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
         recorder.event("rewind", text, step=rewind, set_aside=later)
     # Asked of process 0, which may have set aside what others still see.
     if distributed.tell("look for checkpoints", checkpoints.latest_step) is None:
+        state, weights = _fresh(run, stop)
         recorder.event("start", "", step=0, attempt=recorder.attempt, **versions)
-        return _fresh(run, recorder, stop)
+        if weights:
+            text = (
+                f"starting from the weights of {weights['source']}, step {weights['source_step']}, with fresh moments"
+            )
+            recorder.event("init_from", text, **weights)
+        return state
     state, saved = stop.run(lambda: checkpoints.restore(run.abstract_state, repair=True))
     step = int(state.step)
     for key, now in record(run).items():
@@ -146,17 +152,15 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
     return state
 
 
-def _fresh(run: Run, recorder: Recorder, stop: Stop) -> TrainState:
-    """The state before the first step: from the seed, and where the config says so with another run's weights."""
+def _fresh(run: Run, stop: Stop) -> tuple[TrainState, dict[str, Any]]:
+    """The state before the first step: from the seed, or with another run's weights, and then which."""
     source = run.config.train.init_from
     state = stop.run(run.init_state)
     if not source:
-        return state
+        return state, {}
     like, tokenizer = run.abstract_state.params, tokenizer_hash(run.store)
     params, step = stop.run(lambda: init_from.read(source, run.folder, like, tokenizer))
-    text = f"starting from the weights of {source}, step {step}, with a fresh optimizer"
-    recorder.event("init_from", text, source=source, source_step=step)
-    return state.replace(params=params)
+    return state.replace(params=params), {"source": source, "source_step": step}
 
 
 def _loop(
