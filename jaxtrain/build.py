@@ -5,7 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import optax
 
-from jaxtrain import schedules
+from jaxtrain import diagnostics, schedules
 from jaxtrain.config import Config
 from jaxtrain.data.prepare import prepare
 from jaxtrain.data.store import TokenStore, open_store
@@ -60,6 +60,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         clip_norm=optim.clip_norm,
         mu_dtype=jnp.dtype(optim.mu_dtype),
     )
+
+
+def make_diagnose(config: Config) -> diagnostics.Diagnose | None:
+    """What the train step measures of its layers; None: nothing."""
+    every = config.train.diagnose_every
+    return diagnostics.make_diagnose(every, b2=config.optim.b2, eps=config.optim.eps) if every else None
 
 
 def make_policy(config: Config) -> Policy:

@@ -22,7 +22,7 @@ from jaxtrain.step import TrainState
 
 # Fields that change neither the parameters nor the order of the data, so that a run may go on with other values.
 _FREE = ("data.prefetch", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
-_FREE += ("train.sample_", "checkpoint.")
+_FREE += ("train.diagnose_every", "train.sample_", "checkpoint.")
 
 
 class Run(NamedTuple):

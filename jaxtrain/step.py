@@ -58,6 +58,7 @@ def make_train_step(
     axis_name: str | tuple[str, ...] | None = None,
     policy: Policy | None = None,
     map_gradients: Callable[[Callable], Callable] | None = None,
+    diagnose: Callable[..., Metrics] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes a pure, un-jitted train step.
 
@@ -72,6 +73,8 @@ def make_train_step(
       policy: dtypes; None: compute in the parameters' own dtype. The cast is done once a step.
       map_gradients: wraps `(params, batch) -> (LossSums, gradients)`, all micro-batches of it, to run it over a mesh
         while the optimizer stays outside: see `sharding.map_gradients`.
+      diagnose: `(params, grads, updates, opt_state, step) -> dict` of more metrics, from the parameters before the
+        update, the gradient before clipping and the optimizer's new state: see `diagnostics.make_diagnose`.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`. Metrics are float32 scalars: `loss` (nll + z_loss + smoothing) and
@@ -113,6 +116,8 @@ def make_train_step(
             "tokens": sums.weight,
             "skipped": _read(opt_state, "skipped", 0.0),
         }
+        if diagnose is not None:
+            metrics |= diagnose(state.params, grads, updates, opt_state, state.step)
         return state.replace(step=state.step + 1, params=new_params, opt_state=opt_state), metrics
 
     return train_step

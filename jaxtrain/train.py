@@ -133,6 +133,8 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder) -> TrainState
         "processes": jax.process_count(),
         "devices": run.mesh.size,
         "device": run.mesh.devices.flat[0].device_kind,
+        "vocab_size": run.model.config.vocab_size,
+        "train_tokens": run.store.train.num_tokens,
     }
     step = checkpoints.latest_step()
     distributed.agree(
