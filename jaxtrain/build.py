@@ -1,16 +1,19 @@
 """From a config to the pieces of a run: schedule, optimizer, model, data."""
 
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
 import optax
 
 from jaxtrain import diagnostics, schedules
+from jaxtrain.clipping import clip_adaptively, zclip
 from jaxtrain.config import Config
 from jaxtrain.data.prepare import prepare
 from jaxtrain.data.store import TokenStore, open_store
+from jaxtrain.guard import skip_bad_steps
 from jaxtrain.optim import clipped_adamw
-from jaxtrain.precision import Policy
+from jaxtrain.precision import LossScaling, Policy
 
 
 def make_schedule(config: Config) -> schedules.Schedule:
@@ -49,16 +52,49 @@ def describe_schedule(config: Config) -> str:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Clipped AdamW under the schedule."""
-    optim = config.optim
-    return clipped_adamw(
+    """Clipped AdamW under the schedule, behind the guard."""
+    optim, guard = config.optim, config.guard
+    clipped = clipped_adamw(
         make_schedule(config),
         b1=optim.b1,
         b2=optim.b2,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip_norm=optim.clip_norm,
+        clip=_make_clip(config),
         mu_dtype=jnp.dtype(optim.mu_dtype),
+    )
+    return skip_bad_steps(
+        clipped,
+        window=guard.window,
+        sigmas=guard.sigmas or None,
+        max_consecutive=guard.max_consecutive,
+        max_share=guard.max_share,
+    )
+
+
+def _make_clip(config: Config) -> optax.GradientTransformation | None:
+    match config.optim.clipping:
+        case "global_norm":
+            return None
+        case "zclip":
+            return zclip(max_norm=config.optim.clip_norm)
+        case "adaptive":
+            return clip_adaptively(config.optim.clip_norm)
+
+
+def make_loss_scaling(config: Config, num_row_shards: int) -> LossScaling | None:
+    """Loss scaling where `train.precision` needs it, for batches in so many parts."""
+    if config.train.precision != "float16":
+        return None
+    train, scale = config.train, config.loss_scale
+    tokens = train.batch_size * train.seq_len // (train.accumulate * num_row_shards)
+    return LossScaling(
+        initial=scale.initial,
+        growth_interval=scale.growth_interval,
+        floor=scale.floor,
+        ceiling=scale.ceiling,
+        divisor=2.0 ** math.ceil(math.log2(tokens)),
     )
 
 

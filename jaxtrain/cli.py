@@ -68,11 +68,18 @@ def _train(arguments: list[str]) -> int:
 
     options = _parse(Options, f"train {file}", rest, Options(default))
     from jaxtrain.distributed import session
-    from jaxtrain.train import train
+    from jaxtrain.train import GAVE_UP, train
 
     with session(_report):
         outcome = train(options.config, options.run_dir)
     reason = outcome["reason"]
+    if reason == GAVE_UP:
+        print(
+            f"error: gave up at step {outcome['step']} after too many bad steps (see guard.max_consecutive and "
+            f"guard.max_share); the state is saved, and {options.run_dir} has a report",
+            file=sys.stderr,
+        )
+        return 1
     return 128 + signal.Signals[reason] if reason.startswith("SIG") else 0
 
 

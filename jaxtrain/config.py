@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Schedule = Literal["cosine", "linear", "wsd", "sgdr", "constant"]
+Clipping = Literal["global_norm", "zclip", "adaptive"]
 Remat = Literal["none", "minimal", "full", "offload"]
 
 
@@ -157,7 +158,9 @@ class OptimConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # decoupled, scaled by the learning rate, on matrices only
-    clip_norm: float = 1.0  # threshold of the global gradient norm
+    clip_norm: float = 1.0  # threshold of the global gradient norm; of "adaptive" see clipping
+    clipping: Clipping = "global_norm"  # or "zclip" (a threshold that follows the recent norms, clip_norm at most), or
+    # "adaptive" (each unit of each matrix to clip_norm times the norm of its weights; 0.01 is usual)
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment
 
     def __post_init__(self):
@@ -181,7 +184,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences an optimizer step, over all devices and micro-batches
     seq_len: int = 256  # tokens a sequence
     accumulate: int = 1  # micro-batches an optimizer step
-    precision: Literal["float32", "bfloat16"] = "float32"  # compute dtype; parameters and moments stay float32
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # compute dtype; parameters, moments stay float32
     z_loss: float = 0.0  # coefficient of log^2 Z (1e-4 in PaLM)
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
     loss_chunk: int = 0  # tokens a chunk of the loss head; 0: the default of linear_cross_entropy
@@ -221,6 +224,66 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Which steps are skipped, and when there are too many; what is not finite is skipped always."""
+
+    window: int = 128  # accepted steps that a spike is measured against
+    sigmas: float = 6.0  # deviations above their mean that make a spike of the loss or the gradient norm; 0: no spikes
+    max_consecutive: int = 10  # skipped steps in a row; more end the run
+    max_share: float = 0.05  # share of skipped steps among the last 1,000 or so; a larger one ends the run
+
+    def __post_init__(self):
+        _require_not_negative("guard", self, "sigmas")
+        _require_positive("guard", self, "max_consecutive")
+        _require(self.window >= 2, f"guard.window must be at least 2 steps, got {self.window}")
+        _require(0 < self.max_share <= 1, f"guard.max_share must be above 0 and at most 1, got {self.max_share}")
+
+
+@dataclass(frozen=True)
+class LossScaleConfig:
+    """Dynamic loss scaling of float16: the factor on the mean loss."""
+
+    initial: float = 2.0**15
+    growth_interval: int = 2000  # steps without overflow before it doubles; an overflow halves it
+    floor: float = 1.0
+    ceiling: float = 2.0**24
+
+    def __post_init__(self):
+        _require_positive("loss_scale", self, "initial", "growth_interval", "floor", "ceiling")
+        _require(
+            self.floor <= self.initial <= self.ceiling,
+            f"loss_scale.initial {self.initial:g} must lie between loss_scale.floor {self.floor:g} and "
+            f"loss_scale.ceiling {self.ceiling:g}",
+        )
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """Deliberate faults, to test what a run does about them. Each at one train step, counted from 1; 0: never."""
+
+    nan_loss_step: int = 0  # the loss is NaN
+    nan_micro_batch_step: int = 0  # the loss of the batch's first row is NaN
+    gradient_step: int = 0  # the gradient is multiplied by gradient_factor
+    gradient_factor: float = 1e4
+    inf_step: int = 0  # one number of the first parameter's gradient is infinite
+    spike_step: int = 0  # loss and gradient are multiplied by spike_factor, for spike_steps steps
+    spike_steps: int = 50
+    spike_factor: float = 10.0
+    corrupt_replay_step: int = 0  # the second run of the step, see train.replay_check, has one flipped bit
+
+    def __post_init__(self):
+        names = ("nan_loss_step", "nan_micro_batch_step", "gradient_step", "inf_step", "spike_step")
+        _require_not_negative("faults", self, *names, "corrupt_replay_step")
+        _require_positive("faults", self, "spike_steps")
+
+    @property
+    def in_batch(self) -> bool:
+        """Whether any of them is made in the train step, of a batch that carries it."""
+        steps = (self.nan_loss_step, self.nan_micro_batch_step, self.gradient_step, self.inf_step, self.spike_step)
+        return any(steps)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, what to keep."""
 
@@ -241,6 +304,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     seed: int = 0  # of the initial parameters, the order of the data and the sample
 
     def __post_init__(self):

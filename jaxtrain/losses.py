@@ -157,7 +157,7 @@ def linear_cross_entropy(
       vocab_axis: name of the mapped axis (of `jax.shard_map`, with `check_vma=False`) over which the kernel's columns
         are in equal parts, in order. Hidden states and labels are then the same along it, and so are the sums and the
         gradient of the hidden states.
-      vocab_block: columns a block of the second pass; 0: no second pass. None: by the size of the kernel.
+      vocab_block: columns a block of the second pass; 0: no second pass. None: by the size of the kernel and its dtype.
 
     Returns:
       LossSums in nats, equal to `cross_entropy(hidden @ kernel, ...)`.
@@ -166,7 +166,9 @@ def linear_cross_entropy(
       ValueError: shapes or dtypes that do not fit, a coefficient out of range, a chunk size below 1.
     """
     if vocab_block is None:
-        vocab_block = _DEFAULT_BLOCK if 4 * kernel.size > CARRY_LIMIT else 0
+        # The second pass leaves sums over all tokens in the kernel's dtype, before loss scaling: float16 overflows.
+        fits = 4 * kernel.size <= CARRY_LIMIT or kernel.dtype == jnp.float16
+        vocab_block = 0 if fits else _DEFAULT_BLOCK
     columns = kernel.shape[-1] * (jax.lax.axis_size(vocab_axis) if vocab_axis else 1)
     if num_classes is not None and not 0 < num_classes <= columns:
         raise ValueError(f"num_classes {num_classes} must be above 0 and at most the {columns} columns of the kernel")

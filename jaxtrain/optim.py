@@ -70,6 +70,11 @@ def _stack_of(names: list[str], stacked: tuple[str, ...]) -> tuple[str, ...] | N
     return None
 
 
+def is_stacked(path: tuple[Any, ...], stacked: tuple[str, ...]) -> bool:
+    """Whether the leaf at a path of `jax.tree_util` has a leading layer axis, see `decay_mask`."""
+    return _stack_of(_names(path), stacked) is not None
+
+
 def decay_report(params: optax.Params, mask: Any) -> str:
     """Lays out path, shape, size and decay of every parameter as a table, with totals.
 
@@ -103,6 +108,7 @@ def clipped_adamw(
     weight_decay: float = 0.1,
     mask: MaskFn | Any = decay_mask,
     clip_norm: float | None = 1.0,
+    clip: optax.GradientTransformation | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips by the global norm, then applies AdamW (arXiv:1711.05101).
@@ -122,6 +128,7 @@ def clipped_adamw(
       weight_decay: 0 or more.
       mask: a tree of bools with the structure of the parameters, or a function from parameters to one; True decays.
       clip_norm: threshold of the global gradient norm, above 0; None: no clipping.
+      clip: clips instead of that; see `jaxtrain.clipping`.
       mu_dtype: dtype of the first moment; None: float32. The second moment is always float32.
 
     Returns:
@@ -133,7 +140,7 @@ def clipped_adamw(
     """
     _check_adamw(learning_rate, b1, b2, eps, weight_decay, mu_dtype)
     return optax.chain(
-        clip_by_global_norm(clip_norm),
+        clip_by_global_norm(clip_norm) if clip is None else clip,
         scale_by_adam(b1, b2, eps, mu_dtype),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
@@ -192,15 +199,20 @@ def clip_by_global_norm(max_norm: float | None) -> optax.GradientTransformation:
             return grads, ClipState(norm, jnp.ones((), jnp.float32))
         factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
         factor = jnp.where(jnp.isfinite(norm), factor, jnp.nan)
-
-        def clip(grad):
-            # A select rather than a product with 1, which flushes subnormal numbers. The product is float32: a small
-            # factor would underflow in float16.
-            return jnp.where(factor == 1, grad, (grad.astype(jnp.float32) * factor).astype(grad.dtype))
-
-        return jax.tree.map(clip, grads), ClipState(norm, factor)
+        return scale_to_factor(grads, factor), ClipState(norm, factor)
 
     return optax.GradientTransformation(init, update)
+
+
+def scale_to_factor(grads: optax.Updates, factor: jax.Array) -> optax.Updates:
+    """Multiplies gradients by a float32 factor; by 1 they pass bit for bit."""
+
+    def scale(grad):
+        # A select rather than a product with 1, which flushes subnormal numbers. The product is float32: a small
+        # factor would underflow in float16.
+        return jnp.where(factor == 1, grad, (grad.astype(jnp.float32) * factor).astype(grad.dtype))
+
+    return jax.tree.map(scale, grads)
 
 
 class AdamState(NamedTuple):

@@ -11,12 +11,21 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain import build
 from jaxtrain.config import Config, ModelConfig
+from jaxtrain.faults import abstract_faults, inject
 from jaxtrain.models.attention import choose_kernel
 from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.masters import with_masters
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.models.transformer import Transformer, init_params, make_loss_fn
-from jaxtrain.sharding import by_rows, check_batch, map_gradients, map_loss, partition_spec, replicated
+from jaxtrain.sharding import (
+    by_rows,
+    check_batch,
+    map_gradients,
+    map_loss,
+    num_row_shards,
+    partition_spec,
+    replicated,
+)
 from jaxtrain.step import TrainState, make_eval_step, make_train_step
 
 
@@ -54,9 +63,11 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
     model = Transformer(_resolve(config, mesh, vocab_size))
     check_parts(model.config, mesh)
     optimizer, policy = build.make_optimizer(config), build.make_policy(config)
+    scaling = build.make_loss_scaling(config, num_row_shards(mesh))
 
     def init() -> TrainState:
-        return TrainState.create(init_params(model, jax.random.key(config.seed)), optimizer)
+        params = init_params(model, jax.random.key(config.seed))
+        return TrainState.create(params, optimizer, scaling and scaling.init())
 
     shapes = jax.eval_shape(init)
     specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, logical_axes(shapes.params))
@@ -69,10 +80,11 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
     late = parallel.fsdp > 1 and settings.precision != "float32"  # cast where the weights are gathered
     wrap = map_gradients(mesh, specs)
     step = make_train_step(
-        loss_fn,
+        inject(loss_fn) if config.faults.in_batch else loss_fn,
         optimizer,
         accumulate=settings.accumulate,
         policy=None if late else policy,
+        loss_scaling=scaling,
         map_gradients=(lambda f: wrap(with_masters(f, settings.precision) if late else f)) if mesh.size > 1 else None,
         diagnose=build.make_diagnose(config),
     )
@@ -134,7 +146,8 @@ def _state_shardings(shapes: TrainState, specs: Any, optimizer: optax.GradientTr
         params,
         transform_non_params=lambda _: everywhere,
     )
-    return shapes.replace(step=everywhere, params=params, opt_state=opt_state)
+    loss_scale = jax.tree.map(lambda _: everywhere, shapes.loss_scale)
+    return shapes.replace(step=everywhere, params=params, opt_state=opt_state, loss_scale=loss_scale)
 
 
 def _abstract(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -144,4 +157,5 @@ def _abstract(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeD
 def _abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.train.batch_size, config.train.seq_len)
     dtypes = {"inputs": jnp.int32, "labels": jnp.int32, "where": jnp.bool_}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows(mesh)) for name, dtype in dtypes.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows(mesh)) for name, dtype in dtypes.items()}
+    return batch | (abstract_faults(batch["inputs"]) if config.faults.in_batch else {})

@@ -25,7 +25,8 @@ class Recorder:
     """Reads the metrics of each step while the next one runs, writes and shows those that are due; a context manager.
 
     What they say about the health of the run is an event `finding` and shown when it begins. `attempt` counts how many
-    times the run was started, this time included. Every process reads, and only process 0 writes and shows.
+    times the run was started, this time included; `give_up` says that the last step read was one bad step too many.
+    Every process reads, and only process 0 writes and shows.
     """
 
     def __init__(self, run: Run):
@@ -33,6 +34,7 @@ class Recorder:
         self._nowhere = None if is_lead() else open(os.devnull, "w")  # noqa: SIM115 (closed on leaving)
         lines, events = read_metrics(file) if file.exists() else ([], [])
         self.attempt = 1 + sum(event["event"] in ("start", "resume") for event in events)
+        self.give_up = False
         self._config = config
         self._health = Health(Facts(run.config, run.model.config.vocab_size, run.store.train.num_tokens))
         self._earlier = lines[-_EARLIER_LINES:], [event for event in events if event["event"] == "eval"]
@@ -95,12 +97,13 @@ class Recorder:
         done, metrics = self._pending
         self._pending = None
         values = jax.device_get(metrics)
+        self.give_up = bool(values["give_up"])
         config = self._config
         sampled = bool(config.diagnose_every) and done % config.diagnose_every == 0
         if not sampled:
             values = {name: value for name, value in values.items() if name not in DIAGNOSTICS}
         fields = {"step": done, "attempt": self.attempt, **values, "tokens_seen": done * self._tokens_per_step}
-        if done % config.log_every == 0 or done == config.steps or sampled:
+        if done % config.log_every == 0 or done == config.steps or sampled or self.give_up:
             fields |= self._timing(done)
             self._writer.write(**fields)
             self._console.update(fields)

@@ -35,7 +35,7 @@ SLOW, SLOW_SECONDS, SLOW_LINES = 0.7, 120.0, 10  # of the best stretch; two minu
 DEAD, EXPLODING = 1e-3, 100.0  # a layer's grad_norm over the median of the others' [0.1, 7]
 LARGE_UPDATE = 0.1  # of a layer's own norm, in one step, after the warm-up [0.023]; 1e-3 is usual in large models
 
-_SKIP_REASONS = {
+_SKIP_REASONS = {  # of jaxtrain.guard
     1: "its loss or gradient was not finite",
     2: "its loss stood out",
     3: "its gradient norm stood out",
@@ -196,7 +196,8 @@ class ClippingSaturated(Rule):
                 f"{line['grad_norm']:.3g}): such gradients come near Adam's eps"
             )
         count = sum(factor < 1 for factor, _ in self._recent)
-        if len(self._recent) < WINDOW or count <= SATURATED * WINDOW:
+        routine = self.facts.config.optim.clipping == "adaptive"  # a share of the units, in nearly every step
+        if routine or len(self._recent) < WINDOW or count <= SATURATED * WINDOW:
             return False
         middle = statistics.median(norm for _, norm in self._recent)
         return f"{count} of the last {WINDOW} steps were clipped, median grad_norm {middle:.3g}"

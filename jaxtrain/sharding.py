@@ -140,8 +140,8 @@ def map_gradients(mesh: Mesh, specs: Any) -> Callable[[Callable], Callable]:
             axes = tuple(axis for axis in ROWS if axis not in spec)
             return jax.lax.psum(gradient, axes) if axes else gradient
 
-        def body(params: Any, batch: Any):
-            sums, grads = gradients(params, batch)
+        def body(params: Any, batch: Any, *loss_factor: jax.Array):
+            sums, grads = gradients(params, batch, *loss_factor)
             return jax.lax.psum(sums, ROWS), jax.tree.map(add, grads, specs)
 
         return _shard_map(body, mesh, specs, (P(), specs))
@@ -150,6 +150,11 @@ def map_gradients(mesh: Mesh, specs: Any) -> Callable[[Callable], Callable]:
 
 
 def _shard_map(body: Callable, mesh: Mesh, specs: Any, out_specs: Any) -> Callable:
-    # check_vma: Pallas kernels do not say over which axes their results vary. The model's collectives carry their own
-    # derivatives (models/parallel.py), so nothing depends on JAX's bookkeeping of it.
-    return jax.shard_map(body, mesh=mesh, in_specs=(specs, P(ROWS)), out_specs=out_specs, check_vma=False)
+    def mapped(params: Any, batch: Any, *scalars: jax.Array):
+        in_specs = (specs, P(ROWS), *(P() for _ in scalars))
+        # check_vma: Pallas kernels do not say over which axes their results vary. The model's collectives carry their
+        # own derivatives (models/parallel.py), so nothing depends on JAX's bookkeeping of it.
+        run = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return run(params, batch, *scalars)
+
+    return mapped

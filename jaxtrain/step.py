@@ -1,7 +1,8 @@
 """The train step: a pure function around which everything else is arranged.
 
 Order, once a step: accumulate the gradients of the summed loss over micro-batches (and devices) -> divide by the global
-weight -> the optimizer's chain: norm, clip, Adam, decay, learning rate -> add. Jit it with the state donated:
+weight (and the loss scale) -> the optimizer's chain: guard, norm, clip, Adam, decay, learning rate -> add. Jit it with
+the state donated:
 
   train_step = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
 """
@@ -19,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.losses import LossSums
 from jaxtrain.optim import global_norm
-from jaxtrain.precision import Policy
+from jaxtrain.precision import LossScale, LossScaling, Policy
 
 Batch = Any  # a pytree of arrays [B, ...]
 Metrics = dict[str, jax.Array]
@@ -36,18 +37,20 @@ class TrainState:
       step: number of train steps done, int32 scalar.
       params: parameters, any pytree of float32 arrays.
       opt_state: state of the optimizer.
-      loss_scale: state of loss scaling; None: there is none (float32 and bfloat16 need none).
+      loss_scale: state of loss scaling (`LossScaling.init()`); None: there is none (only float16 needs it).
     """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
-    loss_scale: Any = None
+    loss_scale: LossScale | None = None
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+    def create(
+        cls, params: Any, optimizer: optax.GradientTransformation, loss_scale: LossScale | None = None
+    ) -> "TrainState":
         """Starts at step 0 with a fresh optimizer state."""
-        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), loss_scale)
 
 
 def make_train_step(
@@ -57,6 +60,7 @@ def make_train_step(
     accumulate: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
     policy: Policy | None = None,
+    loss_scaling: LossScaling | None = None,
     map_gradients: Callable[[Callable], Callable] | None = None,
     diagnose: Callable[..., Metrics] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -71,8 +75,11 @@ def make_train_step(
       axis_name: name of the mapped axis (or axes) where this is the body of `jax.pmap` or `jax.shard_map`: sums are
         then reduced over it, and every device computes the same update.
       policy: dtypes; None: compute in the parameters' own dtype. The cast is done once a step.
-      map_gradients: wraps `(params, batch) -> (LossSums, gradients)`, all micro-batches of it, to run it over a mesh
-        while the optimizer stays outside: see `sharding.map_gradients`.
+      loss_scaling: for float16: the loss is multiplied by the factor in `state.loss_scale`, and the gradient, in
+        float32, divided by it before anything looks at it. A gradient that is not finite halves the factor; that it is
+        not applied is the optimizer's business: wrap it in `guard.skip_bad_steps`.
+      map_gradients: wraps `(params, batch, *loss_factor) -> (LossSums, gradients)`, all micro-batches of it, to run it
+        over a mesh while the optimizer stays outside: see `sharding.map_gradients`.
       diagnose: `(params, grads, updates, opt_state, step) -> dict` of more metrics, from the parameters before the
         update, the gradient before clipping and the optimizer's new state: see `diagnostics.make_diagnose`.
 
@@ -80,45 +87,59 @@ def make_train_step(
       `train_step(state, batch) -> (state, metrics)`. Metrics are float32 scalars: `loss` (nll + z_loss + smoothing) and
       its parts `nll` and `z_loss`, nats a token; `grad_norm` before clipping; `clip_factor` and `learning_rate` as the
       optimizer applied them (NaN if its state does not hold them under these names); `update_norm`; `param_norm` before
-      the update; `tokens`, the global weight; `skipped`, 1 if the optimizer says it skipped the step.
+      the update; `tokens`, the global weight; `skipped`, 1 if the optimizer says it skipped the step, `skip_reason` and
+      `give_up` as `guard.GuardState` has them, and `clip_factor` 0 then; with loss scaling, `loss_scale` of this step.
 
     Raises:
-      ValueError: accumulate below 1; when traced, a batch that `accumulate` does not divide.
+      ValueError: accumulate below 1, float16 without loss scaling; when traced, a batch that `accumulate` does not
+        divide, or loss scaling with an optimizer that skips nothing or a state without it.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1 micro-batch, got {accumulate}")
+    if policy is not None and policy.compute == "float16" and loss_scaling is None:
+        raise ValueError("gradients underflow in float16: give make_train_step(loss_scaling=LossScaling())")
     optimizer = optax.with_extra_args_support(optimizer)
     gradients = functools.partial(_accumulate_gradients, loss_fn, accumulate=accumulate, axis_name=axis_name)
     if map_gradients is not None:
         gradients = map_gradients(gradients)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        factor = _loss_factor(state, loss_scaling)
         params = policy.cast_to_compute(state.params) if policy else state.params
-        sums, grads = gradients(_localize(params, axis_name), batch)
+        sums, grads = gradients(_localize(params, axis_name), batch, *factor)
         if axis_name is not None:
             sums, grads = jax.lax.psum((sums, grads), axis_name)
         weight = jnp.maximum(sums.weight, 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        # Two divisions: the product of a factor of 2^24 and millions of tokens is not exact.
+        grads = jax.tree.map(lambda g: functools.reduce(jnp.divide, (*factor, weight), g), grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(
                 grads, state.opt_state, state.params, step=state.step, loss=sums.mean()
             )
             new_params = jax.tree.map(_add_update, state.params, updates)
+        skipped = _read(opt_state, "skipped", 0.0)
         metrics = {
             "loss": sums.mean(),
             "nll": sums.mean_nll(),
             "z_loss": sums.z_loss / weight,
             "grad_norm": global_norm(grads),
-            "clip_factor": _read(opt_state, "clip_factor", jnp.nan),
+            "clip_factor": jnp.where(skipped == 1, 0.0, _read(opt_state, "clip_factor", jnp.nan)),
             "update_norm": global_norm(updates),
             "param_norm": global_norm(state.params),
             "learning_rate": _read(opt_state, "learning_rate", jnp.nan),
             "tokens": sums.weight,
-            "skipped": _read(opt_state, "skipped", 0.0),
+            "skipped": skipped,
+            "skip_reason": _read(opt_state, "skip_reason", 0.0),
+            "give_up": _read(opt_state, "give_up", 0.0),
         }
         if diagnose is not None:
             metrics |= diagnose(state.params, grads, updates, opt_state, state.step)
-        return state.replace(step=state.step + 1, params=new_params, opt_state=opt_state), metrics
+        new_state = state.replace(step=state.step + 1, params=new_params, opt_state=opt_state)
+        if loss_scaling is not None:
+            metrics["loss_scale"] = state.loss_scale.scale
+            finite = jnp.isfinite(metrics["grad_norm"])
+            new_state = new_state.replace(loss_scale=loss_scaling.update(state.loss_scale, finite))
+        return new_state, metrics
 
     return train_step
 
@@ -162,14 +183,33 @@ def replicate(state: Any, devices: list[jax.Device] | None = None) -> Any:
     return jax.tree.map(lambda x: jax.device_put(jnp.stack([x] * len(devices)), sharding), state)
 
 
+def _loss_factor(state: TrainState, loss_scaling: LossScaling | None) -> tuple[jax.Array, ...]:
+    """What the loss is multiplied by, if it is."""
+    if loss_scaling is None:
+        return ()
+    if state.loss_scale is None:
+        raise ValueError("the state has no loss scale: TrainState.create(params, optimizer, loss_scaling.init())")
+    if not optax.tree_utils.tree_get_all_with_path(state.opt_state, "skipped"):
+        raise ValueError(
+            "loss scaling finds its factor by overflowing, and this optimizer would apply the overflow: wrap it in "
+            "jaxtrain.guard.skip_bad_steps"
+        )
+    return (loss_scaling.factor(state.loss_scale),)
+
+
 def _accumulate_gradients(
-    loss_fn: LossFn, params: Any, batch: Batch, *, accumulate: int, axis_name: str | tuple[str, ...] | None
+    loss_fn: LossFn,
+    params: Any,
+    batch: Batch,
+    *loss_factor: jax.Array,
+    accumulate: int,
+    axis_name: str | tuple[str, ...] | None,
 ) -> tuple[LossSums, Any]:
-    """Returns the sums and the float32 gradient of the summed loss over all micro-batches."""
+    """Returns the sums and the float32 gradient of the summed loss (times the factor) over all micro-batches."""
 
     def total(params, micro_batch):
         sums = loss_fn(params, micro_batch)
-        return sums.total(), sums
+        return functools.reduce(jnp.multiply, loss_factor, sums.total()), sums
 
     def gradients(micro_batch):
         (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params, micro_batch)
@@ -207,7 +247,9 @@ def _split_rows(leaf: jax.Array, accumulate: int) -> jax.Array:
 
 
 def _add_update(param: jax.Array, update: jax.Array) -> jax.Array:
-    return (param.astype(jnp.float32) + update.astype(jnp.float32)).astype(param.dtype)
+    added = (param.astype(jnp.float32) + update.astype(jnp.float32)).astype(param.dtype)
+    # A sum flushes subnormal numbers on some devices; nothing is to change where nothing is added.
+    return jnp.where(update == 0, param, added)
 
 
 def _read(opt_state: optax.OptState, name: str, default: float) -> jax.Array:

@@ -25,6 +25,7 @@ from jaxtrain.config import Config
 from jaxtrain.data.loader import Prefetcher, TrainBatches, global_batch
 from jaxtrain.data.store import TokenStore
 from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
+from jaxtrain.faults import FaultyBatches
 from jaxtrain.generate import continue_text
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.recorder import Recorder
@@ -35,6 +36,8 @@ from jaxtrain.step import TrainState
 
 # Compressing a large split for comparison would take minutes.
 _COMPRESS_LIMIT = 16 * 2**20
+
+GAVE_UP = "too many bad steps"  # the guard's limits, see `Config.guard`
 
 
 class _Stop:
@@ -74,8 +77,8 @@ def train(config: Config, run_dir: str | Path) -> dict[str, Any]:
       run_dir: holds config.json, metrics.jsonl, checkpoints/, and at the end report.html, report.png and sample.txt.
 
     Returns:
-      The `stop` event: `step`, `reason` ("finished", "stop_after" or a signal's name) and, of a finished run, the last
-      evaluation.
+      The `stop` event: `step`, `reason` ("finished", "stop_after", a signal's name, or GAVE_UP) and, of a finished run,
+      the last evaluation.
 
     Raises:
       ValueError: a config, store or checkpoint that does not fit, with the remedy, or processes that disagree on them.
@@ -171,6 +174,8 @@ def _loop(
         seq_len=config.seq_len,
         vocab_size=run.model.config.vocab_size,
     )
+    if run.config.faults.in_batch:
+        batches = FaultyBatches(batches, run.config.faults)
     fetch = functools.partial(global_batch, batches, sharding=by_rows(run.mesh))
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
     train_step = recorder.compile(run.train_step, state, fetch(first))
@@ -185,7 +190,7 @@ def _loop(
         for done, batch in enumerate(feed, start=first + 1):
             state, metrics = train_step(state, batch)
             recorder.step(done, metrics)
-            if done == config.steps:
+            if done == config.steps or recorder.give_up:
                 break
             if config.eval_every and done % config.eval_every == 0:
                 recorder.flush()
@@ -200,7 +205,7 @@ def _loop(
     recorder.flush()
     save(state)
     checkpoints.wait()
-    return state, {"step": done, "reason": reason}
+    return state, {"step": done, "reason": GAVE_UP if recorder.give_up else reason}
 
 
 def _evaluate(

@@ -16,6 +16,7 @@ CORE = {
     "schedules": set(),
     "precision": set(),
     "optim": {"losses", "schedules", "precision"},
+    "clipping": {"losses", "schedules", "precision", "optim"},
     "guard": {"losses", "schedules", "precision", "optim"},
     "step": {"losses", "schedules", "precision", "optim", "guard"},
 }

@@ -24,8 +24,9 @@ Batch = dict[str, np.ndarray]
 class Batches(Protocol):
     """What `global_batch` needs; `TrainBatches` and `EvalBatches` have it."""
 
-    batch_size: int
-    seq_len: int
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
 
     def rows(self, index: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of batch `index`."""
@@ -121,22 +122,23 @@ class EvalBatches:
 
 
 def global_batch(batches: Batches, index: int, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """Places a batch on devices: [batch_size, seq_len] arrays with `sharding`.
+    """Places a batch on devices: its arrays, [batch_size, ...] each, with `sharding`.
 
     Each process builds only the rows that its own devices hold, and no row range twice.
     """
     built: dict[tuple[int, int], Batch] = {}
 
-    def part(name: str, where: tuple[slice, slice]) -> np.ndarray:
+    def part(name: str, where: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = where[0].indices(batches.batch_size)
         if (start, stop) not in built:
             built[start, stop] = batches.rows(index, start, stop)
-        return built[start, stop][name][:, where[1]]
+        return built[start, stop][name][:, *where[1:]]
 
-    shape = (batches.batch_size, batches.seq_len)
     return {
-        name: jax.make_array_from_callback(shape, sharding, lambda where, name=name: part(name, where))
-        for name in ("inputs", "labels", "where")
+        name: jax.make_array_from_callback(
+            (batches.batch_size, *like.shape[1:]), sharding, lambda where, name=name: part(name, where)
+        )
+        for name, like in batches.rows(index, 0, 0).items()
     }
 
 

@@ -15,15 +15,15 @@ class WithMasters(NamedTuple):
 
 
 def with_masters(gradients: Callable, dtype: str) -> Callable:
-    """Wraps `(params, batch) -> (sums, gradients)` to cast float32 parameters where they are used.
+    """Wraps `(params, batch, *loss_factor) -> (sums, gradients)` to cast float32 parameters where they are used.
 
     A layer casts its own slice of the masters, so that no copy of all layers is held through the step, and yet the
     gradients are in the compute dtype.
     """
 
-    def wrapped(masters: Any, batch: Any):
+    def wrapped(masters: Any, batch: Any, *loss_factor: jax.Array):
         params = jax.tree.map(lambda x: x.astype(dtype), masters)
-        sums, grads = gradients(WithMasters(params, masters), batch)
+        sums, grads = gradients(WithMasters(params, masters), batch, *loss_factor)
         return sums, grads.params
 
     return wrapped
