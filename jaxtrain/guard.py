@@ -102,7 +102,8 @@ def skip_bad_steps(
         reason = _judge(state, grad_norm, loss, _stays_finite(updates, inner_state, state.inner), window, sigmas)
         bad = reason != NOT_SKIPPED
         consecutive = jnp.where(bad, state.consecutive + 1, 0)
-        share = state.share + (bad - state.share) / SHARE_STEPS
+        skipped = bad.astype(jnp.float32)
+        share = state.share + (skipped - state.share) / SHARE_STEPS
         place = state.accepted % window
         new_state = GuardState(
             inner=jax.tree_util.tree_map_with_path(
@@ -113,7 +114,7 @@ def skip_bad_steps(
             losses=jnp.where(bad, state.losses, state.losses.at[place].set(loss)),
             grad_norms=jnp.where(bad, state.grad_norms, state.grad_norms.at[place].set(grad_norm)),
             accepted=jnp.where(bad, state.accepted, optax.safe_increment(state.accepted)),
-            skipped=bad.astype(jnp.float32),
+            skipped=skipped,
             skip_reason=reason,
             consecutive=consecutive,
             share=share,
