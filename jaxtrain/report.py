@@ -20,6 +20,7 @@ table { border-collapse: collapse; }
 th, td { text-align: left; vertical-align: top; padding: 0.2rem 1.2rem 0.2rem 0; border-bottom: 1px solid #ddd; }
 th { font-weight: 600; }
 td { overflow-wrap: anywhere; }
+td.short { white-space: nowrap; }
 img { max-width: 100%; }
 pre { white-space: pre-wrap; background: #f6f6f6; padding: 1rem; }
 """
@@ -124,7 +125,7 @@ def _health_table(findings: list[Finding], num_steps: int) -> str:
     if not findings:
         return f"<p>No findings in {num_steps:,} logged steps.</p>"
     rows = [(f.severity, f.name.replace("_", " "), f"{f.step:,}", f.evidence, f.remedy) for f in findings]
-    return _columns(("", "finding", "step", "evidence", "remedy"), rows)
+    return _columns(("", "finding", "step", "evidence", "remedy"), rows, num_short=3)
 
 
 def _events_table(events: list[dict[str, Any]]) -> str:
@@ -136,12 +137,15 @@ def _events_table(events: list[dict[str, Any]]) -> str:
         details = ", ".join(f"{k}={_format(k, v)}" for k, v in event.items() if k not in ("event", "time"))
         time = str(event.get("time", "")).split(".")[0].replace("T", " ")
         rows.append((time, str(event["event"]), details))
-    return _columns(("time (UTC)", "event", "details"), rows) if rows else ""
+    return _columns(("time (UTC)", "event", "details"), rows, num_short=2) if rows else ""
 
 
-def _columns(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _columns(titles: tuple[str, ...], rows: list[tuple[str, ...]], num_short: int) -> str:
+    """A table with a head; the first columns, `num_short` of them, are never broken into lines."""
     lines = ["".join(f"<th>{html.escape(title)}</th>" for title in titles)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    for row in rows:
+        starts = ['<td class="short">'] * num_short + ["<td>"] * (len(row) - num_short)
+        lines.append("".join(f"{start}{html.escape(cell)}</td>" for start, cell in zip(starts, row, strict=True)))
     return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
 
 
