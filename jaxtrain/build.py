@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import optax
 
-from jaxtrain import schedules
+from jaxtrain import diagnostics, schedules
 from jaxtrain.clipping import clip_adaptively, zclip
 from jaxtrain.config import Config
 from jaxtrain.data.prepare import prepare
@@ -96,6 +96,12 @@ def make_loss_scaling(config: Config, num_row_shards: int) -> LossScaling | None
         ceiling=scale.ceiling,
         divisor=2.0 ** math.ceil(math.log2(tokens)),
     )
+
+
+def make_diagnose(config: Config) -> diagnostics.Diagnose | None:
+    """What the train step measures of its layers; None: nothing."""
+    every = config.train.diagnose_every
+    return diagnostics.make_diagnose(every, b2=config.optim.b2, eps=config.optim.eps) if every else None
 
 
 def make_policy(config: Config) -> Policy:

@@ -1,4 +1,4 @@
-"""The command line: `jaxtrain train | eval | generate | replay | prepare | plan | schedule`.
+"""The command line: `jaxtrain train | report | eval | generate | replay | prepare | plan | schedule`.
 
 Errors that a user can mend are one line on standard error: exit code 2 for a wrong command or argument, and for what
 jaxtrain refuses with a ValueError; 1 for what goes wrong outside of it (a missing package, a full disk); 128 + n for
@@ -127,6 +127,23 @@ def _train(arguments: list[str]) -> int:
     elif reason.startswith("SIG"):
         code = 128 + signal.Signals[reason]
     return leave(code) if is_stuck() else code
+
+
+def _health(arguments: list[str]) -> int:
+    """Says what is wrong with a run and rewrites its report.html: `report RUN`; the run may still be going."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        run: tyro.conf.Positional[str]  # run directory
+
+    run = _parse(Options, "report", arguments).run
+    from jaxtrain.report import read_findings, write_report
+
+    findings, progress = read_findings(run)
+    print(progress)
+    print("\n".join(map(str, findings)) or "no findings")
+    print(f"report: {write_report(run)}")
+    return 0
 
 
 def _schedule(arguments: list[str]) -> int:
@@ -364,6 +381,7 @@ def _config_argument(command: str, arguments: list[str]) -> tuple[Path, Config, 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "report": _health,
     "eval": _eval,
     "generate": _generate,
     "replay": _replay,

@@ -210,6 +210,7 @@ class TrainConfig:
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
     loss_chunk: int = 0  # tokens a chunk of the loss head; 0: the default of linear_cross_entropy
     log_every: int = 10  # optimizer steps
+    diagnose_every: int = 100  # optimizer steps from one look into the layers to the next, logged too; 0: never
     eval_every: int = 0  # optimizer steps; 0: only at the end
     eval_batches: int = 0  # batches of validation data each time; 0: the whole split
     replay_check: int = 0  # every so many steps run a step twice and compare all bits; 0: off. Takes a second state
@@ -221,7 +222,7 @@ class TrainConfig:
     def __post_init__(self):
         _require_types("train", self)
         _require_positive("train", self, "steps", "batch_size", "seq_len", "accumulate", "log_every")
-        _require_not_negative("train", self, "z_loss", "loss_chunk", "eval_every", "eval_batches")
+        _require_not_negative("train", self, "z_loss", "loss_chunk", "eval_every", "eval_batches", "diagnose_every")
         _require_not_negative("train", self, "stop_after", "sample_tokens", "replay_check")
         _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1), got {self.label_smoothing}")
         _require(

@@ -42,9 +42,9 @@ class MetricsWriter:
     """Appends a run's steps and events to a JSON-lines file, each line flushed as it is written.
 
     A crash leaves at most one torn last line. Opening the file again ends that line, so that the next object starts on
-    a line of its own. Values are strings, numbers, scalar arrays (NumPy or JAX), None, and lists and dicts of these; a
-    float32 is written with the digits that give the same float32 back, NaN and infinities as the strings "NaN",
-    "Infinity" and "-Infinity". Close it, or use it as a context manager.
+    a line of its own. Values are strings, numbers, arrays (NumPy or JAX; a vector becomes a list), None, and lists and
+    dicts of these; a float32 is written with the digits that give the same float32 back, NaN and infinities as the
+    strings "NaN", "Infinity" and "-Infinity". Close it, or use it as a context manager.
     """
 
     def __init__(self, path: str | Path):
@@ -85,10 +85,11 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
     A step line has the keys `step` (number of steps done; the first is 1), `attempt` (how many times the run was
     started, this one included), the metrics of `make_train_step` (`loss`, `nll`, `z_loss`, `grad_norm`, `clip_factor`,
     `update_norm`, `param_norm`, `learning_rate`, `tokens`, `skipped`), `tokens_seen` (since step 0),
-    `tokens_per_second`, `step_seconds`, and `mfu` (a fraction) where `peak_flops` knows the device. They are sorted by
-    `step`; of a step that was run again after a crash only the last attempt is kept, and what a `start` or `resume`
-    from an earlier step has undone is left out. Event lines have `event` and `time`, stay in the order they were
-    written and are all there. Torn lines are left out.
+    `tokens_per_second`, `step_seconds`, and `mfu` (a fraction) where `peak_flops` knows the device; those of every
+    `train.diagnose_every`-th step also have what `layer_diagnostics` returns. They are sorted by `step`; of a step that
+    was run again after a crash only the last attempt is kept, and what a `start` or `resume` from an earlier step has
+    undone is left out. Event lines have `event` and `time`, stay in the order they were written and are all there. Torn
+    lines are left out.
 
     Raises:
       ValueError: there is no such file.
@@ -142,6 +143,8 @@ def encode(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [encode(item) for item in value]
     if hasattr(value, "dtype"):
+        if value.ndim:
+            return [encode(item) for item in np.asarray(value)]
         # Only the exact kinds go through `item`: of a bfloat16 it returns a NumPy scalar that json refuses.
         value = value.item() if np.dtype(value.dtype).kind in "biu" else float(value)
     if isinstance(value, float) and not math.isfinite(value):

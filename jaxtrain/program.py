@@ -86,6 +86,7 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
         policy=None if late else policy,
         loss_scaling=scaling,
         map_gradients=(lambda f: wrap(with_masters(f, settings.precision) if late else f)) if mesh.size > 1 else None,
+        diagnose=build.make_diagnose(config),
     )
     eval_loss = make_loss_fn(local, chunk_size=chunk_size)
     if mesh.size > 1:

@@ -1,6 +1,7 @@
-"""The metrics of a running loop: read one step late, timed, written and shown."""
+"""The metrics of a running loop: read one step late, timed, judged, written and shown."""
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,28 +10,35 @@ from typing import Any
 import jax
 
 from jaxtrain.console import Console
+from jaxtrain.diagnostics import DIAGNOSTICS
 from jaxtrain.distributed import is_lead
+from jaxtrain.health import Finding, Health
 from jaxtrain.metrics import MetricsWriter, peak_flops, read_metrics
 from jaxtrain.models.size import flops_per_token
+from jaxtrain.rules import Facts
 from jaxtrain.run import Run
+
+_EARLIER_LINES = 1000  # of a run that goes on, from which its health is taken up again
 
 
 class Recorder:
     """Reads the metrics of each step while the next one runs, writes and shows those that are due; a context manager.
 
-    `attempt` counts how many times the run was started, this time included; `evaluated` has the steps that earlier
-    attempts evaluated; `give_up` says that the last step read was one bad step too many. Every process reads, and only
-    process 0 writes and shows.
+    What they say about the health of the run is an event `finding` and shown when it begins. `attempt` counts how many
+    times the run was started, this time included; `evaluated` has the steps that earlier attempts evaluated; `give_up`
+    says that the last step read was one bad step too many. Every process reads, and only process 0 writes and shows.
     """
 
     def __init__(self, run: Run):
         config, file = run.config.train, run.folder / "metrics.jsonl"
         self._nowhere = None if is_lead() else open(os.devnull, "w")  # noqa: SIM115 (closed on leaving)
-        events = read_metrics(file)[1] if file.exists() else []
+        lines, events = read_metrics(file) if file.exists() else ([], [])
         self.attempt = 1 + sum(event["event"] in ("start", "resume") for event in events)
         self.give_up = False
         self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
         self._config = config
+        self._health = Health(Facts(run.config, run.model.config.vocab_size, run.store.train.num_tokens))
+        self._earlier = lines[-_EARLIER_LINES:], [event for event in events if event["event"] == "eval"]
         self._writer = MetricsWriter(os.devnull if self._nowhere else file)
         self._console = Console(config.steps, run.config.optim.clip_norm, self._nowhere)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -56,6 +64,8 @@ class Recorder:
         self._writer.event(name, **fields)
         if text:
             self.say(text)
+        if name == "eval":
+            self._tell(self._health.observe_evaluation(fields))
 
     def say(self, text: str) -> None:
         """Shows a text."""
@@ -90,17 +100,38 @@ class Recorder:
         values = jax.device_get(metrics)
         self.give_up = bool(values["give_up"])
         config = self._config
-        if done % config.log_every and done != config.steps and not self.give_up:
-            return
+        sampled = bool(config.diagnose_every) and done % config.diagnose_every == 0
+        if not sampled:
+            values = {name: value for name, value in values.items() if name not in DIAGNOSTICS}
+        fields = {"step": done, "attempt": self.attempt, **values, "tokens_seen": done * self._tokens_per_step}
+        if done % config.log_every == 0 or done == config.steps or sampled or self.give_up:
+            fields |= self._timing(done)
+            self._writer.write(**fields)
+            self._console.update(fields)
+        self._judge(fields)
+
+    def _timing(self, done: int) -> dict[str, float]:
+        """What a logged step says about speed, since the one logged before."""
         now = time.perf_counter()
         seconds = (now - self._since) / (done - self._logged_step)
         self._since, self._logged_step = now, done
-        fields = {"step": done, "attempt": self.attempt, **values, "tokens_seen": done * self._tokens_per_step}
-        fields |= {"tokens_per_second": self._tokens_per_step / seconds, "step_seconds": seconds}
-        if self._peak:
-            fields["mfu"] = self._flops_per_step / seconds / self._peak
-        self._writer.write(**fields)
-        self._console.update(fields)
+        timing = {"tokens_per_second": self._tokens_per_step / seconds, "step_seconds": seconds}
+        return timing | ({"mfu": self._flops_per_step / seconds / self._peak} if self._peak else {})
+
+    def _judge(self, fields: dict[str, Any]) -> None:
+        lines, evaluations = self._earlier
+        self._earlier = (), ()
+        # Not before the first step: only now is it known from where the run went on.
+        earlier = [
+            [record for record in records if record["step"] < fields["step"]] for records in (lines, evaluations)
+        ]
+        self._health.restore(*earlier)
+        self._tell(self._health.observe(fields))
+
+    def _tell(self, findings: list[Finding]) -> None:
+        for finding in findings:
+            self._writer.event("finding", **dataclasses.asdict(finding))
+            self.say(str(finding))
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

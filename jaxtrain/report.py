@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtrain.config import Config, load
 from jaxtrain.console import format_seconds
+from jaxtrain.health import Finding, diagnose
 from jaxtrain.metrics import read_metrics
 from jaxtrain.plots import plot_metrics
 
@@ -19,6 +20,7 @@ table { border-collapse: collapse; }
 th, td { text-align: left; vertical-align: top; padding: 0.2rem 1.2rem 0.2rem 0; border-bottom: 1px solid #ddd; }
 th { font-weight: 600; }
 td { overflow-wrap: anywhere; }
+td.short { white-space: nowrap; }
 img { max-width: 100%; }
 pre { white-space: pre-wrap; background: #f6f6f6; padding: 1rem; }
 """
@@ -55,12 +57,13 @@ def write_report(run_dir: str | Path) -> Path:
     encoded = base64.b64encode(picture.read_bytes()).decode("ascii")
     evals = [event for event in events if event["event"] == "eval"]
     sections = [
+        ("Health", _health_table(diagnose(steps, events, config), len(steps))),
         ("Last step", _table(_last_step_rows(steps[-1], config))),
         ("Last evaluation", _table(_eval_rows(evals[-1]))) if evals else None,
         ("Curves", f'<img alt="loss, learning rate and gradient norm" src="data:image/png;base64,{encoded}">'),
         ("Sample", _sample(run_dir, events)),
         ("Configuration", _table(_config_rows(config))),
-        ("Events", _events_table(events)) if events else None,
+        ("Events", _events_table(events)),
     ]
     body = "\n".join(f"<h2>{section[0]}</h2>\n{section[1]}" for section in sections if section and section[1])
     path = run_dir / "report.html"
@@ -105,14 +108,45 @@ def _sample(run_dir: Path, events: list[dict[str, Any]]) -> str:
     return f"<pre>{html.escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>"
 
 
+def read_findings(run_dir: str | Path) -> tuple[list[Finding], str]:
+    """What a run's records say about its health, and how far it has come, as a line of text.
+
+    Raises:
+      ValueError: config or metrics are missing.
+    """
+    run_dir = Path(run_dir)
+    config = load(run_dir / "config.json")
+    steps, events = read_metrics(run_dir / "metrics.jsonl")
+    last = steps[-1]["step"] if steps else 0
+    return diagnose(steps, events, config), f"{run_dir}: step {last:,} of {config.train.steps:,}"
+
+
+def _health_table(findings: list[Finding], num_steps: int) -> str:
+    if not findings:
+        return f"<p>No findings in {num_steps:,} logged steps.</p>"
+    rows = [(f.severity, f.name.replace("_", " "), f"{f.step:,}", f.evidence, f.remedy) for f in findings]
+    return _columns(("", "finding", "step", "evidence", "remedy"), rows, num_short=3)
+
+
 def _events_table(events: list[dict[str, Any]]) -> str:
-    lines = ["<tr><th>time (UTC)</th><th>event</th><th>details</th></tr>"]
+    """All but the findings, which have a table of their own."""
+    rows = []
     for event in events:
+        if event["event"] == "finding":
+            continue
         details = ", ".join(f"{k}={_format(k, v)}" for k, v in event.items() if k not in ("event", "time"))
         time = str(event.get("time", "")).split(".")[0].replace("T", " ")
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in (time, str(event["event"]), details))
-        lines.append(f"<tr>{cells}</tr>")
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
+        rows.append((time, str(event["event"]), details))
+    return _columns(("time (UTC)", "event", "details"), rows, num_short=2) if rows else ""
+
+
+def _columns(titles: tuple[str, ...], rows: list[tuple[str, ...]], num_short: int) -> str:
+    """A table with a head; the first columns, `num_short` of them, are never broken into lines."""
+    lines = ["".join(f"<th>{html.escape(title)}</th>" for title in titles)]
+    for row in rows:
+        starts = ['<td class="short">'] * num_short + ["<td>"] * (len(row) - num_short)
+        lines.append("".join(f"{start}{html.escape(cell)}</td>" for start, cell in zip(starts, row, strict=True)))
+    return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
 
 
 def _table(rows: Rows) -> str:

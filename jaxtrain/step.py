@@ -62,6 +62,7 @@ def make_train_step(
     policy: Policy | None = None,
     loss_scaling: LossScaling | None = None,
     map_gradients: Callable[[Callable], Callable] | None = None,
+    diagnose: Callable[..., Metrics] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes a pure, un-jitted train step.
 
@@ -79,6 +80,8 @@ def make_train_step(
         not applied is the optimizer's business: wrap it in `guard.skip_bad_steps`.
       map_gradients: wraps `(params, batch, *loss_factor) -> (LossSums, gradients)`, all micro-batches of it, to run it
         over a mesh while the optimizer stays outside: see `sharding.map_gradients`.
+      diagnose: `(params, grads, updates, opt_state, step) -> dict` of more metrics, from the parameters before the
+        update, the gradient before clipping and the optimizer's new state: see `diagnostics.make_diagnose`.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`. Metrics are float32 scalars: `loss` (nll + z_loss + smoothing) and
@@ -129,6 +132,8 @@ def make_train_step(
             "skip_reason": _read(opt_state, "skip_reason", 0.0),
             "give_up": _read(opt_state, "give_up", 0.0),
         }
+        if diagnose is not None:
+            metrics |= diagnose(state.params, grads, updates, opt_state, state.step)
         new_state = state.replace(step=state.step + 1, params=new_params, opt_state=opt_state)
         if loss_scaling is not None:
             metrics["loss_scale"] = state.loss_scale.scale

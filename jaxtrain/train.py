@@ -127,6 +127,8 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
         "processes": jax.process_count(),
         "devices": run.mesh.size,
         "device": run.mesh.devices.flat[0].device_kind,
+        "vocab_size": run.model.config.vocab_size,
+        "train_tokens": run.store.train.num_tokens,
     }
     distributed.agree(
         "the checkpoint to go on from",

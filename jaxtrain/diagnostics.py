@@ -1,0 +1,91 @@
+"""What is measured inside the train step to tell one layer's health from another's; sampled, every so many steps."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Below this many eps, eps is a tenth or more of Adam's denominator and the step is no longer free of scale.
+_NEAR_EPS = 10.0
+
+# What `layer_diagnostics` returns.
+DIAGNOSTICS = ("layer_grad_norm", "layer_update_ratio", "adam_frozen_share")
+
+Diagnose = Callable[[Any, Any, Any, optax.OptState, jax.Array], dict[str, jax.Array]]
+
+
+def make_diagnose(every: int, *, b2: float, eps: float) -> Diagnose:
+    """Makes the `diagnose` of `make_train_step`: `layer_diagnostics` of every `every`-th step, NaN in the others.
+
+    Args:
+      every: optimizer steps, above 0. The first step measured is step `every`, counted from 1.
+      b2, eps: of Adam.
+    """
+
+    def diagnose(params, grads, updates, opt_state, step):
+        def measure(operands):
+            return layer_diagnostics(*operands, b2=b2, eps=eps)
+
+        operands = (params, grads, updates, opt_state)
+        shapes = jax.eval_shape(measure, operands)
+        nothing = lambda _: jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)  # noqa: E731
+        return jax.lax.cond((step + 1) % every == 0, measure, nothing, operands)
+
+    return diagnose
+
+
+def layer_diagnostics(
+    params: Any, grads: Any, updates: Any, opt_state: optax.OptState, *, b2: float, eps: float
+) -> dict[str, jax.Array]:
+    """Measures each of L layers, and how much of Adam stands still.
+
+    Args:
+      params: parameters before the update; those of layers are stacked, `[L, ...]`, under the key `layers`.
+      grads: gradient before clipping.
+      updates: what was added to the parameters.
+      opt_state: state of the optimizer after the update.
+      b2, eps: of Adam.
+
+    Returns:
+      float32 arrays: `layer_grad_norm` [L]; `layer_update_ratio` [L], norm of the update over norm of the parameters;
+      `adam_frozen_share`, a scalar: of the numbers that have a gradient in this step, the share whose sqrt(nu_hat) is
+      below 10 eps, so that the update shrinks with the gradient. Rows of an embedding that the batch does not name have
+      no gradient and no say. NaN where there is no Adam, or it has not yet moved. A tree without layers has L = 0.
+    """
+    norms = [_layer_norms(tree) for tree in (params, grads, updates)]
+    return {
+        "layer_grad_norm": norms[1],
+        "layer_update_ratio": norms[2] / norms[0],
+        "adam_frozen_share": _frozen_share(grads, opt_state, b2, eps),
+    }
+
+
+def _layer_norms(tree: Any) -> jax.Array:
+    layers = tree.get("layers", {}) if isinstance(tree, dict) else {}
+    squares = [
+        jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
+        for leaf in jax.tree.leaves(layers)
+    ]
+    return jnp.sqrt(sum(squares[1:], squares[0])) if squares else jnp.zeros((0,), jnp.float32)
+
+
+def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) -> jax.Array:
+    is_adam = lambda node: hasattr(node, "nu") and hasattr(node, "count")  # noqa: E731
+    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(node)]
+    if not states:
+        return jnp.full((), jnp.nan, jnp.float32)
+    correction = -jnp.expm1(states[0].count.astype(jnp.float32) * (math.log(b2) if b2 else -math.inf))
+    frozen = moved = jnp.zeros((), jnp.float32)
+    for grad, nu in zip(jax.tree.leaves(grads), jax.tree.leaves(states[0].nu), strict=True):
+        has_gradient = grad != 0
+        moved += _count(has_gradient)
+        frozen += _count(has_gradient & (jnp.sqrt(nu / correction) < _NEAR_EPS * eps))
+    return jnp.where((moved > 0) & (states[0].count > 0), frozen / jnp.maximum(moved, 1), jnp.nan)
+
+
+def _count(flags: jax.Array) -> jax.Array:
+    """How many are True, float32. In integers as far as they reach: adding ones in float32 ends at 2^24."""
+    return jnp.sum(jnp.sum(flags, axis=tuple(range(1, flags.ndim)), dtype=jnp.int32).astype(jnp.float32))
