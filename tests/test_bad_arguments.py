@@ -53,7 +53,10 @@ ROWS = {
     "label smoothing 1": (lambda: dense(label_smoothing=1.0), r"label_smoothing .*1\.0"),
     "softcap NaN": (lambda: dense(logit_softcap=NAN), "logit_softcap .*nan"),
     "labels of another shape": (lambda: dense(labels=LABELS[:1]), r"\(2, 3, 5\) must be .*\(1, 3\)"),
-    "labels that are floats": (lambda: dense(labels=LABELS.astype(jnp.float32)), "labels must be integers, got float32"),
+    "labels that are floats": (
+        lambda: dense(labels=LABELS.astype(jnp.float32)),
+        "labels must be integers, got float32",
+    ),
     "logits that are integers": (lambda: dense(LOGITS.astype(jnp.int32)), "must be floats .*int32"),
     "logits without classes": (
         lambda: dense(jnp.float32(0), jnp.int32(0)),
