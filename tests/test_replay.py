@@ -14,7 +14,7 @@ from jaxtrain.cli import main
 from jaxtrain.config import FaultConfig, MeshConfig, from_json, to_json
 from jaxtrain.metrics import read_metrics
 from jaxtrain.replay import longest_repetition, replay
-from jaxtrain.run import open_run
+from jaxtrain.run import batch_source, open_run, restore_params
 from jaxtrain.train import train
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds"}
@@ -80,6 +80,16 @@ def test_the_parts_add_up_to_the_step(sixth):
         np.testing.assert_allclose(total, metrics[norm], rtol=1e-5)
     total = np.sqrt(sum(layer["update_norm"] ** 2 for layer in layers))
     np.testing.assert_allclose(total, metrics["update_norm"], rtol=1e-4)  # a difference of rounded parameters
+
+
+def test_the_loss_of_a_row_is_its_own(run_dir, sixth):
+    run = open_run(run_dir)
+    params, _ = restore_params(run, 5)
+    batch = batch_source(run)(5)
+    for row in sixth["rows"]:
+        if row["row"] in (1, 4):  # which another way to make micro-batches would exchange
+            sums = run.eval_step(params, batch | {"where": batch["where"] & (np.arange(8) == row["row"])[:, None]})
+            np.testing.assert_allclose(row["nll"], sums.nll / sums.weight, rtol=1e-5)
 
 
 def test_the_rows_name_their_documents(run_dir, sixth):
