@@ -353,10 +353,10 @@ def test_a_finding_is_printed_written_and_reported(config, tmp_path, capsys):
 
 
 def test_a_run_that_goes_on_does_not_say_it_again(run, config, tmp_path):
-    config = change(config, optim={"clip_norm": 0.1})
-    for stop_after in (115, 135):
+    config = change(config, optim={"clip_norm": 0.003})
+    for stop_after in (55, 110):
         assert len(run(change(config, train={"stop_after": stop_after}), tmp_path / "run")) == 1
-    assert findings(tmp_path / "run")["clipping_saturated"]["step"] == 103
+    assert findings(tmp_path / "run")["clipping_saturated"]["step"] == 51
 
 
 def test_a_step_that_ran_twice_found_it_once(config):
