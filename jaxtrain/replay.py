@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain import init_from
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.faults import inject
+from jaxtrain.manifest import Damaged, verify
 from jaxtrain.metrics import read_metrics
 from jaxtrain.models.transformer import Transformer, make_loss_fn
 from jaxtrain.optim import global_norm
 from jaxtrain.precision import Policy
-from jaxtrain.run import Run, batch_source, open_run, train_batches
+from jaxtrain.run import Run, batch_source, open_run, tokenizer_hash, train_batches
 from jaxtrain.sharding import replicated
 from jaxtrain.step import TrainState
 
@@ -29,11 +32,11 @@ _LONGEST_PERIOD = 32  # tokens of an n-gram whose repetitions are looked for
 def replay(run_dir: str | Path, step: int) -> dict[str, Any]:
     """Runs a run's train step `step` (counted from 1, as in metrics.jsonl) again, on the batches that the run saw.
 
-    Starts from the newest checkpoint before the step, or from the seed where there is none. Writes nothing. A device
+    Starts from the newest checkpoint before the step, or where there is none as the run did. Writes nothing. A device
     holds the parameters twice for a moment.
 
     Returns:
-      `step`, `from_step` (0: the seed), `metrics` as recomputed, `logged` (None: that step was not logged),
+      `step`, `from_step` (0: the start), `metrics` as recomputed, `logged` (None: that step was not logged),
       `compared_steps`, `reproduces` (bit for bit over all of those; None: none was logged), `differences` (each with
       step, metric, logged, replayed), `notes`, and what is in the step: `micro_batches`, `layers` and `rows`, the worst
       first.
@@ -44,7 +47,7 @@ def replay(run_dir: str | Path, step: int) -> dict[str, Any]:
     run = open_run(run_dir)
     lines, events = read_metrics(run.folder / "metrics.jsonl")
     _require_reached(run, step, lines, events)
-    state, first = _state_before(run, step)
+    state, first = _state_before(run, step, events)
     fetch = batch_source(run)
     train_step = run.train_step.lower(state, fetch(first)).compile()
     logged = {line["step"]: line for line in _current(lines, events)}
@@ -86,14 +89,24 @@ def _require_reached(run: Run, step: int, lines: list[dict], events: list[dict])
         raise ValueError(f"{run.folder} has no step {step} to replay: give --step 1 to {last}, as in its metrics.jsonl")
 
 
-def _state_before(run: Run, step: int) -> tuple[TrainState, int]:
-    """The newest state before a step, and how many steps it has done."""
-    if (run.folder / "checkpoints").is_dir():
-        with Checkpoints(run.folder / "checkpoints") as checkpoints:
-            earlier = [saved for saved in checkpoints.steps() if saved < step]
-            if earlier:
-                return checkpoints.restore(run.abstract_state, max(earlier))[0], max(earlier)
-    return run.init_state(), 0
+def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[TrainState, int]:
+    """The newest state before a step, and how many steps it has done; damaged checkpoints are passed over."""
+    with Checkpoints(run.folder / "checkpoints") as checkpoints:
+        for saved in reversed([saved for saved in checkpoints.steps() if saved < step]):
+            try:
+                verify(checkpoints.folder / str(saved))
+            except Damaged as problem:
+                print(f"checkpoint {saved} is damaged: {problem}; going back further", file=sys.stderr)
+                continue
+            return checkpoints.restore(run.abstract_state, saved)[0], saved
+    state, source = run.init_state(), run.config.train.init_from
+    if source:
+        begun = [event for event in events if event["event"] == "init_from"][-1]
+        path, _ = init_from.find(source, run.folder)
+        path = path / "checkpoints" / str(begun["source_step"])  # the newest may be another one now
+        like = run.abstract_state.params
+        state = state.replace(params=init_from.read(str(path), run.folder, like, tokenizer_hash(run.store))[0])
+    return state, 0
 
 
 def _current(lines: list[dict], events: list[dict]) -> list[dict]:

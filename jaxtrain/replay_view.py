@@ -18,7 +18,7 @@ def show(result: dict[str, Any]) -> None:
     console = rich.console.Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
     if not sys.stdout.isatty():
         console.width = _WIDTH
-    start = f"the checkpoint of step {result['from_step']}" if result["from_step"] else "the seed"
+    start = f"the checkpoint of step {result['from_step']}" if result["from_step"] else "the start"
     console.print(f"step {result['step']}, from {start}")
     for note in result["notes"]:
         console.print(note)

@@ -173,7 +173,7 @@ def test_global_batch(shape, spec, row_ranges):
     sharding = NamedSharding(Mesh(devices, ("data", "sequence")[: len(shape)]), spec)
     batches = Counting(train(num_tokens=400, batch_size=8, seq_len=6))
     placed = global_batch(batches, 3, sharding)
-    assert sorted(batches.asked) == row_ranges
+    assert sorted(set(batches.asked) - {(0, 0)}) == row_ranges
     assert all(array.sharding == sharding for array in placed.values())
     assert_same({name: np.asarray(array) for name, array in placed.items()}, batches.batches.batch(3))
 

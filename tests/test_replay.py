@@ -230,3 +230,27 @@ def test_a_bad_micro_batch_is_found(tiny_config, tmp_path):
     assert np.isnan(result["rows"][0]["nll"])
     assert all(np.isfinite(row["nll"]) for row in result["rows"][1:])
     assert all(layer["update_norm"] == 0 for layer in result["layers"])
+
+
+def test_a_damaged_checkpoint_is_passed_over(run_dir, tmp_path, capsys):
+    shutil.copytree(run_dir, tmp_path / "run")
+    record = next((tmp_path / "run" / "checkpoints" / "7").glob("record/*"))
+    record.write_bytes(record.read_bytes()[:-1])
+    before = snapshot(tmp_path / "run")
+    result = replay(tmp_path / "run", 9)
+    assert (result["from_step"], result["reproduces"]) == (5, True)
+    assert "checkpoint 7 is damaged" in capsys.readouterr().err
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_run_that_began_with_other_weights_is_replayed_from_those(run_dir, tiny_config, tmp_path):
+    """From those that it took, not from what that run has now."""
+    shutil.copytree(run_dir, tmp_path / "source")
+    for step in (10, 12):
+        shutil.move(tmp_path / "source" / "checkpoints" / str(step), tmp_path / str(step))
+    train(change(tiny_config, "train", init_from=str(tmp_path / "source"), stop_after=3), tmp_path / "run")
+    for step in (10, 12):
+        shutil.move(tmp_path / str(step), tmp_path / "source" / "checkpoints" / str(step))
+    result = replay(tmp_path / "run", 2)
+    assert (result["from_step"], result["reproduces"]) == (0, True)
+    assert result["metrics"]["loss"] < 5

@@ -146,16 +146,12 @@ def test_one_batch_matches_float64():
 
 
 ROADS = ("jit", "shard_map", "shard_map_unchecked", "pmap")
-# Every number of micro-batches and of devices on the main road, the corners of the others; the whole grid is slow.
-QUICK = {("jit", *pair) for pair in ((1, 8), (2, 1), (2, 4), (4, 2), (4, 8))}
-QUICK |= {("shard_map", *pair) for pair in ((1, 8), (2, 4), (4, 2))}
-QUICK |= {("pmap", *pair) for pair in ((1, 8), (4, 2))} | {("shard_map_unchecked", 4, 4)}
 
 
 @pytest.mark.parametrize(
     ("road", "accumulate", "num_devices"),
     [
-        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+        case
         for case in itertools.product(ROADS, (1, 2, 4), (1, 2, 4, 8))
         if case != ("jit", 1, 1)  # what the others are compared with
     ],

@@ -27,9 +27,8 @@ from jaxtrain.train import train
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
 LIMIT = 240  # seconds until a test gives up on a process; all of them take a few
-GRACE = (
-    200  # seconds that a process which is sent SIGTERM may take, its start included: without it it would sleep for 1000
-)
+# Seconds that a process which is sent SIGTERM may take, its start included; unheeded it would sleep for 1000.
+GRACE = 200
 
 DRIVER = """
 import os, signal, sys, threading, time
