@@ -37,6 +37,7 @@ POINTS = ("begin", "arrays", "unsealed", "sealed", "committed", "deleting")
 
 _SCORES = "scores.json"
 _LEFTOVER = re.compile(r"\.\d+\.(partial|deleting)")
+_CLEAR_SECONDS = 5.0  # for the threads of a save that failed to end
 _NOTICE_SECONDS = 30.0  # how often waiting for a save is mentioned
 _PATIENCE = 4  # times the time-out for other processes: a file system may pause for longer
 
@@ -163,7 +164,11 @@ class Checkpoints:
         if distributed.is_lead():
             self.folder.mkdir(parents=True, exist_ok=True)
         self._progress()
-        self._writer.save(self._partial(step), args=args)
+        try:
+            self._writer.save(self._partial(step), args=args)
+        except Exception:
+            self._clear(step)
+            raise
         self._step = step
         self._thread = threading.Thread(target=self._commit, args=(step, leaves), name="checkpoint", daemon=True)
         self._thread.start()
@@ -299,9 +304,13 @@ class Checkpoints:
 
     def _clear(self, step: int) -> None:
         """Makes room again after a save that failed; under several processes the run ends, and its next start does."""
-        if jax.process_count() == 1:
-            for path in self.folder.glob(f".{step}.partial*"):
+        if jax.process_count() > 1:
+            return
+        deadline = time.monotonic() + _CLEAR_SECONDS
+        while (left := list(self.folder.glob(f".{step}.partial*"))) and time.monotonic() < deadline:
+            for path in left:  # a thread of Orbax may still be writing there
                 shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.01)
 
     def _progress(self) -> None:
         self._moved = time.monotonic()
