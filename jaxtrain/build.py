@@ -1,16 +1,19 @@
 """From a config to the pieces of a run: schedule, optimizer, model, data."""
 
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
 import optax
 
-from jaxtrain import diagnostics, schedules
+from jaxtrain import schedules
 from jaxtrain.clipping import clip_adaptively, zclip
 from jaxtrain.config import Config
 from jaxtrain.data.prepare import prepare
 from jaxtrain.data.store import TokenStore, open_store
+from jaxtrain.diagnostics import layer_diagnostics
 from jaxtrain.guard import skip_bad_steps
 from jaxtrain.optim import clipped_adamw
 from jaxtrain.precision import LossScaling, Policy
@@ -98,10 +101,11 @@ def make_loss_scaling(config: Config, num_row_shards: int) -> LossScaling | None
     )
 
 
-def make_diagnose(config: Config) -> diagnostics.Diagnose | None:
+def make_diagnose(config: Config) -> Callable | None:
     """What the train step measures of its layers; None: nothing."""
-    every = config.train.diagnose_every
-    return diagnostics.make_diagnose(every, b2=config.optim.b2, eps=config.optim.eps) if every else None
+    if not config.train.diagnose_every:
+        return None
+    return functools.partial(layer_diagnostics, b2=config.optim.b2, eps=config.optim.eps)
 
 
 def make_policy(config: Config) -> Policy:

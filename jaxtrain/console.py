@@ -90,11 +90,12 @@ class Console:
         step = int(fields["step"])
         left = statistics.median(self._step_seconds) * max(self._total_steps - step, 0)
         grad_norm = float(fields["grad_norm"])
+        mark = " skipped" if fields.get("skipped") else " clipped" if grad_norm > self._clip_norm else ""
         return [
             f"step {step}/{self._total_steps} {step / self._total_steps:.1%}",
             f"{float(fields['tokens_per_second']):,.0f} tokens/s",
             f"loss {float(fields['loss']):.4f}",
-            f"grad_norm {grad_norm:.3g}" + (" clipped" if grad_norm > self._clip_norm else ""),
+            f"grad_norm {grad_norm:.3g}{mark}",
             f"lr {float(fields['learning_rate']):.2e}",
             f"{format_seconds(left)} left",
         ]

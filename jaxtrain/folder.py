@@ -107,5 +107,8 @@ def restored_if_refused(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            file.unlink() if before is None else file.write_bytes(before)
+            if before is None:
+                file.unlink()
+            elif file.read_bytes() != before:
+                file.write_bytes(before)
         raise

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxtrain.console import Console
-from jaxtrain.diagnostics import DIAGNOSTICS
+from jaxtrain.diagnostics import drop_unsampled
 from jaxtrain.distributed import is_lead
 from jaxtrain.health import Finding, Health
 from jaxtrain.metrics import MetricsWriter, peak_flops, read_metrics
@@ -101,8 +101,7 @@ class Recorder:
         self.give_up = bool(values["give_up"])
         config = self._config
         sampled = bool(config.diagnose_every) and done % config.diagnose_every == 0
-        if not sampled:
-            values = {name: value for name, value in values.items() if name not in DIAGNOSTICS}
+        values = drop_unsampled(values, done, config.diagnose_every)
         fields = {"step": done, "attempt": self.attempt, **values, "tokens_seen": done * self._tokens_per_step}
         if done % config.log_every == 0 or done == config.steps or sampled or self.give_up:
             fields |= self._timing(done)

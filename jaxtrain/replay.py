@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxtrain import init_from
 from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.diagnostics import drop_unsampled
 from jaxtrain.faults import inject
 from jaxtrain.manifest import Damaged, verify
 from jaxtrain.metrics import read_metrics
@@ -51,13 +52,18 @@ def replay(run_dir: str | Path, step: int) -> dict[str, Any]:
     fetch = batch_source(run)
     train_step = run.train_step.lower(state, fetch(first)).compile()
     logged = {line["step"]: line for line in _current(lines, events)}
+    every = run.config.train.diagnose_every
     tokens_per_step = run.config.train.batch_size * run.config.train.seq_len
     differences, compared = [], []
     for done in range(first + 1, step + 1):
         batch = fetch(done - 1)
         before = jax.jit(_copy)(state.params) if done == step else None
         state, metrics = train_step(state, batch)
-        values = {"step": done, **jax.device_get(metrics), "tokens_seen": done * tokens_per_step}
+        values = {
+            "step": done,
+            **drop_unsampled(jax.device_get(metrics), done, every),
+            "tokens_seen": done * tokens_per_step,
+        }
         if done in logged:
             compared.append(done)
             differences += _differences(logged[done], values)

@@ -80,8 +80,8 @@ def make_train_step(
         not applied is the optimizer's business: wrap it in `guard.skip_bad_steps`.
       map_gradients: wraps `(params, batch, *loss_factor) -> (LossSums, gradients)`, all micro-batches of it, to run it
         over a mesh while the optimizer stays outside: see `sharding.map_gradients`.
-      diagnose: `(params, grads, updates, opt_state, step) -> dict` of more metrics, from the parameters before the
-        update, the gradient before clipping and the optimizer's new state: see `diagnostics.make_diagnose`.
+      diagnose: `(params, grads, updates, opt_state) -> dict` of more metrics, from the parameters before the update,
+        the gradient before clipping and the optimizer's new state: see `diagnostics.layer_diagnostics`.
 
     Returns:
       `train_step(state, batch) -> (state, metrics)`. Metrics are float32 scalars: `loss` (nll + z_loss + smoothing) and
@@ -133,7 +133,7 @@ def make_train_step(
             "give_up": _read(opt_state, "give_up", 0.0),
         }
         if diagnose is not None:
-            metrics |= diagnose(state.params, grads, updates, opt_state, state.step)
+            metrics |= diagnose(state.params, grads, updates, opt_state)
         new_state = state.replace(step=state.step + 1, params=new_params, opt_state=opt_state)
         if loss_scaling is not None:
             metrics["loss_scale"] = state.loss_scale.scale

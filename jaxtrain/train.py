@@ -233,8 +233,14 @@ def _step(
     train_step: ReplayChecked, done: int, state: TrainState, batch: Any, checkpoints: Checkpoints, recorder: Recorder
 ) -> tuple[TrainState, Metrics]:
     """One step; a machine that computes it wrongly is put on record before the run ends."""
+
+    def last_saved() -> int | None:
+        with contextlib.suppress(Exception):  # the step's own trouble is what is told
+            checkpoints.wait()
+        return checkpoints.latest_step()
+
     try:
-        return train_step(done, state, batch, checkpoints.latest_step)
+        return train_step(done, state, batch, last_saved)
     except ReplayMismatch as mismatch:
         recorder.flush()
         recorder.event("replay_mismatch", "", step=done, leaves=mismatch.leaves)

@@ -279,7 +279,10 @@ def test_too_many_bad_steps(config, tmp_path):
 def test_non_finite_loss_that_was_applied(run, config, tmp_path, monkeypatch):
     """An optimizer that skips nothing."""
     monkeypatch.setattr("jaxtrain.build.skip_bad_steps", lambda inner, **_: inner)
-    found = run(dataclasses.replace(config, faults=FaultConfig(nan_loss_step=6)), tmp_path / "run")
+    with pytest.raises(ValueError, match="the state of step 11 is not finite and is not saved"):
+        run(dataclasses.replace(config, faults=FaultConfig(nan_loss_step=6)), tmp_path / "run")
+    _, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    found = {event["name"]: event for event in events if event["event"] == "finding"}
     assert (found["non_finite"]["severity"], found["non_finite"]["step"]) == ("error", 6)
     assert found["non_finite"]["evidence"] == "loss is nan and grad_norm is nan, and the step was applied"
 

@@ -36,6 +36,7 @@ from pathlib import Path
 
 import jaxtrain.checkpoint
 import jaxtrain.evaluate
+import jaxtrain.run
 import jaxtrain.train
 from jaxtrain.cli import main
 
@@ -85,7 +86,7 @@ elif what == "terminate":
 elif what == "terminate twice":
     jaxtrain.checkpoint._at = terminate_twice_at
 elif where == "compile":
-    jaxtrain.train.global_batch = stuck  # of the first batch, whose shapes the compiler is told
+    jaxtrain.run.global_batch = stuck  # of the first batch, whose shapes the compiler is told
 elif where == "evaluate":
     batch = jaxtrain.evaluate.global_batch
     jaxtrain.evaluate.global_batch = lambda batches, i, sharding: stuck() if i else batch(batches, i, sharding)
