@@ -9,21 +9,14 @@ plans for temporary arrays: arguments and results, the same for all forms, are n
 """
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from benchmark import Table, interleave, parser, report
 
 from jaxtrain.losses import cross_entropy, linear_cross_entropy
 
@@ -51,26 +44,21 @@ def measure(forms: dict[str, Callable], arguments: tuple[jax.Array, ...], repeat
     first = losses[next(iter(forms))]
     if any(abs(loss - first) > 1e-5 * abs(first) for loss in losses.values()):
         raise SystemExit(f"the forms disagree: {losses}")
-    seconds = {name: [] for name in forms}
-    for _ in range(repeats):
-        for name, function in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            seconds[name].append(time.perf_counter() - start)
+    calls = {name: lambda f=function: jax.block_until_ready(f(*arguments)) for name, function in compiled.items()}
     return [
         {
             "form": name,
-            "seconds": statistics.median(seconds[name]),
-            "all_seconds": seconds[name],
+            "seconds": statistics.median(seconds),
+            "all_seconds": seconds,
             "temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
             "loss": losses[name],
         }
-        for name in forms
+        for name, seconds in interleave(calls, repeats).items()
     ]
 
 
-def bench(vocab: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measures all forms for one vocabulary and prints their table."""
+def bench(vocab: int, options: argparse.Namespace) -> Table:
+    """Measures all forms for one vocabulary."""
     keys = jax.random.split(jax.random.key(0), 3)
     dtype = jnp.dtype(options.dtype)
     hidden = jax.random.normal(keys[0], (options.tokens, options.d_model), dtype)
@@ -79,47 +67,28 @@ def bench(vocab: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     forms = {"dense": dense, "optax": with_optax}
     forms |= {f"chunk {size}": chunked(size) for size in options.chunk_size}
     rows = measure(forms, (hidden, kernel, labels), options.repeats)
-    print(f"\nV {vocab:,}   tokens {options.tokens:,}   D {options.d_model}   {dtype.name}   repeats {options.repeats}")
-    print(f"{'form':<12}{'seconds':>10}{'GiB':>10}{'time/dense':>13}{'memory/dense':>14}")
+    table = Table(
+        f"Loss head: V {vocab:,}, {options.tokens:,} tokens, D {options.d_model}, {dtype.name}",
+        {"form": "", "seconds": ".3f", "GiB": ".3f", "time / dense": ".3f", "memory / dense": ".3f"},
+        notes=[f"Median of {options.repeats} interleaved runs, forward and backward; the compiler's temporary memory."],
+    )
     for row in rows:
-        row |= {"vocab": vocab, "time_ratio": row["seconds"] / rows[0]["seconds"]}
-        row["memory_ratio"] = row["temporary_bytes"] / rows[0]["temporary_bytes"]
-        size = row["temporary_bytes"] / 2**30
-        ratios = f"{row['time_ratio']:>13.3f}{row['memory_ratio']:>14.3f}"
-        print(f"{row['form']:<12}{row['seconds']:>10.3f}{size:>10.3f}{ratios}", flush=True)
-    return rows
+        seconds, size = row["seconds"], row["temporary_bytes"]
+        ratios = seconds / rows[0]["seconds"], size / rows[0]["temporary_bytes"]
+        table.rows.append([row["form"], seconds, size / 2**30, *ratios])
+    return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--d-model", type=int, default=512)
-    parser.add_argument("--vocab", type=int, nargs="+", default=[50_304, 128_256])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--chunk-size", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a chunk")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures, versions, device and command here")
-    options = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}")
-    rows = [row for vocab in options.vocab for row in bench(vocab, options)]
-    if options.json:
-        record = {
-            "command": shlex.join(["python", *sys.argv]),
-            "device": {
-                "kind": device.device_kind,
-                "platform": device.platform,
-                "machine": platform.machine(),
-                "cpus": os.cpu_count(),
-            },
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "jaxtrain")},
-            "tokens": options.tokens,
-            "d_model": options.d_model,
-            "dtype": options.dtype,
-            "repeats": options.repeats,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    arguments = parser(__doc__)
+    arguments.add_argument("--tokens", type=int, default=8192)
+    arguments.add_argument("--d-model", type=int, default=512)
+    arguments.add_argument("--vocab", type=int, nargs="+", default=[50_304, 128_256])
+    arguments.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    arguments.add_argument("--chunk-size", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a chunk")
+    arguments.add_argument("--repeats", type=int, default=5)
+    options = arguments.parse_args()
+    report(options, [bench(vocab, options) for vocab in options.vocab])
 
 
 if __name__ == "__main__":
