@@ -6,7 +6,7 @@ Shape suffixes: B batch, T queries, S keys, H query heads, G key and value heads
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.models import splash
+from jaxtrain.models import causal, splash
 
 
 def attend(
@@ -38,6 +38,8 @@ def attend(
         if positions_BT is not None:
             raise ValueError('the attention kernel "splash" takes no positions: use "xla"')
         return splash.attend(query_BTHK, key_BSGK, value_BSGK)
+    if positions_BT is None:
+        return causal.attend(query_BTHK, key_BSGK, value_BSGK)
     return _attend_xla(query_BTHK, key_BSGK, value_BSGK, positions_BT)
 
 

@@ -28,7 +28,8 @@ from jaxtrain.models.attention import attend, rope_tables, rotate
 from jaxtrain.models.layout import gather_layer
 from jaxtrain.models.masters import WithMasters, cast_masters
 from jaxtrain.models.parallel import Parallel, enter_tensor, gather, leave_tensor, look_up, together
-from jaxtrain.models.remat import ATTENTION, BLOCK_INPUT, checkpoint_name, rematerialize
+from jaxtrain.models.pointwise import gelu, norm, swiglu
+from jaxtrain.models.remat import BLOCK_INPUT, checkpoint_name, rematerialize
 
 Params = dict[str, Any]
 
@@ -60,38 +61,33 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = enter_tensor(self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.per_part)
-        y = x.astype(jnp.float32)
-        if not self.rms:
-            y -= jnp.mean(y, axis=-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.norm_eps)
-        y *= _broadcast(scale.astype(jnp.float32), y)
-        if self.config.use_bias and not self.rms:
-            y += _broadcast(self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32), y)
-        return y.astype(x.dtype)
+        centre = not self.rms
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.config.use_bias and centre else None
+        return norm(x, scale, bias, self.config.norm_eps, centre)
 
 
-class Linear(nn.Module):
-    """Multiplies the last dimension of x by a kernel `[in, features]`.
-
-    `partial`: x and the kernel have one device's part of the contraction, of as many; the sum is over all of them.
-    """
+class Weights(nn.Module):
+    """A kernel `[num_inputs, features]` and a bias `[features]`, or None."""
 
     features: int
     std: float
     use_bias: bool
-    partial: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
-        y = leave_tensor(x @ kernel, self.partial)
-        if self.use_bias:
-            y += _broadcast(self.param("bias", nn.initializers.zeros, (self.features,)), y)
-        return y
+    def __call__(self, num_inputs: int) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (num_inputs, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
 
 
-def _broadcast(x: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.expand_dims(x, tuple(range(like.ndim - x.ndim)))
+def _linear(x: jax.Array, weights: tuple[jax.Array, jax.Array | None], partial: int = 1) -> jax.Array:
+    """Multiplies the last dimension of x by a kernel, and adds a bias.
+
+    `partial`: x and the kernel have one device's part of the contraction, of as many; the sum is over all of them.
+    """
+    kernel, bias = weights
+    # Tokens in one dimension: the gradient of the kernel is then a product of matrices as they lie in memory.
+    y = leave_tensor((x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1), partial)
+    return y if bias is None else y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
 
 
 class Attention(nn.Module):
@@ -105,13 +101,7 @@ class Attention(nn.Module):
         c, parts = self.config, self.parallel.tensor
         x_BTD = enter_tensor(x_BTD, parts)
 
-        def project(name, num_heads):
-            features = num_heads * c.channels_per_head // parts
-            y = Linear(features, _INIT_STD, c.use_bias, name=name)(x_BTD)
-            return y.reshape(*y.shape[:-1], -1, c.channels_per_head)
-
-        query_BTHK, value_BTGK = project("query", c.num_heads), project("value", c.kv_heads)
-        key_BTGK = project("key", c.kv_heads)
+        query_BTHK, key_BTGK, value_BTGK = self._project(x_BTD)
         if c.qk_norm:  # arXiv:2302.05442
             query_BTHK = Norm(c, rms=True, per_part=parts, name="query_norm")(query_BTHK)
             key_BTGK = Norm(c, rms=True, per_part=parts, name="key_norm")(key_BTGK)
@@ -121,7 +111,6 @@ class Attention(nn.Module):
             query_BTHK, key_BTGK = checkpoint_name(query_BTHK, "query"), checkpoint_name(key_BTGK, "key")
             value_BTGK = checkpoint_name(value_BTGK, "value")
             mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK, kernel=c.attention)
-            mixed_BTHK = checkpoint_name(mixed_BTHK, ATTENTION)
         else:
             new = Cache(key_BTGK, value_BTGK)
             cache = jax.tree.map(
@@ -129,8 +118,24 @@ class Attention(nn.Module):
             )
             mixed_BTHK = attend(query_BTHK, cache.key, cache.value, place.positions_BT)
         mixed_BTF = mixed_BTHK.reshape(*x_BTD.shape[:-1], -1)
-        out = Linear(c.d_model, _residual_std(c), c.use_bias, partial=parts, name="out")
-        return checkpoint_name(out(mixed_BTF), "attention_out"), cache
+        out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")
+        return checkpoint_name(_linear(mixed_BTF, out(mixed_BTF.shape[-1]), parts), "attention_out"), cache
+
+    def _project(self, x_BTD: jax.Array) -> list[jax.Array]:
+        """Queries, keys and values, by one product."""
+        c, width = self.config, self.config.channels_per_head
+        parts = {"query": c.num_heads, "key": c.kv_heads, "value": c.kv_heads}
+        sizes = [num_heads * width // self.parallel.tensor for num_heads in parts.values()]
+        weights = [
+            Weights(size, _INIT_STD, c.use_bias, name=name)(x_BTD.shape[-1])
+            for name, size in zip(parts, sizes, strict=True)
+        ]
+        kernels, biases = zip(*weights, strict=True)
+        kernel = jnp.concatenate(kernels, axis=-1)
+        bias = jnp.concatenate(biases, axis=-1) if c.use_bias else None
+        y_BTF = _linear(x_BTD, (kernel, bias))
+        split = jnp.split(y_BTF, [sizes[0], sizes[0] + sizes[1]], axis=-1)
+        return [y.reshape(*y.shape[:-1], -1, width) for y in split]
 
 
 class FeedForward(nn.Module):
@@ -146,15 +151,16 @@ class FeedForward(nn.Module):
         x_BTD = enter_tensor(x_BTD, parts)
 
         def project(name):
-            y_BTF = Linear(c.d_ff // parts, _INIT_STD, c.use_bias, name=name)(x_BTD)
-            return checkpoint_name(y_BTF, name)
+            weights = Weights(c.d_ff // parts, _INIT_STD, c.use_bias, name=name)
+            return checkpoint_name(_linear(x_BTD, weights(x_BTD.shape[-1])), name)
 
         hidden_BTF = project("up")
         if c.feed_forward == "swiglu":
-            hidden_BTF *= jax.nn.silu(project("gate"))
+            hidden_BTF = swiglu(hidden_BTF, project("gate"))
         else:
-            hidden_BTF = jax.nn.gelu(hidden_BTF, approximate=True)
-        return Linear(c.d_model, _residual_std(c), c.use_bias, partial=parts, name="down")(hidden_BTF)
+            hidden_BTF = gelu(hidden_BTF)
+        down = Weights(c.d_model, _residual_std(c), c.use_bias, name="down")
+        return _linear(hidden_BTF, down(hidden_BTF.shape[-1]), parts)
 
 
 class Block(nn.Module):

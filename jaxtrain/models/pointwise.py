@@ -1,0 +1,110 @@
+"""The model's functions of single tokens and channels, with derivatives that keep nothing but their inputs.
+
+Left to itself, differentiation keeps what is between: the tanh of a GELU, the sigmoid and the product of a SwiGLU, the
+normed and the centred values of a norm, each as large as the layer. To form them again is cheaper than to write and
+read them. The barriers keep the compiler from merging both computations, which would keep the values after all.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+_GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution function of x, in the tanh form (arXiv:1606.08415); float32 inside."""
+    return _gelu_forward(x)[0]
+
+
+def _gelu_forward(x: jax.Array):
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + _gelu_tanh(y))).astype(x.dtype), x
+
+
+def _gelu_backward(x: jax.Array, gradient: jax.Array):
+    y = jax.lax.optimization_barrier(x).astype(jnp.float32)
+    tanh = _gelu_tanh(y)
+    inner_slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * jnp.square(y))
+    slope = 0.5 * (1 + tanh) + 0.5 * y * (1 - jnp.square(tanh)) * inner_slope
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+def _gelu_tanh(y: jax.Array) -> jax.Array:
+    return jnp.tanh(_GELU_SCALE * (y + _GELU_CUBIC * y * y * y))
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@jax.custom_vjp
+def swiglu(x: jax.Array, gate: jax.Array) -> jax.Array:
+    """x times SiLU of the gate, x * gate * sigmoid(gate) (arXiv:2002.05202); float32 inside."""
+    return _swiglu_forward(x, gate)[0]
+
+
+def _swiglu_forward(x: jax.Array, gate: jax.Array):
+    y = gate.astype(jnp.float32)
+    return (x.astype(jnp.float32) * y * jax.nn.sigmoid(y)).astype(x.dtype), (x, gate)
+
+
+def _swiglu_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    x, gate = jax.lax.optimization_barrier(residuals)
+    y, gradient = gate.astype(jnp.float32), gradient.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(y)
+    on_gate = gradient * x.astype(jnp.float32) * sigmoid * (1 + y * (1 - sigmoid))
+    return (gradient * y * sigmoid).astype(x.dtype), on_gate.astype(gate.dtype)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float, centre: bool) -> jax.Array:
+    """LayerNorm (arXiv:1607.06450) or, without `centre`, RMSNorm (arXiv:1910.07467) over the last dimension.
+
+    Args:
+      x: `[..., D]`.
+      scale, bias: `[D]`; without a bias None.
+      eps: added to the variance.
+      centre: whether the mean is taken off first.
+
+    Returns:
+      `[..., D]` in the dtype of x; float32 inside.
+    """
+    return _norm_forward(x, scale, bias, eps, centre)[0]
+
+
+def _norm_forward(x, scale, bias, eps, centre):
+    y = x.astype(jnp.float32)
+    mean = jnp.mean(y, axis=-1, keepdims=True) if centre else None
+    centred = y if mean is None else y - mean
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    result = centred * factor * _last(scale, x)
+    if bias is not None:
+        result += _last(bias, x)
+    return result.astype(x.dtype), (x, mean, factor, scale, bias)
+
+
+def _norm_backward(eps, centre, residuals, gradient):
+    x, mean, factor, scale, bias = residuals
+    y, gradient = jax.lax.optimization_barrier(x).astype(jnp.float32), gradient.astype(jnp.float32)
+    normed = (y - mean if centre else y) * factor
+    scaled = gradient * _last(scale, x)
+    on_x = scaled - normed * jnp.mean(scaled * normed, axis=-1, keepdims=True)
+    if centre:
+        on_x -= jnp.mean(scaled, axis=-1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    on_scale = jnp.sum(gradient * normed, axis=rows).astype(scale.dtype)
+    on_bias = None if bias is None else jnp.sum(gradient, axis=rows).astype(bias.dtype)
+    return (on_x * factor).astype(x.dtype), on_scale, on_bias
+
+
+norm.defvjp(_norm_forward, _norm_backward)
+
+
+def _last(x_D: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.expand_dims(x_D.astype(jnp.float32), tuple(range(like.ndim - 1)))
