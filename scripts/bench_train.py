@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+"""Speed of the train step of a config, and of the same step in PyTorch beside it.
+
+Tokens are random and lie on the device; the loop around the step is bench_loop.py's business. Rounds alternate between
+ours and the peers, so that a busy machine slows all alike; ratios are of one round, and their median is shown.
+
+  python scripts/bench_train.py configs/gpt2_124m.py --train.batch-size 32 --train.accumulate 1 --peer torch
+  python scripts/bench_train.py configs/gpt2_124m.py --model.num-layers 2 --peer torch --peer-python ~/torch/bin/python
+
+Flags that are not listed here change the config, as those of `jaxtrain train` do. The peer runs in a Python of its own:
+
+  python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from benchmark import Table, parser, report
+
+from jaxtrain.config import Config, ModelConfig, load
+from jaxtrain.metrics import peak_flops
+from jaxtrain.models.size import flops_per_token, num_params
+from jaxtrain.plan import plan_vocab
+from jaxtrain.program import make_program
+from jaxtrain.sharding import make_mesh
+
+PEERS = {"torch": ("torch eager", "torch compiled"), "eager": ("torch eager",), "compiled": ("torch compiled",)}
+
+
+class Ours:
+    """The train step of a config on the devices there are."""
+
+    def __init__(self, config: Config):
+        mesh, vocab_size = make_mesh(config.mesh), plan_vocab(config)
+        program = make_program(config, mesh, vocab_size)
+        self.model = program.model.config
+        self._state = program.init_state()
+        keys = jax.random.split(jax.random.key(0))
+        tokens = [
+            jax.device_put(jax.random.randint(key, leaf.shape, 0, vocab_size, leaf.dtype), leaf.sharding)
+            for key, leaf in zip(keys, (program.abstract_batch["inputs"], program.abstract_batch["labels"]), strict=True)
+        ]
+        where = program.abstract_batch["where"]
+        self._batch = {"inputs": tokens[0], "labels": tokens[1]}
+        self._batch["where"] = jax.device_put(jnp.ones(where.shape, where.dtype), where.sharding)
+        begin = time.perf_counter()
+        self._step = program.train_step.lower(self._state, self._batch).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        self.run(2)
+
+    def run(self, num_steps: int) -> list[float]:
+        """Seconds of each step; like the loop, it waits for the metrics of the step before."""
+        seconds, metrics, since = [], self._one(), time.perf_counter()
+        jax.device_get(metrics)
+        for _ in range(num_steps):
+            metrics, last = self._one(), metrics
+            jax.device_get(last)
+            now = time.perf_counter()
+            seconds.append(now - since)
+            since = now
+        jax.device_get(metrics)
+        return seconds
+
+    def _one(self) -> dict[str, jax.Array]:
+        self._state, metrics = self._step(self._state, self._batch)
+        return metrics
+
+    def peak_bytes(self) -> int:
+        """The most memory so far, of one device; on a CPU what the compiler plans for the step."""
+        stats = jax.local_devices()[0].memory_stats()
+        if stats and "peak_bytes_in_use" in stats:
+            return stats["peak_bytes_in_use"]
+        plan = self._step.memory_analysis()
+        return plan.argument_size_in_bytes + plan.temp_size_in_bytes
+
+
+class Peer:
+    """scripts/peer_torch.py in a child process."""
+
+    def __init__(self, python: Path, spec: dict[str, Any]):
+        command = [str(python), str(Path(__file__).with_name("peer_torch.py")), json.dumps(spec)]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        ready = self._answer()
+        self.compile_seconds, self.versions = ready["ready"], ready["versions"]
+        self._peak_bytes = 0
+
+    def run(self, num_steps: int) -> list[float]:
+        """Seconds of each step."""
+        print(num_steps, file=self._child.stdin, flush=True)
+        answer = self._answer()
+        self._peak_bytes = answer["peak_bytes"]
+        return answer["seconds"]
+
+    def peak_bytes(self) -> int:
+        """The most memory so far."""
+        return self._peak_bytes
+
+    def _answer(self) -> dict[str, Any]:
+        for line in self._child.stdout:
+            if line.startswith("{"):  # libraries print, too
+                return json.loads(line)
+        raise SystemExit(f"error: the peer ended with exit code {self._child.wait()}; what it said is above")
+
+
+def peer_spec(config: Config, model: ModelConfig, compiled: bool) -> dict[str, Any]:
+    """What the peer needs to know; a ValueError for a model that transformers does not have."""
+    styles = {
+        "gpt2": ("learned", "layernorm", "gelu", True, True),
+        "llama": ("rope", "rmsnorm", "swiglu", False, model.tie_embeddings),
+    }
+    ours = (model.positions, model.norm, model.feed_forward, model.use_bias, model.tie_embeddings)
+    style = next((name for name, fields in styles.items() if fields == ours), None)
+    if style is None or model.qk_norm or model.logit_softcap or config.train.precision == "float16":
+        raise ValueError("the peer has plain GPT-2 and Llama in float32 and bfloat16 only: bench others without --peer")
+    sizes = ("vocab_size", "vocab_rows", "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len", "tie_embeddings")
+    return {
+        "style": style,
+        **{name: getattr(model, name) for name in sizes},
+        "num_kv_heads": model.kv_heads,
+        "head_dim": model.channels_per_head,
+        **{name: getattr(config.optim, name) for name in ("b1", "b2", "weight_decay", "clip_norm")},
+        **{name: getattr(config.train, name) for name in ("batch_size", "seq_len", "accumulate")},
+        "bfloat16": config.train.precision == "bfloat16",
+        "checkpoint": model.remat == "full",
+        "platform": jax.devices()[0].platform,
+        "compile": compiled,
+    }
+
+
+def bench(config: Config, options: argparse.Namespace) -> tuple[list[Table], dict[str, Any]]:
+    """Runs all forms in turn; the table, and every step's seconds."""
+    ours = Ours(config)
+    forms: dict[str, Ours | Peer] = {"jaxtrain": ours}
+    for name in PEERS.get(options.peer, ()):
+        forms[name] = Peer(options.peer_python, peer_spec(config, ours.model, name.endswith("compiled")))
+    rounds: dict[str, list[list[float]]] = {name: [] for name in forms}
+    for _ in range(options.rounds):
+        for name, form in forms.items():
+            rounds[name].append(form.run(options.steps))
+    peers = [form for form in forms.values() if isinstance(form, Peer)]
+    more = {"rounds": rounds, "peer_versions": peers[0].versions if peers else {}}
+    return [_table(config, ours.model, forms, rounds, options)], more
+
+
+def _table(config: Config, model: ModelConfig, forms, rounds, options: argparse.Namespace) -> Table:
+    settings, device = config.train, jax.devices()[0]
+    tokens = settings.batch_size * settings.seq_len
+    peak = peak_flops(device.device_kind, settings.precision)
+    flops = [tokens * flops_per_token(model, settings.seq_len, causal=causal) for causal in (True, False)]
+    table = Table(
+        f"Train step: {model.num_layers} layers, d_model {model.d_model}, {num_params(model):,} parameters, "
+        f"T {settings.seq_len}, batch {settings.batch_size}, {settings.precision}",
+        {
+            "": "",
+            "tokens/s": ",.0f",
+            "ms, median": ".2f",
+            "ms, p90": ".2f",
+            "jaxtrain is faster by": ".2f",
+            "GFLOP/s": ",.0f",
+            "MFU causal": ".1%",
+            "MFU full": ".1%",
+            "GiB": ".2f",
+            "s to start": ".1f",
+        },
+        notes=[
+            f"{options.rounds} rounds of {options.steps} steps, in turn. 'jaxtrain is faster by': how many times the "
+            "peer's tokens/s ours are, by pairs of rounds, median. GFLOP/s of the causal formula. GiB: the device's peak; "
+            "on a CPU the compiler's plan for ours, the whole process for a peer. s to start: compiling ours, or all "
+            "up to the third step of a peer.",
+        ],
+    )
+    own = [statistics.median(seconds) for seconds in rounds["jaxtrain"]]
+    for name, form in forms.items():
+        steps = sorted(second for seconds in rounds[name] for second in seconds)
+        median = statistics.median(steps)
+        ratio = statistics.median(
+            statistics.median(theirs) / mine for theirs, mine in zip(rounds[name], own, strict=True)
+        )
+        mfu = [work / median / (peak * jax.device_count()) if peak else None for work in flops]
+        times = tokens / median, 1e3 * median, 1e3 * steps[int(0.9 * (len(steps) - 1))]
+        rates = None if form is forms["jaxtrain"] else ratio, flops[0] / median / 1e9, *mfu
+        table.rows.append([name, *times, *rates, form.peak_bytes() / 2**30, form.compile_seconds])
+    return table
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("config", type=Path, help="a config file")
+    arguments.add_argument("--steps", type=int, default=10, help="steps a round")
+    arguments.add_argument("--rounds", type=int, default=10)
+    arguments.add_argument("--peer", choices=["none", *PEERS], default="none", help="torch: eager and compiled")
+    arguments.add_argument("--peer-python", type=Path, default=Path(".venv-torch/bin/python"))
+    options, flags = arguments.parse_known_args()
+    if options.peer != "none" and not options.peer_python.exists():
+        sys.exit(f"error: no Python at {options.peer_python}: make one with torch and transformers, or --peer-python it")
+    options.flags = flags
+    config = tyro.cli(Config, args=flags, default=load(options.config), prog="bench_train.py CONFIG")
+    try:
+        tables, more = bench(config, options)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    report(options, tables, **more)
+
+
+if __name__ == "__main__":
+    main()
