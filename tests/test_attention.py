@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_reference import distance, inputs, output_and_gradients, run, segments_of
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MeshConfig
 from jaxtrain.models import cudnn
 from jaxtrain.models.attention import attend, check_kernel, choose_kernel
+from jaxtrain.models.remat import rematerialize
 from jaxtrain.sharding import make_mesh
 
 T, S = 7, 12
@@ -133,7 +135,8 @@ def test_what_a_kernel_cannot_do_is_an_error_with_the_remedy(kernel, arguments, 
         ({"num_keys": 9}, "8 queries and 9 keys: give the queries' positions"),
         ({"segment_ids": np.zeros((2, 7), np.int32)}, r"segment_ids are of all keys, \[2, 8\]; got \[2, 7\]"),
         ({"window": -1}, r"window must be 0 \(all keys\) or more, got -1"),
-        ({"softcap": -2.0}, r"soft-cap must be 0 \(off\) or more, got -2"),
+        ({"softcap": -2.0}, r"soft-cap must be 0 \(off\) or more and finite, got -2"),
+        ({"softcap": float("nan")}, r"soft-cap must be 0 \(off\) or more and finite, got nan"),
         ({"kernel": "flash"}, "unknown attention kernel 'flash'"),
         ({"kernel": "cudnn"}, '"cudnn" wants an NVIDIA GPU'),
         ({"kernel": "splash"}, '"splash" wants a multiple of 128 tokens, got 8: use "xla"'),
@@ -167,3 +170,27 @@ def test_auto_hands_over_what_is_asked(monkeypatch):
         )
     attend(*(x.astype(np.float32) for x in (query, key, value)))
     assert len(called) == 2
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash", "cudnn"])
+def test_the_mixture_is_kept_once(monkeypatch, kernel):
+    """Where a layer's products are kept: queries and mixture, and what the kernel itself needs for each query."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.AMPERE)
+    query, key = (jax.ShapeDtypeStruct((2, 256, n, 64), jnp.bfloat16) for n in (4, 2))
+    matrix = jax.ShapeDtypeStruct((256, 32), jnp.bfloat16)
+
+    def layer(query, key, value, matrix):
+        return attend(query, key, value, kernel=kernel).reshape(2, 256, -1) @ matrix
+
+    layer = rematerialize(layer, "minimal", gathered=False, looped=False)
+    kept = []
+
+    def watch(*arguments):
+        output, pullback = jax.vjp(layer, *arguments)
+        kept.extend(leaf.size for leaf in jax.tree.leaves(pullback))
+        return output
+
+    jax.eval_shape(watch, query, key, key, matrix)
+    assert kept.count(2 * 256 * 4 * 64) == 2
+    assert kept.count(2 * 256 * 4) == (kernel != "xla")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.models import cudnn, splash
+from jaxtrain.models.remat import ATTENTION, checkpoint_name
 
 
 def attend(
@@ -66,7 +67,8 @@ def attend(
     if kernel == "cudnn":
         return cudnn.attend(query_BTHK, key_BSGK, value_BSGK, window=window)
     visible_BTS = _visible(length, key_BSGK.shape[1], positions_BT, segment_ids, window)
-    return _attend_xla(query_BTHK, key_BSGK, value_BSGK, visible_BTS, softcap)
+    # The other kernels' results have names of their own: with this one they would be kept twice.
+    return checkpoint_name(_attend_xla(query_BTHK, key_BSGK, value_BSGK, visible_BTS, softcap), ATTENTION)
 
 
 def choose_kernel(platform: str, dtype: jax.typing.DTypeLike, seq_len: int, head_dim: int, **more: Any) -> str:
@@ -136,8 +138,8 @@ def _check_arguments(
         raise ValueError(f"segment_ids are of all keys, [{batch}, {num_keys}]; got {list(segment_ids.shape)}")
     if window < 0:
         raise ValueError(f"the attention window must be 0 (all keys) or more, got {window}")
-    if softcap < 0:
-        raise ValueError(f"the attention soft-cap must be 0 (off) or more, got {softcap}")
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"the attention soft-cap must be 0 (off) or more and finite, got {softcap}")
 
 
 def _visible(

@@ -28,7 +28,7 @@ from jaxtrain.models.attention import attend, rope_tables, rotate
 from jaxtrain.models.layout import gather_layer
 from jaxtrain.models.masters import WithMasters, cast_masters
 from jaxtrain.models.parallel import Parallel, enter_tensor, gather, leave_tensor, look_up, together
-from jaxtrain.models.remat import ATTENTION, BLOCK_INPUT, checkpoint_name, rematerialize
+from jaxtrain.models.remat import BLOCK_INPUT, checkpoint_name, rematerialize
 
 Params = dict[str, Any]
 
@@ -124,7 +124,6 @@ class Attention(nn.Module):
             value_BTGK = checkpoint_name(value_BTGK, "value")
             segment_ids_BT = place.segment_ids_BT
             mixed_BTHK = attend_to(query_BTHK, key_BTGK, value_BTGK, segment_ids=segment_ids_BT, kernel=c.attention)
-            mixed_BTHK = checkpoint_name(mixed_BTHK, ATTENTION)
         else:
             new = Cache(key_BTGK, value_BTGK)
             cache = jax.tree.map(
