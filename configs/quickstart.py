@@ -14,7 +14,7 @@ def config() -> Config:
     """The run."""
     return Config(
         data=DataConfig(sources=("python-stdlib",)),
-        model=llama(num_layers=4, num_heads=4, d_model=128, d_ff=384, max_seq_len=128, scan_unroll=0),
+        model=llama(num_layers=4, num_heads=4, d_model=128, d_ff=384, max_seq_len=128),
         optim=OptimConfig(peak_lr=3e-3, warmup_steps=50, b2=0.99),
         train=TrainConfig(
             steps=900,

@@ -16,12 +16,19 @@ class Chip(NamedTuple):
       hbm_bytes: memory that a program can use. TPU: what the TPU compiler itself says is available (of 16, 95 and 32 GB
         in the Cloud TPU documentation); NVIDIA: the data sheets.
       slice_dims: dimensions of a slice's shape; 0: it is no TPU.
+      capability: CUDA compute capability; None: it is no NVIDIA GPU.
     """
 
     name: str
     device_kind: str
     hbm_bytes: int
     slice_dims: int = 0
+    capability: tuple[int, int] | None = None
+
+    @property
+    def platform(self) -> str:
+        """As `jax.Device.platform` says it."""
+        return "tpu" if self.slice_dims else "gpu"
 
     @property
     def peak_flops(self) -> float:
@@ -35,9 +42,9 @@ CHIPS = {
         Chip("v5e", "TPU v5 lite", int(15.75 * 2**30), 2),
         Chip("v5p", "TPU v5", int(95.73 * 2**30), 3),
         Chip("v6e", "TPU v6 lite", int(31.24 * 2**30), 2),
-        Chip("a100", "NVIDIA A100-SXM4-80GB", 80 * 10**9),
-        Chip("h100", "NVIDIA H100 80GB HBM3", 80 * 10**9),
-        Chip("h200", "NVIDIA H200", 141 * 10**9),
+        Chip("a100", "NVIDIA A100-SXM4-80GB", 80 * 10**9, capability=(8, 0)),
+        Chip("h100", "NVIDIA H100 80GB HBM3", 80 * 10**9, capability=(9, 0)),
+        Chip("h200", "NVIDIA H200", 141 * 10**9, capability=(9, 0)),
     )
 }
 

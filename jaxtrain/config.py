@@ -74,16 +74,23 @@ class ModelConfig:
     logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0: off
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5
-    scan_unroll: int = 1  # layers a loop iteration runs; 0: all of them (no loop). The parameter tree is the same
+    scan_unroll: int = -1  # layers a loop iteration runs; 0: all, no loop; -1: by backend and depth. Parameters stay
     vocab_multiple: int = 1  # the tables have vocab_size rows rounded up to a multiple of this; the rest is masked
     remat: Remat = "none"  # what the backward pass computes again instead of keeping it; see models/remat.py
-    attention: Literal["auto", "xla", "splash"] = "auto"  # kernel; auto: splash on TPU, xla elsewhere
+    attention_window: int = 0  # keys that a query sees at most, its own and those before it; 0: all
+    attention_softcap: float = 0.0  # scores of attention become cap * tanh(scores / cap); 0: off
+    # Kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs in 16 bits, xla elsewhere and for what those cannot do
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
 
     def __post_init__(self):
         _require_types("model", self)
         _require_positive("model", self, "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len", "rope_theta")
         _require_positive("model", self, "norm_eps", "vocab_multiple")
-        _require_not_negative("model", self, "vocab_size", "num_kv_heads", "head_dim", "logit_softcap", "scan_unroll")
+        _require_not_negative("model", self, "vocab_size", "num_kv_heads", "head_dim", "logit_softcap")
+        _require_not_negative("model", self, "attention_window", "attention_softcap")
+        _require(
+            self.scan_unroll >= -1, f"model.scan_unroll must be -1 (auto), 0 (all) or more, got {self.scan_unroll}"
+        )
         _require(
             self.head_dim > 0 or self.d_model % self.num_heads == 0,
             f"model.d_model {self.d_model} is not divisible by model.num_heads {self.num_heads}: "

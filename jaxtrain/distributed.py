@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+from jaxtrain.hostmem import keep_freed_memory
 from jaxtrain.rendezvous import meet, name_processes
 
 T = TypeVar("T")
@@ -63,6 +64,8 @@ def _alone() -> bool:
 def session(report: Callable[[BaseException], int]) -> Iterator[None]:
     """Joins the processes of a cluster, if there is one, for what happens inside; before JAX is used.
 
+    On CPUs the process then keeps the memory that it frees (`hostmem`).
+
     A cluster is asked for with JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID,
     or found as JAX finds it (Slurm, Open MPI, a TPU slice, an indexed Kubernetes job) if it has several processes.
 
@@ -74,6 +77,8 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
       ValueError: half an address, or a process that did not come.
     """
     _initialize()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     if _alone():
         yield
         return

@@ -187,7 +187,14 @@ def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: i
     kept, layer = _activations(model, fsdp, tensor)
     kernel = model.attention
     if kernel == "auto":
-        kernel = choose_kernel("tpu" if chip and chip.slice_dims else "cpu", settings.seq_len)
+        kernel = choose_kernel(
+            chip.platform if chip else "cpu",
+            settings.precision,
+            settings.seq_len,
+            model.channels_per_head,
+            softcap=model.attention_softcap,
+            capability=chip.capability if chip else None,
+        )
     # Scores and weights, float32; a kernel that goes by blocks holds neither.
     scores = 8 * rows * settings.seq_len**2 * model.num_heads // tensor if kernel == "xla" else 0
     num_kept = model.num_layers if model.remat == "none" and fsdp == 1 else 1

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtrain import build
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.faults import abstract_faults, inject
-from jaxtrain.models.attention import choose_kernel
+from jaxtrain.models import cudnn
+from jaxtrain.models.attention import check_kernel, choose_kernel
 from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.masters import with_masters
 from jaxtrain.models.parallel import Parallel
@@ -27,6 +28,10 @@ from jaxtrain.sharding import (
     replicated,
 )
 from jaxtrain.step import TrainState, make_eval_step, make_train_step
+
+# Up to this many layers a program without a loop is worth its longer compilation, by platform. Without a loop the four
+# layers of scripts/bench_train.py's smallest model take CPU_RATIO of their time in one; GPUs are not measured yet.
+_UNROLLED = {"cpu": 12, "gpu": 24}
 
 
 class Program(NamedTuple):
@@ -110,10 +115,35 @@ def _resolve(config: Config, mesh: Mesh, vocab_size: int) -> ModelConfig:
         raise ValueError(
             f"model.vocab_size {size} is smaller than the {vocab_size} tokens of the data: leave it at 0 to take those"
         )
-    attention = config.model.attention
-    if attention == "auto":
-        attention = choose_kernel(mesh.devices.flat[0].platform, config.train.seq_len)
-    return dataclasses.replace(config.model, vocab_size=size, attention=attention)
+    return dataclasses.replace(
+        config.model, vocab_size=size, attention=_kernel(config, mesh), scan_unroll=_scan_unroll(config, mesh)
+    )
+
+
+def _scan_unroll(config: Config, mesh: Mesh) -> int:
+    """How many layers an iteration of the loop over them runs; 0: there is no loop."""
+    model = config.model
+    if model.scan_unroll != -1:
+        return model.scan_unroll
+    # What is computed again, or gathered layer by layer, is to be no sooner than it is needed: a loop keeps it there.
+    loops = model.remat != "none" or mesh.shape["fsdp"] > 1
+    return 1 if loops or model.num_layers > _UNROLLED.get(mesh.devices.flat[0].platform, 0) else 0
+
+
+def _kernel(config: Config, mesh: Mesh) -> str:
+    """The attention kernel of the train step; one that is named and cannot do what it must is a ValueError."""
+    model, device = config.model, mesh.devices.flat[0]
+    asked = {
+        "dtype": config.train.precision,
+        "seq_len": config.train.seq_len,
+        "head_dim": model.channels_per_head,
+        "softcap": model.attention_softcap,
+        "capability": cudnn.capability(device),
+    }
+    if model.attention == "auto":
+        return choose_kernel(device.platform, **asked)
+    check_kernel(model.attention, **asked)
+    return model.attention
 
 
 def check_parts(c: ModelConfig, mesh: Mesh) -> None:

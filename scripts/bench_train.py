@@ -27,6 +27,7 @@ import tyro
 from benchmark import Table, parser, report
 
 from jaxtrain.config import Config, ModelConfig, load
+from jaxtrain.hostmem import keep_freed_memory
 from jaxtrain.metrics import peak_flops
 from jaxtrain.models.size import flops_per_token, num_params
 from jaxtrain.plan import plan_vocab
@@ -40,18 +41,20 @@ class Ours:
     """The train step of a config on the devices there are."""
 
     def __init__(self, config: Config):
+        if jax.default_backend() == "cpu":  # as the commands do
+            keep_freed_memory()
         mesh, vocab_size = make_mesh(config.mesh), plan_vocab(config)
         program = make_program(config, mesh, vocab_size)
         self.model = program.model.config
         self._state = program.init_state()
         keys = jax.random.split(jax.random.key(0))
-        tokens = [
-            jax.device_put(jax.random.randint(key, leaf.shape, 0, vocab_size, leaf.dtype), leaf.sharding)
-            for key, leaf in zip(keys, (program.abstract_batch["inputs"], program.abstract_batch["labels"]), strict=True)
-        ]
-        where = program.abstract_batch["where"]
-        self._batch = {"inputs": tokens[0], "labels": tokens[1]}
-        self._batch["where"] = jax.device_put(jnp.ones(where.shape, where.dtype), where.sharding)
+        shape = program.abstract_batch["inputs"].shape
+        batch = {
+            "inputs": jax.random.randint(keys[0], shape, 0, vocab_size),
+            "labels": jax.random.randint(keys[1], shape, 0, vocab_size),
+            "where": jnp.ones(shape, bool),
+        }
+        self._batch = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), batch, program.abstract_batch)
         begin = time.perf_counter()
         self._step = program.train_step.lower(self._state, self._batch).compile()
         self.compile_seconds = time.perf_counter() - begin
@@ -173,9 +176,9 @@ def _table(config: Config, model: ModelConfig, forms, rounds, options: argparse.
         },
         notes=[
             f"{options.rounds} rounds of {options.steps} steps, in turn. 'jaxtrain is faster by': how many times the "
-            "peer's tokens/s ours are, by pairs of rounds, median. GFLOP/s of the causal formula. GiB: the device's peak; "
-            "on a CPU the compiler's plan for ours, the whole process for a peer. s to start: compiling ours, or all "
-            "up to the third step of a peer.",
+            "peer's tokens/s ours are, by pairs of rounds, median. GFLOP/s of the causal formula. GiB: the device's "
+            "peak; on a CPU the compiler's plan for ours, the whole process for a peer. s to start: compiling ours, "
+            "or all up to the third step of a peer.",
         ],
     )
     own = [statistics.median(seconds) for seconds in rounds["jaxtrain"]]
@@ -201,7 +204,7 @@ def main() -> None:
     arguments.add_argument("--peer-python", type=Path, default=Path(".venv-torch/bin/python"))
     options, flags = arguments.parse_known_args()
     if options.peer != "none" and not options.peer_python.exists():
-        sys.exit(f"error: no Python at {options.peer_python}: make one with torch and transformers, or --peer-python it")
+        sys.exit(f"error: no Python at {options.peer_python}: make one, see --help, or name it with --peer-python")
     options.flags = flags
     config = tyro.cli(Config, args=flags, default=load(options.config), prog="bench_train.py CONFIG")
     try:

@@ -1,5 +1,6 @@
 """Generation: the cache against whole forward passes, the sampling rules, a context that runs over."""
 
+import dataclasses
 import functools
 
 import jax
@@ -43,6 +44,16 @@ def test_greedy_text_is_that_of_whole_forward_passes(model, params, length):
         context = np.concatenate([context, likeliest(model, params, context)[:, None]], axis=1)
     assert len(set(context[0, length:])) > 1  # a constant would agree by chance
     np.testing.assert_array_equal(generate(model, params, prompt, 16 - length, sampling=GREEDY), context[:, length:])
+
+
+def test_greedy_text_with_a_window_is_that_of_whole_forward_passes(params):
+    model = Transformer(dataclasses.replace(CONFIG, attention_window=3, attention_softcap=2.0))
+    context = prompt = np.arange(10).reshape(2, 5) % 11
+    for _ in range(11):
+        context = np.concatenate([context, likeliest(model, params, context)[:, None]], axis=1)
+    new = generate(model, params, prompt, 11, sampling=GREEDY)
+    np.testing.assert_array_equal(new, context[:, 5:])
+    assert (new != generate(Transformer(CONFIG), params, prompt, 11, sampling=GREEDY)).any()
 
 
 def test_a_full_context_goes_on_from_its_newer_half(model, params):

@@ -11,7 +11,7 @@ import pytest
 
 from jaxtrain.config import MeshConfig, gpt2, llama
 from jaxtrain.losses import cross_entropy
-from jaxtrain.models.attention import attend, rope_tables, rotate
+from jaxtrain.models.attention import rope_tables, rotate
 from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.models.size import flops_per_token, num_params
@@ -32,6 +32,7 @@ LLAMA = llama(
     logit_softcap=5.0,
 )
 STYLES = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+WINDOW = dataclasses.replace(LLAMA, attention_window=4, attention_softcap=1.5)
 
 
 @functools.cache
@@ -63,6 +64,68 @@ def test_changing_a_token_changes_no_logit_before_it_and_no_other_row(config, pl
     assert not changed[[0, 2]].any()
     assert not changed[1, :place].any()
     assert changed[1, place:].all()
+
+
+@pytest.mark.parametrize("unroll", [1, 0])
+def test_with_a_window_a_token_changes_the_logits_of_that_many_and_more_with_each_layer(unroll):
+    """Three layers of four keys each: what a token sees goes back 3 x 3 tokens."""
+    model, params = make(dataclasses.replace(WINDOW, scan_unroll=unroll))
+    tokens = tokens_of(WINDOW, length=16)
+    before = run(model, params, tokens)
+    after = run(model, params, tokens.at[1, 2].set((tokens[1, 2] + 1) % 29))
+    changed = np.asarray((before != after).any(axis=-1))
+    assert changed[1].nonzero()[0].tolist() == list(range(2, 2 + 3 * 3 + 1))
+
+
+def test_the_soft_cap_of_attention_reaches_every_layer():
+    """A cap of nearly 0 makes all scores alike, whatever a layer's queries are."""
+    config = dataclasses.replace(LLAMA, attention_softcap=1e-6)
+    model, params = make(config)
+    tokens = tokens_of(config)
+    layers = params["layers"]
+    for layer in range(config.num_layers):
+        query = layers["attention"]["query"]["kernel"]
+        other = params | {
+            "layers": layers
+            | {"attention": layers["attention"] | {"query": {"kernel": query.at[layer].set(-query[layer])}}}
+        }
+        np.testing.assert_allclose(run(model, params, tokens), run(model, other, tokens), atol=1e-4)
+        plain, _ = make(LLAMA)
+        assert jnp.abs(run(plain, params, tokens) - run(plain, other, tokens)).max() > 0.1
+
+
+SEGMENTS = jnp.array([[5] * 7 + [2] * 5, [0] * 12, [1, 2] * 6, [3] + [4] * 11], jnp.int32)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, WINDOW], ids=["gpt2", "llama", "window"])
+def test_a_document_s_logits_do_not_know_the_one_before_it(config):
+    """The same bits whatever is there; without segments they differ."""
+    model, params = make(config)
+    tokens = tokens_of(config)[:1]
+    others = tokens.at[:, :7].set((tokens[:, :7] + 3) % config.vocab_size)
+
+    def logits_of(tokens, ids):
+        hidden, _ = model.apply({"params": params}, tokens, segment_ids=ids)
+        return logits(model, params, hidden)[:, 7:]
+
+    logits_of = jax.jit(logits_of)
+    np.testing.assert_array_equal(logits_of(tokens, SEGMENTS[:1]), logits_of(others, SEGMENTS[:1]))
+    assert (logits_of(tokens, None) != logits_of(others, None)).any(axis=-1).mean() > 0.3
+
+
+def test_segments_in_a_batch_reach_every_layer_of_the_loss():
+    """Gradient of the second document's loss by the first one's embeddings: none, if nothing of it is seen."""
+    model, params = make(GPT2)
+    tokens = jnp.arange(12)[None] % 29  # no token twice
+    batch = {"inputs": tokens, "labels": tokens, "where": jnp.arange(12)[None] >= 7}
+
+    def gradient(batch):
+        loss = lambda table: make_loss_fn(model)(params | {"embedding": table, "head": head}, batch).nll  # noqa: E731
+        return jax.jit(jax.grad(loss))(params["embedding"])[:7]
+
+    head = jax.random.normal(jax.random.key(5), (32, 29))
+    assert (gradient(batch | {"segment_ids": SEGMENTS[:1]}) == 0).all()
+    assert (gradient(batch) != 0).any(axis=-1).all()
 
 
 @STYLES
@@ -118,12 +181,14 @@ def test_loss_fn_is_the_cross_entropy_of_the_logits(config):
     assert sums.weight == 20
 
 
-@STYLES
-def test_loss_and_gradient_are_the_same_on_a_mesh(config):
+@pytest.mark.parametrize(("config", "segments"), [(GPT2, False), (LLAMA, False), (WINDOW, True)])
+def test_loss_and_gradient_are_the_same_on_a_mesh(config, segments):
     """Every matrix in four parts, rows of unequal weight, and a vocabulary that needs padding to be in two."""
     config = dataclasses.replace(config, vocab_multiple=2)
     model, params = make(config)
     batch = batch_of(config)
+    if segments:
+        batch["segment_ids"] = SEGMENTS
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
     specs = jax.tree.map(lambda _, axes: partition_spec(axes), params, logical_axes(params))
 
@@ -145,7 +210,7 @@ def test_loss_and_gradient_are_the_same_on_a_mesh(config):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
 
 
-@STYLES
+@pytest.mark.parametrize("config", [GPT2, LLAMA, WINDOW], ids=["gpt2", "llama", "window"])
 def test_cache_gives_the_logits_of_the_whole_sequence(config):
     model, params = make(config)
     tokens = tokens_of(config, 2, 16)
@@ -202,21 +267,18 @@ def test_flops_by_formula_are_those_the_compiler_counts(config):
     assert expected < counted < 1.1 * expected
 
 
+@pytest.mark.parametrize("window", [1, 5, 511, 512, 600])
+def test_flops_with_a_window_are_those_of_the_keys_that_are_seen(window):
+    one = flops_per_token(dataclasses.replace(LLAMA, attention_window=1), 512)
+    keys = np.mean([min(t + 1, window) for t in range(512)])
+    actual = flops_per_token(dataclasses.replace(LLAMA, attention_window=window), 512)
+    np.testing.assert_allclose(actual - one, 6 * 3 * 2 * 32 * (keys - 1), rtol=1e-12)
+
+
 def test_causal_flops_leave_out_what_is_masked():
     whole, causal = (flops_per_token(LLAMA, 512, causal=flag) for flag in (False, True))
     attention = 6 * 3 * 2 * 32 * 512  # 6 x layers x (scores and mixture) x heads x head_dim x keys
     np.testing.assert_allclose(whole - causal, attention * (1 - 513 / 1024))
-
-
-def test_attention_against_a_float64_reference_with_grouped_heads():
-    rng = np.random.default_rng(0)
-    query, key, value = (rng.normal(size=(2, 7, heads, 4)).astype(np.float32) for heads in (6, 2, 2))
-    expected = np.zeros((2, 7, 6, 4))
-    for b, t, h in np.ndindex(2, 7, 6):
-        scores = key[b, : t + 1, h // 3].astype(np.float64) @ query[b, t, h] / 2
-        weights = np.exp(scores - scores.max())
-        expected[b, t, h] = weights / weights.sum() @ value[b, : t + 1, h // 3]
-    np.testing.assert_allclose(attend(query, key, value), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rotation_keeps_length_and_depends_on_distance_alone():
@@ -244,5 +306,9 @@ def test_errors_name_the_values():
     model, params = make(GPT2)
     with pytest.raises(ValueError, match=r"17 tokens exceed model\.max_seq_len 16"):
         model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))
+    with pytest.raises(ValueError, match="a cache holds one segment a row: leave out segment_ids"):
+        model.apply(
+            {"params": params}, jnp.zeros((1, 3), jnp.int32), empty_cache(GPT2, 1, "float32"), 0, segment_ids=SEGMENTS
+        )
     with pytest.raises(ValueError, match="vocab_size"):
         init_params(Transformer(dataclasses.replace(GPT2, vocab_size=0)), jax.random.key(0))

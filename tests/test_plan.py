@@ -69,6 +69,31 @@ def test_time_and_cost_follow_from_flops_and_mfu():
     assert plan.cost.price == pytest.approx(4.0 * 64 * 24 * plan.cost.days)
 
 
+def test_scores_are_held_where_no_kernel_goes_by_blocks():
+    """Scores and weights in float32: on a CPU, and on a GPU with what cuDNN cannot do."""
+    config = load(CONFIGS / "llama2_7b.py")
+
+    def layer(chip, precision="bfloat16", **fields):
+        changed = change(change(config, "model", **fields), "train", precision=precision)
+        return make_plan(changed, 32_000, 64, chip and find_chip(chip)).memory.layer
+
+    scores = 8 * (config.train.batch_size // 64) * 4096**2 * 32
+    assert layer(None) - layer("v5p") == scores
+    assert layer("h100") == layer("v5p", attention_softcap=30.0) == layer("v5p")
+    assert layer("h100", attention_softcap=30.0) == layer(None)
+    assert layer("h100", precision="float32") - layer("v5p", precision="float32") == scores
+    assert layer("a100", head_dim=256) - layer("h100", head_dim=256) == scores
+
+
+def test_a_window_leaves_out_what_it_hides():
+    config = load(CONFIGS / "llama2_7b.py")
+    whole, window = (
+        make_plan(change(config, "model", attention_window=size), 32_000, 64).flops_per_step for size in (0, 1024)
+    )
+    keys = 4097 / 2 - (1024 * 1025 / 2 + 3072 * 1024) / 4096
+    assert whole - window == pytest.approx(4096 * config.train.batch_size * 12 * 32 * 4096 * keys, rel=1e-9)
+
+
 def test_what_has_no_known_peak_has_no_cost():
     config = change(load(CONFIGS / "llama2_7b.py"), "train", precision="float32")
     assert make_plan(config, 32_000, 64, find_chip("v5p")).cost is None

@@ -40,7 +40,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]  # data, fsdp, tensor
 def make_config(style, sizes=ONE, accumulate=1, precision="float32", **model):
     return Config(
         data=DataConfig(store="unused"),
-        model=dataclasses.replace(MODELS[style], **model),
+        model=dataclasses.replace(MODELS[style], **{"scan_unroll": 1, **model}),  # one program on every mesh
         optim=OptimConfig(peak_lr=3e-3, warmup_steps=3, clip_norm=0.7),
         train=TrainConfig(
             steps=STEPS,
@@ -269,14 +269,17 @@ def residuals(remat, fsdp):
 def test_each_policy_keeps_what_it_says(fsdp):
     """Of every layer; `[2, ...]` are both. Parameters are kept as they are, never the gathered ones."""
     rows = (2, ROWS // fsdp, TOKENS)
-    small, large = [(*rows, 2, 8)] * 2, [(*rows, 4, 8)] * 2  # keys and values; queries and their mixture
-    products = sorted([*small, *large, *[(*rows, 32)] * 2, *[(*rows, 48)] * 2])  # input, attention's output; up, gate
+    # Queries; keys and values; input and attention's output; up and gate.
+    products = sorted([(*rows, 4, 8), *[(*rows, 2, 8)] * 2, *[(*rows, 32)] * 2, *[(*rows, 48)] * 2])
+    attention = [(2, ROWS // fsdp, 2, 2, TOKENS, last) for last in (1, 8)]  # logarithms of its sums, and its mixture
     kept = {remat: residuals(remat, fsdp) for remat in ("none", "minimal", "full")}
     activations = {remat: sorted(s for s in shapes if s[:3] == rows) for remat, shapes in kept.items()}
     assert activations["full"] == [(*rows, 32)]
     assert activations["minimal"] == products
+    assert [kept["minimal"].count(shape) for shape in attention] == [1, 1]
+    assert not set(attention) & set(kept["full"])
     if fsdp == 1:
-        assert len(activations["none"]) > 2 * len(products)
+        assert len(activations["none"]) > len(products)
     else:
         assert activations["none"] == products
         whole = {(2, 32, 32), (2, 32, 16), (2, 32, 48), (2, 48, 32)}
@@ -306,3 +309,20 @@ def test_sizes_that_do_not_divide_are_errors_with_the_remedy(style, sizes, model
 def test_a_batch_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match=r"batch_size 16 is not divisible by train\.accumulate 4 x 8 devices"):
         program_of(make_config("llama", (4, 2, 1), accumulate=4))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "model", "unroll"),
+    [
+        (ONE, {}, 0),
+        ((8, 1, 1), {}, 0),
+        (ONE, {"num_layers": 12}, 0),
+        (ONE, {"num_layers": 13}, 1),  # compiling takes too long
+        (ONE, {"remat": "minimal"}, 1),
+        ((1, 8, 1), {}, 1),
+        (ONE, {"scan_unroll": 2}, 2),
+    ],
+)
+def test_layers_are_unrolled_where_that_pays(sizes, model, unroll):
+    program = program_of(make_config("llama", sizes, **{"scan_unroll": -1, **model}))
+    assert program.model.config.scan_unroll == unroll

@@ -1,26 +1,19 @@
 """The TPU's attention kernel, its Python run on the CPU: the same function as the plain one; it lowers for a TPU."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_reference import distance, inputs, output_and_gradients, run, segments_of
 
+from jaxtrain.config import Config, DataConfig, MeshConfig, TrainConfig, llama
 from jaxtrain.models import splash
-from jaxtrain.models.attention import attend, choose_kernel
-
-
-def inputs(length, num_heads, num_groups, batch_size=2, width=8):
-    rng = np.random.default_rng(length)
-    heads = (num_heads, num_groups, num_groups, num_heads)  # queries, keys, values and a cotangent
-    return [rng.normal(size=(batch_size, length, n, width)).astype(np.float32) for n in heads]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def output_and_gradients(function, query, key, value, cotangent):
-    output, pullback = jax.vjp(function, query, key, value)
-    return output, *pullback(cotangent)
+from jaxtrain.models.attention import attend
+from jaxtrain.program import make_program
+from jaxtrain.sharding import by_rows, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -29,15 +22,43 @@ def output_and_gradients(function, query, key, value, cotangent):
 )
 def test_kernel_agrees_with_plain_attention(length, num_heads, num_groups, batch_size):
     """Output and gradients in float32; lengths of one block, of several, and with longer blocks of keys."""
-    arguments = inputs(length, num_heads, num_groups, batch_size)
-    actual = output_and_gradients(functools.partial(splash.attend, interpret=True), *arguments)
-    expected = output_and_gradients(functools.partial(attend, kernel="xla"), *arguments)
-    for a, b in zip(actual, expected, strict=True):
-        assert np.abs(a - b).max() < 3e-6 * np.abs(b).max()
+    arguments = inputs(length, num_heads, num_groups, batch_size=batch_size)
+    actual = run(functools.partial(splash.attend, interpret=True), *arguments)
+    expected = run(functools.partial(attend, kernel="xla"), *arguments)
+    assert distance(actual, expected) < 3e-6
+
+
+@pytest.mark.parametrize("num_groups", [2, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 2},
+        {"window": 100},
+        {"softcap": 0.7},
+        {"segments": True},
+        {"window": 100, "softcap": 0.7, "segments": True},
+    ],
+)
+def test_window_soft_cap_and_segments_agree_with_plain_attention(options, num_groups):
+    """In blocks of 128: windows and segments that end in one, and windows that leave one out."""
+    options = dict(options)
+    arguments = inputs(384, 2, num_groups)
+    if options.pop("segments", False):
+        options["segment_ids"] = segments_of(2, 384)
+    actual = run(functools.partial(splash.attend, interpret=True, **options), *arguments)
+    expected = run(functools.partial(attend, kernel="xla", **options), *arguments)
+    assert distance(actual, expected) < 3e-6
+
+
+def test_kernel_agrees_with_float64():
+    arguments = inputs(128, 2, 1, batch_size=1)
+    options = {"window": 50, "softcap": 2.0, "segment_ids": segments_of(1, 128)}
+    actual = run(functools.partial(splash.attend, interpret=True, **options), *arguments)
+    assert distance(actual, output_and_gradients(*arguments, **options)) < 3e-6
 
 
 def test_a_query_sees_no_later_key():
-    query, key, value, _ = inputs(256, 2, 1, 1)
+    query, key, value, _ = inputs(256, 2, 1, batch_size=1)
     attention = jax.jit(functools.partial(splash.attend, interpret=True))
     before = attention(query, key, value)
     after = attention(query, *(np.concatenate([x[:, :200], 1 + x[:, 200:]], axis=1) for x in (key, value)))
@@ -58,23 +79,40 @@ def test_cached_keys_are_an_error():
         attend(query, key, value, jnp.zeros((2, 128), jnp.int32), kernel="splash")
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 300, "softcap": 30.0, "segments": True}])
 @pytest.mark.parametrize("width", [64, 128])
-def test_it_lowers_for_a_tpu_from_here(width):
+def test_it_lowers_for_a_tpu_from_here(width, options):
     """Forward and backward are one kernel each, and no scores [T, T] are left."""
+    options = dict(options)
     query, key = (jax.ShapeDtypeStruct((2, 1024, n, width), jnp.bfloat16) for n in (4, 2))
+    ids = jax.ShapeDtypeStruct((2, 1024), jnp.int32) if options.pop("segments", False) else None
 
-    def loss(query, key, value):
-        return jnp.sum(attend(query, key, value, kernel="splash").astype(jnp.float32))
+    def loss(query, key, value, ids):
+        mixed = attend(query, key, value, segment_ids=ids, kernel="splash", **options)
+        return jnp.sum(mixed.astype(jnp.float32))
 
-    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, key)
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, key, ids)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("@tpu_custom_call") == 2
     assert "1024x1024" not in text
 
 
-@pytest.mark.parametrize(
-    ("platform", "seq_len", "kernel"),
-    [("tpu", 4096, "splash"), ("tpu", 128, "splash"), ("tpu", 200, "xla"), ("cpu", 4096, "xla"), ("gpu", 4096, "xla")],
-)
-def test_the_kernel_is_chosen_by_platform_and_length(platform, seq_len, kernel):
-    assert choose_kernel(platform, seq_len) == kernel
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("segments", [False, True])
+def test_the_whole_train_step_lowers_for_a_tpu(sizes, segments):
+    model = llama(2, 4, 64, 96, 256, num_kv_heads=2, attention="splash", attention_window=100, attention_softcap=30.0)
+    config = Config(
+        data=DataConfig(store="unused"),
+        model=dataclasses.replace(model, vocab_multiple=8),
+        train=TrainConfig(batch_size=8, seq_len=256, precision="bfloat16"),
+        mesh=MeshConfig(*sizes),
+    )
+    mesh = make_mesh(config.mesh)
+    program = make_program(config, mesh, 257)
+    batch = program.abstract_batch
+    if segments:
+        batch = batch | {"segment_ids": jax.ShapeDtypeStruct((8, 256), jnp.int32, sharding=by_rows(mesh))}
+    text = program.train_step.trace(program.abstract_state, batch).lower(lowering_platforms=("tpu",)).as_text()
+    # One forward, in a loop over layers, and one backward; the parts of weights are gathered again, attention is not.
+    assert text.count("@tpu_custom_call") == 2
+    assert "256x256xf32" not in text

@@ -1,8 +1,8 @@
 """Causal attention as plain matrix products that keeps no long T x T array for the backward pass.
 
-The derivative is written out: of the forward pass it keeps the output and the logarithm of each row's sum, and forms the
-weights again (arXiv:2205.14135, without its kernel). Queries go in blocks, each with the keys up to its last one, so
-that most of the masked half is never computed.
+The derivative is written out: of the forward pass it keeps the output and the logarithm of each row's sum, and forms
+the weights again (arXiv:2205.14135, without its kernel). Queries go in blocks, each with the keys up to its last one,
+so that most of the masked half is never computed.
 
 Shape suffixes: B batch, T tokens (S as keys), H query heads, G key and value heads, M query heads a group (H = G x M),
 K channels a head; R the rows of a block: its queries, for each of the M heads.
@@ -48,8 +48,9 @@ def _forward(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array):
 
 
 def _backward(residuals, gradient_BTHK: jax.Array):
-    if gradient_BTHK.shape[1] > _SHORT:  # otherwise the compiler merges both computations of the scores
-        residuals = jax.lax.optimization_barrier(residuals)
+    if gradient_BTHK.shape[1] > _SHORT:
+        # Otherwise the compiler merges both computations of the scores, or begins the second long before its turn.
+        residuals, gradient_BTHK = jax.lax.optimization_barrier((residuals, gradient_BTHK))
     query_BGMTK, key_BGSK, value_BGSK, mixed_BGMTK, log_sum_BGMT1 = residuals
     num_groups, length, width = query_BGMTK.shape[1], *query_BGMTK.shape[3:]
     gradient_BGMTK = _by_group(gradient_BTHK, num_groups)

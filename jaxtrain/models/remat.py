@@ -17,6 +17,8 @@ from jaxtrain.config import Remat
 
 BLOCK_INPUT = "block_input"
 ATTENTION = "attention"  # what the attention kernel needs of its forward pass
+# The results of cuDNN's kernel, mixture and logsumexp, are those of a primitive that nobody can name from outside.
+_CUDNN = "dot_product_attention_fwd_wrapper"
 PRODUCTS = ("query", "key", "value", ATTENTION, "attention_out", "up", "gate")
 
 
@@ -38,7 +40,9 @@ def _policy(remat: Remat) -> Callable | None:
     policies = jax.checkpoint_policies
     match remat:
         case "none" | "minimal":
-            return policies.save_only_these_names(*PRODUCTS)
+            return policies.save_from_both_policies(
+                policies.save_only_these_names(*PRODUCTS), lambda primitive, *_, **__: primitive.name == _CUDNN
+            )
         case "full":
             return policies.nothing_saveable
         case "offload":

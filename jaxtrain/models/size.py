@@ -27,11 +27,13 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     """FLOPs to train on one token: forward, and backward at twice that; recomputation is not counted.
 
     Two FLOPs for each multiply-add of the matrix products: all matrices, the head, and attention's scores and mixture
-    (the embedding is a look-up). `causal` counts the half of the scores that is not masked, (seq_len + 1) / 2 keys a
-    query; False counts them all, as PaLM's MFU does (arXiv:2204.02311, appendix B).
+    (the embedding is a look-up). `causal` counts the scores that are not masked: (seq_len + 1) / 2 keys a query, or
+    with a window the mean of min(t, window) over t from 1 to seq_len; False counts them all, as PaLM's MFU does
+    (arXiv:2204.02311, appendix B).
     """
     c = config
-    keys = (seq_len + 1) / 2 if causal else seq_len
+    window = min(c.attention_window or seq_len, seq_len)
+    keys = window - window * (window - 1) / (2 * seq_len) if causal else seq_len
     matrices = c.num_layers * matrices_per_layer(c) + c.d_model * c.vocab_size
     scores = c.num_layers * 2 * c.num_heads * c.channels_per_head * keys
     return 3 * 2 * (matrices + scores)

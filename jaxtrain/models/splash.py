@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, H query heads, G key and value heads, K chann
 """
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from jaxtrain.models.remat import ATTENTION
@@ -11,27 +12,43 @@ from jaxtrain.models.remat import ATTENTION
 LANES = 128  # the kernel's blocks are multiples of this
 
 
-def attend(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array, *, interpret: bool = False) -> jax.Array:
+def attend(
+    query_BTHK: jax.Array,
+    key_BTGK: jax.Array,
+    value_BTGK: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    interpret: bool = False,
+) -> jax.Array:
     """Attends to the keys up to each query's position; `[B, T, H, K]`.
 
     Args:
-      query_BTHK: queries; H is a multiple of G.
+      query_BTHK: queries, T a multiple of LANES; H is a multiple of G.
       key_BTGK, value_BTGK: keys and values.
+      segment_ids: segment of each token, int `[B, T]`; a query sees the keys of its own alone.
+      window: how many keys a query sees at most, its own included; 0: all. Blocks that nobody sees are left out.
+      softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
       interpret: run the kernel's Python on any backend: slow, for tests.
-
-    Raises:
-      ValueError: a number of tokens that does not divide into blocks.
     """
     _, length, num_heads, width = query_BTHK.shape
-    if length % LANES:
-        raise ValueError(f'attention "splash" wants a multiple of {LANES} tokens, got {length}: use "xla"')
-    kernel = _kernel(length, num_heads, interpret)
+    kernel = _kernel(length, num_heads, window, softcap, interpret)
+    ids = None
+    if segment_ids is not None:
+        segment_ids = segment_ids.astype(jnp.int32)
+        ids = splash_attention_kernel.SegmentIds(q=segment_ids, kv=segment_ids)
     scaled_BTHK = query_BTHK * width**-0.5
-    mixed_BHTK = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled_BTHK, key_BTGK, value_BTGK)))
+    mixed_BHTK = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled_BTHK, key_BTGK, value_BTGK)), ids)
     return mixed_BHTK.swapaxes(1, 2)
 
 
-def _kernel(length: int, num_heads: int, interpret: bool):
+def obstacle(seq_len: int) -> str | None:
+    """What keeps the kernel from doing this, as the end of a sentence about it; None: nothing."""
+    return f"wants a multiple of {LANES} tokens, got {seq_len}" if seq_len % LANES else None
+
+
+def _kernel(length: int, num_heads: int, window: int, softcap: float, interpret: bool):
     block = _largest(length, 512)
     # Keys and values in long blocks: the backward pass keeps one partial gradient of the queries for each.
     long = _largest(length, 2048)
@@ -44,10 +61,15 @@ def _kernel(length: int, num_heads: int, interpret: bool):
         block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * num_heads)
+    shape = (length, length)
+    if window:
+        mask = splash_attention_mask.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+    else:
+        mask = splash_attention_mask.CausalMask(shape)
     return splash_attention_kernel.make_splash_mha(
-        mask,
+        splash_attention_mask.MultiHeadMask([mask] * num_heads),
         block_sizes=blocks,
+        attn_logits_soft_cap=softcap or None,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=ATTENTION,

@@ -44,11 +44,12 @@ class Cache(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the tokens are, the same for all layers: positions, their rotary tables, and how many are in the cache."""
+    """Where the tokens are, the same for all layers: positions, rotary tables, number in the cache, segments."""
 
     positions_BT: jax.Array
     rope: tuple[jax.Array, jax.Array] | None
-    num_cached: jax.Array | None
+    num_cached: jax.Array | None = None
+    segment_ids_BT: jax.Array | None = None
 
 
 class Norm(nn.Module):
@@ -107,16 +108,18 @@ class Attention(nn.Module):
             key_BTGK = Norm(c, rms=True, per_part=parts, name="key_norm")(key_BTGK)
         if place.rope is not None:
             query_BTHK, key_BTGK = rotate(query_BTHK, place.rope), rotate(key_BTGK, place.rope)
+        attend_to = functools.partial(attend, window=c.attention_window, softcap=c.attention_softcap)
         if cache is None:
             query_BTHK, key_BTGK = checkpoint_name(query_BTHK, "query"), checkpoint_name(key_BTGK, "key")
             value_BTGK = checkpoint_name(value_BTGK, "value")
-            mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK, kernel=c.attention)
+            segment_ids_BT = place.segment_ids_BT
+            mixed_BTHK = attend_to(query_BTHK, key_BTGK, value_BTGK, segment_ids=segment_ids_BT, kernel=c.attention)
         else:
             new = Cache(key_BTGK, value_BTGK)
             cache = jax.tree.map(
                 lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, place.num_cached, axis=1), cache, new
             )
-            mixed_BTHK = attend(query_BTHK, cache.key, cache.value, place.positions_BT)
+            mixed_BTHK = attend_to(query_BTHK, cache.key, cache.value, place.positions_BT, kernel="xla")
         mixed_BTF = mixed_BTHK.reshape(*x_BTD.shape[:-1], -1)
         out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")
         return checkpoint_name(_linear(mixed_BTF, out(mixed_BTF.shape[-1]), parts), "attention_out"), cache
@@ -155,10 +158,7 @@ class FeedForward(nn.Module):
             return checkpoint_name(_linear(x_BTD, weights(x_BTD.shape[-1])), name)
 
         hidden_BTF = project("up")
-        if c.feed_forward == "swiglu":
-            hidden_BTF = swiglu(hidden_BTF, project("gate"))
-        else:
-            hidden_BTF = gelu(hidden_BTF)
+        hidden_BTF = swiglu(hidden_BTF, project("gate")) if c.feed_forward == "swiglu" else gelu(hidden_BTF)
         down = Weights(c.d_model, _residual_std(c), c.use_bias, name="down")
         return _linear(hidden_BTF, down(hidden_BTF.shape[-1]), parts)
 
@@ -192,7 +192,12 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT: jax.Array, cache: Cache | None = None, num_cached: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        cache: Cache | None = None,
+        num_cached: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the decoder.
 
@@ -200,11 +205,17 @@ class Transformer(nn.Module):
           tokens_BT: token ids, integers.
           cache: keys and values of the tokens before these (`empty_cache`); None: there are none.
           num_cached: how many tokens the cache holds, int32 scalar; the new ones are written behind them.
+          segment_ids: int `[B, T]`; a token sees those of its own segment alone. Positions go on over segments.
 
         Returns:
           Hidden states `[B, T, D]` after the final norm, in the parameters' dtype, and the filled cache.
+
+        Raises:
+          ValueError: more tokens than `max_seq_len`; segments together with a cache, which knows none.
         """
         c, p = self.config, self.parallel
+        if cache is not None and segment_ids is not None:
+            raise ValueError("a cache holds one segment a row: leave out segment_ids, or run without the cache")
         if tokens_BT.shape[1] > c.max_seq_len:
             raise ValueError(f"{tokens_BT.shape[1]} tokens exceed model.max_seq_len {c.max_seq_len}")
         part_VD = (c.vocab_rows // p.tensor, c.d_model // p.fsdp)
@@ -221,7 +232,7 @@ class Transformer(nn.Module):
         if self.is_initializing():
             self.param("layers", functools.partial(_init_layers, c))
         layers = self.get_variable("params", "layers"), self.get_variable("masters", "layers")
-        x_BTD, cache = _run_layers(c, p, layers, x_BTD, Place(positions_BT, rope, num_cached), cache)
+        x_BTD, cache = _run_layers(c, p, layers, x_BTD, Place(positions_BT, rope, num_cached, segment_ids), cache)
         if not c.tie_embeddings:
             self.param("head", nn.initializers.normal(_head_std(c)), part_VD[::-1])
         return Norm(c, c.norm == "rmsnorm", name="final_norm")(x_BTD), cache
@@ -234,7 +245,7 @@ def _init_layers(c: ModelConfig, key: jax.Array) -> Params:
     block = Block(c, Parallel(), parent=None)
 
     def init(key):
-        return block.init(key, jnp.zeros((1, 1, c.d_model)), Place(tokens_BT, rope, None), None)["params"]
+        return block.init(key, jnp.zeros((1, 1, c.d_model)), Place(tokens_BT, rope), None)["params"]
 
     return jax.vmap(init)(jax.random.split(key, c.num_layers))
 
@@ -258,8 +269,9 @@ def _run_layers(
             params = cast_masters(params, masters, x_BTD)
         return block.apply({"params": gather_layer(params, p.fsdp)}, x_BTD, place, cache)
 
-    body = rematerialize(body, c.remat, gathered=p.fsdp > 1, looped=c.scan_unroll not in (0, c.num_layers))
-    return jax.lax.scan(body, x_BTD, (layers, cache), unroll=c.scan_unroll or c.num_layers)
+    unroll = {0: c.num_layers, -1: 1}.get(c.scan_unroll, c.scan_unroll)
+    body = rematerialize(body, c.remat, gathered=p.fsdp > 1, looped=unroll < c.num_layers)
+    return jax.lax.scan(body, x_BTD, (layers, cache), unroll=unroll)
 
 
 def init_params(model: Transformer, key: jax.Array) -> Params:
@@ -301,15 +313,15 @@ def make_loss_fn(
       z_loss, label_smoothing, chunk_size: see `linear_cross_entropy`.
 
     Returns:
-      The loss function. Its batch holds `inputs` and `labels` `[B, T]` int32 and `where` `[B, T]` bool; its parameters
-      may be `WithMasters`.
+      The loss function. Its batch holds `inputs` and `labels` `[B, T]` int32 and `where` `[B, T]` bool, and may hold
+      `segment_ids` `[B, T]` int32: no token sees another segment's. Its parameters may be `WithMasters`.
     """
     c, p = model.config, model.parallel
 
     def loss_fn(params: Params, batch: dict[str, jax.Array]) -> LossSums:
         params, masters = params if isinstance(params, WithMasters) else (params, None)
         variables = {"params": params} | ({"masters": {"layers": masters["layers"]}} if masters else {})
-        hidden_BTD, _ = model.apply(variables, batch["inputs"])
+        hidden_BTD, _ = model.apply(variables, batch["inputs"], segment_ids=batch.get("segment_ids"))
         with jax.named_scope("head"):
             hidden_BTD, kernel_DV = together(hidden_BTD, head_kernel(params))
             return linear_cross_entropy(
