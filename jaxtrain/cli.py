@@ -99,6 +99,7 @@ def _train(arguments: list[str]) -> int:
         config: Annotated[Config, tyro.conf.arg(name="")]
         run_dir: str = f"runs/{file.stem}"  # where the run is kept, and gone on with
         rewind: int = 0  # this once: go on from the checkpoint of this step, and set aside those after it; 0: off
+        profile: str = ""  # START:STOP, as in 10:13: trace these steps (without STOP) into RUN/profile
 
     options = _parse(Options, f"train {file}", rest, Options(default))
     if not options.run_dir:
@@ -111,7 +112,7 @@ def _train(arguments: list[str]) -> int:
         raise ValueError(f"--rewind must be the step of a checkpoint, got {options.rewind}")
     try:
         with session(_report):
-            outcome = train(options.config, options.run_dir, rewind=options.rewind)
+            outcome = train(options.config, options.run_dir, rewind=options.rewind, profile=options.profile)
     except OSError as error:
         if is_stuck():
             leave(_report(error))
@@ -137,11 +138,16 @@ def _health(arguments: list[str]) -> int:
         run: tyro.conf.Positional[str]  # run directory
 
     run = _parse(Options, "report", arguments).run
-    from jaxtrain.report import read_findings, write_report
+    from jaxtrain.report import describe_times, read_findings, write_report
 
     findings, progress = read_findings(run)
     print(progress)
     print("\n".join(map(str, findings)) or "no findings")
+    heading, rows = describe_times(run)
+    if heading:
+        print(f"time by scope: {heading}")
+    for scope, share, milliseconds in rows:
+        print(f"  {scope:10}{share:>7}{milliseconds:>9} ms a step")
     print(f"report: {write_report(run)}")
     return 0
 
