@@ -104,6 +104,7 @@ def _train(arguments: list[str]) -> int:
     options = _parse(Options, f"train {file}", rest, Options(default))
     if not options.run_dir:
         raise ValueError("--run-dir is '': give the folder of the run")
+    from jaxtrain.compile_cache import compile_cache
     from jaxtrain.distributed import session
     from jaxtrain.stop import is_stuck, leave
     from jaxtrain.train import GAVE_UP, train
@@ -111,7 +112,7 @@ def _train(arguments: list[str]) -> int:
     if options.rewind < 0:
         raise ValueError(f"--rewind must be the step of a checkpoint, got {options.rewind}")
     try:
-        with session(_report):
+        with compile_cache(), session(_report):
             outcome = train(options.config, options.run_dir, rewind=options.rewind, profile=options.profile)
     except OSError as error:
         if is_stuck():
@@ -242,10 +243,11 @@ def _eval(arguments: list[str]) -> int:
         json: bool = False  # print one JSON object
 
     options = _parse(Options, "eval", arguments)
+    from jaxtrain.compile_cache import compile_cache
     from jaxtrain.distributed import is_lead, session
     from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
 
-    with session(_report):
+    with compile_cache(), session(_report):
         run, params, step = _trained(options)
         split = run.store.train if options.split == "train" else run.store.validation
         result = {"step": step, "split": options.split}
@@ -278,11 +280,12 @@ def _generate(arguments: list[str]) -> int:
         step: int = 0  # of the checkpoint; 0: the newest
 
     options = _parse(Options, "generate", arguments)
+    from jaxtrain.compile_cache import compile_cache
     from jaxtrain.distributed import is_lead, session
     from jaxtrain.generate import Sampling, continue_text
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    with session(_report):
+    with compile_cache(), session(_report):
         run, params, _ = _trained(options)
         text = continue_text(run, params, options.prompt, options.num_tokens, seed=options.seed, sampling=sampling)
     if is_lead():
@@ -300,12 +303,13 @@ def _replay(arguments: list[str]) -> int:
         json: bool = False  # print one JSON object, with all rows
 
     options = _parse(Options, "replay", arguments)
+    from jaxtrain.compile_cache import compile_cache
     from jaxtrain.distributed import agree, is_lead, session
     from jaxtrain.metrics import encode
     from jaxtrain.replay import replay
     from jaxtrain.replay_view import show
 
-    with session(_report):
+    with compile_cache(), session(_report):
         agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
         result = replay(options.run, options.step)
     if is_lead():
