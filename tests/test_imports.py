@@ -98,7 +98,9 @@ def test_the_config_needs_no_jax():
 def test_the_core_needs_little_beside_jax_and_optax():
     """Flax and Orbax alone take longer to import than what is imported here."""
     core = ", ".join(f"jaxtrain.{name}" for name in CORE)
-    code = f"import sys, jax, optax\nbefore = set(sys.modules)\nimport {core}\nprint(*sorted(set(sys.modules) - before))"
+    code = (
+        f"import sys, jax, optax\nbefore = set(sys.modules)\nimport {core}\nprint(*sorted(set(sys.modules) - before))"
+    )
     more = {name.split(".")[0] for name in run_python(code)[0].split()} - sys.stdlib_module_names
     assert more <= {"jaxtrain", "jax", "optax", "chex"}, more
 

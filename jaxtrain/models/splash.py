@@ -4,7 +4,6 @@ Shape suffixes: B batch, T tokens, H query heads, G key and value heads, K chann
 """
 
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from jaxtrain.models.remat import ATTENTION
 
@@ -32,6 +31,9 @@ def attend(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array, *,
 
 
 def _kernel(length: int, num_heads: int, interpret: bool):
+    # Not on top: Pallas is a third of a second that every start on other devices would pay.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
     block = _largest(length, 512)
     # Keys and values in long blocks: the backward pass keeps one partial gradient of the queries for each.
     long = _largest(length, 2048)
