@@ -4,6 +4,8 @@
 The first step is that of the whole command in a process of its own, until it is on record: `cold` in a new run with an
 empty compile cache, `warm` in another new run with what the first has compiled, `resumed` going on with that one.
 
+The processor time says more than the clock where others use the machine.
+
   python scripts/bench_startup.py --repeats 5 --json startup.json
 """
 
@@ -28,12 +30,21 @@ IMPORTS = {
 }
 
 
-def importing(code: str) -> Callable[[], None]:
-    return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+def importing(code: str, cpu_seconds: list[float]) -> Callable[[], None]:
+    """Imports in a process of its own, and notes the processor time that it took."""
+
+    def run() -> None:
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code], check=True)
+        after = os.times()
+        own = (after.children_user + after.children_system) - (before.children_user + before.children_system)
+        cpu_seconds.append(own)
+
+    return run
 
 
-def first_step(config: str, run: Path, cache: Path, stop_after: int) -> None:
-    """Runs `jaxtrain train` until the line of its first step, and then lets it end."""
+def first_step(config: str, run: Path, cache: Path, stop_after: int) -> float:
+    """Seconds until `jaxtrain train` shows its first step; waits for its end."""
     own = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_ENABLE_COMPILATION_CACHE")
     environment = {name: value for name, value in os.environ.items() if name not in own}
     environment["XDG_CACHE_HOME"] = str(cache)
@@ -68,19 +79,22 @@ def main() -> None:
     arguments.add_argument("config", nargs="?", default="configs/quickstart.py")
     arguments.add_argument("--repeats", type=int, default=5)
     options = arguments.parse_args()
-    forms = {name: importing(code) for name, code in {"python": "pass", **IMPORTS}.items()}
-    imports = interleave(forms, options.repeats + 1)
-    both = zip(imports["jaxtrain's core"][1:], imports["jax, optax"][1:], strict=True)
-    more = statistics.median(core - base for core, base in both)
+    cpu: dict[str, list[float]] = {name: [] for name in ("python", *IMPORTS)}
+    forms = {name: importing(code, cpu[name]) for name, code in {"python": "pass", **IMPORTS}.items()}
+    wall = interleave(forms, options.repeats + 1)
+    more = [
+        statistics.median(b - a for a, b in zip(all_["jax, optax"][1:], all_["jaxtrain's core"][1:], strict=True))
+        for all_ in (wall, cpu)
+    ]
     table = Table(
         "Importing",
-        {"what": "", "seconds": ".3f"},
+        {"what": "", "seconds": ".3f", "CPU seconds": ".3f"},
         notes=[
             f"Medians of {options.repeats} interleaved processes, the interpreter's start in them.",
-            f"The core takes {more:+.3f} s on top of jax and optax (median of the pairs' differences).",
+            f"The core on top of jax and optax: {more[0]:+.3f} s, {more[1]:+.3f} s of CPU (medians of differences).",
         ],
     )
-    table.rows += [[name, statistics.median(seconds[1:])] for name, seconds in imports.items()]
+    table.rows += [[name, *(statistics.median(all_[name][1:]) for all_ in (wall, cpu))] for name in wall]
     first = starts(options.config, options.repeats)
     to_step = Table(
         f"To the first step of {options.config}",
@@ -90,7 +104,7 @@ def main() -> None:
     for name, seconds in first.items():
         ratios = [value / cold for value, cold in zip(seconds, first["cold"], strict=True)]
         to_step.rows.append([name, statistics.median(seconds), statistics.median(ratios)])
-    report(options, [table, to_step], imports=imports, first_step=first)
+    report(options, [table, to_step], imports=wall, imports_cpu=cpu, first_step=first)
 
 
 if __name__ == "__main__":
