@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -43,7 +44,7 @@ def make_schedule(config: Config) -> schedules.Schedule:
 def describe_schedule(config: Config) -> str:
     """The schedule in one line."""
     optim, schedule = config.optim, make_schedule(config)
-    last = float(schedule(config.train.steps - 1))
+    last = float(jax.jit(schedule)(config.train.steps - 1))  # one small program rather than sixteen
     shape = {
         "cosine": "cosine",
         "linear": "linear decay",

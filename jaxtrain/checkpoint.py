@@ -399,4 +399,5 @@ class Checkpoints:
 
 def _are_finite(leaves: list[jax.Array]) -> jax.Array:
     """bool [number of leaves]"""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+    # x - x is 0 or NaN, and a sum is vectorized where a reduction of bools is not: a third of the time on CPUs.
+    return jnp.stack([jnp.sum(leaf - leaf) == 0 for leaf in leaves])

@@ -99,10 +99,12 @@ def _train(arguments: list[str]) -> int:
         config: Annotated[Config, tyro.conf.arg(name="")]
         run_dir: str = f"runs/{file.stem}"  # where the run is kept, and gone on with
         rewind: int = 0  # this once: go on from the checkpoint of this step, and set aside those after it; 0: off
+        profile: str = ""  # START:STOP, as in 10:13: trace these steps (without STOP) into RUN/profile
 
     options = _parse(Options, f"train {file}", rest, Options(default))
     if not options.run_dir:
         raise ValueError("--run-dir is '': give the folder of the run")
+    from jaxtrain.compile_cache import compile_cache
     from jaxtrain.distributed import session
     from jaxtrain.stop import is_stuck, leave
     from jaxtrain.train import GAVE_UP, train
@@ -110,8 +112,8 @@ def _train(arguments: list[str]) -> int:
     if options.rewind < 0:
         raise ValueError(f"--rewind must be the step of a checkpoint, got {options.rewind}")
     try:
-        with session(_report):
-            outcome = train(options.config, options.run_dir, rewind=options.rewind)
+        with compile_cache(), session(_report):
+            outcome = train(options.config, options.run_dir, rewind=options.rewind, profile=options.profile)
     except OSError as error:
         if is_stuck():
             leave(_report(error))
@@ -137,11 +139,16 @@ def _health(arguments: list[str]) -> int:
         run: tyro.conf.Positional[str]  # run directory
 
     run = _parse(Options, "report", arguments).run
-    from jaxtrain.report import read_findings, write_report
+    from jaxtrain.report import describe_times, read_findings, write_report
 
     findings, progress = read_findings(run)
     print(progress)
     print("\n".join(map(str, findings)) or "no findings")
+    heading, rows = describe_times(run)
+    if heading:
+        print(f"time by scope: {heading}")
+    for scope, share, milliseconds in rows:
+        print(f"  {scope:10}{share:>7}{milliseconds:>9} ms a step")
     print(f"report: {write_report(run)}")
     return 0
 
@@ -236,10 +243,11 @@ def _eval(arguments: list[str]) -> int:
         json: bool = False  # print one JSON object
 
     options = _parse(Options, "eval", arguments)
+    from jaxtrain.compile_cache import compile_cache
     from jaxtrain.distributed import is_lead, session
     from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
 
-    with session(_report):
+    with compile_cache(), session(_report):
         run, params, step = _trained(options)
         split = run.store.train if options.split == "train" else run.store.validation
         result = {"step": step, "split": options.split}
@@ -272,11 +280,12 @@ def _generate(arguments: list[str]) -> int:
         step: int = 0  # of the checkpoint; 0: the newest
 
     options = _parse(Options, "generate", arguments)
+    from jaxtrain.compile_cache import compile_cache
     from jaxtrain.distributed import is_lead, session
     from jaxtrain.generate import Sampling, continue_text
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    with session(_report):
+    with compile_cache(), session(_report):
         run, params, _ = _trained(options)
         text = continue_text(run, params, options.prompt, options.num_tokens, seed=options.seed, sampling=sampling)
     if is_lead():
@@ -294,12 +303,13 @@ def _replay(arguments: list[str]) -> int:
         json: bool = False  # print one JSON object, with all rows
 
     options = _parse(Options, "replay", arguments)
+    from jaxtrain.compile_cache import compile_cache
     from jaxtrain.distributed import agree, is_lead, session
     from jaxtrain.metrics import encode
     from jaxtrain.replay import replay
     from jaxtrain.replay_view import show
 
-    with session(_report):
+    with compile_cache(), session(_report):
         agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
         result = replay(options.run, options.step)
     if is_lead():

@@ -55,6 +55,19 @@ class Instruction(NamedTuple):
     opcode: str
     rest: str  # operands and attributes
 
+    @property
+    def source(self) -> str:
+        """The operation of the traced program that it comes from, `""` where the compiler added it."""
+        name = re.search(r'op_name="([^"]*)"', self.rest)
+        return name.group(1) if name else ""
+
+    @property
+    def called(self) -> list[str]:
+        """The computations that it calls."""
+        branches = _BRANCHES.search(self.rest)
+        names = [name.strip().lstrip("%") for name in branches.group(1).split(",")] if branches else []
+        return names + _CALLED.findall(self.rest)
+
 
 class Program:
     """A parsed HLO module: its computations by name, each a list of instructions."""
@@ -82,7 +95,7 @@ class Program:
             if instruction.opcode in ("async-done", "async-update") or instruction.opcode in _reducers():
                 continue  # the first names again what async-start has called, the second adds two numbers
             trips = self.trip_count(name, instruction) if instruction.opcode == "while" else 1
-            for called in _called(instruction.rest):
+            for called in instruction.called:
                 yield from self.walk(called, times * trips)
 
     def trip_count(self, parent: str, loop: Instruction) -> int:
@@ -146,7 +159,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
         kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else opcode
         for dtype, shape in _arrays(line, group_size):
             num_bytes = times * math.prod(shape) * _bits(dtype) // 8
-            found.append(Collective(kind, axes, dtype, shape, times, num_bytes, _source(line.rest)))
+            found.append(Collective(kind, axes, dtype, shape, times, num_bytes, line.source))
     return found
 
 
@@ -167,23 +180,12 @@ def _reducers() -> tuple[str, ...]:
     return ("all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "reduce-window", "scatter", "sort", "map")
 
 
-def _called(rest: str) -> list[str]:
-    branches = _BRANCHES.search(rest)
-    names = [name.strip().lstrip("%") for name in branches.group(1).split(",")] if branches else []
-    return names + _CALLED.findall(rest)
-
-
 def _operands(rest: str) -> list[str]:
     return re.findall(r"%([\w.~-]+)", re.split(r"\)(?:,|$)", rest, maxsplit=1)[0])
 
 
 def _constant(line: Instruction) -> int:
     return int(line.rest.split(")")[0])
-
-
-def _source(rest: str) -> str:
-    name = re.search(r'op_name="([^"]*)"', rest)
-    return name.group(1) if name else ""
 
 
 def _bits(dtype: str) -> int:

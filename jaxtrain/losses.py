@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax.experimental import checkify
+
+from jaxtrain import struct
 
 # The head's gradient [D, V] is read and written once a chunk, 8 bytes for 6 * C flops: long chunks hide that behind the
 # matrix products, short ones keep the logits of a chunk small. scripts/bench_loss.py prints what a length costs.

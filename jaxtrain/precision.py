@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+
+from jaxtrain import struct
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jaxtrain.console import format_seconds
 from jaxtrain.health import Finding, diagnose
 from jaxtrain.metrics import read_metrics
 from jaxtrain.plots import plot_metrics
+from jaxtrain.trace import newest_trace, read_times
 
 Rows = list[tuple[str, str]]
 
@@ -60,6 +61,7 @@ def write_report(run_dir: str | Path) -> Path:
         ("Health", _health_table(diagnose(steps, events, config), len(steps))),
         ("Last step", _table(_last_step_rows(steps[-1], config))),
         ("Last evaluation", _table(_eval_rows(evals[-1]))) if evals else None,
+        ("Time by scope", _times_table(run_dir)),
         ("Curves", f'<img alt="loss, learning rate and gradient norm" src="data:image/png;base64,{encoded}">'),
         ("Sample", _sample(run_dir, events)),
         ("Configuration", _table(_config_rows(config))),
@@ -119,6 +121,26 @@ def read_findings(run_dir: str | Path) -> tuple[list[Finding], str]:
     steps, events = read_metrics(run_dir / "metrics.jsonl")
     last = steps[-1]["step"] if steps else 0
     return diagnose(steps, events, config), f"{run_dir}: step {last:,} of {config.train.steps:,}"
+
+
+def describe_times(run_dir: str | Path) -> tuple[str, list[tuple[str, str, str]]]:
+    """What a run's newest trace says: a heading, and by scope its share and milliseconds a step; empty: no trace."""
+    folder = newest_trace(run_dir)
+    if folder is None:
+        return "", []
+    try:
+        times = read_times(folder)
+    except ValueError as error:
+        return str(error), []
+    shares = times.shares()
+    rows = [(scope, f"{shares[scope]:.1%}", f"{value:.3g}") for scope, value in times.milliseconds.items()]
+    return f"steps {times.first:,} to {times.last:,}, from {folder}", rows
+
+
+def _times_table(run_dir: Path) -> str:
+    heading, rows = describe_times(run_dir)
+    table = _columns(("scope", "share", "busy ms a step"), rows, num_short=3) if rows else ""
+    return f"<p>{html.escape(heading)}</p>\n{table}" if heading else ""
 
 
 def _health_table(findings: list[Finding], num_steps: int) -> str:

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain import struct
 from jaxtrain.losses import LossSums
 from jaxtrain.optim import global_norm
 from jaxtrain.precision import LossScale, LossScaling, Policy

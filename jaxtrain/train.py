@@ -26,6 +26,7 @@ from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_te
 from jaxtrain.folder import claim, has_begun, held, restored_if_refused, write_config
 from jaxtrain.generate import continue_text
 from jaxtrain.optim import decay_mask, decay_report
+from jaxtrain.profile import Profiler, named_as_now, parse_profile, steps_left
 from jaxtrain.recorder import Recorder
 from jaxtrain.replay_check import ReplayChecked, ReplayMismatch
 from jaxtrain.report import write_report
@@ -40,7 +41,7 @@ _COMPRESS_LIMIT = 16 * 2**20
 GAVE_UP = "too many bad steps"  # the guard's limits, see `Config.guard`
 
 
-def train(config: Config, run_dir: str | Path, *, rewind: int = 0) -> dict[str, Any]:
+def train(config: Config, run_dir: str | Path, *, rewind: int = 0, profile: str = "") -> dict[str, Any]:
     """Trains, or goes on training, the run in a folder.
 
     Args:
@@ -48,6 +49,7 @@ def train(config: Config, run_dir: str | Path, *, rewind: int = 0) -> dict[str, 
         change no number of the run.
       run_dir: holds config.json, metrics.jsonl, checkpoints/, and at the end report.html, report.png and sample.txt.
       rewind: go on from the checkpoint of this step, and set aside those after it; 0: from the newest.
+      profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; "": none.
 
     Returns:
       The `stop` event: `step`, `reason` ("finished", "stop_after", a signal's name, or GAVE_UP) and, of a finished run,
@@ -57,6 +59,7 @@ def train(config: Config, run_dir: str | Path, *, rewind: int = 0) -> dict[str, 
       ValueError: a config, store or checkpoint that does not fit, with the remedy, or processes that disagree on them.
     """
     folder, rule = Path(run_dir), config.checkpoint
+    traced = parse_profile(profile, config.train)
     with contextlib.ExitStack() as stack:
         with restored_if_refused(folder) if distributed.is_lead() else contextlib.nullcontext():
             run = assemble(config, folder, _data(config, folder, stack))
@@ -78,7 +81,7 @@ def train(config: Config, run_dir: str | Path, *, rewind: int = 0) -> dict[str, 
             state = _start(run, checkpoints, recorder, stop, rewind)
             if distributed.is_lead():
                 write_config(folder, config)
-            state, outcome = _loop(run, state, checkpoints, recorder, stop)
+            state, outcome = _loop(run, state, checkpoints, recorder, stop, traced)
             if outcome["reason"] == "finished":
                 outcome |= _finish(run, state, checkpoints, recorder, stop)
         except Stopped:  # while it made no steps: all there were are saved
@@ -175,16 +178,18 @@ def _fresh(run: Run, stop: Stop) -> tuple[TrainState, dict[str, Any]]:
 
 
 def _loop(
-    run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stop: Stop
+    run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, traced: range
 ) -> tuple[TrainState, dict[str, Any]]:
     """Runs the steps that are left; returns the last state and what the `stop` event says."""
     config = run.config.train
     first = int(state.step)
+    traced = steps_left(traced, first, recorder.say)
     if first >= config.steps:
         return state, {"step": first, "reason": "finished"}
     fetch = batch_source(run)
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
-    compiled = recorder.compile(lambda: stop.run(lambda: run.train_step.lower(state, fetch(first)).compile()))
+    with named_as_now(traced):
+        compiled = recorder.compile(lambda: stop.run(lambda: run.train_step.lower(state, fetch(first)).compile()))
     train_step = ReplayChecked(run.config, compiled, run.abstract_state)
     saver = Saver(run, checkpoints, recorder)
 
@@ -199,17 +204,21 @@ def _loop(
     interrupted = config.eval_every and first % config.eval_every == 0 and first not in recorder.evaluated
     if first and interrupted and alone:  # a stop had interrupted it
         evaluate(state)
-    with Prefetcher(
-        fetch,
-        first,
-        config.steps,
-        run.config.data.prefetch,
-        time_limit=distributed.time_limit(),
-        asked_to_stop=stop.asked if alone else lambda: False,
-    ) as feed:
+    with (
+        Prefetcher(
+            fetch,
+            first,
+            config.steps,
+            run.config.data.prefetch,
+            time_limit=distributed.time_limit(),
+            asked_to_stop=stop.asked if alone else lambda: False,
+        ) as feed,
+        Profiler(traced, run.folder, compiled, recorder) as profiler,
+    ):
         for done, batch in enumerate(feed, start=first + 1):
-            state, metrics = _step(train_step, done, state, batch, checkpoints, recorder)
-            recorder.step(done, metrics)
+            with profiler.step(done):
+                state, metrics = _step(train_step, done, state, batch, checkpoints, recorder)
+                recorder.step(done, metrics)
             saver.look(state)
             if done == config.steps or recorder.give_up:
                 break

@@ -12,15 +12,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxtrain"
 # Each core module with the core modules it may import: upwards only towards the front of this list.
 CORE = {
-    "losses": set(),
+    "struct": set(),
+    "losses": {"struct"},
     "schedules": set(),
-    "precision": set(),
+    "precision": {"struct"},
     "optim": {"losses", "schedules", "precision"},
     "clipping": {"losses", "schedules", "precision", "optim"},
     "guard": {"losses", "schedules", "precision", "optim"},
-    "step": {"losses", "schedules", "precision", "optim", "guard"},
+    "step": {"struct", "losses", "schedules", "precision", "optim", "guard"},
 }
-CORE_LIBRARIES = {"jax", "flax", "optax", "chex", "numpy"}
+CORE_LIBRARIES = {"jax", "optax", "chex", "numpy"}
 
 
 def imports(path):
@@ -92,6 +93,16 @@ def test_the_config_needs_no_jax():
     loaded = run_python("import sys, jaxtrain.config\nprint(*sorted({name.split('.')[0] for name in sys.modules}))")[0]
     assert "jaxtrain" in loaded.split()
     assert not {"jax", "jaxlib", "flax", "optax", "orbax", "numpy"} & set(loaded.split())
+
+
+def test_the_core_needs_little_beside_jax_and_optax():
+    """Flax and Orbax alone take longer to import than what is imported here."""
+    core = ", ".join(f"jaxtrain.{name}" for name in CORE)
+    code = (
+        f"import sys, jax, optax\nbefore = set(sys.modules)\nimport {core}\nprint(*sorted(set(sys.modules) - before))"
+    )
+    more = {name.split(".")[0] for name in run_python(code)[0].split()} - sys.stdlib_module_names
+    assert more <= {"jaxtrain", "jax", "optax", "chex"}, more
 
 
 IMPORT_EACH = """

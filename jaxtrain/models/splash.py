@@ -5,7 +5,6 @@ Shape suffixes: B batch, T tokens, H query heads, G key and value heads, K chann
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from jaxtrain.models.remat import ATTENTION
 
@@ -36,6 +35,8 @@ def attend(
     kernel = _kernel(length, num_heads, window, softcap, interpret)
     ids = None
     if segment_ids is not None:
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel  # as in _kernel
+
         segment_ids = segment_ids.astype(jnp.int32)
         ids = splash_attention_kernel.SegmentIds(q=segment_ids, kv=segment_ids)
     scaled_BTHK = query_BTHK * width**-0.5
@@ -49,6 +50,9 @@ def obstacle(seq_len: int) -> str | None:
 
 
 def _kernel(length: int, num_heads: int, window: int, softcap: float, interpret: bool):
+    # Not on top: Pallas is a third of a second that every start on other devices would pay.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
     block = _largest(length, 512)
     # Keys and values in long blocks: the backward pass keeps one partial gradient of the queries for each.
     long = _largest(length, 2048)

@@ -173,11 +173,13 @@ class Block(nn.Module):
     def __call__(self, x_BTD: jax.Array, place: Place, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         c = self.config
         rms = c.norm == "rmsnorm"
-        attention = Attention(c, self.parallel, name="attention")
-        mixed_BTD, cache = attention(Norm(c, rms, name="attention_norm")(x_BTD), place, cache)
-        x_BTD += mixed_BTD
-        feed_forward = FeedForward(c, self.parallel, name="feed_forward")
-        x_BTD += feed_forward(Norm(c, rms, name="feed_forward_norm")(x_BTD))
+        with jax.named_scope("attention"):
+            attention = Attention(c, self.parallel, name="attention")
+            mixed_BTD, cache = attention(Norm(c, rms, name="attention_norm")(x_BTD), place, cache)
+            x_BTD += mixed_BTD
+        with jax.named_scope("mlp"):
+            feed_forward = FeedForward(c, self.parallel, name="feed_forward")
+            x_BTD += feed_forward(Norm(c, rms, name="feed_forward_norm")(x_BTD))
         return x_BTD, cache
 
 
@@ -220,7 +222,8 @@ class Transformer(nn.Module):
             raise ValueError(f"{tokens_BT.shape[1]} tokens exceed model.max_seq_len {c.max_seq_len}")
         part_VD = (c.vocab_rows // p.tensor, c.d_model // p.fsdp)
         table_VD = self.param("embedding", nn.initializers.normal(_head_std(c)), part_VD)
-        x_BTD = look_up(table_VD, tokens_BT, p)
+        with jax.named_scope("embed"):
+            x_BTD = look_up(table_VD, tokens_BT, p)
         first = jnp.zeros((), jnp.int32) if num_cached is None else num_cached
         positions_BT = jnp.broadcast_to(first + jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
         rope = None
@@ -228,14 +231,16 @@ class Transformer(nn.Module):
             rope = rope_tables(positions_BT, c.channels_per_head, c.rope_theta)
         else:
             rows = self.param("positions", nn.initializers.normal(_INIT_STD), (c.max_seq_len, c.d_model))
-            x_BTD += jnp.take(rows, positions_BT, axis=0)
+            with jax.named_scope("embed"):
+                x_BTD += jnp.take(rows, positions_BT, axis=0)
         if self.is_initializing():
             self.param("layers", functools.partial(_init_layers, c))
         layers = self.get_variable("params", "layers"), self.get_variable("masters", "layers")
         x_BTD, cache = _run_layers(c, p, layers, x_BTD, Place(positions_BT, rope, num_cached, segment_ids), cache)
         if not c.tie_embeddings:
             self.param("head", nn.initializers.normal(_head_std(c)), part_VD[::-1])
-        return Norm(c, c.norm == "rmsnorm", name="final_norm")(x_BTD), cache
+        with jax.named_scope("head"):
+            return Norm(c, c.norm == "rmsnorm", name="final_norm")(x_BTD), cache
 
 
 def _init_layers(c: ModelConfig, key: jax.Array) -> Params:

@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""What the loop of `jaxtrain train` costs beside the bare train step, the same program over the same batches.
+
+The real loop runs: prefetching, records read one step late, health, the console, looking after saves, the guard's
+verdict. After every chunk of steps it is held while the bare compiled step runs as many, on a state of its own and on
+batches that lie ready, so that a busy machine slows both alike. The ratio is the median over pairs of chunks.
+
+  python scripts/bench_loop.py configs/quickstart.py --chunks 30 --json loop.json
+"""
+
+import contextlib
+import dataclasses
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from benchmark import Table, parser, report
+
+import jaxtrain.train
+from jaxtrain.config import CheckpointConfig, Config, DataConfig, load
+from jaxtrain.data.prepare import prepare
+from jaxtrain.run import Run, assemble, batch_source
+
+
+class Interleaved:
+    """A train step, compiled or to be, that stops every `chunk` calls to time as many bare ones."""
+
+    def __init__(self, run: Run, chunk: int):
+        self._run, self._chunk, self._calls, self._begin = run, chunk, 0, 0.0
+        self.loop_seconds: list[float] = []
+        self.bare_seconds: list[float] = []
+        self.loop_cpu_seconds: list[float] = []
+
+    def lower(self, *arguments: Any) -> "Interleaved":
+        self._lowered = self._run.train_step.lower(*arguments)
+        return self
+
+    def compile(self) -> Callable:
+        self._compiled = self._lowered.compile()
+        fetch = batch_source(self._run)
+        self._batches = [fetch(i) for i in range(self._chunk)]
+        return self
+
+    def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
+        if self._calls % self._chunk == 0:
+            jax.block_until_ready(state)
+            if self._calls:
+                self.loop_seconds.append(time.perf_counter() - self._begin)
+                self.loop_cpu_seconds.append(time.thread_time() - self._cpu)
+            self._bare(jax.tree.map(jnp.copy, state))
+            self._begin, self._cpu = time.perf_counter(), time.thread_time()
+        self._calls += 1
+        return self._compiled(state, batch)
+
+    def _bare(self, state: Any) -> None:
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        for batch in self._batches:
+            state, _ = self._compiled(state, batch)
+        jax.block_until_ready(state)
+        self.bare_seconds.append(time.perf_counter() - begin)
+
+
+def run_loop(config: Config, chunk: int, chunks: int, folder: Path) -> Interleaved:
+    """Trains for `chunks` + 2 chunks, of which the first is left to warm up."""
+    steps = chunk * (chunks + 2)
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(
+            config.train, eval_every=0, sample_tokens=0, stop_after=steps, steps=max(steps, config.train.steps)
+        ),
+        checkpoint=CheckpointConfig(every=10**9),
+    )
+    made = []
+
+    def interleaved(*arguments: Any) -> Run:
+        run = assemble(*arguments)
+        made.append(Interleaved(run, chunk))
+        return run._replace(train_step=made[0])
+
+    with mock.patch("jaxtrain.train.assemble", interleaved), contextlib.redirect_stdout(io.StringIO()):
+        jaxtrain.train.train(config, folder / "run")
+    return made[0]
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("config", nargs="?", default="configs/quickstart.py")
+    arguments.add_argument("--store", default="", help="token store; '': the config's, or Python's standard library")
+    arguments.add_argument("--chunk", type=int, default=10, help="steps at a time")
+    arguments.add_argument("--chunks", type=int, default=20)
+    arguments.add_argument("--log-every", type=int, default=0, help="steps; 0: the config's")
+    options = arguments.parse_args()
+    config = load(Path(options.config))
+    with tempfile.TemporaryDirectory() as folder:
+        store = options.store or config.data.store
+        if not store:
+            store = str(Path(folder) / "store")
+            prepare(config.data.sources, store, progress=False)
+        train = dataclasses.replace(config.train, log_every=options.log_every or config.train.log_every)
+        config = dataclasses.replace(config, data=DataConfig(store=store), train=train)
+        timed = run_loop(config, options.chunk, options.chunks, Path(folder))
+    table = Table(
+        f"The loop of {options.config} against its bare step, {options.chunk} steps at a time",
+        {"form": "", "ms a step": ".2f", "time / bare": ".3f", "main thread's CPU ms": ".3f"},
+        notes=[f"Medians of {options.chunks} interleaved pairs; the ratio is the median of the pairs' ratios."],
+    )
+    bare, loop = timed.bare_seconds[1:-1], timed.loop_seconds[1:]
+    ratio = statistics.median(b / a for a, b in zip(bare, loop, strict=True))
+    cpu = 1e3 * statistics.median(timed.loop_cpu_seconds[1:]) / options.chunk
+    table.rows.append(["bare step", 1e3 * statistics.median(bare) / options.chunk, 1.0, None])
+    table.rows.append(["jaxtrain train", 1e3 * statistics.median(loop) / options.chunk, ratio, cpu])
+    report(options, [table], bare_seconds=bare, loop_seconds=loop)
+
+
+if __name__ == "__main__":
+    main()
