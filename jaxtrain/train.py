@@ -182,6 +182,8 @@ def _loop(
     first = int(state.step)
     if first >= config.steps:
         return state, {"step": first, "reason": "finished"}
+    if 0 < config.stop_after <= first:  # the same command again, which would go on to the end
+        return state, {"step": first, "reason": "stop_after"}
     fetch = batch_source(run)
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
     compiled = recorder.compile(lambda: stop.run(lambda: run.train_step.lower(state, fetch(first)).compile()))

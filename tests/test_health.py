@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import random
+import re
 import types
 from pathlib import Path
 
@@ -315,6 +316,16 @@ def test_float16_overflow_by_its_skips(tiny_config):
     line = {"loss": 2.0, "grad_norm": math.inf, "loss_scale": 1.0, "skipped": 1.0, "skip_reason": 1.0}
     found = [finding for step in range(1, 40) for finding in health.observe({"step": step} | line)]
     assert [(finding.name, finding.step) for finding in found] == [("float16_overflow", 20)]
+
+
+def test_remedies_name_what_there_is(tiny_config):
+    """Fields of the config, and flags of `jaxtrain train`."""
+    text = " ".join(rule.remedy for rule in RULES)
+    named = re.findall(r"\b([a-z_]+)\.([a-z][a-z_0-9-]*)", text)
+    assert len(named) >= 20
+    for section, field in named:
+        assert hasattr(getattr(tiny_config, section), field.replace("-", "_")), f"{section}.{field}"
+    assert set(re.findall(r"--([a-z-]+)(?!\S*\.)", text)) == {"rewind"}
 
 
 def test_every_rule_has_a_run_that_provokes_it():

@@ -106,6 +106,13 @@ def test_starting_a_finished_run_again_trains_no_further(whole_run):
     assert again["evaluation"] == outcome["evaluation"]
 
 
+def test_the_same_command_again_stops_where_it_stopped(tiny_config, tmp_path):
+    config = with_train(tiny_config, stop_after=2)
+    for _ in range(2):
+        assert train(config, tmp_path / "run") == {"step": 2, "reason": "stop_after"}
+    assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2]
+
+
 def command(config_file, run_dir, *flags):
     return [sys.executable, "-m", "jaxtrain.cli", "train", str(config_file), "--run-dir", str(run_dir), *flags]
 
