@@ -512,7 +512,7 @@ def test_exit_codes_and_tracebacks_of_the_real_command(world):
     def run(*arguments):
         command = [sys.executable, "-m", "jaxtrain.cli", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
     interrupted = run("train", "interrupt.py")
     assert (interrupted.returncode, interrupted.stderr) == (130, "interrupted\n")

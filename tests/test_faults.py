@@ -131,6 +131,7 @@ def test_float16_goes_on_after_a_restart_as_if_there_had_been_none(tiny_config, 
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
+@pytest.mark.report
 def test_a_long_spike_ends_the_run_with_its_state_and_a_report(tiny_config, tmp_path, capsys):
     """R-C11: 50 steps of it are more than 10 in a row; nothing of them is in the state, and the exit code says so."""
     config = with_faults(tiny_config, FaultConfig(spike_step=9), steps=80)

@@ -46,9 +46,8 @@ def findings(folder):
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Trains without drawing a report; returns the findings."""
-    monkeypatch.setattr("jaxtrain.train.write_report", lambda folder: "none")
+def run():
+    """Trains; returns the findings."""
 
     def start(config, folder):
         train(config, folder)
@@ -66,6 +65,7 @@ def change_init(monkeypatch, function):
 # Healthy runs.
 
 
+@pytest.mark.report
 def test_a_healthy_tiny_run_is_silent(tiny_config, tmp_path, capsys):
     folder = tmp_path / "run"
     train(change(tiny_config, train={"steps": 250, "diagnose_every": 10}), folder)
@@ -348,6 +348,7 @@ def test_a_case_is_told_when_it_begins_and_again_when_it_begins_anew(tiny_config
     assert [(finding.name, finding.step) for finding in told] == [("no_progress", 1), ("no_progress", 3 * WINDOW + 1)]
 
 
+@pytest.mark.report
 def test_a_finding_is_printed_written_and_reported(config, tmp_path, capsys):
     folder = tmp_path / "run"
     config = change(config, optim={"eps": 0.1})
