@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import absl.logging
 import tyro
 
 from jaxtrain.config import Config, load
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(name, _COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_COMMANDS)}"
             raise ValueError(f"unknown command {name!r}: {hint}")
+        if not debug:  # Orbax shows tracebacks of what it raises as well, and what is then said in a line
+            absl.logging.set_verbosity(absl.logging.FATAL)
         return _COMMANDS[name](rest)
     except (Exception, KeyboardInterrupt) as error:
         if debug:

@@ -368,6 +368,12 @@ class Config:
             f"checkpoint.keep_best ranks steps that are both evaluated and saved: train.eval_every {eval_every} must "
             f"be a multiple of checkpoint.every {every}",
         )
+        check, corrupt = self.train.replay_check, self.faults.corrupt_replay_step
+        _require(
+            corrupt == 0 or (check > 0 and corrupt % check == 0),
+            f"faults.corrupt_replay_step {corrupt} must be a multiple of train.replay_check {check}, which must be on: "
+            "other steps run only once",
+        )
         decay = optim.decay_steps if optim.schedule == "wsd" else 0 if optim.schedule == "constant" else 1
         _require(
             optim.schedule == "sgdr" or optim.warmup_steps + decay <= steps,

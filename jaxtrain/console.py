@@ -1,5 +1,6 @@
 """What a run shows while it trains: one live line in a terminal, plain lines anywhere else."""
 
+import contextlib
 import math
 import os
 import statistics
@@ -16,6 +17,8 @@ import rich.table
 from rich.text import Text
 
 _RECENT_STEPS = 10  # logged steps that the time left is estimated from
+# A log on a full disk, a pipe that nobody reads any more, a terminal that is gone: the run goes on unseen.
+_UNSEEN = contextlib.suppress(OSError)
 
 
 class Console:
@@ -48,7 +51,8 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with _UNSEEN:
+                self._live.stop()
             self._live = None
 
     def update(self, fields: dict[str, Any]) -> None:
@@ -59,19 +63,21 @@ class Console:
             self.print("  ".join(parts))
             return
         text = Text(_wrap(parts, self._terminal.width))
-        if self._live is None:
-            # Not before the first step: until then there would be an empty line to keep below everything printed.
-            self._live = rich.live.Live(text, console=self._terminal, auto_refresh=False)
-            self._live.start(refresh=True)
-        else:
-            self._live.update(text, refresh=True)
+        with _UNSEEN:
+            if self._live is None:
+                # Not before the first step: until then there would be an empty line to keep below everything printed.
+                self._live = rich.live.Live(text, console=self._terminal, auto_refresh=False)
+                self._live.start(refresh=True)
+            else:
+                self._live.update(text, refresh=True)
 
     def print(self, text: str) -> None:
         """Prints text above the live line."""
-        if self._terminal is None:
-            print(text, file=self._stream, flush=True)
-        else:
-            self._terminal.print(Text(text), soft_wrap=True)
+        with _UNSEEN:
+            if self._terminal is None:
+                print(text, file=self._stream, flush=True)
+            else:
+                self._terminal.print(Text(text), soft_wrap=True)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Prints a table of names and values."""
@@ -84,7 +90,8 @@ class Console:
         grid.add_column(overflow="fold")
         for name, value in rows:
             grid.add_row(Text(name), Text(value))
-        self._terminal.print(grid)
+        with _UNSEEN:
+            self._terminal.print(grid)
 
     def _parts(self, fields: dict[str, Any]) -> list[str]:
         step = int(fields["step"])

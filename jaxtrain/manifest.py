@@ -83,19 +83,20 @@ def verify(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} {what}")
     if manifest.get("format") != _FORMAT or manifest.get("version") != _VERSION:
         raise Damaged(f"{MANIFEST} is not of format {_FORMAT}, version {_VERSION}")
-    if manifest.pop("checksum", None) != _checksum(manifest) or str(manifest["step"]) != folder.name:
+    checked = manifest.pop("checksum", None) == _checksum(manifest) and _has_form(manifest)
+    if not checked or str(manifest["step"]) != folder.name:
         raise Damaged(f"{MANIFEST} is not what was written")
 
     def problem(item: tuple[str, dict[str, Any]]) -> str:
         name, wanted = item
         try:
+            if not (folder / name).is_file():  # nor a device, which has no end
+                return f"{name} is missing"
             size = (folder / name).stat().st_size
             if size != wanted["bytes"]:
                 return f"{name} has {size} bytes, its manifest says {wanted['bytes']}"
             if sha256_file(folder / name) != wanted["sha256"]:
                 return f"{name} has other bytes than were written"
-        except FileNotFoundError:
-            return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read: {error}"
         return ""
@@ -117,6 +118,19 @@ def compare(saved: dict[str, dict[str, Any]], wanted: dict[str, dict[str, Any]])
             ours, theirs = (f"{leaf['dtype']}{leaf['shape']}" for leaf in (wanted[path], saved[path]))
             problems.append(f"{path}: {theirs} in the checkpoint, {ours} in the run")
     return problems
+
+
+def _has_form(manifest: dict[str, Any]) -> bool:
+    """Whether it has all that is read of it: anybody can make a right checksum."""
+    form = {"leaves": {"shape": list, "dtype": str}, "files": {"bytes": int, "sha256": str}}
+    return "step" in manifest and all(
+        isinstance(manifest.get(part), dict)
+        and all(
+            isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+            for entry in manifest[part].values()
+        )
+        for part, kinds in form.items()
+    )
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -42,16 +43,18 @@ class MetricsWriter:
     """Appends a run's steps and events to a JSON-lines file, each line flushed as it is written.
 
     A crash leaves at most one torn last line. Opening the file again ends that line, so that the next object starts on
-    a line of its own. Values are strings, numbers, arrays (NumPy or JAX; a vector becomes a list), None, and lists and
-    dicts of these; a float32 is written with the digits that give the same float32 back, NaN and infinities as the
-    strings "NaN", "Infinity" and "-Infinity". Close it, or use it as a context manager.
+    a line of its own. Lines that cannot be written (a full disk) wait until they can, which is said on standard error;
+    `close` raises an OSError if any are left. Values are strings, numbers, arrays (NumPy or JAX; a vector becomes a
+    list), None, and lists and dicts of these; a float32 is written with the digits that give the same float32 back, NaN
+    and infinities as the strings "NaN", "Infinity" and "-Infinity". Close it, or use it as a context manager.
     """
 
     def __init__(self, path: str | Path):
-        torn = _is_torn(Path(path))
-        self._file = open(path, "a", encoding="ascii", buffering=1)  # noqa: SIM115 (closed by close)
-        if torn:
-            self._file.write("\n")
+        self._path = Path(path)
+        self._waiting = b"\n" if _is_torn(self._path) else b""  # not written yet
+        self._trouble: OSError | None = None  # why
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._write_waiting()
 
     def write(self, **fields: Any) -> None:
         """Writes a logged step; `read_metrics` lists its keys."""
@@ -64,7 +67,13 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the file; may be called twice."""
+        if self._file.closed:
+            return
+        self._write_waiting()
         self._file.close()
+        if self._waiting:
+            count = self._waiting.count(b"\n")
+            raise OSError(self._trouble.errno, f"{self._path} lacks its last lines ({count})")
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -76,7 +85,18 @@ class MetricsWriter:
 
     def _write_line(self, fields: dict[str, Any]) -> None:
         # Encoded before anything is written: a value that is no JSON leaves no half line.
-        self._file.write(json.dumps(encode(fields)) + "\n")
+        self._waiting += (json.dumps(encode(fields)) + "\n").encode("ascii")
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._trouble = None
+        except OSError as error:
+            if self._trouble is None:
+                print(f"{self._path} cannot be written: {error}; its lines wait until it can", file=sys.stderr)
+            self._trouble = error
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

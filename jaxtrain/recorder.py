@@ -55,7 +55,11 @@ class Recorder:
 
     def __exit__(self, *exception) -> None:
         self._console.__exit__(*exception)
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError:
+            if exception[0] is None:  # else there is worse to tell
+                raise
         if self._nowhere:
             self._nowhere.close()
 

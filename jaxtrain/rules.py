@@ -92,8 +92,9 @@ class NonFinite(Rule):
 
     name, severity = "non_finite", "error"
     remedy = (
-        "What follows is lost: go on from a checkpoint before it. Lower optim.peak_lr or lengthen the warm-up; "
-        "if a single batch does it, look at its text."
+        "What follows is lost. Go back to a checkpoint before it with --rewind STEP and leave the batch out with "
+        "--data.skip, or start another run from there (--train.init-from RUN/checkpoints/STEP) with a lower "
+        "optim.peak_lr or a longer warm-up."
     )
 
     def check(self, line: Line) -> str | bool | None:
@@ -160,8 +161,9 @@ class TooManyBadSteps(Rule):
 
     name, severity = "too_many_bad_steps", "error"
     remedy = (
-        "The run ends here, with its last good parameters. Go on from an earlier checkpoint with a lower optim.peak_lr "
-        "or other data; skipping more would only hide the cause."
+        "The run ends here, with its last good parameters: skipping more would only hide the cause. Go back with "
+        "--rewind STEP and leave those batches out with --data.skip, or start another run from an earlier checkpoint "
+        "(--train.init-from RUN/checkpoints/STEP) with a lower optim.peak_lr."
     )
 
     def check(self, line: Line) -> str | bool | None:

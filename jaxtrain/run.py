@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxtrain import build
 from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.config import Config, MeshConfig, load
+from jaxtrain.config import Config, FaultConfig, MeshConfig, load
 from jaxtrain.data.files import sha256_file
 from jaxtrain.data.loader import TrainBatches, global_batch
 from jaxtrain.data.skip import parse_ranges
@@ -136,6 +136,8 @@ def describe(run: Run) -> list[tuple[str, str]]:
     parameters, optimizer = (_bytes_per_device(x) for x in (run.abstract_state.params, run.abstract_state.opt_state))
     memory = f"parameters {_size(parameters)}, gradients {_size(parameters)}, optimizer {_size(optimizer)}"
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
+    faults = dataclasses.asdict(config.faults).items() - dataclasses.asdict(FaultConfig()).items()
+    deliberate = [("deliberate faults", ", ".join(f"{k} {v:g}" for k, v in sorted(faults)))] if faults else []
     skipped = [("skipped batches", " ".join(config.data.skip))] if config.data.skip else []
     return [
         ("model", f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"),
@@ -144,6 +146,7 @@ def describe(run: Run) -> list[tuple[str, str]]:
         ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {mesh}" if mesh else "")),
         ("data", f"{split.num_tokens:,} tokens of {split.num_documents:,} documents in {run.store.path}"),
         *skipped,
+        *deliberate,
         ("tokens per step", batch),
         ("epochs", f"{tokens * settings.steps / split.num_tokens:.2f} in {settings.steps:,} steps"),
         ("learning rate", build.describe_schedule(config)),

@@ -186,6 +186,8 @@ def _loop(
     traced = steps_left(traced, first, recorder.say)
     if first >= config.steps:
         return state, {"step": first, "reason": "finished"}
+    if 0 < config.stop_after <= first:  # the same command again, which would go on to the end
+        return state, {"step": first, "reason": "stop_after"}
     fetch = batch_source(run)
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
     with named_as_now(traced):

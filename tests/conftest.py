@@ -1,7 +1,12 @@
 """Eight simulated devices and JAX's strict modes for every test; set before jax is imported."""
 
+import atexit
+import dataclasses
+import functools
 import itertools
 import os
+import shutil
+import sys
 import tempfile
 
 NUM_DEVICES = 8
@@ -13,12 +18,21 @@ os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Many tests compile the same small programs, in this process or in one of their own.
+# Many tests compile the same small programs, in this process, in another worker (which has this environment) or in one
+# of their own. A process that starts has some twenty of them that take less than a tenth of a second each.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxtrain-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Processes that tests start may keep what Python compiled: a quarter of the time of their imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+# An example takes as long as the machine makes it wait.
+hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("no clock")
 
 
 def pytest_addoption(parser):
@@ -56,7 +70,45 @@ def store(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_config(store):
+def shared_programs():
+    """Runs in this process whose programs are equal share one: tracing it is most of the time of a short run.
+
+    A program is made without what it must not depend on, and anew where a test has put something else into it.
+    """
+    from jaxtrain import build, program, run
+    from jaxtrain.config import CheckpointConfig, DataConfig
+
+    @functools.lru_cache(maxsize=32)
+    def make(config, mesh, vocab_size, *patched):
+        del patched
+        return program.make_program(config, mesh, vocab_size)
+
+    def shared(config, mesh, vocab_size):
+        loop = {"log_every": 1, "eval_every": 0, "eval_batches": 0, "stop_after": 0, "replay_check": 0, "init_from": ""}
+        loop |= {"sample_tokens": 0, "sample_prompt": "", "diagnose_every": min(config.train.diagnose_every, 1)}
+        alike = dataclasses.replace(
+            config,
+            data=DataConfig(store="any"),
+            checkpoint=CheckpointConfig(),
+            train=dataclasses.replace(config.train, **loop),
+            faults=dataclasses.replace(config.faults, corrupt_replay_step=0),
+        )
+        return make(alike, mesh, vocab_size, program.init_params, build.skip_bad_steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_program", shared)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def reports_that_nobody_reads_are_not_drawn(request, monkeypatch):
+    """At the end of a run in a test's own process; `@pytest.mark.report` has them drawn."""
+    if "jaxtrain.train" in sys.modules and not request.node.get_closest_marker("report"):
+        monkeypatch.setattr("jaxtrain.train.write_report", lambda folder: "not drawn")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(store, shared_programs):
     """A run of twelve steps of a 4-row batch that takes a second once it is compiled."""
     from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama
 

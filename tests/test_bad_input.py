@@ -276,6 +276,11 @@ CONFIGS = {
     "a batch for more memory than there is": bad(
         TRAIN + " --train.batch-size 2000000000", "out of memory", "lower train.batch_size", code=1, starts=True
     ),
+    "a flipped bit in a step that runs once": bad(
+        TRAIN + " --train.replay-check 5 --faults.corrupt-replay-step 7",
+        "corrupt_replay_step 7",
+        "multiple of train.replay_check 5",
+    ),
     "skip: no range": bad(TRAIN + " --data.skip 12000", "'12000'", "write START:STOP"),
     "skip: backwards": bad(TRAIN + " --data.skip 9:3", "'9:3'", "STOP is larger"),
     "skip: negative": bad(TRAIN + " --data.skip=-3:4", "'-3:4'", "write START:STOP"),
@@ -507,7 +512,7 @@ def test_exit_codes_and_tracebacks_of_the_real_command(world):
     def run(*arguments):
         command = [sys.executable, "-m", "jaxtrain.cli", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
     interrupted = run("train", "interrupt.py")
     assert (interrupted.returncode, interrupted.stderr) == (130, "interrupted\n")

@@ -15,6 +15,7 @@ import pytest
 from jaxtrain import checkpoint, stop
 from jaxtrain.checkpoint import Checkpoints, kept
 from jaxtrain.config import MeshConfig
+from jaxtrain.manifest import Damaged, verify
 from jaxtrain.optim import clipped_adamw
 from jaxtrain.sharding import make_mesh, replicated
 from jaxtrain.step import TrainState
@@ -183,6 +184,28 @@ def change_the_manifest(folder):
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace("float32", "float64", 1))
     return "manifest.json is not what was written"
+
+
+def seal_a_strangers(folder):
+    """A manifest with a right checksum and without what is read of it; and a file that has no end."""
+    import hashlib
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["checksum"]
+    if folder.parent.name == "device":
+        manifest["files"]["/dev/zero"] = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    else:
+        manifest["files"] = list(manifest["files"])
+    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"checksum": checksum}))
+
+
+@pytest.mark.parametrize(("kind", "problem"), [("device", "/dev/zero is missing"), ("form", "is not what was written")])
+def test_a_strangers_manifest_is_damaged(three, tmp_path, kind, problem):
+    shutil.copytree(three / "3", tmp_path / kind / "3")
+    seal_a_strangers(tmp_path / kind / "3")
+    with pytest.raises(Damaged, match=problem):
+        verify(tmp_path / kind / "3")
 
 
 def copy_another_step(folder):

@@ -49,6 +49,26 @@ def test_plain_lines():
     ]
 
 
+class FullLog(io.StringIO):
+    """A log on a full disk."""
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_run_goes_on_unseen(monkeypatch, is_terminal):
+    """R-A23."""
+    monkeypatch.setenv("TERM", "xterm")
+    stream = FullLog()
+    stream.isatty = lambda: is_terminal
+    with Console(2000, 1.0, stream) as console:
+        console.table("run", [("steps", "2000")])
+        console.update(FIELDS)
+        console.print("eval")
+        console.update(FIELDS)
+
+
 def test_standard_output_is_looked_up_when_made(capsys):
     Console(2000, 1.0).update(FIELDS)
     assert capsys.readouterr().out == LINE + "\n"

@@ -9,13 +9,13 @@ import pytest
 
 from jaxtrain import cli
 from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.config import FaultConfig, GuardConfig, MeshConfig, from_json, to_json
+from jaxtrain.config import FaultConfig, GuardConfig, LossScaleConfig, MeshConfig, from_json, to_json
 from jaxtrain.data.loader import TrainBatches
 from jaxtrain.data.store import open_store
 from jaxtrain.faults import FaultyBatches
 from jaxtrain.metrics import read_metrics
 from jaxtrain.program import make_program
-from jaxtrain.run import open_run
+from jaxtrain.run import assemble, describe, open_run
 from jaxtrain.sharding import make_mesh
 from jaxtrain.train import GAVE_UP, train
 
@@ -110,7 +110,7 @@ def test_the_same_steps_are_skipped_on_a_mesh(tiny_config, tmp_path, precision):
 
 
 def test_float16_learns_as_float32_does(tiny_config, tmp_path):
-    """Its losses are those of float32 to its 11 bits, and so is a restart's scale."""
+    """Its losses are those of float32 to its 11 bits."""
     losses = {}
     for precision in ("float32", "float16"):
         config = with_faults(tiny_config, FaultConfig(), precision=precision, steps=30)
@@ -120,6 +120,18 @@ def test_float16_learns_as_float32_does(tiny_config, tmp_path):
     np.testing.assert_allclose(losses["float16"], losses["float32"], rtol=0.01)
 
 
+def test_float16_goes_on_after_a_restart_as_if_there_had_been_none(tiny_config, tmp_path):
+    """R-B31: the scale is in the checkpoint, and how long ago it last changed."""
+    for name, stops in (("whole", [0]), ("parts", [5, 0])):
+        for stop in stops:
+            config = with_faults(tiny_config, FaultConfig(inf_step=3), steps=12, precision="float16", stop_after=stop)
+            config = dataclasses.replace(config, loss_scale=LossScaleConfig(growth_interval=4))
+            train(config, tmp_path / name)
+    assert [line["loss_scale"] / 2.0**14 for line in numbers(tmp_path / "whole")] == [2] * 3 + [1] * 4 + [2] * 4 + [4]
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.report
 def test_a_long_spike_ends_the_run_with_its_state_and_a_report(tiny_config, tmp_path, capsys):
     """R-C11: 50 steps of it are more than 10 in a row; nothing of them is in the state, and the exit code says so."""
     config = with_faults(tiny_config, FaultConfig(spike_step=9), steps=80)
@@ -137,6 +149,14 @@ def test_a_long_spike_ends_the_run_with_its_state_and_a_report(tiny_config, tmp_
     assert int(state.opt_state.accepted) == 8
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
     assert from_json((tmp_path / "run" / "config.json").read_text()).faults.spike_step == 9
+
+
+def test_faults_are_shown_at_the_start(tiny_config, tmp_path):
+    rows = []
+    for config in (tiny_config, with_faults(tiny_config, FaultConfig(inf_step=12, spike_factor=0.5))):
+        rows.append(dict(describe(assemble(config, tmp_path, open_store(config.data.store)))))
+    assert "deliberate faults" not in rows[0]
+    assert rows[1]["deliberate faults"] == "inf_step 12, spike_factor 0.5"
 
 
 def test_a_run_without_faults_has_nothing_of_them(tiny_config):

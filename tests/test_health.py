@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import random
+import re
 import types
 from pathlib import Path
 
@@ -45,9 +46,8 @@ def findings(folder):
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Trains without drawing a report; returns the findings."""
-    monkeypatch.setattr("jaxtrain.train.write_report", lambda folder: "none")
+def run():
+    """Trains; returns the findings."""
 
     def start(config, folder):
         train(config, folder)
@@ -65,6 +65,7 @@ def change_init(monkeypatch, function):
 # Healthy runs.
 
 
+@pytest.mark.report
 def test_a_healthy_tiny_run_is_silent(tiny_config, tmp_path, capsys):
     folder = tmp_path / "run"
     train(change(tiny_config, train={"steps": 250, "diagnose_every": 10}), folder)
@@ -317,6 +318,16 @@ def test_float16_overflow_by_its_skips(tiny_config):
     assert [(finding.name, finding.step) for finding in found] == [("float16_overflow", 20)]
 
 
+def test_remedies_name_what_there_is(tiny_config):
+    """Fields of the config, and flags of `jaxtrain train`."""
+    text = " ".join(rule.remedy for rule in RULES)
+    named = re.findall(r"\b([a-z_]+)\.([a-z][a-z_0-9-]*)", text)
+    assert len(named) >= 20
+    for section, field in named:
+        assert hasattr(getattr(tiny_config, section), field.replace("-", "_")), f"{section}.{field}"
+    assert set(re.findall(r"--([a-z-]+)(?!\S*\.)", text)) == {"rewind"}
+
+
 def test_every_rule_has_a_run_that_provokes_it():
     text = Path(__file__).read_text()
     names = [rule.name for rule in RULES]
@@ -337,6 +348,7 @@ def test_a_case_is_told_when_it_begins_and_again_when_it_begins_anew(tiny_config
     assert [(finding.name, finding.step) for finding in told] == [("no_progress", 1), ("no_progress", 3 * WINDOW + 1)]
 
 
+@pytest.mark.report
 def test_a_finding_is_printed_written_and_reported(config, tmp_path, capsys):
     folder = tmp_path / "run"
     config = change(config, optim={"eps": 0.1})

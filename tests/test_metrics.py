@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -137,6 +138,35 @@ def test_a_value_that_is_no_json_writes_nothing(tmp_path):
             writer.write(step=1, bad=object())
         writer.write(step=2)
     assert (tmp_path / "m").read_text() == '{"step": 2}\n'
+
+
+@pytest.fixture
+def room():
+    """Limits the size of files, which stands for a full disk: `room(9)`; None: no limit."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if size is None else size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_holds_lines_back_and_loses_none(tmp_path, room, capsys):
+    """R-A23: in the middle of a line, twice, and at the end, where it is an error."""
+    path = tmp_path / "m"
+    writer = MetricsWriter(path)
+    for step in (1, 4):
+        writer.write(step=step)
+        room(path.stat().st_size + 5)
+        writer.write(step=step + 1)
+        writer.write(step=step + 2)
+        assert [line["step"] for line in read_metrics(path)[0]] == list(range(1, step + 1))
+        assert capsys.readouterr().err.count("its lines wait until it can") == 1
+        room(None)
+    writer.write(step=7)
+    assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in range(1, 8))
+    room(path.stat().st_size)
+    writer.write(step=8)
+    with pytest.raises(OSError, match=r"m lacks its last lines \(1\)"):
+        writer.close()
+    writer.close()
 
 
 def test_missing_file_says_what_to_do(tmp_path):

@@ -244,11 +244,11 @@ def test_what_goes_wrong_in_the_child_is_said(answer, code, said, config_file, m
 
 
 def test_a_child_that_takes_too_long_is_killed(config_file, monkeypatch, tmp_path, capsys):
-    pretend(monkeypatch, tmp_path, "exec sleep 60")
+    pretend(monkeypatch, tmp_path, "exec sleep 600")
     start = time.monotonic()
     assert main(["plan", config_file, "--topology", "v5e:2x2", "--timeout", "1"]) == 1
     assert "give --timeout more" in capsys.readouterr().err
-    assert time.monotonic() - start < 50
+    assert time.monotonic() - start < 300
 
 
 def test_a_program_that_does_not_fit_is_an_answer(config_file, monkeypatch, tmp_path, capsys):
