@@ -326,3 +326,18 @@ def test_a_batch_that_does_not_divide_is_an_error():
 def test_layers_are_unrolled_where_that_pays(sizes, model, unroll):
     program = program_of(make_config("llama", sizes, **{"scan_unroll": -1, **model}))
     assert program.model.config.scan_unroll == unroll
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "fsdp": 2}])
+def test_the_steps_have_no_effects(sizes):
+    """JAX has no fast dispatch for a program with effects, such as the checks that `checkify` finds."""
+    config = Config(
+        data=DataConfig(sources=("x",)),
+        model=llama(num_layers=1, num_heads=2, d_model=16, d_ff=32, max_seq_len=16),
+        train=TrainConfig(batch_size=8, seq_len=16),
+        mesh=MeshConfig(**sizes),
+    )
+    program = make_program(config, make_mesh(config.mesh), 32)
+    state, batch = program.abstract_state, program.abstract_batch
+    assert not program.train_step.trace(state, batch).jaxpr.effects
+    assert not program.eval_step.trace(state.params, batch).jaxpr.effects

@@ -340,6 +340,7 @@ def make_loss_fn(
                 chunk_size=chunk_size,
                 num_classes=c.vocab_size,
                 vocab_axis="tensor" if p.tensor > 1 else None,
+                check_labels=False,  # the loader does; it would cost each step the fast dispatch
             )
 
     return loss_fn
