@@ -59,7 +59,7 @@ class Processes:
         for rank, words in zip(ranks or range(count), arguments, strict=True):
             environment = {
                 **os.environ,
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
                 "PYTHONWARNINGS": "default",
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": str(count),

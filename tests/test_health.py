@@ -79,7 +79,7 @@ def test_a_healthy_tiny_run_is_silent(tiny_config, tmp_path, capsys):
 
 def test_the_quickstart_is_silent(run, tmp_path):
     """The model, optimizer and schedule of the quickstart, on source code."""
-    prepare([str(ROOT / "jaxtrain")], tmp_path / "store", validation_fraction=0.1, progress=False)
+    prepare([str(ROOT / "jaxtrain" / "**" / "*.py")], tmp_path / "store", validation_fraction=0.1, progress=False)
     config = load(ROOT / "configs" / "quickstart.py")
     config = dataclasses.replace(config, data=DataConfig(store=str(tmp_path / "store")), mesh=MeshConfig(data=1))
     settings = {"steps": 160, "batch_size": 2, "log_every": 1, "diagnose_every": 10, "eval_every": 0}
