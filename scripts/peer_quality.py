@@ -4,7 +4,7 @@
   python scripts/peer_quality.py tinyshakespeare.txt STEPS
 
 4 layers, 4 heads, 128 channels, 64 characters, batches of 12, no dropout; AdamW with b2 0.99, 100 steps up to 1e-3,
-then a cosine down to 1e-4; clipping at 1. Prints one JSON object with the validation loss over the last tenth of the text.
+then a cosine down to 1e-4; clipping at 1. Prints one JSON object, with the loss over the last tenth of the text.
 """
 
 import json
