@@ -3,7 +3,7 @@
   jaxtrain train configs/quickstart.py
 
 Two CPU cores, about two minutes. 900 steps x 8 sequences x 128 bytes = 0.9 M tokens, a thirteenth of the text.
-Python 3.11 ends at validation nll 1.55 (nats per byte or document end), bits per byte 2.24; the compressors that it
+Python 3.11 ends at validation nll 1.54 (nats per byte or document end), bits per byte 2.23; the compressors that it
 prints beside it take gzip -9 2.13, xz -9 1.91 on the same held-out files. Another Python has other sources.
 """
 
@@ -14,8 +14,8 @@ def config() -> Config:
     """The run."""
     return Config(
         data=DataConfig(sources=("python-stdlib",)),
-        model=llama(num_layers=4, num_heads=4, d_model=128, d_ff=384, max_seq_len=128),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=50, b2=0.99),
+        model=llama(num_layers=4, num_heads=4, d_model=128, d_ff=384, max_seq_len=128, qk_norm=True),
+        optim=OptimConfig(peak_lr=5e-3, schedule="linear", warmup_steps=50, b2=0.99, floor=0.0),
         train=TrainConfig(
             steps=900,
             batch_size=8,

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOLERANCE = 0.08  # bits per byte: the standard library differs from one Python to the next
+# Bits per byte, nats: another processor rounds otherwise, and 900 steps make much of it.
+TOLERANCE = 0.08
 
 
 # As the program prints them, and as prose says them.
@@ -47,9 +48,12 @@ def test_reaches_the_stated_loss(finished):
     evaluation = [line for line in lines if line.get("event") == "eval"][-1]
     for name, patterns in PATTERNS.items():
         text = (ROOT / name).read_text()
-        for key, pattern in patterns.items():
-            stated = float(re.search(pattern, text).group(1).rstrip("."))
-            assert abs(evaluation[key] - stated) < TOLERANCE, f"{name} says {key} {stated}, reached {evaluation[key]}"
+        stated = {key: float(re.search(pattern, text).group(1).rstrip(".")) for key, pattern in patterns.items()}
+        # The standard library differs from one Python to the next: how hard it is, gzip says.
+        hardness = evaluation["gzip_bits_per_byte"] / stated["gzip_bits_per_byte"]
+        assert abs(hardness - 1) < 0.03
+        for key, value in stated.items():
+            assert abs(evaluation[key] - hardness * value) < TOLERANCE, f"{name} says {key} {value}: {evaluation[key]}"
 
 
 def test_the_sample_looks_like_python(finished):
