@@ -134,7 +134,7 @@ def describe_times(run_dir: str | Path) -> tuple[str, list[tuple[str, str, str]]
         return str(error), []
     shares = times.shares()
     rows = [(scope, f"{shares[scope]:.1%}", f"{value:.3g}") for scope, value in times.milliseconds.items()]
-    return f"steps {times.first:,} to {times.last:,}, from {folder}", rows
+    return f"steps {times.first:,} to {times.last:,}, from {folder.relative_to(run_dir)}", rows
 
 
 def _times_table(run_dir: Path) -> str:
