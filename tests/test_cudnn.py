@@ -130,7 +130,8 @@ def test_it_lowers_for_a_gpu_from_here(window):
 
 
 def program_of(sizes, remat="none", **model):
-    model = llama(2, 4, 64, 96, 256, num_kv_heads=2, vocab_multiple=8, remat=remat, **model)
+    # With the loop over layers there is one of each call, however many layers.
+    model = llama(2, 4, 64, 96, 256, num_kv_heads=2, vocab_multiple=8, remat=remat, scan_unroll=1, **model)
     config = Config(
         data=DataConfig(store="unused"),
         model=model,
@@ -175,7 +176,7 @@ def test_the_capability_is_that_of_nvidia_gpus(platform, name, capability):
 def test_a_program_chooses_it_on_gpus(monkeypatch):
     """`auto` is settled by the mesh's devices, the precision, and what the model asks."""
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.HOPPER)
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape={"fsdp": 1})
 
     def kernel(precision="bfloat16", **fields):
         config = Config(

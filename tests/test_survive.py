@@ -308,7 +308,7 @@ def test_what_orbax_logs_beside_its_errors_is_for_debug(config, tmp_path, caplog
     before = absl.logging.get_verbosity()
     try:
         for flags, shown in (([], []), (["--debug"], ["a traceback"])):
-            absl.logging.set_verbosity(before)
+            absl.logging.set_verbosity(absl.logging.WARNING)  # absl's default, which an earlier command has changed
             assert cli.main(["schedule", str(tmp_path / "config.json"), *flags]) == 0
             absl.logging.error("a traceback")
             assert [record.message for record in caplog.records if record.name == "absl"] == shown
