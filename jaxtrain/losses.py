@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from jaxtrain import struct
 
@@ -243,6 +242,9 @@ def _check_labels(
     weights = jax.lax.stop_gradient(where.astype(jnp.float32))
     wrong = (weights != 0) & ((labels < 0) | (labels >= num_classes))
     if check:
+        # Not on top: it is most of what importing the core takes beyond JAX and optax.
+        from jax.experimental import checkify
+
         checkify.debug_check(
             ~jnp.any(wrong),
             "label {label} at a place that counts is outside [0, {num_classes})",
