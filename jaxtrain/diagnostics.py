@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.optim import layer_squares
+
 # Below this many eps, eps is a tenth or more of Adam's denominator and the step is no longer free of scale.
 _NEAR_EPS = 10.0
 
@@ -53,10 +55,7 @@ def layer_diagnostics(
 
 def _layer_norms(tree: Any) -> jax.Array:
     layers = tree.get("layers", {}) if isinstance(tree, dict) else {}
-    squares = [
-        jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
-        for leaf in jax.tree.leaves(layers)
-    ]
+    squares = [layer_squares(leaf) for leaf in jax.tree.leaves(layers)]
     return jnp.sqrt(sum(squares[1:], squares[0])) if squares else jnp.zeros((0,), jnp.float32)
 
 
@@ -75,5 +74,6 @@ def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) 
 
 
 def _count(flags: jax.Array) -> jax.Array:
-    """How many are True, float32. In integers as far as they reach: adding ones in float32 ends at 2^24."""
-    return jnp.sum(jnp.sum(flags, axis=tuple(range(1, flags.ndim)), dtype=jnp.int32).astype(jnp.float32))
+    """How many are True, float32: a row's in float32, exact up to 2^24, all rows' in integers."""
+    rows = jnp.sum(flags, axis=-1, dtype=jnp.float32) if flags.ndim else flags
+    return jnp.sum(jnp.sum(rows.astype(jnp.int32), axis=tuple(range(1, rows.ndim))).astype(jnp.float32))

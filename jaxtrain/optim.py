@@ -170,8 +170,19 @@ def global_norm(tree: Any) -> jax.Array:
 
     Above 1.8e19 the sum of squares overflows and the norm is inf: like a NaN, a sign that the gradient is not usable.
     """
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    # Of a stack of matrices as the sum over its layers, which `layer_diagnostics` has use for, too.
+    squares = [
+        jnp.sum(layer_squares(leaf) if leaf.ndim > 2 else jnp.square(leaf.astype(jnp.float32)))
+        for leaf in jax.tree.leaves(tree)
+    ]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def layer_squares(leaf: jax.Array) -> jax.Array:
+    """Sums of squares, float32 `[L]`, of a leaf `[L, ...]`."""
+    sums = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
+    # Otherwise the compiler adds up all squares once more for the norm of the whole.
+    return jax.lax.optimization_barrier(sums)
 
 
 class ClipState(NamedTuple):

@@ -124,6 +124,30 @@ def test_an_update_that_is_not_finite_is_skipped_though_the_gradient_is_fine():
     np.testing.assert_array_equal(state.inner[1], jnp.zeros(2))
 
 
+def keep(values):
+    """An optimizer whose state holds an array, the next of `values` after each update."""
+
+    def update(updates, state, params=None):
+        del params
+        return updates, (state[0] + 1, jnp.asarray(values)[state[0] + 1])
+
+    return optax.GradientTransformation(lambda params: (jnp.int32(0), jnp.asarray(values)[0]), update)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ([[1.0, 2.0], [np.inf, -np.inf]], NOT_FINITE),
+        ([[1.0, 2.0], [1.0, np.nan]], NOT_FINITE),
+        ([[np.inf, np.inf], [np.inf, 1.0]], NOT_SKIPPED),
+        (np.array([[1, 1], [6e4, 6e4]], np.float16), NOT_SKIPPED),  # whose sum is beyond float16
+    ],
+)
+def test_arrays_of_the_inner_state(values, reason):
+    _, _, reasons = run(skip_bad_steps(optax.chain(optax.sgd(0.1), keep(values))), [(grads_of(1.0), 1.0)])
+    assert reasons == [reason]
+
+
 def test_an_inner_state_that_begins_at_infinity_is_no_fault():
     optimizer = skip_bad_steps(optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()))
     params = make_params()

@@ -237,6 +237,26 @@ def test_parameters_and_gradients_follow_the_compute_dtype(config):
     np.testing.assert_allclose(loss(half), loss(params), rtol=2e-3)
 
 
+@STYLES
+def test_bfloat16_gradients_of_many_tokens_add_up(config):
+    """4,096 tokens, every third the same. Added up in bfloat16 they are 2 to 3 % off, and more with more tokens."""
+    model, params = make(config, scale=1.0)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    batch = batch_of(config, batch_size=256, length=16) | {"where": jnp.ones((256, 16), bool)}
+    batch["inputs"] = jnp.where(jnp.arange(16)[None] % 3 == 0, 7, batch["inputs"])
+    gradients = jax.jit(jax.grad(lambda p: make_loss_fn(model)(p, batch).total()))
+    for (path, ours), exact in zip(
+        jax.tree_util.tree_leaves_with_path(gradients(half)), jax.tree.leaves(gradients(rounded)), strict=True
+    ):
+        assert ours.dtype == jnp.bfloat16
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.endswith(("embedding", "positions", "/bias")) or name.endswith("key/bias"):
+            continue  # a product; or nothing but rounding: the softmax takes no notice of the key's bias
+        error = jnp.linalg.norm((ours.astype(jnp.float32) - exact).ravel()) / jnp.linalg.norm(exact.ravel())
+        assert error < 2**-6, f"{name}: {error}"
+
+
 @pytest.mark.parametrize(
     "config",
     [

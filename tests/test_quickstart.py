@@ -57,7 +57,7 @@ def test_reaches_the_stated_loss(finished):
 
 
 def test_the_sample_looks_like_python(finished):
-    """In 4,600 characters, not in one sample of 600: that may lie in a docstring. Seen: 70 to 90 words, 40 to 60 indents."""
+    """In 4,600 characters: a sample of 600 may lie in a docstring. Seen: 70 such words, 37 to 59 indents."""
     folder, _ = finished
     samples = [(folder / "sample.txt").read_text()]
     for seed in range(1, 5):

@@ -65,9 +65,12 @@ def _backward(residuals, gradient_BTHK: jax.Array):
         on_scores_BGRS = weights_BGRS * (on_weights_BGRS - _rows(sum_BGMT1, start, stop)) * width**-0.5
         on_scores_BGRS = on_scores_BGRS.astype(query_BGMTK.dtype)
         query_parts.append(_from_rows(_product(on_scores_BGRS, key_BGSK[:, :, :stop]), stop - start))
-        # The small operand is turned round rather than the large one.
-        key_parts.append(_product(query_BGRK.swapaxes(2, 3), on_scores_BGRS))
-        value_parts.append(_product(gradient_BGRK.swapaxes(2, 3), weights_BGRS.astype(query_BGMTK.dtype)))
+        # The small operands are turned round rather than the large ones.
+        turned_BGKR = query_BGRK.swapaxes(2, 3), gradient_BGRK.swapaxes(2, 3)
+        if length <= _BLOCK:  # copied, a CPU is quicker with them; with longer rows the copies cost more than they save
+            turned_BGKR = jax.lax.optimization_barrier(turned_BGKR)
+        key_parts.append(_product(turned_BGKR[0], on_scores_BGRS))
+        value_parts.append(_product(turned_BGKR[1], weights_BGRS.astype(query_BGMTK.dtype)))
     query_gradient = _by_token(jnp.concatenate(query_parts, axis=3))
     gradients = query_gradient, _add_up(key_parts, length), _add_up(value_parts, length)
     return tuple(gradient.astype(gradient_BTHK.dtype) for gradient in gradients)

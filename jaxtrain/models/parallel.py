@@ -69,15 +69,37 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, parallel: Parallel) -> ja
     if parallel.fsdp > 1:
         tokens_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
     if parallel.tensor == 1:
-        rows_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        rows_BTD = take_rows(table_VD, tokens_BT)
     else:
         num_rows = table_VD.shape[0]
         local_BT = tokens_BT - jax.lax.axis_index("tensor") * num_rows
         here_BT = (local_BT >= 0) & (local_BT < num_rows)
-        rows_BTD = jnp.where(here_BT[..., None], jnp.take(table_VD, jnp.where(here_BT, local_BT, 0), axis=0), 0)
+        rows_BTD = jnp.where(here_BT[..., None], take_rows(table_VD, jnp.where(here_BT, local_BT, 0)), 0)
     if parallel.fsdp > 1:
         rows_BTD = jax.lax.all_to_all(rows_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
     return leave_tensor(rows_BTD, parallel.tensor)
+
+
+@jax.custom_vjp
+def take_rows(table_VD: jax.Array, rows_BT: jax.Array) -> jax.Array:
+    """Rows of a table, `[B, T, D]`. The gradient adds up in float32 what a row gets from all its tokens.
+
+    Added up in bfloat16, the many gradients of a frequent token would be lost on their sum.
+    """
+    return jnp.take(table_VD, rows_BT, axis=0)
+
+
+def _take_rows_forward(table_VD: jax.Array, rows_BT: jax.Array):
+    return take_rows(table_VD, rows_BT), (table_VD[:, :0], rows_BT)  # of the table its height and dtype
+
+
+def _take_rows_backward(residuals: tuple[jax.Array, jax.Array], gradient_BTD: jax.Array):
+    empty_V0, rows_BT = residuals
+    zeros_VD = jnp.zeros((empty_V0.shape[0], gradient_BTD.shape[-1]), jnp.float32)
+    return zeros_VD.at[rows_BT].add(gradient_BTD.astype(jnp.float32)).astype(empty_V0.dtype), None
+
+
+take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 @jax.custom_vjp

@@ -26,8 +26,9 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.losses import LossSums, linear_cross_entropy
 from jaxtrain.models.attention import attend, rope_tables, rotate
 from jaxtrain.models.layout import gather_layer
+from jaxtrain.models.linear import Weights, linear
 from jaxtrain.models.masters import WithMasters, cast_masters
-from jaxtrain.models.parallel import Parallel, enter_tensor, gather, leave_tensor, look_up, together
+from jaxtrain.models.parallel import Parallel, enter_tensor, gather, look_up, take_rows, together
 from jaxtrain.models.pointwise import gelu, norm, swiglu
 from jaxtrain.models.remat import BLOCK_INPUT, checkpoint_name, rematerialize
 
@@ -67,30 +68,6 @@ class Norm(nn.Module):
         return norm(x, scale, bias, self.config.norm_eps, centre)
 
 
-class Weights(nn.Module):
-    """A kernel `[num_inputs, features]` and a bias `[features]`, or None."""
-
-    features: int
-    std: float
-    use_bias: bool
-
-    @nn.compact
-    def __call__(self, num_inputs: int) -> tuple[jax.Array, jax.Array | None]:
-        kernel = self.param("kernel", nn.initializers.normal(self.std), (num_inputs, self.features))
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-
-
-def _linear(x: jax.Array, weights: tuple[jax.Array, jax.Array | None], partial: int = 1) -> jax.Array:
-    """Multiplies the last dimension of x by a kernel, and adds a bias.
-
-    `partial`: x and the kernel have one device's part of the contraction, of as many; the sum is over all of them.
-    """
-    kernel, bias = weights
-    # Tokens in one dimension: the gradient of the kernel is then a product of matrices as they lie in memory.
-    y = leave_tensor((x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1), partial)
-    return y if bias is None else y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
-
-
 class Attention(nn.Module):
     """Causal self-attention; with a cache, over the cached tokens too. H and G are this device's heads."""
 
@@ -122,7 +99,7 @@ class Attention(nn.Module):
             mixed_BTHK = attend_to(query_BTHK, cache.key, cache.value, place.positions_BT, kernel="xla")
         mixed_BTF = mixed_BTHK.reshape(*x_BTD.shape[:-1], -1)
         out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")
-        return checkpoint_name(_linear(mixed_BTF, out(mixed_BTF.shape[-1]), parts), "attention_out"), cache
+        return checkpoint_name(linear(mixed_BTF, out(mixed_BTF.shape[-1]), parts), "attention_out"), cache
 
     def _project(self, x_BTD: jax.Array) -> list[jax.Array]:
         """Queries, keys and values, by one product."""
@@ -136,7 +113,7 @@ class Attention(nn.Module):
         kernels, biases = zip(*weights, strict=True)
         kernel = jnp.concatenate(kernels, axis=-1)
         bias = jnp.concatenate(biases, axis=-1) if c.use_bias else None
-        y_BTF = _linear(x_BTD, (kernel, bias))
+        y_BTF = linear(x_BTD, (kernel, bias))
         split = jnp.split(y_BTF, [sizes[0], sizes[0] + sizes[1]], axis=-1)
         return [y.reshape(*y.shape[:-1], -1, width) for y in split]
 
@@ -155,12 +132,12 @@ class FeedForward(nn.Module):
 
         def project(name):
             weights = Weights(c.d_ff // parts, _INIT_STD, c.use_bias, name=name)
-            return checkpoint_name(_linear(x_BTD, weights(x_BTD.shape[-1])), name)
+            return checkpoint_name(linear(x_BTD, weights(x_BTD.shape[-1])), name)
 
         hidden_BTF = project("up")
         hidden_BTF = swiglu(hidden_BTF, project("gate")) if c.feed_forward == "swiglu" else gelu(hidden_BTF)
         down = Weights(c.d_model, _residual_std(c), c.use_bias, name="down")
-        return _linear(hidden_BTF, down(hidden_BTF.shape[-1]), parts)
+        return linear(hidden_BTF, down(hidden_BTF.shape[-1]), parts)
 
 
 class Block(nn.Module):
@@ -232,7 +209,7 @@ class Transformer(nn.Module):
         else:
             rows = self.param("positions", nn.initializers.normal(_INIT_STD), (c.max_seq_len, c.d_model))
             with jax.named_scope("embed"):
-                x_BTD += jnp.take(rows, positions_BT, axis=0)
+                x_BTD += take_rows(rows, positions_BT)
         if self.is_initializing():
             self.param("layers", functools.partial(_init_layers, c))
         layers = self.get_variable("params", "layers"), self.get_variable("masters", "layers")

@@ -1,0 +1,77 @@
+"""A linear layer: its parameters, and its product whose gradient is a product of matrices as they lie in memory.
+
+Shape suffixes: N tokens (of all rows), I inputs, O outputs.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxtrain.models.parallel import leave_tensor
+
+
+class Weights(nn.Module):
+    """A kernel `[num_inputs, features]` and a bias `[features]`, or None."""
+
+    features: int
+    std: float
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, num_inputs: int) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (num_inputs, self.features))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+
+
+def linear(x: jax.Array, weights: tuple[jax.Array, jax.Array | None], partial: int = 1) -> jax.Array:
+    """Multiplies the last dimension of x by a kernel, and adds a bias.
+
+    `partial`: x and the kernel have one device's part of the contraction, of as many; the sum is over all of them.
+    """
+    kernel, bias = weights
+    # Tokens in one dimension: the gradient of the kernel is then one product of matrices.
+    y = leave_tensor(_product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1), partial)
+    return y if bias is None else _add(y, bias)
+
+
+@jax.custom_vjp
+def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
+    return y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
+
+
+def _add_backward(_, gradient: jax.Array):
+    # The sum over all tokens is float32 inside; a sum of bfloat16 would stop growing after some hundred tokens.
+    return gradient, jnp.sum(gradient, axis=tuple(range(gradient.ndim - 1)))
+
+
+_add.defvjp(lambda y, bias: (_add(y, bias), None), _add_backward)
+
+
+@jax.custom_vjp
+def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return x_NI @ kernel_IO
+
+
+def _product_forward(x_NI: jax.Array, kernel_IO: jax.Array):
+    return x_NI @ kernel_IO, (x_NI, kernel_IO)
+
+
+def _product_backward(residuals: tuple[jax.Array, jax.Array], gradient_NO: jax.Array):
+    x_NI, kernel_IO = residuals
+    num_inputs, num_outputs = kernel_IO.shape
+    on_kernel = jax.lax.platform_dependent(
+        x_NI, gradient_NO, cpu=_wide_last if num_inputs > num_outputs else _plain, default=_plain
+    )
+    return gradient_NO @ kernel_IO.T, on_kernel
+
+
+def _plain(x_NI: jax.Array, gradient_NO: jax.Array) -> jax.Array:
+    return x_NI.T @ gradient_NO
+
+
+def _wide_last(x_NI: jax.Array, gradient_NO: jax.Array) -> jax.Array:
+    """The same, turned round: XLA's product for CPUs is faster the longer the result's rows are."""
+    return jax.lax.optimization_barrier(gradient_NO.T @ x_NI).T
+
+
+_product.defvjp(_product_forward, _product_backward)
