@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.optim import ClipState, global_norm, is_stacked, scale_to_factor
+from jaxtrain.optim import STACKED, ClipState, global_norm, is_stacked, scale_to_factor
 
 
 class ZClipState(NamedTuple):
@@ -84,7 +84,7 @@ def zclip(
 
 
 def clip_adaptively(
-    ratio: float = 0.01, *, eps: float = 1e-3, stacked: tuple[str, ...] = ("layers", "blocks")
+    ratio: float = 0.01, *, eps: float = 1e-3, stacked: tuple[str, ...] = STACKED
 ) -> optax.GradientTransformation:
     """Clips each unit (column of a matrix, or vector) to a share of its own weights' norm (AGC, arXiv:2102.06171).
 

@@ -16,11 +16,14 @@ import optax
 
 MaskFn = Callable[[optax.Params], Any]
 
+# Names of subtrees whose leaves may have a leading layer axis, see `decay_mask`.
+STACKED = ("layers", "blocks")
+
 # Parameters of these names are vectors by meaning, even where they have two dimensions (a bias [heads, head_dim]).
 _NEVER_DECAYED = {"bias", "scale"}
 
 
-def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] = ("layers", "blocks")) -> Any:
+def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] = STACKED) -> Any:
     """Says which parameters decay: matrices do; biases, norm scales and other vectors do not.
 
     A parameter named `bias` or `scale` never decays; another one does if it has two or more dimensions. Under a key in
@@ -170,10 +173,10 @@ def global_norm(tree: Any) -> jax.Array:
 
     Above 1.8e19 the sum of squares overflows and the norm is inf: like a NaN, a sign that the gradient is not usable.
     """
-    # Of a stack of matrices as the sum over its layers, which `layer_diagnostics` has use for, too.
+    # Where layers are stacked the sum over all of them is that of their own sums, which `layer_diagnostics` shares.
     squares = [
-        jnp.sum(layer_squares(leaf) if leaf.ndim > 2 else jnp.square(leaf.astype(jnp.float32)))
-        for leaf in jax.tree.leaves(tree)
+        jnp.sum(layer_squares(leaf) if is_stacked(path, STACKED) else jnp.square(leaf.astype(jnp.float32)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 

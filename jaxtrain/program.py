@@ -18,6 +18,7 @@ from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.masters import with_masters
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.models.transformer import Transformer, init_params, make_loss_fn
+from jaxtrain.packing import PackedMetrics, pack
 from jaxtrain.sharding import (
     by_rows,
     check_batch,
@@ -27,7 +28,7 @@ from jaxtrain.sharding import (
     partition_spec,
     replicated,
 )
-from jaxtrain.step import TrainState, make_eval_step, make_train_step
+from jaxtrain.step import Batch, TrainState, make_eval_step, make_train_step
 
 # Up to this many layers a program without a loop is worth its longer compilation, by platform. Without a loop the four
 # layers of BENCHMARKS.md's smallest model take 0.95 of their time in one (--model.scan-unroll); GPUs are not measured.
@@ -39,7 +40,7 @@ class Program(NamedTuple):
 
     `model` is whole, for use outside the steps. `abstract_state` and `abstract_batch` have the shapes, dtypes and
     shardings of what `train_step` takes; `init_state()` makes the first state, born where it belongs. The steps are
-    jitted, and `train_step` takes its state's memory.
+    jitted; `train_step` takes its state's memory and packs its metrics.
     """
 
     model: Transformer
@@ -47,7 +48,7 @@ class Program(NamedTuple):
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     init_state: Callable[[], TrainState]
-    train_step: Callable
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, PackedMetrics]]
     eval_step: Callable
 
 
@@ -93,6 +94,11 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
         map_gradients=(lambda f: wrap(with_masters(f, settings.precision) if late else f)) if mesh.size > 1 else None,
         diagnose=build.make_diagnose(config),
     )
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, PackedMetrics]:
+        state, metrics = step(state, batch)
+        return state, pack(metrics)
+
     eval_loss = make_loss_fn(local, chunk_size=chunk_size)
     if mesh.size > 1:
         eval_loss = map_loss(eval_loss, mesh, specs)
@@ -103,7 +109,7 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
         abstract_state=jax.tree.map(_abstract, shapes, shardings),
         abstract_batch=_abstract_batch(config, mesh),
         init_state=jax.jit(init, out_shardings=shardings),
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
         eval_step=jax.jit(make_eval_step(eval_loss, policy=policy), out_shardings=everywhere),
     )
 

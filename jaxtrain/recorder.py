@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-
 from jaxtrain.console import Console
 from jaxtrain.diagnostics import drop_unsampled
 from jaxtrain.distributed import is_lead
 from jaxtrain.health import Finding, Health
 from jaxtrain.metrics import MetricsWriter, peak_flops, read_metrics
 from jaxtrain.models.size import flops_per_token
+from jaxtrain.packing import PackedMetrics
 from jaxtrain.rules import Facts
 from jaxtrain.run import Run
 
@@ -41,7 +40,7 @@ class Recorder:
         self._earlier = lines[-_EARLIER_LINES:], [event for event in events if event["event"] == "eval"]
         self._writer = MetricsWriter(os.devnull if self._nowhere else file)
         self._console = Console(config.steps, run.config.optim.clip_norm, self._nowhere)
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, PackedMetrics] | None = None
         self._logged_step: int | None = None
         self._since = time.perf_counter()
         self._tokens_per_step = config.batch_size * config.seq_len
@@ -88,7 +87,7 @@ class Recorder:
         self._since = time.perf_counter()
         return compiled
 
-    def step(self, done: int, metrics: dict[str, jax.Array]) -> None:
+    def step(self, done: int, metrics: PackedMetrics) -> None:
         """Takes a step just launched; reads the one before."""
         self.flush()
         if self._logged_step is None:
@@ -101,7 +100,7 @@ class Recorder:
             return
         done, metrics = self._pending
         self._pending = None
-        values = jax.device_get(metrics)
+        values = metrics.unpack()
         self.give_up = bool(values["give_up"])
         config = self._config
         sampled = bool(config.diagnose_every) and done % config.diagnose_every == 0

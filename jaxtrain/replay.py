@@ -61,7 +61,7 @@ def replay(run_dir: str | Path, step: int) -> dict[str, Any]:
         state, metrics = train_step(state, batch)
         values = {
             "step": done,
-            **drop_unsampled(jax.device_get(metrics), done, every),
+            **drop_unsampled(metrics.unpack(), done, every),
             "tokens_seen": done * tokens_per_step,
         }
         if done in logged:

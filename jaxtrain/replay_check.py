@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.config import Config
+from jaxtrain.packing import PackedMetrics
 from jaxtrain.sharding import replicated
-from jaxtrain.step import Metrics, TrainState
+from jaxtrain.step import TrainState
 
 _FLIPPED_BIT = 22  # the highest of a float32's mantissa: too large a change to be rounded away
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -49,7 +50,7 @@ class ReplayChecked:
 
     def __call__(
         self, done: int, state: TrainState, batch: Any, last_checkpoint: Callable[[], int | None]
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, PackedMetrics]:
         """Runs step `done` (counted from 1); `last_checkpoint()` is asked if it fails."""
         if not self._every or done % self._every:
             return self._train_step(state, batch)

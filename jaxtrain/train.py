@@ -26,13 +26,14 @@ from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_te
 from jaxtrain.folder import claim, has_begun, held, restored_if_refused, write_config
 from jaxtrain.generate import continue_text
 from jaxtrain.optim import decay_mask, decay_report
+from jaxtrain.packing import PackedMetrics
 from jaxtrain.profile import Profiler, named_as_now, parse_profile, steps_left
 from jaxtrain.recorder import Recorder
 from jaxtrain.replay_check import ReplayChecked, ReplayMismatch
 from jaxtrain.report import write_report
 from jaxtrain.run import Run, assemble, batch_source, describe, record, tokenizer_hash, train_batches
 from jaxtrain.saver import Saver
-from jaxtrain.step import Metrics, TrainState
+from jaxtrain.step import TrainState
 from jaxtrain.stop import Stop, Stopped
 
 # Compressing a large split for comparison would take minutes.
@@ -242,7 +243,7 @@ def _loop(
 
 def _step(
     train_step: ReplayChecked, done: int, state: TrainState, batch: Any, checkpoints: Checkpoints, recorder: Recorder
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, PackedMetrics]:
     """One step; a machine that computes it wrongly is put on record before the run ends."""
 
     def last_saved() -> int | None:

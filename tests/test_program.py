@@ -90,8 +90,8 @@ def trained(style, sizes, accumulate=1):
     state, history = first_state(program, style), []
     for step in range(STEPS):
         state, metrics = program.train_step(state, batch_of(program, step))
-        history.append(metrics)
-    return jax.device_get((state.params, history))
+        history.append(metrics.unpack())
+    return jax.device_get(state.params), history
 
 
 def relative(actual, expected):
@@ -223,6 +223,7 @@ def first_gradient(sizes, precision="float32", remat="none"):
     config = make_config("llama", sizes, precision=precision, remat=remat)
     program = program_of(config)
     state, metrics = program.train_step(first_state(program, "llama"), batch_of(program))
+    metrics = metrics.unpack()
     scale = (1 - config.optim.b1) * float(metrics["clip_factor"])
     return float(metrics["loss"]), jax.tree.map(lambda leaf: np.asarray(leaf) / scale, moments(state)[0])
 
