@@ -14,23 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shapes"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["metrics"], meta_fields=["shapes"])
 @dataclasses.dataclass(frozen=True)
 class PackedMetrics:
     """Float32 arrays by name.
 
     Attributes:
-      values: all of them, one behind the other, float32 [n].
+      metrics: all of them, one behind the other, float32 [n].
       shapes: name and shape of each.
     """
 
-    values: jax.Array
+    metrics: jax.Array
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
     def unpack(self) -> dict[str, np.ndarray]:
         """Waits for the array, and takes it apart."""
         sizes = [math.prod(shape) for _, shape in self.shapes]
-        parts = np.split(jax.device_get(self.values), np.cumsum(sizes)[:-1])
+        parts = np.split(jax.device_get(self.metrics), np.cumsum(sizes)[:-1])
         return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes, parts, strict=True)}
 
 

@@ -11,7 +11,7 @@ METRICS = {"loss": np.float32(2.5), "layer_grad_norm": np.arange(3, dtype=np.flo
 
 def test_what_was_packed_under_jit_comes_out_as_it_was():
     packed = jax.jit(lambda metrics: pack(dict(sorted(metrics.items(), reverse=True))))(METRICS)
-    assert packed.values.shape == (5,)
+    assert packed.metrics.shape == (5,)
     out = packed.unpack()
     assert list(out) == ["skipped", "loss", "layer_grad_norm"]
     for name, value in METRICS.items():

@@ -138,7 +138,8 @@ def test_twenty_steps_are_the_same_under_pmap(style, accumulate):
     state, history = replicate(TrainState.create(host_state(style).params, optimizer)), []
     for step in range(STEPS):
         batch = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), host_batch(step))
-        state, metrics = train_step(state, batch)
+        # Waited for: on a loaded machine the CPU's all-reduce of eight devices can hang behind what is queued next.
+        state, metrics = jax.block_until_ready(train_step(state, batch))
         history.append(jax.tree.map(lambda x: x[0], metrics))
     params = jax.tree.map(lambda x: x[0], state.params)
     assert_same_run(jax.device_get((params, history)), trained(style, ONE))
