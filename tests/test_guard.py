@@ -140,6 +140,7 @@ def keep(values):
         ([[1.0, 2.0], [np.inf, -np.inf]], NOT_FINITE),
         ([[1.0, 2.0], [1.0, np.nan]], NOT_FINITE),
         ([[np.inf, np.inf], [np.inf, 1.0]], NOT_SKIPPED),
+        ([[np.inf, 1.0], [np.inf, np.nan]], NOT_FINITE),
         (np.array([[1, 1], [6e4, 6e4]], np.float16), NOT_SKIPPED),  # whose sum is beyond float16
     ],
 )

@@ -401,18 +401,15 @@ def test_sampled_steps_are_logged_and_others_leave_it_out(run, config, tmp_path)
         assert 0 <= line["adam_frozen_share"] < 0.5
 
 
-def test_looking_changes_no_run_and_devices_change_no_look(run, config, tmp_path):
-    """How often one looks changes no bit; without any look the program is another, and may round otherwise."""
+def test_looking_changes_no_bit_and_devices_change_no_look(run, config, tmp_path):
     looks, others = {}, {}
-    for name, every, mesh in (("blind", 0, {}), ("two", 2, {}), ("one", 3, {}), ("four", 3, {"data": 2, "fsdp": 2})):
+    for name, every, mesh in (("blind", 0, {}), ("one", 3, {}), ("four", 3, {"data": 2, "fsdp": 2})):
         run(change(config, train={"diagnose_every": every}, mesh=mesh), tmp_path / name)
         lines, _ = read_metrics(tmp_path / name / "metrics.jsonl")
         looks[name] = {key: lines[8].get(key) for key in DIAGNOSTICS}
         clocks = ("tokens_per_second", "step_seconds", *DIAGNOSTICS)
         others[name] = [{k: v for k, v in line.items() if k not in clocks} for line in lines]
-    assert others["one"] == others["two"]
-    for line, blind in zip(others["one"], others["blind"], strict=True):
-        assert line == pytest.approx(blind, rel=1e-5)
+    assert others["one"] == others["blind"]
     for key in ("layer_grad_norm", "layer_update_ratio"):
         assert looks["four"][key] == pytest.approx(looks["one"][key], rel=1e-3)
     assert looks["four"]["adam_frozen_share"] == pytest.approx(looks["one"]["adam_frozen_share"], abs=1e-3)
