@@ -102,10 +102,12 @@ def make_loss_scaling(config: Config, num_row_shards: int) -> LossScaling | None
     )
 
 
-def make_diagnose(config: Config) -> Callable | None:
-    """What the train step measures of its layers; None: nothing."""
-    if not config.train.diagnose_every:
-        return None
+def make_diagnose(config: Config) -> Callable:
+    """What the train step measures of its layers, in every step, whether it is logged or not.
+
+    A program that did not would have other fusions around the gradients and the moments, and with them other last bits:
+    looking into a run would change it.
+    """
     return functools.partial(layer_diagnostics, b2=config.optim.b2, eps=config.optim.eps)
 
 

@@ -86,7 +86,7 @@ def shared_programs():
 
     def shared(config, mesh, vocab_size):
         loop = {"log_every": 1, "eval_every": 0, "eval_batches": 0, "stop_after": 0, "replay_check": 0, "init_from": ""}
-        loop |= {"sample_tokens": 0, "sample_prompt": "", "diagnose_every": min(config.train.diagnose_every, 1)}
+        loop |= {"sample_tokens": 0, "sample_prompt": "", "diagnose_every": 0}
         alike = dataclasses.replace(
             config,
             data=DataConfig(store="any"),

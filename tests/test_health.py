@@ -19,6 +19,7 @@ from jaxtrain.diagnostics import DIAGNOSTICS
 from jaxtrain.health import Health, diagnose
 from jaxtrain.metrics import read_metrics
 from jaxtrain.rules import RULES, WINDOW, Facts
+from jaxtrain.sharding import make_mesh
 from jaxtrain.train import GAVE_UP, train
 
 ROOT = Path(__file__).parent.parent
@@ -413,6 +414,14 @@ def test_looking_changes_no_bit_and_devices_change_no_look(run, config, tmp_path
     for key in ("layer_grad_norm", "layer_update_ratio"):
         assert looks["four"][key] == pytest.approx(looks["one"][key], rel=1e-3)
     assert looks["four"]["adam_frozen_share"] == pytest.approx(looks["one"]["adam_frozen_share"], abs=1e-3)
+
+
+def test_the_program_is_the_same_whether_anyone_looks_or_not(config):
+    """Another program would round otherwise: on some machines a run that is looked into would not be the same run."""
+    mesh = make_mesh(config.mesh)
+    programs = [program.make_program(change(config, train={"diagnose_every": n}), mesh, 257) for n in (0, 3)]
+    texts = [p.train_step.lower(p.abstract_state, p.abstract_batch).as_text() for p in programs]
+    assert texts[0] == texts[1]
 
 
 def test_diagnose_every_may_change_when_a_run_goes_on(run, config, tmp_path):
