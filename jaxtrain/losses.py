@@ -154,7 +154,7 @@ def linear_cross_entropy(
       kernel: `[D, V]`, same dtype; products accumulate in float32.
       labels, where, z_loss, label_smoothing, logit_softcap: as for `cross_entropy`. A place of weight 0 adds exactly 0
         even if its hidden state is NaN.
-      chunk_size: tokens a chunk; need not divide their number. None: 1024.
+      chunk_size: tokens a chunk, at most; need not divide their number. None: 1024.
       num_classes: classes, if the last columns of the kernel are padding: they take no part in the loss, and their
         gradient is 0. None: V, times the devices along `vocab_axis`.
       vocab_axis: name of the mapped axis (of `jax.shard_map`, with `check_vma=False`) over which the kernel's columns
@@ -188,17 +188,8 @@ def linear_cross_entropy(
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
     labels, weights, weight = _check_labels(labels, where, terms.num_classes, check_labels)
 
-    num_tokens = math.prod(labels.shape)
-    chunk = min(chunk_size or DEFAULT_CHUNK, max(num_tokens, 1))
-    num_chunks = max(math.ceil(num_tokens / chunk), 1)
-
-    def split(array, width):
-        flat = array.reshape((num_tokens, *width))
-        padding = [(0, num_chunks * chunk - num_tokens)] + [(0, 0)] * len(width)
-        return jnp.pad(flat, padding).reshape((num_chunks, chunk, *width))
-
     hidden, kernel, labels, weights = _vary_alike(hidden, kernel, labels, weights)
-    chunks = _Chunks(split(hidden, hidden.shape[-1:]), split(labels, ()), split(weights, ()))
+    chunks = _cut(hidden, labels, weights, chunk_size or DEFAULT_CHUNK)
     return LossSums(*_linear_sums(chunks, kernel, terms), weight=weight)
 
 
@@ -310,6 +301,26 @@ class _Chunks(NamedTuple):
     hidden: jax.Array
     labels: jax.Array
     weights: jax.Array
+
+
+def _cut(hidden: jax.Array, labels: jax.Array, weights: jax.Array, longest: int) -> _Chunks:
+    """Cuts tokens into as few chunks of at most `longest` as hold them, padded with tokens of weight 0.
+
+    All chunks are about equally long, or one token too many for a chunk would nearly double the work; lengths are
+    multiples of 128 where they can be, which suits all hardware.
+    """
+    num_tokens = math.prod(labels.shape)
+    num_chunks = max(-(-num_tokens // longest), 1)
+    length = max(-(-num_tokens // num_chunks), 1)
+    if num_chunks > 1:
+        length = min(-(-length // 128) * 128, longest)
+
+    def split(array: jax.Array, width: tuple[int, ...]) -> jax.Array:
+        flat = array.reshape((num_tokens, *width))
+        padding = [(0, num_chunks * length - num_tokens)] + [(0, 0)] * len(width)
+        return jnp.pad(flat, padding).reshape((num_chunks, length, *width))
+
+    return _Chunks(split(hidden, hidden.shape[-1:]), split(labels, ()), split(weights, ()))
 
 
 def _chunk_logits(chunk: _Chunks, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -428,6 +428,28 @@ def test_training_never_holds_all_logits():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * vocab / 8
 
 
+@pytest.mark.parametrize(
+    ("tokens", "chunk_size", "rows"),
+    [
+        (1025, 1024, [640] * 2),  # not [1024] * 2: one token more is not twice the work
+        (1024, 1024, [1024]),
+        (600, 1024, [600]),
+        (3000, 1000, [1000] * 3),
+        (2100, 1000, [768] * 3),
+        (100, 64, [64] * 2),  # below 128 as long as it may be
+    ],
+)
+def test_chunks_are_about_equally_long(tokens, chunk_size, rows):
+    """The loop goes over chunks of this many rows, and its product makes as many rows of logits."""
+
+    def loss(hidden, kernel, labels):
+        return linear_cross_entropy(hidden, kernel, labels, chunk_size=chunk_size).nll
+
+    text = tensor_sizes(loss, *big_problem(tokens=tokens, width=16, vocab=321))[1]
+    assert re.search(rf"dot_general.*-> tensor<{rows[0]}x321xf32>", text)
+    assert f"tensor<{len(rows)}x{rows[0]}x16xf32>" in text
+
+
 def test_evaluation_does_no_gradient_work():
     """Without differentiation one product, and nothing of the kernel's size but the kernel."""
     arguments = big_problem()
@@ -506,7 +528,11 @@ def sums_and_gradients(loss, hidden, kernel):
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 @pytest.mark.parametrize("vocab_block", [0, 4])
 def test_padding_of_the_vocabulary_takes_no_part(example, terms, vocab_block):
-    """Three more columns, all above the others, are as good as none; their gradient is exactly 0."""
+    """Three more columns, all above the others, are as good as none; their gradient is exactly 0.
+
+    11 columns and 14 are summed in another order, which depends on the machine's vectors, so the numbers may differ in
+    their last bits.
+    """
     hidden, kernel, labels, weights = example
     padding = np.full((WIDTH, 3), 7.0, np.float32)
     padded = np.concatenate([kernel, padding], axis=1)
@@ -515,7 +541,7 @@ def test_padding_of_the_vocabulary_takes_no_part(example, terms, vocab_block):
     expected = sums_and_gradients(weighed(labels, weights, **terms), hidden, kernel)
     assert (actual[2][:, VOCAB:] == 0).all()
     for a, b in zip((*actual[:2], actual[2][:, :VOCAB]), expected, strict=True):
-        assert_close(a, b, 3e-7)
+        assert_close(a, b)
 
 
 def test_a_label_among_the_padding_is_wrong(example):
