@@ -94,10 +94,7 @@ def make_train_step(
       ValueError: accumulate below 1, float16 without loss scaling; when traced, a batch that `accumulate` does not
         divide, or loss scaling with an optimizer that skips nothing or a state without it.
     """
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1 micro-batch, got {accumulate}")
-    if policy is not None and policy.compute == "float16" and loss_scaling is None:
-        raise ValueError("gradients underflow in float16: give make_train_step(loss_scaling=LossScaling())")
+    _check(accumulate, policy, loss_scaling)
     optimizer = optax.with_extra_args_support(optimizer)
     gradients = functools.partial(_accumulate_gradients, loss_fn, accumulate=accumulate, axis_name=axis_name)
     if map_gradients is not None:
@@ -109,29 +106,13 @@ def make_train_step(
         sums, grads = gradients(_localize(params, axis_name), batch, *factor)
         if axis_name is not None:
             sums, grads = jax.lax.psum((sums, grads), axis_name)
-        weight = jnp.maximum(sums.weight, 1.0)
-        # Two divisions: the product of a factor of 2^24 and millions of tokens is not exact.
-        grads = jax.tree.map(lambda g: functools.reduce(jnp.divide, (*factor, weight), g), grads)
+        grads = _mean(grads, sums, factor)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(
                 grads, state.opt_state, state.params, step=state.step, loss=sums.mean()
             )
             new_params = jax.tree.map(_add_update, state.params, updates)
-        skipped = _read(opt_state, "skipped", 0.0)
-        metrics = {
-            "loss": sums.mean(),
-            "nll": sums.mean_nll(),
-            "z_loss": sums.z_loss / weight,
-            "grad_norm": global_norm(grads),
-            "clip_factor": jnp.where(skipped == 1, 0.0, _read(opt_state, "clip_factor", jnp.nan)),
-            "update_norm": global_norm(updates),
-            "param_norm": global_norm(state.params),
-            "learning_rate": _read(opt_state, "learning_rate", jnp.nan),
-            "tokens": sums.weight,
-            "skipped": skipped,
-            "skip_reason": _read(opt_state, "skip_reason", 0.0),
-            "give_up": _read(opt_state, "give_up", 0.0),
-        }
+        metrics = _metrics(sums, grads, updates, state.params, opt_state)
         if diagnose is not None:
             metrics |= diagnose(state.params, grads, updates, opt_state)
         new_state = state.replace(step=state.step + 1, params=new_params, opt_state=opt_state)
@@ -181,6 +162,39 @@ def replicate(state: Any, devices: list[jax.Device] | None = None) -> Any:
     devices = devices or jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (_PMAP_AXIS,)), PartitionSpec(_PMAP_AXIS))
     return jax.tree.map(lambda x: jax.device_put(jnp.stack([x] * len(devices)), sharding), state)
+
+
+def _check(accumulate: int, policy: Policy | None, loss_scaling: LossScaling | None) -> None:
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1 micro-batch, got {accumulate}")
+    if policy is not None and policy.compute == "float16" and loss_scaling is None:
+        raise ValueError("gradients underflow in float16: give make_train_step(loss_scaling=LossScaling())")
+
+
+def _mean(grads: Any, sums: LossSums, factor: tuple[jax.Array, ...]) -> Any:
+    """The gradient of the mean loss, of that of the summed loss times the factor."""
+    # Two divisions: the product of a factor of 2^24 and millions of tokens is not exact.
+    divisors = (*factor, jnp.maximum(sums.weight, 1.0))
+    return jax.tree.map(lambda g: functools.reduce(jnp.divide, divisors, g), grads)
+
+
+def _metrics(sums: LossSums, grads: Any, updates: Any, params: Any, opt_state: optax.OptState) -> Metrics:
+    """What every step says of itself: see `make_train_step`."""
+    skipped = _read(opt_state, "skipped", 0.0)
+    return {
+        "loss": sums.mean(),
+        "nll": sums.mean_nll(),
+        "z_loss": sums.z_loss / jnp.maximum(sums.weight, 1.0),
+        "grad_norm": global_norm(grads),
+        "clip_factor": jnp.where(skipped == 1, 0.0, _read(opt_state, "clip_factor", jnp.nan)),
+        "update_norm": global_norm(updates),
+        "param_norm": global_norm(params),
+        "learning_rate": _read(opt_state, "learning_rate", jnp.nan),
+        "tokens": sums.weight,
+        "skipped": skipped,
+        "skip_reason": _read(opt_state, "skip_reason", 0.0),
+        "give_up": _read(opt_state, "give_up", 0.0),
+    }
 
 
 def _loss_factor(state: TrainState, loss_scaling: LossScaling | None) -> tuple[jax.Array, ...]:
