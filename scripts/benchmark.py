@@ -113,12 +113,13 @@ def device() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's own name; `platform` has only its family on Linux."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+    """The processor's own name and its widest vectors, on which a matrix product depends and names are silent."""
+    info = Path("/proc/cpuinfo")  # `platform` has only the family on Linux
+    pairs = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in reversed(pairs)}  # the first core's stay
+    flags = fields.get("flags", "").split()
+    vectors = next((f" with {name}" for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
+    return fields.get("model name", platform.processor() or platform.machine()) + vectors
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
