@@ -217,7 +217,7 @@ class TrainConfig:
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
     loss_chunk: int = 0  # tokens a chunk of the loss head; 0: the default of linear_cross_entropy
     log_every: int = 10  # optimizer steps
-    diagnose_every: int = 100  # optimizer steps from one look into the layers to the next, logged too; 0: none
+    diagnose_every: int = 100  # optimizer steps between logged looks into the layers; 0: none logged, all measured
     eval_every: int = 0  # optimizer steps; 0: only at the end
     eval_batches: int = 0  # batches of validation data each time; 0: the whole split
     replay_check: int = 0  # every so many steps run a step twice and compare all bits; 0: off. Takes a second state
