@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -321,6 +322,40 @@ def test_what_fails_on_process_0_for_all_fails_on_all(tmp_path):
     assert 0 not in codes
     assert "KeyError: 'nothing'" in errors[0]
     assert "ValueError: 'nothing'" in errors[1]
+
+
+class SlowStore:
+    """A key-value store whose answers take 2 ms on their way, as `jax.distributed`'s client tells it."""
+
+    def __init__(self, **values):
+        self.values = {key.replace("__", "/"): value for key, value in values.items()}
+
+    def key_value_dir_get(self, key):
+        return [(name, value) for name, value in self.values.items() if name.startswith(f"{key}/")]
+
+    def key_value_try_get(self, key):
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: Config key {key} not found.")
+        return self.values[key]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        if milliseconds < 2 or key not in self.values:
+            time.sleep(milliseconds / 1000)
+            raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: GetKeyValue() timed out with key: {key}")
+        return self.values[key]
+
+
+def test_what_is_in_the_store_is_read_however_late_and_slow(monkeypatch):
+    def get(key, seconds, **values):
+        state = types.SimpleNamespace(client=SlowStore(**values))
+        monkeypatch.setattr(distributed, "_state", lambda: state)
+        return distributed._get(key, time.monotonic() + seconds)
+
+    assert get("said", 0.0, said="1") == "1"  # who waited for a first process has no time left for the second
+    assert get("said", 60.0, said="1", jaxtrain__failed__0="process 0 failed") == "1"
+    assert get("said", 0.01) is None
+    with pytest.raises(ValueError, match="^process 0 failed$"):
+        get("said", 60.0, jaxtrain__failed__0="process 0 failed")
 
 
 def meet_all(arguments, timeout=20.0):
