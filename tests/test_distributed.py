@@ -354,7 +354,7 @@ def test_what_is_in_the_store_is_read_however_late_and_slow(monkeypatch):
     assert get("said", 0.0, said="1") == "1"  # who waited for a first process has no time left for the second
     assert get("said", 60.0, said="1", jaxtrain__failed__0="process 0 failed") == "1"
     assert get("said", 0.01) is None
-    with pytest.raises(ValueError, match="^process 0 failed$"):
+    with pytest.raises(ValueError, match=r"^process 0 failed$"):
         get("said", 60.0, jaxtrain__failed__0="process 0 failed")
 
 
