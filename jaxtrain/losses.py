@@ -13,10 +13,12 @@ Per token with logits x, label y and weight w:
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain import struct
 
@@ -120,10 +122,14 @@ def cross_entropy(
     terms = _check_terms(z_loss, label_smoothing, logit_softcap, logits.shape[-1])
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {logits.shape} must be [..., V] for labels [...] {labels.shape}")
-    labels, weights, weight = _check_labels(labels, where, terms.num_classes)
-    logits = jnp.where((weights != 0)[..., None], logits.astype(jnp.float32), 0.0)
-    sums, _ = _sum_terms(_softcap(logits, terms.logit_softcap), labels, weights, terms)
-    return LossSums(*sums, weight=weight)
+
+    def sums_over(logits, labels, where):
+        labels, weights, weight = _check_labels(labels, where, terms.num_classes)
+        logits = jnp.where((weights != 0)[..., None], logits.astype(jnp.float32), 0.0)
+        sums, _ = _sum_terms(_softcap(logits, terms.logit_softcap), labels, weights, terms)
+        return LossSums(*sums, weight=weight)
+
+    return _on_auto_axes(sums_over, logits, labels, where)
 
 
 def linear_cross_entropy(
@@ -154,7 +160,8 @@ def linear_cross_entropy(
       kernel: `[D, V]`, same dtype; products accumulate in float32.
       labels, where, z_loss, label_smoothing, logit_softcap: as for `cross_entropy`. A place of weight 0 adds exactly 0
         even if its hidden state is NaN.
-      chunk_size: tokens a chunk, at most; need not divide their number. None: 1024.
+      chunk_size: tokens a chunk, at most; need not divide their number. None: 1024. Of tokens that are sharded under
+        `jit` each device works on its share of every chunk: 1024 times the devices gives each as much as one has.
       num_classes: classes, if the last columns of the kernel are padding: they take no part in the loss, and their
         gradient is 0. None: V, times the devices along `vocab_axis`.
       vocab_axis: name of the mapped axis (of `jax.shard_map`, with `check_vma=False`) over which the kernel's columns
@@ -186,11 +193,27 @@ def linear_cross_entropy(
         raise ValueError(f"hidden is {hidden.dtype} and kernel is {kernel.dtype}: cast one of them")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
-    labels, weights, weight = _check_labels(labels, where, terms.num_classes, check_labels)
 
-    hidden, kernel, labels, weights = _vary_alike(hidden, kernel, labels, weights)
-    chunks = _cut(hidden, labels, weights, chunk_size or DEFAULT_CHUNK)
-    return LossSums(*_linear_sums(chunks, kernel, terms), weight=weight)
+    def sums_over(hidden, kernel, labels, where):
+        labels, weights, weight = _check_labels(labels, where, terms.num_classes, check_labels)
+        hidden, kernel, labels, weights = _vary_alike(hidden, kernel, labels, weights)
+        chunks = _cut(hidden, labels, weights, chunk_size or DEFAULT_CHUNK)
+        return LossSums(*_linear_sums(chunks, kernel, terms), weight=weight)
+
+    return _on_auto_axes(sums_over, hidden, kernel, labels, where)
+
+
+def _on_auto_axes(function: Callable[..., LossSums], *arrays: jax.Array | None) -> LossSums:
+    """Calls a function that leaves it to the compiler how its intermediate results are sharded; its own are everywhere.
+
+    On axes of type Explicit, which `jax.make_mesh` gives by default, JAX would ask for the sharding of each.
+    """
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays if array is not None]
+    explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    if explicit is None:
+        return function(*arrays)
+    everywhere = NamedSharding(explicit, PartitionSpec())
+    return jax.sharding.auto_axes(function, axes=explicit.explicit_axes, out_sharding=everywhere)(*arrays)
 
 
 def _vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -306,21 +329,28 @@ class _Chunks(NamedTuple):
 def _cut(hidden: jax.Array, labels: jax.Array, weights: jax.Array, longest: int) -> _Chunks:
     """Cuts tokens into as few chunks of at most `longest` as hold them, padded with tokens of weight 0.
 
-    All chunks are about equally long, or one token too many for a chunk would nearly double the work; lengths are
-    multiples of 128 where they can be, which suits all hardware.
+    Chunk i takes tokens i, i + K, ...: of tokens that are sharded over devices each has its share of every chunk. All
+    chunks are about equally long, or one token too many for a chunk would nearly double the work. Lengths are multiples
+    of 128, which suits all hardware, where that adds little, and otherwise of 8.
     """
     num_tokens = math.prod(labels.shape)
     num_chunks = max(-(-num_tokens // longest), 1)
     length = max(-(-num_tokens // num_chunks), 1)
     if num_chunks > 1:
-        length = min(-(-length // 128) * 128, longest)
+        multiple = 128 if length >= 512 else 8
+        length = min(-(-length // multiple) * multiple, longest)
 
     def split(array: jax.Array, width: tuple[int, ...]) -> jax.Array:
         flat = array.reshape((num_tokens, *width))
         padding = [(0, num_chunks * length - num_tokens)] + [(0, 0)] * len(width)
-        return jnp.pad(flat, padding).reshape((num_chunks, length, *width))
+        return jnp.swapaxes(jnp.pad(flat, padding).reshape((length, num_chunks, *width)), 0, 1)
 
     return _Chunks(split(hidden, hidden.shape[-1:]), split(labels, ()), split(weights, ()))
+
+
+def _join(array: jax.Array) -> jax.Array:
+    """`[K, C, ...]` to `[N, ...]`, the tokens in the order in which they came: each stays on its device."""
+    return jnp.swapaxes(array, 0, 1).reshape(-1, *array.shape[2:])
 
 
 def _chunk_logits(chunk: _Chunks, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -392,7 +422,7 @@ def _sums_and_gradients(chunks: _Chunks, kernel: jax.Array, terms: _Terms, scale
 
 def _kernel_gradient(chunks: _Chunks, kernel: jax.Array, lse_KC: jax.Array, terms: _Terms, scales) -> jax.Array:
     """The kernel's gradient `[D, V]` in its dtype, a block of columns at a time: whole sums over tokens, in float32."""
-    tokens = _Chunks(*(x.reshape(-1, *x.shape[2:]) for x in chunks))
+    tokens = _Chunks(*map(_join, chunks))
     hidden_ND = jnp.where((tokens.weights != 0)[:, None], tokens.hidden, 0)
     num_columns = kernel.shape[1]
     block = min(terms.vocab_block, num_columns)
@@ -402,7 +432,7 @@ def _kernel_gradient(chunks: _Chunks, kernel: jax.Array, lse_KC: jax.Array, term
         start = jnp.minimum(i * block, num_columns - block)
         columns_DW = jax.lax.dynamic_slice_in_dim(kernel, start, block, axis=1)
         logits_NW = jnp.matmul(hidden_ND, columns_DW, preferred_element_type=jnp.float32)
-        gradient_NW = _logit_gradient(logits_NW, lse_KC.reshape(-1), tokens, scales, terms, num_columns, start)
+        gradient_NW = _logit_gradient(logits_NW, _join(lse_KC), tokens, scales, terms, num_columns, start)
         block_DW = jnp.matmul(hidden_ND.T, gradient_NW.astype(kernel.dtype), preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(gradient_DV, block_DW.astype(kernel.dtype), start, axis=1)
 

@@ -410,6 +410,12 @@ def big_problem(tokens=4096, width=16, vocab=1024):
     return jnp.ones((tokens, width)), jnp.ones((width, vocab)), jnp.zeros(tokens, jnp.int32)
 
 
+def random_problem(shape, width, vocab):
+    rng = np.random.default_rng(4)
+    hidden, kernel = rng.normal(size=(*shape, width)), rng.normal(size=(width, vocab))
+    return jnp.float32(hidden), jnp.float32(kernel), jnp.int32(rng.integers(0, vocab, shape))
+
+
 def chunked(hidden, kernel, labels):
     return linear_cross_entropy(hidden, kernel, labels, chunk_size=64, z_loss=1e-4, logit_softcap=30.0).mean()
 
@@ -436,7 +442,8 @@ def test_training_never_holds_all_logits():
         (600, 1024, [600]),
         (3000, 1000, [1000] * 3),
         (2100, 1000, [768] * 3),
-        (100, 64, [64] * 2),  # below 128 as long as it may be
+        (100, 64, [56] * 2),  # short ones are multiples of 8
+        (129, 128, [72] * 2),
     ],
 )
 def test_chunks_are_about_equally_long(tokens, chunk_size, rows):
@@ -505,6 +512,49 @@ def test_shard_map_reduces_a_replicated_kernel_by_itself(example):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P())
     assert_close(jax.jit(mapped)(hidden, kernel, labels), linear_nll(hidden, kernel, labels)[1][1])
+
+
+@pytest.mark.parametrize("vocab_block", [0, 128])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_under_jit_each_device_works_on_its_tokens(kind, vocab_block):
+    """No `shard_map`, whichever type the mesh's axes are of: an eighth of the work, and the numbers of one device."""
+
+    def loss(hidden, kernel, labels):
+        options = {"where": labels % 5 != 0, "chunk_size": 64, "vocab_block": vocab_block, "label_smoothing": 0.1}
+        return linear_cross_entropy(hidden, kernel, labels, **options).mean()
+
+    arguments = random_problem((16, 32), width=16, vocab=512)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType[kind],))
+    rows = jax.NamedSharding(mesh, P("data"))
+    sharded = jax.device_put(arguments, (rows, jax.NamedSharding(mesh, P()), rows))
+    for actual, expected in zip(jax.tree.leaves(step(*sharded)), jax.tree.leaves(step(*arguments)), strict=True):
+        assert_close(actual, expected)
+    one, eight = (step.lower(*each).compile() for each in (arguments, sharded))
+    assert eight.cost_analysis()["flops"] < one.cost_analysis()["flops"] / 6
+    assert "all-gather" not in eight.as_text()
+
+
+@pytest.mark.parametrize("head", [P(), P("data"), P("data", "model")], ids=str)
+def test_explicit_axes_ask_for_nothing(head):
+    """On a mesh as `jax.make_mesh` gives it, dense and not; gradients are sharded like what they are of."""
+
+    def both(hidden, kernel, labels):
+        where = labels != 3
+        dense = cross_entropy(hidden @ kernel, labels, where=where, z_loss=1e-3)
+        return (linear_cross_entropy(hidden, kernel, labels, where=where, chunk_size=24, z_loss=1e-3) + dense).mean()
+
+    arguments = random_problem((8, 12), width=16, vocab=64)
+    expected = jax.jit(jax.value_and_grad(both, (0, 1)))(*arguments)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    specs = P("data"), head, P("data")
+    with jax.set_mesh(mesh):
+        sharded = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs, strict=True)]
+        actual = jax.jit(jax.value_and_grad(both, (0, 1)))(*sharded)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert_close(x, y)
+    for x, y in zip(actual[1], sharded, strict=False):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
 ALL_TERMS = {"z_loss": 0.01, "label_smoothing": 0.1, "logit_softcap": 3.0}
