@@ -21,7 +21,7 @@ DIAGNOSTICS = ("layer_grad_norm", "layer_update_ratio", "adam_frozen_share")
 
 
 def drop_unsampled(metrics: dict[str, Any], done: int, every: int) -> dict[str, Any]:
-    """The metrics of step `done` (from 1) without what was not measured in it."""
+    """The metrics of step `done` (from 1) without what is not logged of it."""
     if every and done % every == 0:
         return metrics
     return {name: value for name, value in metrics.items() if name not in DIAGNOSTICS}

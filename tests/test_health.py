@@ -416,8 +416,10 @@ def test_looking_changes_no_bit_and_devices_change_no_look(run, config, tmp_path
     assert looks["four"]["adam_frozen_share"] == pytest.approx(looks["one"]["adam_frozen_share"], abs=1e-3)
 
 
-def test_the_program_is_the_same_whether_anyone_looks_or_not(config):
+@pytest.mark.parametrize(("accumulate", "axes"), [(1, {}), (2, {"data": 2, "fsdp": 2})])
+def test_the_program_is_the_same_whether_anyone_looks_or_not(config, accumulate, axes):
     """Another program would round otherwise: on some machines a run that is looked into would not be the same run."""
+    config = change(config, train={"accumulate": accumulate}, mesh=axes)
     mesh = make_mesh(config.mesh)
     programs = [program.make_program(change(config, train={"diagnose_every": n}), mesh, 257) for n in (0, 3)]
     texts = [p.train_step.lower(p.abstract_state, p.abstract_batch).as_text() for p in programs]
