@@ -30,12 +30,17 @@ IMPORTS = {
 }
 
 
+def surroundings(*without: str) -> dict[str, str]:
+    """The environment of a user: what is installed has its bytecode, so where it may be written it is."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONDONTWRITEBYTECODE", *without)}
+
+
 def importing(code: str, cpu_seconds: list[float]) -> Callable[[], None]:
     """Imports in a process of its own, and notes the processor time that it took."""
 
     def run() -> None:
         before = os.times()
-        subprocess.run([sys.executable, "-c", code], check=True)
+        subprocess.run([sys.executable, "-c", code], check=True, env=surroundings())
         after = os.times()
         own = (after.children_user + after.children_system) - (before.children_user + before.children_system)
         cpu_seconds.append(own)
@@ -46,7 +51,7 @@ def importing(code: str, cpu_seconds: list[float]) -> Callable[[], None]:
 def first_step(config: str, run: Path, cache: Path, stop_after: int) -> float:
     """Seconds until `jaxtrain train` shows its first step; waits for its end."""
     own = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_ENABLE_COMPILATION_CACHE")
-    environment = {name: value for name, value in os.environ.items() if name not in own}
+    environment = surroundings(*own)
     environment["XDG_CACHE_HOME"] = str(cache)
     command = [sys.executable, "-u", "-m", "jaxtrain.cli", "train", config, "--run-dir", str(run)]
     command += ["--train.log-every", "1", "--train.stop-after", str(stop_after)]
