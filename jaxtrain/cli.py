@@ -107,10 +107,10 @@ def _train(arguments: list[str]) -> int:
     options = _parse(Options, f"train {file}", rest, Options(default))
     if not options.run_dir:
         raise ValueError("--run-dir is '': give the folder of the run")
-    from jaxtrain.compile_cache import compile_cache
-    from jaxtrain.distributed import session
-    from jaxtrain.stop import is_stuck, leave
-    from jaxtrain.train import GAVE_UP, train
+    from jaxtrain.runtime.compile_cache import compile_cache
+    from jaxtrain.runtime.processes import session
+    from jaxtrain.runtime.stop import is_stuck, leave
+    from jaxtrain.training.train import GAVE_UP, train
 
     if options.rewind < 0:
         raise ValueError(f"--rewind must be the step of a checkpoint, got {options.rewind}")
@@ -142,7 +142,7 @@ def _health(arguments: list[str]) -> int:
         run: tyro.conf.Positional[str]  # run directory
 
     run = _parse(Options, "report", arguments).run
-    from jaxtrain.report import describe_times, read_findings, write_report
+    from jaxtrain.monitoring.report import describe_times, read_findings, write_report
 
     findings, progress = read_findings(run)
     print(progress)
@@ -171,8 +171,8 @@ def _schedule(arguments: list[str]) -> int:
     import jax
     import jax.numpy as jnp
 
-    from jaxtrain.build import describe_schedule, make_schedule
-    from jaxtrain.plots import draw_curve, plot_schedule
+    from jaxtrain.monitoring.plots import draw_curve, plot_schedule
+    from jaxtrain.training.components import describe_schedule, make_schedule
 
     steps = options.config.train.steps
     schedule = make_schedule(options.config)
@@ -187,7 +187,7 @@ def _schedule(arguments: list[str]) -> int:
 def _plan(arguments: list[str]) -> int:
     """Says what a config needs before it runs: `plan CONFIG [--topology v5p:2x2x2] [--max-batch] [--json] ...`."""
     file, default, rest = _config_argument("plan", arguments)
-    from jaxtrain.plan_view import Question, plan
+    from jaxtrain.plan.view import Question, plan
 
     @dataclasses.dataclass(frozen=True)
     class Options:
@@ -214,7 +214,7 @@ def _prepare(arguments: list[str]) -> int:
     options = _parse(Options, "prepare", arguments)
     if not options.out:
         raise ValueError("--out is '': give the folder of the token store")
-    from jaxtrain.data.prepare import prepare
+    from jaxtrain.data.prepare.prepare import prepare
 
     store = prepare(
         options.sources,
@@ -246,9 +246,9 @@ def _eval(arguments: list[str]) -> int:
         json: bool = False  # print one JSON object
 
     options = _parse(Options, "eval", arguments)
-    from jaxtrain.compile_cache import compile_cache
-    from jaxtrain.distributed import is_lead, session
-    from jaxtrain.evaluate import compressor_bits_per_byte, evaluate_split, split_text
+    from jaxtrain.runtime.compile_cache import compile_cache
+    from jaxtrain.runtime.processes import is_lead, session
+    from jaxtrain.training.evaluate import compressor_bits_per_byte, evaluate_split, split_text
 
     with compile_cache(), session(_report):
         run, params, step = _trained(options)
@@ -283,9 +283,9 @@ def _generate(arguments: list[str]) -> int:
         step: int = 0  # of the checkpoint; 0: the newest
 
     options = _parse(Options, "generate", arguments)
-    from jaxtrain.compile_cache import compile_cache
-    from jaxtrain.distributed import is_lead, session
-    from jaxtrain.generate import Sampling, continue_text
+    from jaxtrain.runtime.compile_cache import compile_cache
+    from jaxtrain.runtime.processes import is_lead, session
+    from jaxtrain.training.generate import Sampling, continue_text
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     with compile_cache(), session(_report):
@@ -306,11 +306,11 @@ def _replay(arguments: list[str]) -> int:
         json: bool = False  # print one JSON object, with all rows
 
     options = _parse(Options, "replay", arguments)
-    from jaxtrain.compile_cache import compile_cache
-    from jaxtrain.distributed import agree, is_lead, session
-    from jaxtrain.metrics import encode
-    from jaxtrain.replay import replay
-    from jaxtrain.replay_view import show
+    from jaxtrain.monitoring.metrics import encode
+    from jaxtrain.monitoring.replay_view import show
+    from jaxtrain.runtime.compile_cache import compile_cache
+    from jaxtrain.runtime.processes import agree, is_lead, session
+    from jaxtrain.training.replay import replay
 
     with compile_cache(), session(_report):
         agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
@@ -322,8 +322,8 @@ def _replay(arguments: list[str]) -> int:
 
 def _trained(options: Any) -> tuple[Any, Any, int]:
     """The run that a command names, its parameters and their step; the same on every process."""
-    from jaxtrain.distributed import agree
-    from jaxtrain.run import open_run, restore_params
+    from jaxtrain.runtime.processes import agree
+    from jaxtrain.training.run import open_run, restore_params
 
     agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
     run = open_run(options.run)

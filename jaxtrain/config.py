@@ -11,15 +11,15 @@ import math
 import runpy
 import traceback
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxtrain.data.skip import parse_ranges
-
 Schedule = Literal["cosine", "linear", "wsd", "sgdr", "constant"]
 Clipping = Literal["global_norm", "zclip", "adaptive"]
 Remat = Literal["none", "minimal", "full", "offload"]
+Ranges = tuple[tuple[int, int], ...]
 
 _INT_LIMIT = 2**31  # what is counted on devices is counted in 32 bits
 
@@ -385,6 +385,33 @@ class Config:
             f"optim.cycles {optim.cycles} must divide train.steps {steps} into cycles longer than optim.warmup_steps "
             f"{optim.warmup_steps}",
         )
+
+
+def parse_ranges(texts: Sequence[str]) -> Ranges:
+    """Reads `START:STOP` texts.
+
+    Returns:
+      The same batches as ranges [START, STOP) in ascending order, with gaps between them.
+
+    Raises:
+      ValueError: not two whole numbers, or an empty range.
+    """
+    ranges = []
+    for text in texts:
+        parts = text.split(":")
+        if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
+            raise ValueError(f"data.skip {text!r} is no range of batches: write START:STOP, such as 12000:12200")
+        start, stop = (int(part) for part in parts)
+        if start >= stop:
+            raise ValueError(f"data.skip {text!r} is empty: batches START to STOP - 1 are left out, so STOP is larger")
+        ranges.append((start, stop))
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], stop))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
 
 
 def to_json(config: Config) -> str:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxtrain import struct
+from jaxtrain import trees
 
 # The head's gradient [D, V] is read and written once a chunk, 8 bytes for 6 * C flops: long chunks hide that behind the
 # matrix products, short ones keep the logits of a chunk small. scripts/bench_loss.py prints what a length costs.
@@ -32,7 +32,7 @@ CARRY_LIMIT = 2**30
 _DEFAULT_BLOCK = 8192
 
 
-@struct.dataclass
+@trees.dataclass
 class LossSums:
     """Sums over tokens, float32 scalars: a pytree that adds, so that micro-batches and devices can be summed exactly.
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain import struct
+from jaxtrain import trees
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Policy:
         return jax.tree.map(cast, params)
 
 
-@struct.dataclass
+@trees.dataclass
 class LossScale:
     """State of loss scaling: the factor now, and the number of steps since it last changed."""
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain import struct
+from jaxtrain import trees
 from jaxtrain.losses import LossSums
 from jaxtrain.optim import global_norm
 from jaxtrain.precision import LossScale, LossScaling, Policy
@@ -29,7 +29,7 @@ LossFn = Callable[[Any, Batch], LossSums]
 _PMAP_AXIS = "devices"
 
 
-@struct.dataclass
+@trees.dataclass
 class TrainState:
     """All that a run carries from step to step.
 

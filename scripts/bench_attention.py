@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark import Table, interleave, parser, report
 
-from jaxtrain.models import cudnn
-from jaxtrain.models.attention import attend, choose_kernel
+from jaxtrain.models.kernels import cudnn
+from jaxtrain.models.kernels.attention import attend, choose_kernel
 
 
 class Shape(NamedTuple):

@@ -20,7 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 from benchmark import Table, parser, report
 
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.step import TrainState
 
 _LEAF = 2**24  # float32 numbers of a leaf: 64 MiB

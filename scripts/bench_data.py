@@ -22,7 +22,7 @@ from benchmark import Table, interleave, parser, report
 from jaxtrain.config import MeshConfig
 from jaxtrain.data.loader import Prefetcher, TrainBatches, global_batch
 from jaxtrain.data.store import Split
-from jaxtrain.sharding import by_rows, make_mesh
+from jaxtrain.runtime.mesh import by_rows, make_mesh
 
 _VOCAB = 50_257
 

@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 from benchmark import Table, parser, report
 
-import jaxtrain.train
+import jaxtrain.training.train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, load
-from jaxtrain.data.prepare import prepare
-from jaxtrain.run import Run, assemble, batch_source
+from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.training.run import Run, assemble, batch_source
 
 
 class Interleaved:
@@ -85,8 +85,8 @@ def run_loop(config: Config, chunk: int, chunks: int, folder: Path) -> Interleav
         made.append(Interleaved(run, chunk))
         return run._replace(train_step=made[0])
 
-    with mock.patch("jaxtrain.train.assemble", interleaved), contextlib.redirect_stdout(io.StringIO()):
-        jaxtrain.train.train(config, folder / "run")
+    with mock.patch("jaxtrain.training.train.assemble", interleaved), contextlib.redirect_stdout(io.StringIO()):
+        jaxtrain.training.train.train(config, folder / "run")
     return made[0]
 
 

@@ -26,7 +26,7 @@ IMPORTS = {
     "jax": "import jax",
     "jax, optax": "import jax, optax",
     "jaxtrain's core": "import " + ", ".join(f"jaxtrain.{name}" for name in CORE),
-    "all of jaxtrain train": "import jaxtrain.cli, jaxtrain.train",
+    "all of jaxtrain train": "import jaxtrain.cli, jaxtrain.training.train",
 }
 
 

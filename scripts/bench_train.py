@@ -27,13 +27,13 @@ import tyro
 from benchmark import Table, parser, report
 
 from jaxtrain.config import Config, ModelConfig, load
-from jaxtrain.hostmem import keep_freed_memory
-from jaxtrain.metrics import peak_flops
 from jaxtrain.models.size import flops_per_token, num_params
-from jaxtrain.packing import PackedMetrics
-from jaxtrain.plan import plan_vocab
-from jaxtrain.program import make_program
-from jaxtrain.sharding import make_mesh
+from jaxtrain.monitoring.packing import PackedMetrics
+from jaxtrain.plan.formulas import plan_vocab
+from jaxtrain.runtime.chips import peak_flops
+from jaxtrain.runtime.host_memory import keep_freed_memory
+from jaxtrain.runtime.mesh import make_mesh
+from jaxtrain.training.program import make_program
 
 PEERS = {"torch": ("torch eager", "torch compiled"), "eager": ("torch eager",), "compiled": ("torch compiled",)}
 

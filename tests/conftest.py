@@ -81,7 +81,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def store(corpus, tmp_path_factory):
     """Folder of a byte-level token store of the corpus."""
-    from jaxtrain.data.prepare import prepare
+    from jaxtrain.data.prepare.prepare import prepare
 
     folder = tmp_path_factory.mktemp("stores") / "store"
     prepare([str(corpus)], folder, validation_fraction=0.2, progress=False)
@@ -94,8 +94,8 @@ def shared_programs():
 
     A program is made without what it must not depend on, and anew where a test has put something else into it.
     """
-    from jaxtrain import build, program, run
     from jaxtrain.config import CheckpointConfig, DataConfig, FaultConfig
+    from jaxtrain.training import components, program, run
 
     @functools.lru_cache(maxsize=32)
     def make(config, mesh, vocab_size, *patched):
@@ -112,7 +112,7 @@ def shared_programs():
             train=dataclasses.replace(config.train, **loop),
             faults=FaultConfig(inf_step=int(config.faults.in_batch)),  # which, and when, is in the batch
         )
-        return make(alike, mesh, vocab_size, program.init_params, build.skip_bad_steps)
+        return make(alike, mesh, vocab_size, program.init_params, components.skip_bad_steps)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_program", shared)
@@ -122,8 +122,8 @@ def shared_programs():
 @pytest.fixture(autouse=True)
 def reports_that_nobody_reads_are_not_drawn(request, monkeypatch):
     """At the end of a run in a test's own process; `@pytest.mark.report` has them drawn."""
-    if "jaxtrain.train" in sys.modules and not request.node.get_closest_marker("report"):
-        monkeypatch.setattr("jaxtrain.train.write_report", lambda folder: "not drawn")
+    if "jaxtrain.training.train" in sys.modules and not request.node.get_closest_marker("report"):
+        monkeypatch.setattr("jaxtrain.training.train.write_report", lambda folder: "not drawn")
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ import pytest
 
 from jaxtrain.cli import main
 from jaxtrain.config import to_json
-from jaxtrain.data.prepare import prepare
-from jaxtrain.train import train
+from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.training.train import train
 
 ROOT = Path(__file__).parents[1]
 WITHIN = "from jaxtrain.config import *\n"
@@ -481,13 +481,13 @@ def test_a_run_that_failed_at_its_first_step_may_be_mended_in_place(world):
 
 
 INTERRUPTED = {
-    "train": ("train {config} --run-dir {out}", "jaxtrain.train.assemble"),
-    "eval": ("eval {run}", "jaxtrain.run.open_run"),
-    "generate": ("generate {run}", "jaxtrain.run.open_run"),
-    "replay": ("replay {run} --step 3", "jaxtrain.replay.open_run"),
-    "prepare": ("prepare {corpus} --out {out}", "jaxtrain.data.prepare.build_store"),
-    "plan": ("plan {config}", "jaxtrain.plan_view.make_plan"),
-    "schedule": ("schedule {config}", "jaxtrain.plots.draw_curve"),
+    "train": ("train {config} --run-dir {out}", "jaxtrain.training.train.assemble"),
+    "eval": ("eval {run}", "jaxtrain.training.run.open_run"),
+    "generate": ("generate {run}", "jaxtrain.training.run.open_run"),
+    "replay": ("replay {run} --step 3", "jaxtrain.training.replay.open_run"),
+    "prepare": ("prepare {corpus} --out {out}", "jaxtrain.data.prepare.prepare.build_store"),
+    "plan": ("plan {config}", "jaxtrain.plan.view.make_plan"),
+    "schedule": ("schedule {config}", "jaxtrain.monitoring.plots.draw_curve"),
 }
 
 

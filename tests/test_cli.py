@@ -7,7 +7,7 @@ import pytest
 
 from jaxtrain.cli import main
 from jaxtrain.config import to_json
-from jaxtrain.train import train
+from jaxtrain.training.train import train
 
 
 @pytest.fixture(scope="module")

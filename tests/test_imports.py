@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxtrain"
 # Each core module with the core modules it may import: upwards only towards the front of this list.
 CORE = {
-    "struct": set(),
-    "losses": {"struct"},
+    "trees": set(),
+    "losses": {"trees"},
     "schedules": set(),
-    "precision": {"struct"},
+    "precision": {"trees"},
     "optim": {"losses", "schedules", "precision"},
     "clipping": {"losses", "schedules", "precision", "optim"},
     "guard": {"losses", "schedules", "precision", "optim"},
-    "step": {"struct", "losses", "schedules", "precision", "optim", "guard"},
+    "step": {"trees", "losses", "schedules", "precision", "optim", "guard"},
 }
 CORE_LIBRARIES = {"jax", "optax", "chex", "numpy"}
 
@@ -65,13 +65,38 @@ def test_the_core_is_there():
     assert ours(PACKAGE / "step.py") >= {"losses", "optim", "precision"}  # the parser finds imports at all
 
 
-@pytest.mark.parametrize(("package", "other"), [("models", "data"), ("data", "models")])
-def test_models_and_data_stand_alone(package, other):
-    paths = list((PACKAGE / package).rglob("*.py"))
+# The wings, from the bottom to the top: a module imports from its own wing and from lines above its own only.
+LAYERS = [
+    {"trees", "schedules", "config"},
+    {"losses", "precision", "clipping", "guard"},
+    {"optim"},
+    {"step"},
+    {"runtime"},
+    {"models", "data", "monitoring", "checkpoints"},
+    {"training"},
+    {"plan"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def test_every_module_has_a_layer():
+    wings = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert wings - {"__init__", "__pycache__", "py"} == RANK.keys()
+
+
+@pytest.mark.parametrize("wing", RANK)
+def test_imports_run_downwards(wing):
+    folder = PACKAGE / wing
+    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
     assert paths
-    for path in paths:
-        wrong = {name for name in ours(path) if name.split(".")[0] in ("step", other)}
-        assert not wrong, f"{path} imports {wrong}"
+    wrong = {
+        f"{path.relative_to(PACKAGE)} -> {name}"
+        for path in paths
+        for name in ours(path)
+        if name.split(".")[0] != wing and RANK[name.split(".")[0]] >= RANK[wing]
+    }
+    assert wrong == set()
 
 
 def test_configs_import_only_the_config():

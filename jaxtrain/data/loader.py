@@ -17,8 +17,8 @@ from typing import Generic, Protocol, Self, TypeVar
 import jax
 import numpy as np
 
-from jaxtrain.data.order import permute
-from jaxtrain.data.skip import Ranges, skip_to
+from jaxtrain.config import Ranges
+from jaxtrain.data.order import permute, skip_to
 from jaxtrain.data.store import Split
 
 T = TypeVar("T")

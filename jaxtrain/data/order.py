@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from jaxtrain.config import Ranges
+
 NUM_ROUNDS = 8
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, as in splitmix64
@@ -59,3 +61,12 @@ def _round_keys(key: tuple[int, int]) -> list[int]:
     state = int(_mix(_mix(first + np.uint64(_GOLDEN)) ^ second)[0])
     states = np.array([(state + (number + 1) * _GOLDEN) & _MASK for number in range(NUM_ROUNDS)], np.uint64)
     return _mix(states).tolist()
+
+
+def skip_to(index: int, ranges: Ranges) -> int:
+    """The batch that step `index` reads: number `index` (from 0) of those that no range leaves out."""
+    for start, stop in ranges:
+        if index < start:
+            break
+        index += stop - start
+    return index

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.files import sha256_file
 from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from jaxtrain.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
+from jaxtrain.runtime.files import sha256_file
 
 FORMAT = "jaxtrain-tokens"
 VERSION = 1

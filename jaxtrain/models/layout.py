@@ -1,4 +1,4 @@
-"""Which logical axes the dimensions of each parameter have; `jaxtrain.sharding` says where those go."""
+"""Which logical axes the dimensions of each parameter have; `jaxtrain.runtime.mesh` says where those go."""
 
 from typing import Any
 

@@ -24,12 +24,12 @@ from flax import linen as nn
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.losses import LossSums, linear_cross_entropy
-from jaxtrain.models.attention import attend, rope_tables, rotate
+from jaxtrain.models.kernels.attention import attend, rope_tables, rotate
+from jaxtrain.models.kernels.linear import Weights, linear
+from jaxtrain.models.kernels.pointwise import gelu, norm, swiglu
 from jaxtrain.models.layout import gather_layer
-from jaxtrain.models.linear import Weights, linear
 from jaxtrain.models.masters import WithMasters, cast_masters
 from jaxtrain.models.parallel import Parallel, enter_tensor, gather, look_up, take_rows, together
-from jaxtrain.models.pointwise import gelu, norm, swiglu
 from jaxtrain.models.remat import BLOCK_INPUT, checkpoint_name, rematerialize
 
 Params = dict[str, Any]

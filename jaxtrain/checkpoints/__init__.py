@@ -1,0 +1,1 @@
+"""Checkpoints: save, verify, restore, retention, warm start."""

@@ -1,0 +1,1 @@
+"""Attention kernels, matrix products and pointwise functions."""

@@ -1,0 +1,1 @@
+"""Metrics, health rules, console, report and profile of a run."""

@@ -1,0 +1,142 @@
+"""The record of a run: JSON lines that survive a crash."""
+
+import json
+import math
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+# JSON has no such numbers; as these strings they are read by any JSON reader, and by `float` in most languages.
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsWriter:
+    """Appends a run's steps and events to a JSON-lines file, each line flushed as it is written.
+
+    A crash leaves at most one torn last line. Opening the file again ends that line, so that the next object starts on
+    a line of its own. Lines that cannot be written (a full disk) wait until they can, which is said on standard error;
+    `close` raises an OSError if any are left. Values are strings, numbers, arrays (NumPy or JAX; a vector becomes a
+    list), None, and lists and dicts of these; a float32 is written with the digits that give the same float32 back, NaN
+    and infinities as the strings "NaN", "Infinity" and "-Infinity". Close it, or use it as a context manager.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        self._waiting = b"\n" if _is_torn(self._path) else b""  # not written yet
+        self._trouble: OSError | None = None  # why
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._write_waiting()
+
+    def write(self, **fields: Any) -> None:
+        """Writes a logged step; `read_metrics` lists its keys."""
+        self._write_line(fields)
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        """Writes an event: its name, the time (ISO 8601, UTC) and any fields but `event` and `time`."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._write_line(dict(event=name, time=time, **fields))
+
+    def close(self) -> None:
+        """Closes the file; may be called twice."""
+        if self._file.closed:
+            return
+        self._write_waiting()
+        self._file.close()
+        if self._waiting:
+            count = self._waiting.count(b"\n")
+            raise OSError(self._trouble.errno, f"{self._path} lacks its last lines ({count})")
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_line(self, fields: dict[str, Any]) -> None:
+        # Encoded before anything is written: a value that is no JSON leaves no half line.
+        self._waiting += (json.dumps(encode(fields)) + "\n").encode("ascii")
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._trouble = None
+        except OSError as error:
+            if self._trouble is None:
+                print(f"{self._path} cannot be written: {error}; its lines wait until it can", file=sys.stderr)
+            self._trouble = error
+
+
+def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reads a file of `MetricsWriter`: `(step lines, event lines)`.
+
+    A step line has the keys `step` (number of steps done; the first is 1), `attempt` (how many times the run was
+    started, this one included), the metrics of `make_train_step` (`loss`, `nll`, `z_loss`, `grad_norm`, `clip_factor`,
+    `update_norm`, `param_norm`, `learning_rate`, `tokens`, `skipped`), `tokens_seen` (since step 0),
+    `tokens_per_second`, `step_seconds`, and `mfu` (a fraction) where `peak_flops` knows the device; those of every
+    `train.diagnose_every`-th step also have what `layer_diagnostics` returns. They are sorted by `step`; of a step that
+    was run again after a crash only the last attempt is kept, and what a `start` or `resume` from an earlier step has
+    undone is left out. Event lines have `event` and `time`, stay in the order they were written and are all there. Torn
+    lines are left out.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no metrics file {path}: give the folder of a run that `jaxtrain train` has started")
+    steps: dict[int, dict[str, Any]] = {}
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = _decode(json.loads(line))
+        except ValueError:
+            continue
+        if not isinstance(record, dict):
+            continue  # the torn end of a line may be JSON by itself, as in `12`
+        if "event" in record:
+            events.append(record)
+            if record["event"] in ("start", "resume") and "step" in record:  # what came after that is no part of it
+                steps = {step: line for step, line in steps.items() if step <= record["step"]}
+        elif "step" in record:
+            steps[record["step"]] = record  # the file is in order of time: a later line is of a later attempt
+    return [steps[step] for step in sorted(steps)], events
+
+
+def _is_torn(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
+
+
+def encode(value: Any) -> Any:
+    """The value as JSON has it: arrays as numbers, NaN and infinities as strings."""
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    if hasattr(value, "dtype"):
+        if value.ndim:
+            return [encode(item) for item in np.asarray(value)]
+        # Only the exact kinds go through `item`: of a bfloat16 it returns a NumPy scalar that json refuses.
+        value = value.item() if np.dtype(value.dtype).kind in "biu" else float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

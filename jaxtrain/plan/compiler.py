@@ -1,0 +1,196 @@
+"""Compiles a config's train step for a TPU slice that is not there, with the real TPU compiler, in a child process.
+
+libtpu wants to be the only one of its kind and writes to standard error as it pleases: `compile_step` starts
+`python -m jaxtrain.plan.compiler` and reads what it found from a file. The caller's process never loads libtpu.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.config import Config, from_json, to_json
+from jaxtrain.runtime.chips import parse_topology
+
+# What the child sets: JAX runs on the CPU, the TPU compiler asks no metadata server who it is, and does not mind
+# another process with libtpu (it compiles, it touches no TPU).
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+
+
+class CompilerMissing(ImportError):
+    """There is no libtpu."""
+
+
+def compile_step(config: Config, vocab_size: int, topology: str, timeout: float) -> dict[str, Any]:
+    """Compiles the train step.
+
+    Args:
+      config: the run; its mesh must fit the slice.
+      vocab_size: tokens of its vocabulary.
+      topology: chip and shape, such as `v5p:2x2x2`.
+      timeout: seconds after which the child is killed.
+
+    Returns:
+      A dict. Always: `fits`, `hbm_bytes` of a chip, `compile_seconds`, `versions`. Of a program that fits, per device:
+      `argument_bytes_per_device`; `peak_bytes_per_device`, what must fit; `temporary_bytes_per_device`, the peak beyond
+      the arguments; `temporary_sum_bytes_per_device`, the compiler's `temp_size_in_bytes`, in which on a TPU some
+      temporaries count that take each other's place; `output_bytes_per_device`, `alias_bytes_per_device` (outputs that
+      take the arguments' place), `code_bytes_per_device`, `host_bytes_per_device` (temporaries in the host's memory);
+      `collectives` (`hlo.summarize`); `estimated_seconds` (the compiler's own, None where it has none). Of one
+      that does not fit: `needed_bytes_per_device`, None if the compiler does not say, and its `message`.
+
+    Raises:
+      CompilerMissing: libtpu is not installed.
+      ValueError: an unknown topology; a mesh, batch or model that does not fit it.
+      OSError: the compiler is locked by another process, fails, or takes too long.
+    """
+    chip, _ = parse_topology(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise CompilerMissing('the TPU compiler is not installed: pip install "jaxtrain[plan]"')
+    with tempfile.TemporaryDirectory(prefix="jaxtrain-plan-") as folder:
+        request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
+        request.write_text(json.dumps({"config": to_json(config), "vocab_size": vocab_size, "topology": topology}))
+        command = [sys.executable, "-m", "jaxtrain.plan.compiler", str(request), str(answer)]
+        try:
+            child = subprocess.run(
+                command, env=_environment(), capture_output=True, text=True, errors="replace", timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"compiling for {topology} took more than {timeout:g} s: give --timeout more") from None
+        if not answer.exists():
+            last = "\n".join(child.stderr.strip().splitlines()[-15:])
+            raise OSError(f"the TPU compiler ended with exit code {child.returncode} and no answer:\n{last}")
+        found = json.loads(answer.read_text())
+    if "error" in found:
+        _raise(found["error"], found["message"], topology)
+    return {"hbm_bytes": chip.hbm_bytes} | found
+
+
+def search_batch(config: Config, vocab_size: int, topology: str, unit: int, timeout: float) -> Iterator[dict[str, Any]]:
+    """Looks for the largest batch that fits: doubles until it does not, then halves what is between.
+
+    Args:
+      config, vocab_size, topology, timeout: as for `compile_step`; the time-out is of each try.
+      unit: sequences by which batches grow: devices that share the rows x micro-batches.
+
+    Yields:
+      The answer of each try with its `batch_size`. The last that `fits` is the largest; if none does, no batch does.
+    """
+    fits, too_large, tried = 0, None, max(config.train.batch_size // unit, 1)
+    while too_large is None or too_large - fits > 1:
+        train = dataclasses.replace(config.train, batch_size=tried * unit)
+        found = compile_step(dataclasses.replace(config, train=train), vocab_size, topology, timeout)
+        yield {"batch_size": tried * unit} | found
+        fits, too_large = (tried, too_large) if found["fits"] else (fits, tried)
+        tried = 2 * fits if too_large is None else (fits + too_large) // 2
+
+
+def _environment() -> dict[str, str]:
+    # A user's own setting of the lock wins: ALLOW_MULTIPLE_LIBTPU_LOAD=0 waits its turn, with an error.
+    lock = {name: os.environ[name] for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD",) if name in os.environ}
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, **ENVIRONMENT, **lock, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _raise(kind: str, message: str, topology: str) -> None:
+    if kind == "ValueError":
+        raise ValueError(message)
+    if "lockfile" in message:
+        raise BlockingIOError(
+            "another process holds libtpu's lock, /tmp/libtpu_lockfile: wait for it to end, or unset "
+            "ALLOW_MULTIPLE_LIBTPU_LOAD"
+        )
+    if "topology" in message.lower() or "Invalid TPU" in message:
+        raise ValueError(f"the TPU compiler knows no topology {topology!r}: {message.splitlines()[0]}")
+    if kind == "ImportError" or "not installed" in message:
+        raise CompilerMissing(f'the TPU compiler does not load: pip install "jaxtrain[plan]"\n{message}')
+    raise OSError(f"the TPU compiler failed for {topology}: {message}")
+
+
+def _child(request: str, answer: str) -> None:
+    """What the child process does: compiles, and writes what came of it."""
+    asked = json.loads(Path(request).read_text())
+    try:
+        found = _compile(from_json(asked["config"]), asked["vocab_size"], asked["topology"])
+    except ValueError as error:
+        found = {"error": "ValueError", "message": str(error)}
+    except Exception as error:  # whatever it is, the parent shows it
+        found = {"error": type(error).__name__, "message": str(error)[:2000]}
+    Path(answer).write_text(json.dumps(found))
+
+
+def _compile(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
+    import jax
+    import jaxlib
+    import libtpu
+    from jax.experimental import topologies
+
+    from jaxtrain.runtime.mesh import make_mesh
+    from jaxtrain.training.program import make_program
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(config.mesh, devices)
+    program = make_program(config, mesh, vocab_size)
+    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+    start = time.perf_counter()
+    try:
+        found = _describe(lowered.compile(), dict(mesh.shape))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = {"fits": False, "needed_bytes_per_device": _needed(str(error)), "message": str(error).splitlines()[0]}
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu.__version__}
+    return found | {"compile_seconds": time.perf_counter() - start, "versions": versions}
+
+
+def _describe(compiled: Any, mesh_shape: dict[str, int]) -> dict[str, Any]:
+    from jaxtrain.runtime.hlo import collectives, summarize
+
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    return {
+        "fits": True,  # the compiler refuses what does not
+        "argument_bytes_per_device": memory.argument_size_in_bytes,
+        "temporary_bytes_per_device": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
+        "temporary_sum_bytes_per_device": memory.temp_size_in_bytes,
+        "output_bytes_per_device": memory.output_size_in_bytes,
+        "alias_bytes_per_device": memory.alias_size_in_bytes,
+        "code_bytes_per_device": memory.generated_code_size_in_bytes,
+        "host_bytes_per_device": memory.host_temp_size_in_bytes,
+        "peak_bytes_per_device": memory.peak_memory_in_bytes,
+        "collectives": summarize(collectives(text, mesh_shape)),
+        "estimated_seconds": _estimate(compiled, text),
+    }
+
+
+def _estimate(compiled: Any, text: str) -> float | None:
+    """The compiler's estimate of a step; None for a program with loops: it counts what is in one once."""
+    seconds = compiled.cost_analysis().get("optimal_seconds", 0)
+    return seconds if seconds > 0 and not re.search(r" while\(", text) else None
+
+
+def _needed(message: str) -> int | None:
+    """Bytes of HBM that a program would take, from the compiler's refusal: `(120.00G)` or `Used 120.00G of`."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", message)
+    if not found:
+        return None
+    number, unit = (part for part in found.groups() if part)
+    return int(float(number) * 1024 ** (" KMGT".index(unit)))
+
+
+if __name__ == "__main__":
+    _child(sys.argv[1], sys.argv[2])

@@ -1,0 +1,234 @@
+"""What a run needs, by formula: memory of one device, FLOPs, time and cost. Nothing is compiled or allocated.
+
+The formulas know the layout (parameters, moments and gradients in parts over `fsdp` and `tensor`) and what each remat
+policy keeps; they do not know what a compiler does. `jaxtrain.plan.compiler` asks one.
+
+Symbols: B sequences, T tokens each, D d_model, F d_ff, V vocabulary, L layers.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, NamedSharding
+
+from jaxtrain.config import Config, ModelConfig
+from jaxtrain.data.store import open_store
+from jaxtrain.data.tokenizer import ByteTokenizer
+from jaxtrain.losses import CARRY_LIMIT, DEFAULT_CHUNK
+from jaxtrain.models.kernels.attention import choose_kernel
+from jaxtrain.models.layout import logical_axes
+from jaxtrain.models.size import flops_per_token, matrices_per_layer
+from jaxtrain.models.transformer import Transformer, init_params
+from jaxtrain.plan.traffic import Traffic, expected_traffic
+from jaxtrain.runtime.chips import Chip
+from jaxtrain.runtime.mesh import AXES, check_batch, mesh_shape, partition_spec
+from jaxtrain.training.program import check_parts
+
+
+class Memory(NamedTuple):
+    """Bytes of one device, by formula.
+
+    Attributes:
+      parameters: float32 masters.
+      optimizer: both moments of Adam.
+      gradients: in parts like the parameters; in the compute dtype, or where they are added up in float32.
+      compute_copy: parameters cast to the compute dtype once a step; 0 in float32, and where `fsdp` is above 1: layers
+        are cast one at a time.
+      gathered: the head's gradient, and where `fsdp` is above 1 what is whole while it is used: the head and the
+        weights of two layers.
+      activations: what the forward pass keeps for the backward pass, all layers.
+      layer: what one layer's backward pass holds at once.
+      logits: one chunk of float32 logits and its gradient.
+    """
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    compute_copy: int
+    gathered: int
+    activations: int
+    layer: int
+    logits: int
+
+    @property
+    def state(self) -> int:
+        """Parameters and optimizer state: what lives from step to step."""
+        return self.parameters + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """All of it: an upper estimate, since not all is there at once."""
+        return sum(self)
+
+
+class Cost(NamedTuple):
+    """Time and money, at an assumed MFU. Days are of 24 hours; `price` is None where none was given."""
+
+    mfu: float
+    tokens_per_second: float
+    step_seconds: float
+    days: float
+    chip_hours: float
+    price: float | None
+
+
+class Plan(NamedTuple):
+    """What the formulas say about a config on a number of chips."""
+
+    num_params: int
+    num_devices: int
+    mesh: dict[str, int]
+    tokens_per_step: int
+    tokens: int
+    flops_per_step: float
+    memory: Memory
+    traffic: list[Traffic]
+    cost: Cost | None
+
+
+def make_plan(
+    config: Config,
+    vocab_size: int,
+    num_devices: int,
+    chip: Chip | None = None,
+    *,
+    mfu: float = 0.4,
+    price: float | None = None,
+) -> Plan:
+    """Plans a run.
+
+    Args:
+      config: the run.
+      vocab_size: tokens of its vocabulary (`plan_vocab`).
+      num_devices: devices it runs on.
+      chip: what they are; None, or a compute dtype whose peak is not known (float32): the plan has no time and cost.
+      mfu: assumed share of the peak that the model's FLOPs reach (recomputation not counted), from 0 to 1.
+      price: of one chip for one hour, in any currency.
+
+    Raises:
+      ValueError: a mesh or batch that does not fit the devices; mfu or price out of range.
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f"--mfu is a share of the peak, above 0 and at most 1; got {mfu}")
+    if price is not None and not 0 <= price < math.inf:
+        raise ValueError(f"--price is of one chip for one hour, 0 or more; got {price}")
+    mesh = AbstractMesh(mesh_shape(config.mesh, num_devices), AXES)
+    check_batch(config.train.batch_size, config.train.accumulate, mesh)
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    check_parts(model, mesh)
+    tokens_per_step = config.train.batch_size * config.train.seq_len
+    flops = tokens_per_step * flops_per_token(model, config.train.seq_len)
+    whole, local = _num_params(model, mesh)
+    return Plan(
+        num_params=whole,
+        num_devices=mesh.size,
+        mesh=dict(mesh.shape),
+        tokens_per_step=tokens_per_step,
+        tokens=config.train.steps * tokens_per_step,
+        flops_per_step=flops,
+        memory=_memory(config, model, mesh, local, chip),
+        traffic=expected_traffic(config, model, mesh, local),
+        cost=_cost(config, flops, mesh.size, chip, mfu, price),
+    )
+
+
+def plan_vocab(config: Config) -> int:
+    """Size of a config's vocabulary, without preparing its data.
+
+    Raises:
+      ValueError: it takes the data to know it.
+    """
+    data = config.data
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    if data.store and Path(data.store).is_dir():
+        return open_store(data.store, verify=False).vocab_size
+    if not data.store and data.tokenizer == "byte":
+        return ByteTokenizer.vocab_size
+    raise ValueError("the vocabulary is as large as the tokenizer makes it: say how large, with --model.vocab-size")
+
+
+def _cost(
+    config: Config, flops: float, num_devices: int, chip: Chip | None, mfu: float, price: float | None
+) -> Cost | None:
+    if chip is None or config.train.precision != "bfloat16":
+        return None
+    seconds = flops / (num_devices * chip.peak_flops * mfu)
+    hours = config.train.steps * seconds / 3600
+    return Cost(
+        mfu=mfu,
+        tokens_per_second=config.train.batch_size * config.train.seq_len / seconds,
+        step_seconds=seconds,
+        days=hours / 24,
+        chip_hours=hours * num_devices,
+        price=None if price is None else price * hours * num_devices,
+    )
+
+
+def _num_params(model: ModelConfig, mesh: AbstractMesh) -> tuple[int, int]:
+    """Parameters of the whole model, and those that one device holds."""
+    shapes = jax.eval_shape(lambda: init_params(Transformer(model), jax.random.key(0)))
+
+    def local(leaf, axes):
+        return math.prod(NamedSharding(mesh, partition_spec(axes)).shard_shape(leaf.shape))
+
+    parts = jax.tree.map(local, shapes, logical_axes(shapes))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), sum(jax.tree.leaves(parts))
+
+
+def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: int, chip: Chip | None) -> Memory:
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    settings = config.train
+    width = 2 if settings.precision == "bfloat16" else 4  # bytes of the compute dtype
+    rows = settings.batch_size // (settings.accumulate * mesh.shape["data"] * fsdp)
+    kept, layer = _activations(model, fsdp, tensor)
+    kernel = model.attention
+    if kernel == "auto":
+        kernel = choose_kernel(
+            chip.platform if chip else "cpu",
+            settings.precision,
+            settings.seq_len,
+            model.channels_per_head,
+            softcap=model.attention_softcap,
+            capability=chip.capability if chip else None,
+        )
+    # Scores and weights, float32; a kernel that goes by blocks holds neither.
+    scores = 8 * rows * settings.seq_len**2 * model.num_heads // tensor if kernel == "xla" else 0
+    num_kept = model.num_layers if model.remat == "none" and fsdp == 1 else 1
+    head = model.d_model * model.vocab_rows // tensor
+    two_layers = 2 * matrices_per_layer(model) // tensor
+    chunk = min(settings.loss_chunk or DEFAULT_CHUNK, rows * settings.seq_len)
+    late = fsdp > 1 and width < 4  # see models/masters.py
+    added = mesh.shape["data"] > 1 or settings.accumulate > 1
+    head_gradient = (width if 4 * head > CARRY_LIMIT else 4) * head
+    return Memory(
+        parameters=4 * num_local,
+        optimizer=(4 + (2 if config.optim.mu_dtype == "bfloat16" else 4)) * num_local,
+        gradients=(4 if added else width) * num_local + (width * num_local if settings.accumulate > 1 else 0),
+        compute_copy=width * num_local if width < 4 and not late else 0,
+        gathered=head_gradient + (width * (head + two_layers) if fsdp > 1 else 0),
+        activations=width * rows * settings.seq_len * model.num_layers * kept + scores * (num_kept - 1),
+        layer=2 * width * rows * settings.seq_len * layer + scores,
+        logits=(4 + width) * chunk * model.vocab_rows // tensor,
+    )
+
+
+def _activations(model: ModelConfig, fsdp: int, tensor: int) -> tuple[int, int]:
+    """Channels a token that a layer keeps for the backward pass, and those that it has in all."""
+    heads = (2 * model.num_heads + 2 * model.kv_heads) * model.channels_per_head // tensor  # query, mixture, key, value
+    hidden = model.d_ff // tensor
+    num_up = 2 if model.feed_forward == "swiglu" else 1
+    products = heads + model.d_model + num_up * hidden  # see PRODUCTS in models/remat.py
+    whole = products + 4 * model.d_model + num_up * hidden  # norms, residual stream, what comes of up and gate
+    match model.remat:
+        case "full":
+            return model.d_model, whole
+        case "offload":
+            return 0, whole
+        case "none" if fsdp == 1:
+            return whole, whole
+        case _:
+            return model.d_model + products, whole

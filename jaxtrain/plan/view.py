@@ -1,0 +1,240 @@
+"""`jaxtrain plan`: puts the formulas and the compiler's answer together, as tables or as JSON."""
+
+import dataclasses
+import json
+import math
+import sys
+from typing import Any
+
+import rich.console
+import rich.table
+
+from jaxtrain.config import Config
+from jaxtrain.monitoring.console import format_seconds
+from jaxtrain.plan.compiler import CompilerMissing, compile_step, search_batch
+from jaxtrain.plan.formulas import Plan, make_plan, plan_vocab
+from jaxtrain.runtime.chips import Chip, find_chip, parse_topology
+
+_WIDTH = 120  # characters, where the output is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked of `jaxtrain plan` besides the config."""
+
+    topology: str = ""  # compile for this TPU slice: v5p:2x2x2, v5e:4x4, v6e:4x4, any shape
+    devices: int = 0  # without a topology: number of devices; 0: as many as the config's mesh names
+    chip: str = ""  # without a topology: v5e, v5p, v6e, a100, h100 or h200; for times, cost and what fits
+    mfu: float = 0.4  # share of the chips' peak that the model's FLOPs are assumed to reach
+    price: float = 0.0  # of one chip for one hour, in any currency; 0: no cost is given
+    max_batch: bool = False  # look for the largest train.batch_size that fits (needs a topology)
+    timeout: float = 3600.0  # seconds that one compilation may take
+    json: bool = False  # print one JSON object
+
+
+def plan(config: Config, question: Question) -> None:
+    """Prints the plan of a config.
+
+    Raises:
+      ValueError: an unknown topology or chip; a config that does not fit the devices.
+      OSError: the compiler fails, is locked or takes too long.
+    """
+    vocab_size = plan_vocab(config)
+    chip, num_devices = _devices(config, question)
+    settings = {"mfu": question.mfu, "price": question.price or None}
+    formulas = make_plan(config, vocab_size, num_devices, chip, **settings)
+    compiled, note = None, "by formula: give --topology, such as v5p:2x2x2, to ask the TPU compiler"
+    if question.topology:
+        try:
+            compiled, tries = _compile(config, vocab_size, question, formulas)
+            note = ""
+        except CompilerMissing as missing:
+            note = f"by formula only, {missing}"
+    if compiled and question.max_batch and compiled["fits"]:
+        train = dataclasses.replace(config.train, batch_size=compiled["batch_size"])
+        config = dataclasses.replace(config, train=train)
+        formulas = make_plan(config, vocab_size, num_devices, chip, **settings)
+    result = _result(config, formulas, chip, compiled, note)
+    if compiled and question.max_batch:
+        fitting = [one["batch_size"] for one in tries if one["fits"]]
+        result |= {"max_batch": max(fitting, default=0), "tries": [_outcome(one) for one in tries]}
+    if question.json:
+        print(json.dumps(result))
+    else:
+        _show(config, formulas, chip, question, result)
+
+
+def _devices(config: Config, question: Question) -> tuple[Chip | None, int]:
+    if question.topology:
+        if question.devices or question.chip:
+            raise ValueError("--topology says which chips and how many: leave out --devices and --chip")
+        return parse_topology(question.topology)
+    if question.max_batch:
+        raise ValueError("--max-batch asks the compiler: give it a --topology, such as v5p:2x2x2")
+    sizes = dataclasses.asdict(config.mesh).values()
+    named = math.prod(size for size in sizes if size != -1)
+    return find_chip(question.chip) if question.chip else None, question.devices or named
+
+
+def _compile(
+    config: Config, vocab_size: int, question: Question, formulas: Plan
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The compiler's answer, to the largest batch that fits if that is asked, and all tries."""
+    stream = sys.stderr if question.json else sys.stdout
+    if not question.max_batch:
+        if not question.json:
+            print(f"compiling the train step for {question.topology}: this takes minutes", flush=True)
+        answer = compile_step(config, vocab_size, question.topology, question.timeout)
+        return {"batch_size": config.train.batch_size} | answer, []
+    unit = config.train.accumulate * formulas.mesh["data"] * formulas.mesh["fsdp"]
+    tries = []
+    for answer in search_batch(config, vocab_size, question.topology, unit, question.timeout):
+        tries.append(answer)
+        told = f"{'fits' if answer['fits'] else 'does not fit'}, {_amount(answer)}"
+        print(f"batch {answer['batch_size']}: {told}, {answer['compile_seconds']:.0f} s", file=stream, flush=True)
+    fitting = [one for one in tries if one["fits"]]
+    return max(fitting, key=lambda one: one["batch_size"], default=tries[-1]), tries
+
+
+def _outcome(answer: dict[str, Any]) -> dict[str, Any]:
+    names = ("batch_size", "fits", "peak_bytes_per_device", "needed_bytes_per_device", "compile_seconds")
+    return {name: answer[name] for name in names if name in answer}
+
+
+def _result(
+    config: Config, formulas: Plan, chip: Chip | None, compiled: dict[str, Any] | None, note: str
+) -> dict[str, Any]:
+    """Everything, for JSON. By formula, arguments are the state and temporaries the rest."""
+    memory, cost = formulas.memory, formulas.cost
+    result = {
+        "compiled": compiled is not None,
+        "note": note,
+        "chip": chip and chip.name,
+        "num_devices": formulas.num_devices,
+        "mesh": formulas.mesh,
+        "num_params": formulas.num_params,
+        "batch_size": config.train.batch_size,
+        "tokens_per_step": formulas.tokens_per_step,
+        "tokens": formulas.tokens,
+        "flops_per_step": formulas.flops_per_step,
+        "formula_bytes_per_device": memory._asdict() | {"peak": memory.peak},
+        "cost": cost and cost._asdict(),
+    }
+    if compiled is not None:
+        return result | compiled
+    return result | {
+        "hbm_bytes": chip and chip.hbm_bytes,
+        "fits": memory.peak <= chip.hbm_bytes if chip else None,
+        "argument_bytes_per_device": memory.state,
+        "temporary_bytes_per_device": memory.peak - memory.state,
+        "collectives": [
+            {"kind": one.kind, "axes": list(one.axes), "bytes": one.num_bytes, "what": one.what}
+            for one in formulas.traffic
+        ],
+    }
+
+
+def _show(config: Config, formulas: Plan, chip: Chip | None, question: Question, result: dict[str, Any]) -> None:
+    console = rich.console.Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
+    if not sys.stdout.isatty():
+        console.width = _WIDTH
+    where = question.topology or (chip.name if chip else "unnamed chips")
+    mesh = " x ".join(f"{name} {size}" for name, size in formulas.mesh.items())
+    console.print(f"{formulas.num_devices} devices ({where}): {mesh}")
+    console.print(_table(("the run", ""), _run_rows(config, formulas, result)))
+    console.print(_table(("memory by formula", "a device", "all devices"), _memory_rows(formulas)))
+    if result["compiled"]:
+        console.print(_table(("memory by the TPU compiler", "a device"), _compiled_rows(result)))
+        if result["fits"]:
+            rows = [
+                (row["kind"], ", ".join(row["axes"]), row["dtype"], f"{row['count']:,}", _gb(row["bytes"]))
+                for row in result["collectives"]
+            ]
+            console.print(_table(("collectives", "axes", "dtype", "arrays a step", "a device"), rows))
+    elif formulas.traffic:
+        rows = [(one.kind, ", ".join(one.axes), one.what, _gb(one.num_bytes)) for one in formulas.traffic]
+        console.print(_table(("collectives by formula", "axes", "of what", "a device, a step"), rows))
+    if result["fits"] is not None:
+        console.print(f"{'fits' if result['fits'] else 'does not fit'} {chip.name}: {_amount(result)}")
+    if result["note"]:
+        console.print(result["note"])
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for name in head:
+        # Text to the left, numbers to the right.
+        table.add_column(name, justify="left" if name == head[0] or name in ("axes", "dtype", "of what") else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _run_rows(config: Config, formulas: Plan, result: dict[str, Any]) -> list[tuple[str, ...]]:
+    settings, cost = config.train, formulas.cost
+    rows = [
+        ("parameters", f"{formulas.num_params:,}"),
+        ("tokens a step", f"{settings.batch_size} x {settings.seq_len} = {formulas.tokens_per_step:,}"),
+        ("tokens in all", f"{settings.steps:,} steps: {formulas.tokens / 1e9:,.4g} billion"),
+        ("FLOPs a step", f"{formulas.flops_per_step:.4g}"),
+    ]
+    if cost is not None:
+        rows += [
+            (f"tokens a second at {cost.mfu:.0%} MFU", f"{cost.tokens_per_second:,.0f}"),
+            ("seconds a step", f"{cost.step_seconds:.3f}"),
+            ("time", f"{format_seconds(cost.days * 86400)}, {cost.chip_hours:,.0f} chip-hours"),
+        ]
+        if cost.price is not None:
+            rows.append(("cost", f"{cost.price:,.0f}"))
+    if seconds := result.get("estimated_seconds"):
+        rows.append(("seconds a step, the compiler's estimate", f"{seconds:.3g}"))
+    return rows
+
+
+def _memory_rows(formulas: Plan) -> list[tuple[str, ...]]:
+    names = {
+        "parameters": "parameters, float32",
+        "optimizer": "both moments",
+        "gradients": "gradients",
+        "compute_copy": "parameters in the compute dtype",
+        "gathered": "gathered weights, gradient of the head",
+        "activations": "activations kept for the backward pass",
+        "layer": "one layer's backward pass",
+        "logits": "logits of one chunk",
+    }
+    memory = formulas.memory
+    rows = [(names[name], _gb(size), _gb(size * formulas.num_devices)) for name, size in memory._asdict().items()]
+    state = ("of these, the state", _gb(memory.state), _gb(memory.state * formulas.num_devices))
+    return [*rows, ("all at once", _gb(memory.peak), _gb(memory.peak * formulas.num_devices)), state]
+
+
+def _compiled_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    if not result["fits"]:
+        return [("needed", _amount(result)), ("the compiler says", result["message"])]
+    rest = result["output_bytes_per_device"] - result["alias_bytes_per_device"]
+    rows = [
+        ("arguments: the state and a batch", _gb(result["argument_bytes_per_device"])),
+        ("temporaries, at the peak", _gb(result["temporary_bytes_per_device"])),
+        ("temporaries, as the compiler sums them", _gb(result["temporary_sum_bytes_per_device"])),
+        ("outputs that take no argument's place", _gb(rest)),
+        ("code", _gb(result["code_bytes_per_device"])),
+        ("in all, at the peak", _gb(result["peak_bytes_per_device"])),
+    ]
+    host = result["host_bytes_per_device"]
+    return [*rows, ("in the host's memory", _gb(host))] if host else rows
+
+
+def _amount(result: dict[str, Any]) -> str:
+    if "formula_bytes_per_device" in result and not result["compiled"]:
+        needed = result["formula_bytes_per_device"]["peak"]
+    else:
+        needed = result["peak_bytes_per_device"] if result["fits"] else result["needed_bytes_per_device"]
+    return f"{'more' if needed is None else _gb(needed)} of {_gb(result['hbm_bytes'])}"
+
+
+def _gb(size: float) -> str:
+    """Bytes as GB (10^9), or as less than that where it would be 0.00."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale / 10:
+            return f"{size / scale:,.2f} {unit}"
+    return f"{size:.0f} B"

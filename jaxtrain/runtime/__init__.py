@@ -1,0 +1,1 @@
+"""Devices, processes, signals, caches and files."""

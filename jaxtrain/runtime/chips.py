@@ -1,0 +1,112 @@
+"""Accelerators that a run can be planned for: memory, speed, and how a TPU slice is written."""
+
+import math
+import re
+from typing import NamedTuple
+
+# Dense (no 2:4 sparsity) bfloat16 FLOP/s of one jax device, by `device_kind`. NVIDIA: data sheets and architecture
+# white papers of A100, H100, H200, GH200 and B200 (those with sparsity in the sheet are halved). TPU: the pages of
+# v4, v5e, v5p and v6e in the Cloud TPU documentation, a chip; on these generations a jax device is a whole chip.
+# Names match whole: a MIG slice of a GPU has a longer name and a fraction of its speed.
+_PEAK_BFLOAT16 = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA GH200 480GB": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+class Chip(NamedTuple):
+    """One accelerator.
+
+    Attributes:
+      name: as on the command line.
+      device_kind: as `jax.Device.device_kind` says it.
+      hbm_bytes: memory that a program can use. TPU: what the TPU compiler itself says is available (of 16, 95 and 32 GB
+        in the Cloud TPU documentation); NVIDIA: the data sheets.
+      slice_dims: dimensions of a slice's shape; 0: it is no TPU.
+      capability: CUDA compute capability; None: it is no NVIDIA GPU.
+    """
+
+    name: str
+    device_kind: str
+    hbm_bytes: int
+    slice_dims: int = 0
+    capability: tuple[int, int] | None = None
+
+    @property
+    def platform(self) -> str:
+        """As `jax.Device.platform` says it."""
+        return "tpu" if self.slice_dims else "gpu"
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        return peak_flops(self.device_kind, "bfloat16")
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "TPU v5 lite", int(15.75 * 2**30), 2),
+        Chip("v5p", "TPU v5", int(95.73 * 2**30), 3),
+        Chip("v6e", "TPU v6 lite", int(31.24 * 2**30), 2),
+        Chip("a100", "NVIDIA A100-SXM4-80GB", 80 * 10**9, capability=(8, 0)),
+        Chip("h100", "NVIDIA H100 80GB HBM3", 80 * 10**9, capability=(9, 0)),
+        Chip("h200", "NVIDIA H200", 141 * 10**9, capability=(9, 0)),
+    )
+}
+
+
+def find_chip(name: str) -> Chip:
+    """The chip of a name; an unknown one is a ValueError that lists the known."""
+    if name not in CHIPS:
+        raise ValueError(f"unknown chip {name!r}: known are {', '.join(CHIPS)}")
+    return CHIPS[name]
+
+
+def parse_topology(topology: str) -> tuple[Chip, int]:
+    """The chip of a TPU slice, and how many there are.
+
+    Args:
+      topology: chip and shape, `v5p:2x2x2` or `v6e:4x4`.
+
+    Raises:
+      ValueError: another form, chip, or number of dimensions.
+    """
+    tpus = [chip.name for chip in CHIPS.values() if chip.slice_dims]
+    name, _, shape = topology.partition(":")
+    if name not in tpus:
+        raise ValueError(f"unknown topology {topology!r}: it is CHIP:SHAPE, such as v5p:2x2x2, of {', '.join(tpus)}")
+    dims = CHIPS[name].slice_dims
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 != dims:
+        example = "x".join(["4"] * dims)
+        raise ValueError(f"unknown topology {topology!r}: a slice of {name} has {dims} dimensions, as {name}:{example}")
+    return CHIPS[name], math.prod(map(int, shape.split("x")))
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Looks up the dense peak of one device.
+
+    Args:
+      device_kind: `jax.Device.device_kind`.
+      dtype: of the matrix products.
+
+    Returns:
+      FLOP/s, or None where it is not known: CPUs, other devices, and any dtype but "bfloat16".
+    """
+    return _PEAK_BFLOAT16.get(device_kind) if dtype == "bfloat16" else None

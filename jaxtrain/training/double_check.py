@@ -1,0 +1,88 @@
+"""Silent data corruption: a step is run twice on the same inputs, and what comes out is compared bit for bit."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.config import Config
+from jaxtrain.monitoring.packing import PackedMetrics
+from jaxtrain.runtime.mesh import replicated
+from jaxtrain.step import TrainState
+
+_FLIPPED_BIT = 22  # the highest of a float32's mantissa: too large a change to be rounded away
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+class ReplayMismatch(OSError):
+    """Two runs of one step differ: the machine computed one of them wrongly. `leaves` names what differs."""
+
+    def __init__(self, step: int, leaves: list[str], last_checkpoint: int | None):
+        listed = ", ".join(leaves[:5]) + (f" and {len(leaves) - 5} more" if len(leaves) > 5 else "")
+        saved = "start anew" if last_checkpoint is None else f"go on from the checkpoint of step {last_checkpoint}"
+        super().__init__(
+            f"step {step} gave other bits when it was run again (silent data corruption): {listed}; this step was not "
+            f"saved, {saved}, on other devices (a GPU repeats itself only under XLA_FLAGS={_DETERMINISTIC})"
+        )
+        self.leaves = leaves
+
+
+class ReplayChecked:
+    """A compiled train step that runs every Nth step twice; `train.replay_check` is N, 0: never.
+
+    The second run starts from a copy made before the first, whose state is donated, so that while it lasts a device
+    holds its part of the state twice. What is returned is the first run's, so the numbers are those of no check.
+
+    Raises:
+      ReplayMismatch: by the call, before the state of that step can be saved; on every process.
+    """
+
+    def __init__(self, config: Config, train_step: Callable, like: TrainState):
+        """Takes the run's config, its compiled step, and its state's shapes and shardings."""
+        self._every, self._corrupt_step = config.train.replay_check, config.faults.corrupt_replay_step
+        self._train_step = train_step
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
+        self._corrupt = jax.jit(_flip_bit, out_shardings=shardings, donate_argnums=0)
+        everywhere = replicated(jax.tree.leaves(shardings)[0].mesh)
+        self._compare = jax.jit(lambda a, b: jax.tree.map(_differs, a, b), out_shardings=everywhere)
+
+    def __call__(
+        self, done: int, state: TrainState, batch: Any, last_checkpoint: Callable[[], int | None]
+    ) -> tuple[TrainState, PackedMetrics]:
+        """Runs step `done` (counted from 1); `last_checkpoint()` is asked if it fails."""
+        if not self._every or done % self._every:
+            return self._train_step(state, batch)
+        copy = self._copy(state)
+        if done == self._corrupt_step:
+            copy = self._corrupt(copy)
+        result = self._train_step(state, batch)
+        differs = jax.device_get(self._compare(result, self._train_step(copy, batch)))
+        leaves = [
+            jax.tree_util.keystr(path[1:], simple=True, separator="/")
+            for path, value in jax.tree_util.tree_leaves_with_path(differs)
+            if value
+        ]
+        if leaves:
+            raise ReplayMismatch(done, leaves, last_checkpoint())
+        return result
+
+
+def _differs(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Whether any bit differs: NaN is not equal to itself, and 0 is equal to -0."""
+    return jnp.any(_bits(a) != _bits(b))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        return x
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def _flip_bit(state: TrainState) -> TrainState:
+    leaves, structure = jax.tree.flatten(state.params)
+    flat = jax.lax.bitcast_convert_type(leaves[0], jnp.uint32).reshape(-1)
+    flat = flat.at[0].set(flat[0] ^ jnp.uint32(1 << _FLIPPED_BIT))
+    leaves[0] = jax.lax.bitcast_convert_type(flat.reshape(leaves[0].shape), leaves[0].dtype)
+    return state.replace(params=jax.tree.unflatten(structure, leaves))

@@ -1,0 +1,107 @@
+"""Evaluation over a whole split: sums first, one division at the end."""
+
+import functools
+import gzip
+import lzma
+import math
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Sharding
+
+from jaxtrain.data.loader import EvalBatches, Prefetcher, global_batch
+from jaxtrain.data.store import Split
+from jaxtrain.data.tokenizer import Tokenizer
+from jaxtrain.losses import LossSums
+from jaxtrain.runtime.mesh import by_rows
+from jaxtrain.runtime.processes import time_limit
+from jaxtrain.runtime.stop import Stopped
+from jaxtrain.training.run import Run
+
+
+def evaluate(
+    eval_step: Callable[[Any, Any], LossSums],
+    params: Any,
+    batches: EvalBatches,
+    sharding: Sharding,
+    *,
+    num_batches: int = 0,
+    prefetch: int = 2,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float | int]:
+    """Measures a model on a split.
+
+    Every token but the split's first is predicted once, in windows of the batches' length; the ragged end counts by its
+    tokens. Sums are added in double precision.
+
+    Args:
+      eval_step: `(params, batch) -> LossSums`, jitted.
+      params: parameters, placed where `eval_step` wants them.
+      batches: the split in batches.
+      sharding: where a batch goes.
+      num_batches: how many batches, from the start of the split; 0: all.
+      prefetch: batches held ready.
+      asked_to_stop: looked at between batches.
+
+    Returns:
+      `nll` (nats a token), `perplexity`, `bits_per_token`, `bits_per_byte`, and the number of `tokens`. Bits per byte
+      use the whole split's tokens per byte.
+
+    Raises:
+      ValueError: a negative number of batches.
+      Stopped: it was asked to stop: what was measured so far is no result.
+    """
+    if num_batches < 0:
+        raise ValueError(f"the number of batches must be 0 (all) or more, got {num_batches}")
+    last = min(num_batches or batches.num_batches, batches.num_batches)
+    nll = weight = 0.0
+    pending: LossSums | None = None
+    fetch = functools.partial(global_batch, batches, sharding=sharding)
+    with Prefetcher(fetch, 0, last, prefetch, time_limit=time_limit()) as feed:
+        for batch in feed:
+            if asked_to_stop():
+                raise Stopped
+            following = eval_step(params, batch)
+            if pending is not None:  # read one batch late, while the next one runs
+                nll, weight = nll + float(pending.nll), weight + float(pending.weight)
+            pending = following
+    nll, weight = nll + float(pending.nll), weight + float(pending.weight)
+    split = batches.split
+    bits_per_token = nll / weight / math.log(2)
+    return {
+        "nll": nll / weight,
+        "perplexity": math.exp(min(nll / weight, 700.0)),
+        "bits_per_token": bits_per_token,
+        "bits_per_byte": bits_per_token * (split.num_tokens - 1) / split.num_bytes,
+        "tokens": round(weight),
+    }
+
+
+def evaluate_split(
+    run: Run, params: Any, split: Split, *, num_batches: int = 0, asked_to_stop: Callable[[], bool] = lambda: False
+) -> dict[str, float | int]:
+    """Evaluates a run's model on a split, in the run's batches; see `evaluate`."""
+    config = run.config.train
+    batches = EvalBatches(
+        split, batch_size=config.batch_size, seq_len=config.seq_len, vocab_size=run.model.config.vocab_size
+    )
+    return evaluate(
+        run.eval_step, params, batches, by_rows(run.mesh), num_batches=num_batches, asked_to_stop=asked_to_stop
+    )
+
+
+def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
+    """What gzip -9 and xz -9 make of the same bytes as one file, in bits per byte: `gzip` and `xz`.
+
+    They learn from these bytes alone, in one pass, and need no model on the other side.
+    """
+    return {
+        "gzip": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
+        "xz": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+
+
+def split_text(split: Split, tokenizer: Tokenizer) -> bytes:
+    """The text of a split's documents, one after the other, as UTF-8."""
+    tokens = split.read(0, split.num_tokens)
+    return tokenizer.decode(tokens[tokens != tokenizer.eot_id]).encode()

@@ -1,0 +1,123 @@
+"""Bad arguments of the functions that others import: a ValueError with the value, and what it may be."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtrain import losses, schedules
+from jaxtrain.config import MeshConfig, gpt2
+from jaxtrain.data.loader import EvalBatches, Prefetcher, TrainBatches
+from jaxtrain.data.order import permute
+from jaxtrain.data.store import Split
+from jaxtrain.data.tokenizer import ByteTokenizer, parse_spec
+from jaxtrain.monitoring.plots import plot_schedule
+from jaxtrain.optim import clipped_adamw
+from jaxtrain.precision import Policy
+from jaxtrain.runtime.mesh import check_batch, make_mesh, partition_spec
+from jaxtrain.step import TrainState, make_train_step
+from jaxtrain.training.evaluate import evaluate
+from jaxtrain.training.generate import Sampling
+from jaxtrain.training.replay import replay
+
+LOGITS, LABELS = jnp.zeros((2, 3, 5)), jnp.zeros((2, 3), jnp.int32)
+HIDDEN, KERNEL = jnp.zeros((2, 3, 4)), jnp.zeros((4, 5))
+PARAMS = {"w": jnp.ones((2, 2))}
+SPLIT = Split((np.arange(100, dtype=np.uint16),), np.zeros(1, np.int64), 100)
+BATCHES = TrainBatches(SPLIT, seed=0, batch_size=4, seq_len=4, vocab_size=100)
+NAN, INF = math.nan, math.inf
+
+
+def dense(logits=LOGITS, labels=LABELS, **options):
+    return losses.cross_entropy(logits, labels, **options)
+
+
+def fused(hidden=HIDDEN, kernel=KERNEL, labels=LABELS, **options):
+    return losses.linear_cross_entropy(hidden, kernel, labels, **options)
+
+
+def adamw(learning_rate=1e-3, **options):
+    return clipped_adamw(learning_rate, **options)
+
+
+def one_step(loss_fn=lambda params, batch: jnp.sum(params["w"]), accumulate=1, rows=4):
+    step = make_train_step(loss_fn, optax.sgd(0.1), accumulate=accumulate)
+    return step(TrainState.create(PARAMS, optax.sgd(0.1)), {"x": jnp.zeros((rows, 1))})
+
+
+ROWS = {
+    "z_loss NaN": (lambda: dense(z_loss=NAN), "z_loss .*nan"),
+    "z_loss negative": (lambda: dense(z_loss=-1.0), r"z_loss .*-1\.0"),
+    "label smoothing 1": (lambda: dense(label_smoothing=1.0), r"label_smoothing .*1\.0"),
+    "softcap NaN": (lambda: dense(logit_softcap=NAN), "logit_softcap .*nan"),
+    "labels of another shape": (lambda: dense(labels=LABELS[:1]), r"\(2, 3, 5\) must be .*\(1, 3\)"),
+    "labels that are floats": (
+        lambda: dense(labels=LABELS.astype(jnp.float32)),
+        "labels must be integers, got float32",
+    ),
+    "logits that are integers": (lambda: dense(LOGITS.astype(jnp.int32)), "must be floats .*int32"),
+    "logits without classes": (
+        lambda: dense(jnp.float32(0), jnp.int32(0)),
+        r"must be floats \[\.\.\., V\], got .*\(\)",
+    ),
+    "where of another shape": (lambda: dense(where=jnp.ones(3)), r"where \(3,\) must have the shape .*\(2, 3\)"),
+    "where complex": (lambda: dense(where=jnp.ones((2, 3), jnp.complex64)), "where must be .*complex64"),
+    "chunk of 0": (lambda: fused(chunk_size=0), "chunk_size .*0"),
+    "kernel turned round": (lambda: fused(kernel=KERNEL.T), r"\(5, 4\)"),
+    "more classes than columns": (lambda: fused(num_classes=9), "9"),
+    "peak NaN": (lambda: schedules.warmup_cosine(NAN, 10, 1), "peak .*nan"),
+    "peak infinite": (lambda: schedules.warmup_linear(INF, 10, 1), "peak .*inf"),
+    "no steps": (lambda: schedules.warmup_cosine(1.0, 0, 0), "total_steps .*0"),
+    "warm-up longer than all": (lambda: schedules.warmup_cosine(1.0, 10, 11), "warmup_steps .*11"),
+    "warm-up negative": (lambda: schedules.warmup_constant(1.0, -1), "warmup_steps .*-1"),
+    "floor above the peak": (lambda: schedules.warmup_cosine(1.0, 10, 1, 2.0), r"floor .*2\.0"),
+    "decay longer than what is left": (lambda: schedules.warmup_stable_decay(1.0, 10, 5, 6), "decay_steps .*6"),
+    "no cycles": (lambda: schedules.sgdr(1.0, 10, 1, 0), "cycles .*0"),
+    "learning rate negative": (lambda: adamw(-1.0), r"learning_rate must be 0 or more.*-1\.0"),
+    "learning rate a word": (lambda: adamw("fast"), "learning_rate must be a number or a schedule, got 'fast'"),
+    "b2 NaN": (lambda: adamw(b2=NAN), r"b2 must be in \[0, 1\), got nan"),
+    "eps 0": (lambda: adamw(eps=0.0), r"eps must be above 0, got 0\.0"),
+    "weight decay NaN": (lambda: adamw(weight_decay=NAN), "weight_decay must be 0 or more, got nan"),
+    "clip norm 0": (lambda: adamw(clip_norm=0.0), r"clip_norm .*0\.0"),
+    "moments in integers": (lambda: adamw(mu_dtype=jnp.int32), "mu_dtype must be a float dtype"),
+    "no micro-batch": (lambda: one_step(accumulate=0), "at least 1 micro-batch, got 0"),
+    "half a micro-batch": (lambda: one_step(accumulate=1.5), r"at least 1 micro-batch, got 1\.5"),
+    "rows that do not divide": (lambda: one_step(accumulate=3), "4 rows .* accumulate=3 .* change one of them"),
+    "a mean for a loss": (lambda: one_step(), "loss_fn must return LossSums, sums over tokens"),
+    "an unknown dtype": (lambda: Policy(compute="float8"), "compute is .*float8.*it can be float32"),
+    "a word for a dtype": (lambda: Policy(compute="fast"), "compute is 'fast'; it can be float32"),
+    "an order of nothing": (lambda: permute(np.arange(3), 0, (0, 0)), "size must be from 1 to .* got 0"),
+    "an index past the end": (lambda: permute(np.array([5]), 3, (0, 0)), r"\[0, 3\), got 5"),
+    "half an index": (lambda: permute(np.array([0.5]), 3, (0, 0)), "integers, got float64"),
+    "batches of no rows": (lambda: TrainBatches(SPLIT, 0, 0, 4, 100), "1 or more, got 0 and 4"),
+    "a window longer than the split": (lambda: TrainBatches(SPLIT, 0, 1, 100, 100), "101: lower seq_len or add text"),
+    "rows that are not in the batch": (lambda: BATCHES.rows(0, 3, 9), r"\[3, 9\) are not in a batch of 4"),
+    "a step before the first": (lambda: BATCHES.rows(-1, 0, 4), "count from 0, got -1"),
+    "a batch past the split": (lambda: EvalBatches(SPLIT, 4, 4, 100).rows(99, 0, 4), "batch 99 is not among"),
+    "a number of batches below 0": (
+        lambda: evaluate(None, None, EvalBatches(SPLIT, 4, 4, 100), None, num_batches=-1),
+        "0 .all. or more, got -1",
+    ),
+    "no prefetch": (lambda: Prefetcher(int, 0, 3, 0), "1 or more, got 0"),
+    "tokens past the split": (lambda: SPLIT.read(90, 20), r"\[90, 110\) are not in a split of 100"),
+    "a token that is no byte": (lambda: ByteTokenizer().decode([300]), "300"),
+    "an unknown tokenizer": (lambda: parse_spec("words"), "'words': use byte"),
+    "temperature NaN": (lambda: Sampling(temperature=NAN), "0 or more, got nan"),
+    "top_p NaN": (lambda: Sampling(top_p=NAN), r"\(0, 1\], got nan"),
+    "more devices than there are": (lambda: make_mesh(MeshConfig(data=99)), "takes 99 devices, and there are 8"),
+    "an axis twice": (lambda: partition_spec(("heads", "hidden")), "one dimension only"),
+    "no micro-batches on a mesh": (lambda: check_batch(4, 0, make_mesh(MeshConfig(data=1))), "at least 1 .*got 0"),
+    "heads that do not divide": (lambda: gpt2(num_heads=7), "num_heads 7: change one of them"),
+    "a fraction of heads": (lambda: gpt2(num_heads=1.5), r"num_heads: expected int, got 1\.5"),
+    "a schedule of no steps": (lambda: plot_schedule(lambda step: step, 0, "no.png"), "at least 1, got 0"),
+    "no run to replay": (lambda: replay("nowhere", 1), "nowhere is no run directory"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bad_arguments(name):
+    function, message = ROWS[name]
+    with pytest.raises(ValueError, match=message):
+        function()

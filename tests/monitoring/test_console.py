@@ -1,0 +1,156 @@
+"""The console: plain lines off a terminal, one line redrawn in place on one."""
+
+import io
+import math
+import sys
+
+import pytest
+
+from jaxtrain.monitoring.console import Console, format_seconds
+
+FIELDS = {
+    "step": 20,
+    "loss": 3.14159,
+    "grad_norm": 0.98765,
+    "learning_rate": 0.000123456,
+    "tokens_per_second": 1234567.8,
+    "step_seconds": 2.0,
+}
+LINE = "step 20/2000 1.0%  1,234,568 tokens/s  loss 3.1416  grad_norm 0.988  lr 1.23e-04  1h06m left"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
+
+
+def test_plain_lines():
+    stream = io.StringIO()
+    with Console(2000, 1.0, stream) as console:
+        console.table("run", [("model", "llama [bold]4[/bold]"), ("steps", "2000")])
+        console.update(FIELDS)
+        console.print("eval [x]")
+        console.update({**FIELDS, "step": 2000, "grad_norm": 1.5})
+    assert stream.getvalue().splitlines() == [
+        "run",
+        "  model  llama [bold]4[/bold]",
+        "  steps  2000",
+        LINE,
+        "eval [x]",
+        "step 2000/2000 100.0%  1,234,568 tokens/s  loss 3.1416  grad_norm 1.5 clipped  lr 1.23e-04  0s left",
+    ]
+
+
+class FullLog(io.StringIO):
+    """A log on a full disk."""
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_run_goes_on_unseen(monkeypatch, is_terminal):
+    """R-A23."""
+    monkeypatch.setenv("TERM", "xterm")
+    stream = FullLog()
+    stream.isatty = lambda: is_terminal
+    with Console(2000, 1.0, stream) as console:
+        console.table("run", [("steps", "2000")])
+        console.update(FIELDS)
+        console.print("eval")
+        console.update(FIELDS)
+
+
+def test_standard_output_is_looked_up_when_made(capsys):
+    Console(2000, 1.0).update(FIELDS)
+    assert capsys.readouterr().out == LINE + "\n"
+
+
+def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    with Console(2000, 1.0, terminal) as console:
+        console.update(FIELDS)
+    assert terminal.getvalue() == LINE + "\n"
+
+
+def test_terminal_redraws_one_line(terminal):
+    with Console(2000, 1.0, terminal) as console:
+        console.update(FIELDS)
+        start = len(terminal.getvalue())
+        console.update({**FIELDS, "step": 40})
+        redraw = terminal.getvalue()[start:]
+    assert LINE in terminal.getvalue()
+    assert redraw.startswith("\r\x1b[2K")  # back to the start of the line, and erase it
+    assert "\n" not in redraw
+    assert "step 40/2000 2.0%" in redraw
+    assert "\x1b[?25l" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\n\x1b[?25h")  # the cursor is shown again, on a line of its own
+
+
+def test_terminal_gets_its_cursor_back_after_an_error(terminal):
+    def interrupted_run():
+        with Console(2000, 1.0, terminal) as console:
+            console.update(FIELDS)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_run()
+    assert terminal.getvalue().endswith("\x1b[?25h")
+    assert sys.stdout is not terminal
+
+
+def test_terminal_prints_text_as_it_is(terminal):
+    with Console(2000, 1.0, terminal) as console:
+        console.table("[red]run", [("path", "/a" * 100), ("steps", "[x]")])
+        console.print("[bold]" + "w " * 100)
+        console.update(FIELDS)
+        console.print("above :smile:")
+    text = terminal.getvalue()
+    assert "[red]run" in text
+    assert "[x]" in text
+    assert text.count("/a") == 100  # folded, not cut
+    assert "[bold]" + "w " * 100 in text
+    assert text.rindex(LINE) > text.rindex("above :smile:")
+
+
+@pytest.mark.parametrize("columns", ["75", "80", "85"])
+def test_a_narrow_terminal_breaks_between_parts(terminal, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    with Console(2000, 1.0, terminal) as console:
+        console.update({**FIELDS, "grad_norm": 1.5})
+    assert "grad_norm 1.5 clipped\nlr 1.23e-04  1h06m left" in terminal.getvalue()
+
+
+def test_time_left_is_from_recent_steps():
+    stream = io.StringIO()
+    console = Console(100, 1.0, stream)
+    for step in range(1, 51):
+        console.update({**FIELDS, "step": step, "step_seconds": 1000.0 if step < 40 or step == 45 else 0.1})
+    assert stream.getvalue().splitlines()[0].endswith("1d03h left")
+    assert stream.getvalue().splitlines()[-1].endswith("  5s left")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (12.4, "12s"),
+        (59.6, "1m00s"),
+        (200, "3m20s"),
+        (3599.6, "1h00m"),
+        (3725, "1h02m"),
+        (183600, "2d03h"),
+        (math.nan, "?"),
+        (math.inf, "?"),
+    ],
+)
+def test_format_seconds(seconds, text):
+    assert format_seconds(seconds) == text

@@ -1,0 +1,448 @@
+"""What a run says about itself: every finding is provoked by a real short run, and healthy runs stay silent."""
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxtrain.config import DataConfig, FaultConfig, GuardConfig, MeshConfig, load
+from jaxtrain.data import loader
+from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.monitoring.health import Health, diagnose
+from jaxtrain.monitoring.layers import DIAGNOSTICS
+from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.monitoring.rules import RULES, WINDOW, Facts
+from jaxtrain.runtime.mesh import make_mesh
+from jaxtrain.training import program
+from jaxtrain.training.train import GAVE_UP, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def change(config, **sections):
+    """A config with fields changed: `change(config, train={"steps": 5})`."""
+    parts = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **parts)
+
+
+@pytest.fixture
+def config(tiny_config):
+    """Eleven steps, the tenth looked into; stopped there, so that no evaluation follows."""
+    settings = {"steps": 300, "stop_after": 11, "diagnose_every": 10, "accumulate": 1}
+    return change(tiny_config, train=settings, checkpoint={"every": 1000})
+
+
+def findings(folder):
+    """The finding events of a run by name; each was reported once."""
+    events = [event for event in read_metrics(folder / "metrics.jsonl")[1] if event["event"] == "finding"]
+    by_name = {event["name"]: event for event in events}
+    assert len(by_name) == len(events), events
+    return by_name
+
+
+@pytest.fixture
+def run():
+    """Trains; returns the findings."""
+
+    def start(config, folder):
+        train(config, folder)
+        return findings(folder)
+
+    return start
+
+
+def change_init(monkeypatch, function):
+    """Puts other first parameters into the runs of a test."""
+    init_params = program.init_params
+    monkeypatch.setattr(program, "init_params", lambda model, key: function(init_params(model, key)))
+
+
+# Healthy runs.
+
+
+@pytest.mark.report
+def test_a_healthy_tiny_run_is_silent(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    train(change(tiny_config, train={"steps": 250, "diagnose_every": 10}), folder)
+    assert findings(folder) == {}
+    printed = capsys.readouterr().out
+    assert "warning:" not in printed
+    lines, events = read_metrics(folder / "metrics.jsonl")
+    assert diagnose(lines, events, load(folder / "config.json")) == []
+    assert "No findings in 250 logged steps." in (folder / "report.html").read_text()
+
+
+def test_the_quickstart_is_silent(run, tmp_path):
+    """The model, optimizer and schedule of the quickstart, on source code."""
+    prepare([str(ROOT / "jaxtrain" / "**" / "*.py")], tmp_path / "store", validation_fraction=0.1, progress=False)
+    config = load(ROOT / "configs" / "quickstart.py")
+    config = dataclasses.replace(config, data=DataConfig(store=str(tmp_path / "store")), mesh=MeshConfig(data=1))
+    settings = {"steps": 160, "batch_size": 2, "log_every": 1, "diagnose_every": 10, "eval_every": 0}
+    config = change(config, train=settings | {"sample_tokens": 0})
+    assert run(config, tmp_path / "run") == {}
+
+
+def test_a_healthy_float16_run_is_silent(run, config, tmp_path):
+    """Overflows that loss scaling looks for, at its start, are no fault."""
+    config = change(config, train={"precision": "float16", "stop_after": 60}, loss_scale={"initial": 2.0**24})
+    assert run(config, tmp_path / "run") == {}
+    skipped = [line["skipped"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]]
+    assert sum(skipped) > 0
+
+
+# Runs with something wrong.
+
+
+@pytest.mark.parametrize(("clip_norm", "evidence"), [(0.1, "100 of the last 100"), (0.003, "51 steps in a row")])
+def test_clipping_saturated(run, config, tmp_path, clip_norm, evidence):
+    """R-D9: the threshold is far below the norms; the second is so small that Adam's eps comes near."""
+    config = change(config, train={"stop_after": 105}, optim={"clip_norm": clip_norm})
+    found = run(config, tmp_path / "run")
+    assert found.keys() == {"clipping_saturated"}
+    assert found["clipping_saturated"]["evidence"].startswith(evidence)
+    assert "optim.peak_lr" in found["clipping_saturated"]["remedy"]
+
+
+def test_adaptive_clipping_is_no_saturation(run, config, tmp_path):
+    config = change(config, optim={"clipping": "adaptive", "clip_norm": 0.01}, train={"stop_after": 105})
+    assert run(config, tmp_path / "run") == {}
+    assert all(line["clip_factor"] < 1 for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[0])
+
+
+def test_adam_frozen(run, config, tmp_path):
+    """R-B13b"""
+    found = run(change(config, optim={"eps": 0.1}), tmp_path / "run")
+    assert found.keys() == {"adam_frozen"}
+    assert found["adam_frozen"]["step"] == 10
+    assert found["adam_frozen"]["evidence"].endswith("for 100% of the parameters")
+
+
+def test_exploding_layer_by_its_updates(run, config, tmp_path):
+    found = run(change(config, optim={"peak_lr": 1.0, "weight_decay": 0.5}), tmp_path / "run")
+    assert "exploding_layer" in found
+    assert "of its norm" in found["exploding_layer"]["evidence"]
+
+
+def test_exploding_layer_by_its_gradient(run, config, tmp_path, monkeypatch):
+    """A layer whose norms make up for weights that are far too small: the same function, another gradient."""
+
+    def shift(params):
+        layers = params["layers"]
+        for block, names in (("attention", ("query", "key", "value")), ("feed_forward", ("gate", "up"))):
+            layers[f"{block}_norm"]["scale"] = layers[f"{block}_norm"]["scale"].at[1].multiply(1e4)
+            for name in names:
+                layers[block][name]["kernel"] = layers[block][name]["kernel"].at[1].multiply(1e-4)
+        return params
+
+    change_init(monkeypatch, shift)
+    config = change(
+        config, model={"num_layers": 3}, optim={"peak_lr": 1e-9}, train={"diagnose_every": 1, "stop_after": 5}
+    )
+    found = run(config, tmp_path / "run")
+    assert found["exploding_layer"]["evidence"].startswith("layer 1: grad_norm ")
+
+
+def test_dead_layer(run, config, tmp_path, monkeypatch):
+    change_init(
+        monkeypatch, lambda params: params | {"layers": jax.tree.map(lambda x: x.at[1].set(0), params["layers"])}
+    )
+    found = run(config, tmp_path / "run")
+    assert found.keys() == {"dead_layer"}
+    assert found["dead_layer"]["evidence"].startswith("layer 1: grad_norm 0,")
+
+
+def test_initial_loss(run, config, tmp_path, monkeypatch):
+    change_init(monkeypatch, lambda params: params | {"head": 30 * params["head"]})
+    found = run(config, tmp_path / "run")
+    assert found["initial_loss"]["step"] == 1
+    assert "ln 257 = 5.549" in found["initial_loss"]["evidence"]
+
+
+def test_label_leak(run, config, tmp_path, monkeypatch):
+    """Random letters cannot be predicted, but for one who is told."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text("".join(random.Random(i).choices("abcdefgh", k=4000)))
+    prepare([str(folder)], tmp_path / "store", validation_fraction=0.2, progress=False)
+    config = change(config, data={"store": str(tmp_path / "store")}, train={"stop_after": 200})
+    make = loader._batch
+    monkeypatch.setattr(loader, "_batch", lambda *a: (lambda b: b | {"labels": b["inputs"]})(make(*a)))
+    found = run(config, tmp_path / "run")
+    assert "tokens not seen before" in found["label_leak"]["evidence"]
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(0.19, ["label_leak"]), (0.21, [])])
+def test_held_out_text_has_an_entropy_floor(tiny_config, bits, expected):
+    found = Health(Facts(tiny_config)).observe_evaluation({"step": 7, "bits_per_byte": bits})
+    assert [finding.name for finding in found] == expected
+
+
+def test_learning_rate_zero(run, config, tmp_path):
+    """A rate below the smallest float32."""
+    found = run(change(config, optim={"peak_lr": 1e-46}), tmp_path / "run")
+    assert found.keys() == {"learning_rate_zero"}
+    assert found["learning_rate_zero"]["evidence"] == "0 in 3 steps, with 297 to go"
+
+
+def test_a_schedule_may_end_at_zero(run, config, tmp_path):
+    config = change(
+        config,
+        optim={"schedule": "sgdr", "cycles": 5, "floor": 0.0, "warmup_steps": 0},
+        train={"steps": 10, "stop_after": 0},
+    )
+    assert run(config, tmp_path / "run") == {}
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0][-1]["learning_rate"] == 0
+
+
+def test_no_progress_without_tokens(run, config, tmp_path, monkeypatch):
+    make = loader._batch
+    monkeypatch.setattr(loader, "_batch", lambda windows, where: make(windows, where & False))
+    found = run(change(config, train={"stop_after": 5}), tmp_path / "run")
+    assert found["no_progress"]["step"] == 1
+    assert found["no_progress"]["evidence"] == "the batch has no token that counts"
+
+
+def test_no_progress_when_nothing_changes(run, config, tmp_path):
+    """Text of which all windows are the same, and a rate so small that no parameter moves."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("1", "2", "3", "4"):
+        (folder / f"{name}.txt").write_text("a" * 50_000)
+    prepare([str(folder)], tmp_path / "store", validation_fraction=0.4, progress=False)
+    config = change(config, data={"store": str(tmp_path / "store")}, optim={"peak_lr": 1e-20})
+    found = run(config, tmp_path / "run")
+    assert found["no_progress"]["evidence"].endswith("bit for bit, in 10 steps")
+
+
+def test_throughput_dropping(run, config, tmp_path, monkeypatch):
+    """Every look at the clock is 15 s after the one before, then 30 s: three lines in four as slow as half."""
+    ticks = itertools.chain(itertools.repeat(15.0, 30), itertools.repeat(30.0))
+    clock = itertools.accumulate(ticks)
+    monkeypatch.setattr("jaxtrain.monitoring.recorder.time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    found = run(change(config, train={"stop_after": 60}), tmp_path / "run")
+    assert found.keys() == {"throughput_dropping"}
+    assert "50% of 9 before" in found["throughput_dropping"]["evidence"]
+
+
+def test_update_norm_rising(run, config, tmp_path):
+    """R-D9: one gradient 10,000 times as large, not clipped, moves all for many steps; the loss follows later."""
+    config = change(config, optim={"b2": 0.999, "clip_norm": 1e9}, guard={"sigmas": 0.0}, train={"stop_after": 130})
+    config = dataclasses.replace(config, faults=FaultConfig(gradient_step=120))
+    found = run(config, tmp_path / "run")
+    assert found["update_norm_rising"]["step"] == 122
+    assert "has not risen yet" in found["update_norm_rising"]["evidence"]
+
+
+def test_spikes_clipped_are_fine(run, config, tmp_path):
+    config = change(config, guard={"sigmas": 0.0}, train={"stop_after": 110})
+    config = dataclasses.replace(config, faults=FaultConfig(gradient_step=105))
+    found = run(config, tmp_path / "run")
+    assert found.keys() == {"spikes_caught"}
+    assert found["spikes_caught"]["severity"] == "info"
+    assert "was clipped by a factor" in found["spikes_caught"]["evidence"]
+
+
+def test_spikes_skipped_are_fine(run, config, tmp_path):
+    config = dataclasses.replace(config, guard=GuardConfig(window=8), faults=FaultConfig(gradient_step=9))
+    found = run(config, tmp_path / "run")
+    assert found.keys() == {"spikes_caught"}
+    assert "a step was skipped because its gradient norm stood out" in found["spikes_caught"]["evidence"]
+
+
+def test_a_skipped_nan_is_a_warning(run, config, tmp_path):
+    found = run(dataclasses.replace(config, faults=FaultConfig(nan_loss_step=6)), tmp_path / "run")
+    assert found.keys() == {"skipped_steps"}
+    assert found["skipped_steps"]["severity"] == "warning"
+    assert found["skipped_steps"]["evidence"] == (
+        "1 of the last 6 steps skipped, this one because its loss or gradient was not finite"
+    )
+
+
+def test_too_many_bad_steps(config, tmp_path):
+    """R-C11: a spike that does not end."""
+    config = change(config, train={"stop_after": 40})
+    config = dataclasses.replace(
+        config, guard=GuardConfig(window=8), faults=FaultConfig(spike_step=9, spike_factor=100.0)
+    )
+    assert train(config, tmp_path / "run")["reason"] == GAVE_UP
+    found = findings(tmp_path / "run")
+    assert found.keys() == {"spikes_caught", "skipped_steps", "too_many_bad_steps"}
+    assert found["skipped_steps"]["step"] == 11
+    assert (found["too_many_bad_steps"]["severity"], found["too_many_bad_steps"]["step"]) == ("error", 19)
+
+
+def test_non_finite_loss_that_was_applied(run, config, tmp_path, monkeypatch):
+    """An optimizer that skips nothing."""
+    monkeypatch.setattr("jaxtrain.training.components.skip_bad_steps", lambda inner, **_: inner)
+    with pytest.raises(ValueError, match="the state of step 11 is not finite and is not saved"):
+        run(dataclasses.replace(config, faults=FaultConfig(nan_loss_step=6)), tmp_path / "run")
+    _, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    found = {event["name"]: event for event in events if event["event"] == "finding"}
+    assert (found["non_finite"]["severity"], found["non_finite"]["step"]) == ("error", 6)
+    assert found["non_finite"]["evidence"] == "loss is nan and grad_norm is nan, and the step was applied"
+
+
+def test_float16_overflow(run, config, tmp_path, monkeypatch):
+    change_init(monkeypatch, lambda params: params | {"embedding": 1e8 * params["embedding"]})
+    found = run(change(config, train={"precision": "float16"}), tmp_path / "run")
+    assert (found["float16_overflow"]["severity"], found["float16_overflow"]["step"]) == ("error", 1)
+    assert "bfloat16" in found["float16_overflow"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"loss": 2.0, "grad_norm": 2e6, "loss_scale": 1.0},
+        {"loss": math.inf, "grad_norm": 1.0, "loss_scale": 1.0},
+        {"loss": 2.0, "grad_norm": math.inf},
+    ],
+)
+def test_float16_overflow_has_several_faces(tiny_config, line):
+    facts = Facts(change(tiny_config, train={"precision": "float16"}))
+    assert [finding.name for finding in Health(facts).observe({"step": 5} | line)] == ["float16_overflow"]
+    line["grad_norm"], line["loss"], line["loss_scale"] = 9e5, 2.0, 1.0
+    assert Health(facts).observe({"step": 5} | line) == []
+
+
+def test_float16_overflow_by_its_skips(tiny_config):
+    """Loss scaling that finds no scale."""
+    health = Health(Facts(change(tiny_config, train={"precision": "float16"})))
+    line = {"loss": 2.0, "grad_norm": math.inf, "loss_scale": 1.0, "skipped": 1.0, "skip_reason": 1.0}
+    found = [finding for step in range(1, 40) for finding in health.observe({"step": step} | line)]
+    assert [(finding.name, finding.step) for finding in found] == [("float16_overflow", 20)]
+
+
+def test_remedies_name_what_there_is(tiny_config):
+    """Fields of the config, and flags of `jaxtrain train`."""
+    text = " ".join(rule.remedy for rule in RULES)
+    named = re.findall(r"\b([a-z_]+)\.([a-z][a-z_0-9-]*)", text)
+    assert len(named) >= 20
+    for section, field in named:
+        assert hasattr(getattr(tiny_config, section), field.replace("-", "_")), f"{section}.{field}"
+    assert set(re.findall(r"--([a-z-]+)(?!\S*\.)", text)) == {"rewind"}
+
+
+def test_every_rule_has_a_run_that_provokes_it():
+    text = Path(__file__).read_text()
+    names = [rule.name for rule in RULES]
+    assert len(set(names)) == len(names) >= 15
+    for name in names:
+        assert f'found["{name}"]' in text or f'{{"{name}"}}' in text
+
+
+# How it is told.
+
+
+def test_a_case_is_told_when_it_begins_and_again_when_it_begins_anew(tiny_config):
+    health = Health(Facts(tiny_config))
+    told = []
+    for step in range(1, 4 * WINDOW):
+        tokens = 0.0 if step < 20 or 30 < step < 40 or step > 3 * WINDOW else 128.0
+        told += health.observe({"step": step, "tokens": tokens, "learning_rate": 0.1, "loss": 3 + step})
+    assert [(finding.name, finding.step) for finding in told] == [("no_progress", 1), ("no_progress", 3 * WINDOW + 1)]
+
+
+@pytest.mark.report
+def test_a_finding_is_printed_written_and_reported(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    config = change(config, optim={"eps": 0.1})
+    train(config, folder)
+    (event,) = findings(folder).values()
+    printed = capsys.readouterr().out
+    text = f"warning: adam_frozen at step 10: {event['evidence']}\n  {event['remedy']}\n"
+    assert text in printed
+    lines, events = read_metrics(folder / "metrics.jsonl")
+    (finding,) = diagnose(lines, events, config)
+    assert dataclasses.asdict(finding) == {k: v for k, v in event.items() if k not in ("event", "time")}
+    without = [e for e in events if e["event"] != "finding"]  # the lines alone say the same
+    assert diagnose(lines, without, config) == [finding]
+    page = (folder / "report.html").read_text()
+    assert page.index("<h2>Health</h2>") < page.index("adam frozen") < page.index("<h2>Last step</h2>")
+    assert event["remedy"] in page
+
+
+def test_a_run_that_goes_on_does_not_say_it_again(run, config, tmp_path):
+    config = change(config, optim={"clip_norm": 0.003})
+    for stop_after in (55, 110):
+        assert len(run(change(config, train={"stop_after": stop_after}), tmp_path / "run")) == 1
+    assert findings(tmp_path / "run")["clipping_saturated"]["step"] == 51
+
+
+def test_a_step_that_ran_twice_found_it_once(config):
+    event = {
+        "event": "finding",
+        "name": "no_progress",
+        "severity": "warning",
+        "step": 3,
+        "evidence": "e",
+        "remedy": "r",
+    }
+    assert len(diagnose([], [event, dict(event), event | {"step": 4}], config)) == 2
+
+
+# What is measured in the step.
+
+
+def test_sampled_steps_are_logged_and_others_leave_it_out(run, config, tmp_path):
+    config = change(config, train={"log_every": 4, "diagnose_every": 5})
+    run(config, tmp_path / "run")
+    lines, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [4, 5, 8, 10]
+    assert [line["step"] for line in lines if "layer_grad_norm" in line] == [5, 10]
+    for line in (lines[1], lines[3]):
+        assert len(line["layer_grad_norm"]) == len(line["layer_update_ratio"]) == 2
+        assert all(0 < value < 100 for value in (*line["layer_grad_norm"], *line["layer_update_ratio"]))
+        assert 0 <= line["adam_frozen_share"] < 0.5
+
+
+def test_looking_changes_no_bit_and_devices_change_no_look(run, config, tmp_path):
+    looks, others = {}, {}
+    for name, every, mesh in (("blind", 0, {}), ("one", 3, {}), ("four", 3, {"data": 2, "fsdp": 2})):
+        run(change(config, train={"diagnose_every": every}, mesh=mesh), tmp_path / name)
+        lines, _ = read_metrics(tmp_path / name / "metrics.jsonl")
+        looks[name] = {key: lines[8].get(key) for key in DIAGNOSTICS}
+        clocks = ("tokens_per_second", "step_seconds", *DIAGNOSTICS)
+        others[name] = [{k: v for k, v in line.items() if k not in clocks} for line in lines]
+    assert others["one"] == others["blind"]
+    for key in ("layer_grad_norm", "layer_update_ratio"):
+        assert looks["four"][key] == pytest.approx(looks["one"][key], rel=1e-3)
+    assert looks["four"]["adam_frozen_share"] == pytest.approx(looks["one"]["adam_frozen_share"], abs=1e-3)
+
+
+@pytest.mark.parametrize(("accumulate", "axes"), [(1, {}), (2, {"data": 2, "fsdp": 2})])
+def test_the_program_is_the_same_whether_anyone_looks_or_not(config, accumulate, axes):
+    """Another program would round otherwise: on some machines a run that is looked into would not be the same run."""
+    config = change(config, train={"accumulate": accumulate}, mesh=axes)
+    mesh = make_mesh(config.mesh)
+    programs = [program.make_program(change(config, train={"diagnose_every": n}), mesh, 257) for n in (0, 3)]
+    texts = [p.train_step.lower(p.abstract_state, p.abstract_batch).as_text() for p in programs]
+    assert texts[0] == texts[1]
+
+
+def test_diagnose_every_may_change_when_a_run_goes_on(run, config, tmp_path):
+    run(change(config, train={"stop_after": 4}), tmp_path / "run")
+    run(change(config, train={"diagnose_every": 5}), tmp_path / "run")
+    lines, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "layer_grad_norm" in line] == [5, 10]
+
+
+def test_command_line_reports_a_run_that_is_still_going(run, config, tmp_path, capsys):
+    from jaxtrain.cli import main
+
+    folder = tmp_path / "run"
+    run(change(config, optim={"eps": 0.1}), folder)
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{folder}: step 11 of 300\nwarning: adam_frozen at step 10: " in printed
+    assert printed.endswith(f"report: {folder / 'report.html'}\n")
+    assert (folder / "report.png").is_file()
+    assert main(["report", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""What is measured of layers and of Adam, against plain arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtrain.guard import skip_bad_steps
+from jaxtrain.monitoring.layers import DIAGNOSTICS, drop_unsampled, layer_diagnostics
+from jaxtrain.optim import clipped_adamw
+
+
+def tree(seed, scale=1.0):
+    random = np.random.default_rng(seed)
+    array = lambda *shape: jnp.asarray(scale * random.normal(size=shape), jnp.float32)  # noqa: E731
+    return {"embedding": array(5, 4), "layers": {"up": {"kernel": array(3, 4, 2)}, "norm": {"scale": array(3, 4)}}}
+
+
+def measure(params, grads, updates, state, b2=0.95, eps=1e-8):
+    return jax.tree.map(np.asarray, layer_diagnostics(params, grads, updates, state, b2=b2, eps=eps))
+
+
+def norm_of_layer(values, layer):
+    return np.sqrt(sum(np.sum(np.square(np.float64(leaf[layer]))) for leaf in jax.tree.leaves(values["layers"])))
+
+
+def test_norms_of_each_layer():
+    params, grads, updates = tree(0), tree(1, 3.0), tree(2, 0.1)
+    out = measure(params, grads, updates, optax.EmptyState())
+    assert set(out) == set(DIAGNOSTICS)
+    for layer in range(3):
+        np.testing.assert_allclose(out["layer_grad_norm"][layer], norm_of_layer(grads, layer), rtol=1e-6)
+        ratio = norm_of_layer(updates, layer) / norm_of_layer(params, layer)
+        np.testing.assert_allclose(out["layer_update_ratio"][layer], ratio, rtol=1e-6)
+    assert np.isnan(out["adam_frozen_share"])  # there is no Adam
+
+
+def test_a_model_without_layers_has_none():
+    out = measure({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, optax.EmptyState())
+    assert out["layer_grad_norm"].shape == out["layer_update_ratio"].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda b2, eps: clipped_adamw(1e-3, b2=b2, eps=eps, clip_norm=None),
+        lambda b2, eps: skip_bad_steps(clipped_adamw(1e-3, b2=b2, eps=eps, clip_norm=None)),
+        lambda b2, eps: optax.adam(1e-3, b2=b2, eps=eps),
+    ],
+)
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_frozen_is_what_eps_holds_back(make, num_steps):
+    """R-B13b: 8 numbers with sqrt(nu_hat) = 9.9 eps, 12 of 10.1 eps, and 4 without a gradient, which have no say."""
+    eps, b2 = 1e-4, 0.9
+    grads = jnp.asarray([9.9e-4] * 8 + [10.1e-4] * 12 + [0.0] * 4, jnp.float32).reshape(4, 6)
+    params, grads = {"layers": {"w": jnp.ones((4, 6))}}, {"layers": {"w": grads}}
+    optimizer = optax.with_extra_args_support(make(b2, eps))
+    state = optimizer.init(params)
+    assert np.isnan(measure(params, grads, params, state, b2, eps)["adam_frozen_share"])  # it has not yet moved
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        for _ in range(num_steps):
+            updates, state = optimizer.update(grads, state, params)
+    np.testing.assert_allclose(measure(params, grads, updates, state, b2, eps)["adam_frozen_share"], 8 / 20, rtol=1e-6)
+
+
+def test_a_gradient_so_small_that_its_square_underflows_is_frozen():
+    params, grads = {"w": jnp.ones(2)}, {"w": jnp.full(2, 1e-30)}
+    optimizer = clipped_adamw(1e-3, clip_norm=None)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    assert measure(params, grads, params, state)["adam_frozen_share"] == 1
+
+
+def test_only_the_sampled_steps_keep_what_is_measured():
+    measured = dict.fromkeys(DIAGNOSTICS, 1.0)
+    for done in range(1, 7):
+        kept = drop_unsampled({"loss": 2.0, **measured}, done, 3)
+        assert kept == ({"loss": 2.0, **measured} if done in (3, 6) else {"loss": 2.0})
+    assert drop_unsampled({"loss": 2.0, **measured}, 5, 0) == {"loss": 2.0}

@@ -1,0 +1,184 @@
+"""The record of a run: exact numbers, valid JSON, and what is left after a crash."""
+
+import json
+import math
+import resource
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxtrain.monitoring.metrics import MetricsWriter, read_metrics
+from jaxtrain.runtime.chips import peak_flops
+
+
+def _refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+def test_float32_round_trips(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for step, value in enumerate(values):
+            writer.write(step=step, loss=np.float32(value))
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=_refuse)
+    steps, _ = read_metrics(path)
+    np.testing.assert_array_equal(np.array([step["loss"] for step in steps], np.float32), np.float32(values))
+
+
+def test_values_of_every_kind(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(
+            step=jnp.int32(3), loss=jnp.float32(0.1), low=jnp.bfloat16(1.5), flag=np.bool_(True), none=None, big=2**40
+        )
+        writer.event("eval", nested={"values": [jnp.float32(math.nan), -math.inf, math.inf]}, text="a\nb\u20ac")
+    (step,), (event,) = read_metrics(path)
+    assert step == {"step": 3, "loss": float(np.float32(0.1)), "low": 1.5, "flag": True, "none": None, "big": 2**40}
+    assert type(step["step"]) is int
+    assert str(event["nested"]["values"]) == "[nan, -inf, inf]"
+    assert event["text"] == "a\nb\u20ac"
+    assert '["NaN", "-Infinity", "Infinity"]' in path.read_text()
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_events_carry_their_time(tmp_path):
+    before = datetime.now(UTC).replace(microsecond=0)
+    with MetricsWriter(tmp_path / "m") as writer:
+        writer.event("start", name="positional names do not clash")
+        with pytest.raises(TypeError, match="time"):
+            writer.event("stop", time=1)
+    steps, (event,) = read_metrics(tmp_path / "m")
+    assert steps == []
+    assert event["event"] == "start"
+    assert event["name"] == "positional names do not clash"
+    time = datetime.fromisoformat(event["time"])
+    assert time.utcoffset().total_seconds() == 0
+    assert before <= time <= datetime.now(UTC)
+
+
+def test_lines_are_there_when_the_process_dies(tmp_path):
+    path = tmp_path / "m"
+    code = (
+        "import os, sys\nfrom jaxtrain.monitoring.metrics import MetricsWriter\n"
+        "writer = MetricsWriter(sys.argv[1])\nwriter.write(step=1)\nwriter.event('eval')\nos._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    steps, events = read_metrics(path)
+    assert steps == [{"step": 1}]
+    assert events[0]["event"] == "eval"
+
+
+def test_a_file_cut_anywhere_reads_and_goes_on(tmp_path):
+    path = tmp_path / "m"
+    with MetricsWriter(path) as writer:
+        writer.write(step=1, loss=2.5)
+        writer.write(step=2, loss=1.5)
+    whole = path.read_bytes()
+    second = whole.index(b"\n") + 1
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        with MetricsWriter(path) as writer:
+            writer.write(step=3, loss=0.5)
+        found = [step["step"] for step in read_metrics(path)[0]]
+        assert found == [1] * (cut >= second - 1) + [2] * (cut >= len(whole) - 1) + [3], cut
+        assert b"\n\n" not in path.read_bytes()
+
+
+def test_the_last_attempt_wins(tmp_path):
+    path = tmp_path / "m"
+    with MetricsWriter(path) as writer:
+        for step in (10, 20, 30):
+            writer.write(step=step, attempt=1)
+    with MetricsWriter(path) as writer:
+        writer.event("start", attempt=2)
+        for step in (30, 20, 5):  # out of order, to see them sorted
+            writer.write(step=step, attempt=2)
+    steps, events = read_metrics(path)
+    assert [(step["step"], step["attempt"]) for step in steps] == [(5, 2), (10, 1), (20, 2), (30, 2)]
+    assert len(events) == 1
+
+
+def test_what_a_restart_from_an_earlier_step_has_undone_is_left_out(tmp_path):
+    """R-C15, R-A23: in the order of the file, whatever the attempts wrote after."""
+    path = tmp_path / "m"
+    with MetricsWriter(path) as writer:
+        writer.event("start", step=0)
+        for step in (1, 2, 3, 4, 5, 6):
+            writer.write(step=step, attempt=1)
+        writer.event("resume", step=4)
+        writer.write(step=5, attempt=2)
+        assert [(line["step"], line["attempt"]) for line in read_metrics(path)[0]][4:] == [(5, 2)]
+        writer.event("eval", step=1)  # no restart
+        writer.event("resume", step=2)
+        writer.write(step=3, attempt=3)
+    steps, events = read_metrics(path)
+    assert [(line["step"], line["attempt"]) for line in steps] == [(1, 1), (2, 1), (3, 3)]
+    assert [event["event"] for event in events] == ["start", "resume", "eval", "resume"]
+    with MetricsWriter(path) as writer:
+        writer.event("start", step=0)  # the first checkpoint had not been written
+    assert read_metrics(path)[0] == []
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path):
+    path = tmp_path / "m"
+    path.write_bytes(b'{"step": 1}\n12\n"text"\n[]\n\n{"other": 1}\n\xff\xfe\x00\n{"step": 2}\n')
+    assert read_metrics(path) == ([{"step": 1}, {"step": 2}], [])
+
+
+def test_a_value_that_is_no_json_writes_nothing(tmp_path):
+    with MetricsWriter(tmp_path / "m") as writer:
+        with pytest.raises(TypeError):
+            writer.write(step=1, bad=object())
+        writer.write(step=2)
+    assert (tmp_path / "m").read_text() == '{"step": 2}\n'
+
+
+@pytest.fixture
+def room():
+    """Limits the size of files, which stands for a full disk: `room(9)`; None: no limit."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0] if size is None else size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_holds_lines_back_and_loses_none(tmp_path, room, capsys):
+    """R-A23: in the middle of a line, twice, and at the end, where it is an error."""
+    path = tmp_path / "m"
+    writer = MetricsWriter(path)
+    for step in (1, 4):
+        writer.write(step=step)
+        room(path.stat().st_size + 5)
+        writer.write(step=step + 1)
+        writer.write(step=step + 2)
+        assert [line["step"] for line in read_metrics(path)[0]] == list(range(1, step + 1))
+        assert capsys.readouterr().err.count("its lines wait until it can") == 1
+        room(None)
+    writer.write(step=7)
+    assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in range(1, 8))
+    room(path.stat().st_size)
+    writer.write(step=8)
+    with pytest.raises(OSError, match=r"m lacks its last lines \(1\)"):
+        writer.close()
+    writer.close()
+
+
+def test_missing_file_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing/metrics\.jsonl.*jaxtrain train"):
+        read_metrics(tmp_path / "nothing" / "metrics.jsonl")
+
+
+def test_peak_flops_of_known_devices_only():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+    assert peak_flops("TPU v5 lite", "bfloat16") == 197e12
+    assert peak_flops("TPU v5", "bfloat16") == 459e12
+    assert peak_flops("cpu", "bfloat16") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None

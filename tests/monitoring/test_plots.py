@@ -1,0 +1,167 @@
+"""Pictures and text curves: what is drawn, read back from the figure, and no text over another."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxtrain import schedules
+from jaxtrain.monitoring import plots
+from jaxtrain.monitoring.metrics import MetricsWriter
+from jaxtrain.monitoring.plots import draw_curve, plot_metrics, plot_schedule
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved."""
+    saved = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (saved.append(figure), save(figure, path))[1])
+    return saved
+
+
+def write_run(folder, num_steps, grad_norms=(0.5, 2.0, 3.0), evals=()):
+    with MetricsWriter(folder / "metrics.jsonl") as writer:
+        for index in range(num_steps):
+            norm = grad_norms[index % len(grad_norms)]
+            writer.write(step=10 * index + 10, nll=5 - index / 100, grad_norm=norm, learning_rate=1e-3)
+        for step, nll in evals:
+            writer.event("eval", step=step, nll=nll)
+    return folder
+
+
+def test_plot_metrics_draws_the_run(tmp_path, figures):
+    path = plot_metrics(write_run(tmp_path, 100, evals=[(500, 4.5), (1005, 4.0)]), clip_norm=1.0)
+    assert path == tmp_path / "report.png"
+    assert path.read_bytes().startswith(PNG)
+    loss, rate, norm = figures[0].axes
+    train, smoothed, validation = loss.get_lines()
+    np.testing.assert_allclose(train.get_xdata(), np.arange(10, 1001, 10))
+    np.testing.assert_allclose(train.get_ydata(), 5 - np.arange(100) / 100)
+    np.testing.assert_allclose(smoothed.get_ydata(), train.get_ydata())  # a mean around each point keeps a line
+    np.testing.assert_allclose(validation.get_xydata(), [(500, 4.5), (1005, 4.0)])
+    assert rate.get_lines()[0].get_ydata()[0] == 1e-3
+    assert norm.get_yscale() == "log"
+    threshold = norm.get_lines()[1]
+    assert (threshold.get_ydata()[0], threshold.get_linestyle()) == (1.0, "--")
+    assert norm.get_title(loc="left") == "66.0% of 100 logged steps clipped"
+    assert "nats per token" in loss.get_ylabel()
+    assert loss.get_xlim() == norm.get_xlim()
+
+
+def test_smoothing_leaves_out_what_is_not_finite():
+    values = np.array([1.0, 2.0, math.nan, 4.0, 5.0, 6.0])
+    np.testing.assert_allclose(plots._smooth(values, 3), [1, 1.5, 3, 4.5, 5, 6])
+    np.testing.assert_allclose(plots._smooth(np.full(3, math.nan), 3), [math.nan] * 3)
+
+
+@pytest.mark.parametrize("grad_norms", [(0.5,), (math.nan,), (0.0,), (math.inf, 1e-9, 1e9)])
+def test_plot_metrics_of_one_step_and_of_odd_norms(tmp_path, grad_norms, figures):
+    for num_steps in (1, 30):
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        plot_metrics(write_run(tmp_path, num_steps, grad_norms), clip_norm=1.0)
+        assert figures.pop().axes[0].get_lines()[0].get_marker() == ("o" if num_steps == 1 else "")
+
+
+def test_plot_metrics_without_a_logged_step(tmp_path):
+    with pytest.raises(ValueError, match="no logged step"):
+        plot_metrics(write_run(tmp_path, 0, evals=[(1, 1.0)]), clip_norm=1.0)
+
+
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'jaxtrain\[plot\]'"):
+        plot_metrics(write_run(tmp_path, 2), clip_norm=1.0)
+
+
+def test_no_pyplot_is_loaded(tmp_path):
+    code = (
+        "import sys\nfrom jaxtrain.monitoring.plots import plot_metrics\nassert 'matplotlib' not in sys.modules\n"
+        "plot_metrics(sys.argv[1], clip_norm=1.0)\nassert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(write_run(tmp_path, 2))], check=True)
+
+
+SCHEDULES = {
+    "cosine": (schedules.warmup_cosine(1e-3, 1000, 100), ["first", "peak", "last"]),
+    "no warm-up, high floor": (schedules.warmup_cosine(1e-3, 1000, 0, 0.95), ["first, peak", "last"]),
+    "late peak": (schedules.warmup_cosine(1e-3, 1000, 990, 0.97), ["first", "peak", "last"]),
+    "peak in the middle": (schedules.warmup_linear(1e-3, 1000, 500, 0.0), ["first", "peak", "last"]),
+    "warm-up only": (schedules.warmup_constant(1e-3, 1000), ["first", "peak, last"]),
+    "trapezoid": (schedules.warmup_stable_decay(3e-4, 1000, 50, 200), ["first", "peak", "last"]),
+    "restarts": (schedules.sgdr(1e-3, 100, 2, 10, 0.7), ["first", "peak", "last"]),
+    "constant": (schedules.warmup_constant(1e-3, 0), ["first, peak", "last"]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_texts_do_not_overlap(tmp_path, figures, name):
+    schedule, names = SCHEDULES[name]
+    path = plot_schedule(schedule, 1000, tmp_path / "schedule.png")
+    assert path.read_bytes().startswith(PNG)
+    axes = figures[0].axes[0]
+    assert [text.get_text().split(":")[0] for text in axes.texts] == names
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    inside = axes.bbox
+    for text, box in zip(axes.texts, boxes, strict=True):
+        assert inside.x0 <= box.x0
+        assert inside.y0 <= box.y0
+        assert box.x1 <= inside.x1
+        assert box.y1 <= inside.y1
+        point = axes.transData.transform(text.xy)[1]
+        assert box.y0 > point if "peak" in text.get_text() else box.y1 < point
+    curve = axes.get_lines()[0].get_ydata()
+    np.testing.assert_array_equal(curve, np.asarray(schedule(np.arange(1000))))
+    assert f"{curve[-1]:.3g} at step 999" in axes.texts[-1].get_text()
+
+
+def test_schedule_of_one_step_and_of_none(tmp_path, figures):
+    plot_schedule(schedules.warmup_constant(1e-3, 0), 1, tmp_path / "s.png")
+    assert [text.get_text() for text in figures[0].axes[0].texts] == ["first, peak, last: 0.001 at step 0"]
+    with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
+        plot_schedule(schedules.warmup_constant(1e-3, 0), 0, tmp_path / "s.png")
+
+
+def test_draw_curve_of_a_ramp():
+    eighths = "".join(map(chr, range(0x2581, 0x2589)))
+    assert draw_curve(range(16), width=20, height=2, label="ramp").splitlines() == [
+        "ramp",
+        "15 |" + " " * 8 + eighths,
+        " 0 |" + eighths + "\u2588" * 8,
+        "    0" + " " * 13 + "15",
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 50, 71, 1000])
+@pytest.mark.parametrize(("width", "height"), [(72, 12), (40, 5)])
+def test_draw_curve_keeps_to_its_size(count, width, height):
+    lines = draw_curve(np.sin(np.arange(count)) * 1e-5, width=width, height=height).splitlines()
+    assert len(lines) == height + 1
+    assert max(map(len, lines)) <= width
+    assert lines[-1].split()[-1] == str(count - 1)
+
+
+def test_draw_curve_shows_means_gaps_and_constants():
+    lines = draw_curve([0.0, 4.0] * 500, width=30, height=3).splitlines()
+    assert lines[0] == "4 |"  # every column is the mean, 2
+    assert set(lines[1][3:]) == {"\u2585"}
+    assert (
+        draw_curve([1, math.nan, math.inf, 2], width=15, height=2).splitlines()[1]
+        == "1 |\u2581\u2581\u2581      \u2588\u2588\u2588"
+    )
+    assert draw_curve([5, 5], width=15, height=2).splitlines()[:2] == ["5 |" + "\u2588" * 12, "  |" + "\u2588" * 12]
+
+
+def test_draw_curve_says_what_is_wrong():
+    for values in ([], [math.nan]):
+        with pytest.raises(ValueError, match="needs a finite value"):
+            draw_curve(values)
+    for size in ({"width": 5}, {"height": 1}):
+        with pytest.raises(ValueError, match="too small"):
+            draw_curve([1.0, 2.0], **size)

@@ -1,0 +1,475 @@
+"""Several processes are one run: the same numbers, one record, and whoever disagrees or is missing is named.
+
+Real processes of two simulated devices each, joined by gloo over the loopback; one process with four devices is what
+they are compared with.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    FaultConfig,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
+    llama,
+    to_json,
+)
+from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.runtime import processes
+from jaxtrain.runtime.rendezvous import meet
+from jaxtrain.training.run import open_run
+from jaxtrain.training.train import train
+
+LIMIT = 240  # seconds until a test gives up on a process; all of them take a few
+
+
+def free_address():
+    with socket.create_server(("localhost", 0)) as server:
+        return f"localhost:{server.getsockname()[1]}"
+
+
+class Processes:
+    """Some processes of one run, each with two devices; `arguments` go to Python, per process.
+
+    Where nobody is missing the time-out is long: JAX ends a run whose processes do not get to send a heartbeat for so
+    long, and on a machine with too much to do that may be half a minute.
+    """
+
+    def __init__(self, *arguments, count=2, timeout=200, ranks=None):
+        address = free_address()
+        self.processes = []
+        for rank, words in zip(ranks or range(count), arguments, strict=True):
+            environment = {
+                **os.environ,
+                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+                "PYTHONWARNINGS": "default",
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(rank),
+                "JAXTRAIN_TIMEOUT": str(timeout),
+            }
+            command = [sys.executable, *map(str, words)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            self.processes.append(subprocess.Popen(command, env=environment, **pipes))
+
+    def wait(self):
+        """The exit codes, outputs and errors."""
+        try:
+            ends = [process.communicate(timeout=LIMIT) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [process.returncode for process in self.processes], *zip(*ends, strict=True)
+
+
+def train_command(config, run_dir):
+    file = run_dir.parent / f"{run_dir.name}-{abs(hash(config))}.json"
+    file.write_text(to_json(config))
+    return ["-m", "jaxtrain.cli", "train", file, "--run-dir", run_dir]
+
+
+def train_in_two(config, run_dir):
+    codes, outputs, errors = Processes(*[train_command(config, run_dir)] * 2).wait()
+    assert codes == [0, 0], errors
+    return outputs
+
+
+def changed(config, part, **fields):
+    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
+
+
+@pytest.fixture(scope="module")
+def config(store):
+    """Eight steps on four devices, with an evaluation on the way, and a bad row on one of them."""
+    return Config(
+        data=DataConfig(store=str(store)),
+        model=llama(num_layers=2, num_heads=2, d_model=16, d_ff=32, max_seq_len=16),
+        optim=OptimConfig(peak_lr=1e-2, warmup_steps=3),
+        train=TrainConfig(steps=8, batch_size=8, seq_len=16, log_every=1, eval_every=4, eval_batches=2),
+        mesh=MeshConfig(data=4),
+        checkpoint=CheckpointConfig(every=3),
+        faults=FaultConfig(nan_micro_batch_step=5),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The undisturbed run of one process with four devices."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(config, folder)
+    return folder
+
+
+def assert_same_run(folder, expected):
+    """The same decisions and numbers as another run (R-D1), but for the order in which float32 sums were taken."""
+    (lines, events), (other_lines, other_events) = (read_metrics(f / "metrics.jsonl") for f in (folder, expected))
+    assert [line["step"] for line in lines] == [line["step"] for line in other_lines]
+    for line, other in zip(lines, other_lines, strict=True):
+        assert (line["skipped"], line["skip_reason"]) == (other["skipped"], other["skip_reason"])
+        for key in ("loss", "nll", "grad_norm", "clip_factor", "update_norm", "param_norm", "tokens", "learning_rate"):
+            np.testing.assert_allclose(line[key], other[key], rtol=1e-6, err_msg=f"{key} of step {line['step']}")
+    evaluations = [
+        {event["step"]: event for event in each if event["event"] == "eval"} for each in (events, other_events)
+    ]
+    assert evaluations[0].keys() == evaluations[1].keys()
+    for step, other in evaluations[1].items():
+        np.testing.assert_allclose(evaluations[0][step]["nll"], other["nll"], rtol=1e-6)
+    states = []
+    for each in (folder, expected):
+        run = open_run(each)
+        with Checkpoints(each / "checkpoints") as checkpoints:
+            states.append(checkpoints.restore(run.abstract_state)[0])
+    for leaf, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-6, atol=1e-6)
+
+
+def test_two_processes_are_one_run_with_one_record(config, whole, tmp_path):
+    """From the first step to the sample, with every matrix in parts on devices of both."""
+    config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))
+    config = changed(config, "train", sample_tokens=4, sample_prompt="1 +")
+    outputs = train_in_two(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+    # Line for line, so that nothing is there twice; and the other process is quiet.
+    (lines, events), (other_lines, other_events) = (
+        read_metrics(folder / "metrics.jsonl") for folder in (tmp_path / "run", whole)
+    )
+    raw = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(raw) == len(lines) + len(events) == len(other_lines) + len(other_events)
+    assert events[0]["processes"] == 2
+    assert "step 8/8" in outputs[0]
+    assert not re.search("step|jaxtrain|decay|validation", outputs[1])  # gloo's own lines are there
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "report.html", "report.png", "sample.txt"}
+    assert (tmp_path / "run" / "sample.txt").read_text().startswith("1 +")
+    codes, outputs, errors = Processes(*[["-m", "jaxtrain.cli", "eval", tmp_path / "run", "--json"]] * 2).wait()
+    assert codes == [0, 0], errors
+    (measured,), () = ([line for line in output.splitlines() if line.startswith("{")] for output in outputs)
+    assert json.loads(measured)["nll"] == events[-1]["evaluation"]["nll"]
+    saved = tmp_path / "run" / "checkpoints" / "8" / "params"
+    assert {path.name for path in saved.iterdir()} >= {"ocdbt.process_0", "ocdbt.process_1"}
+
+
+def test_a_run_goes_from_one_process_to_two_and_back(config, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    for step in ("6", "8"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    train_in_two(changed(config, "train", stop_after=6), tmp_path / "run")
+    train(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+    lines, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["attempt"] for line in lines] == [1] * 3 + [2] * 3 + [3] * 2
+    resumed = [(event["step"], event["processes"]) for event in events if event["event"] == "resume"]
+    assert resumed == [(3, 2), (6, 1)]
+
+
+def test_a_signal_to_one_stops_both_after_the_same_step(config, tmp_path):
+    config = changed(config, "train", steps=100_000, eval_every=0)  # too many to end before the signal comes
+    run_dir = tmp_path / "run"
+    both = Processes(*[train_command(config, run_dir)] * 2)
+    deadline = time.monotonic() + LIMIT
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and read_metrics(metrics)[0]) and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in both.processes)
+        time.sleep(0.05)
+    both.processes[1].send_signal(signal.SIGTERM)
+    codes, _, errors = both.wait()
+    assert codes == [128 + signal.SIGTERM] * 2, errors
+    stop = read_metrics(metrics)[1][-1]
+    assert (stop["event"], stop["reason"]) == ("stop", "SIGTERM")
+    assert read_metrics(metrics)[0][-1]["step"] == stop["step"]
+    newest = max(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+    assert newest == stop["step"]
+
+
+def test_process_0_finds_the_damaged_checkpoint_and_all_go_back(config, whole, tmp_path):
+    """R-C5, R-C8."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "8")
+    file = max((run_dir / "checkpoints" / "6" / "rest").rglob("d/*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
+    outputs = train_in_two(config, run_dir)
+    assert "checkpoint 6 is damaged: rest/" in outputs[0]
+    assert "damaged" not in outputs[1]
+    _, events = read_metrics(run_dir / "metrics.jsonl")
+    assert [event["step"] for event in events if event["event"] == "resume"] == [3]
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert names == {"3", "6", "6.damaged", "8"}
+    assert_same_run(run_dir, whole)
+
+
+def test_a_save_that_fails_ends_all_processes(config, tmp_path):
+    """R-C6: process 0 alone writes the manifest, and the other hears of it."""
+    run_dir = tmp_path / "run"
+    (tmp_path / "script.py").write_text(
+        "import sys, jaxtrain.checkpoints.checkpoints\n"
+        "def full(*arguments): raise OSError(28, 'No space left on device')\n"
+        "jaxtrain.checkpoints.checkpoints.seal = full\n"
+        "from jaxtrain.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [tmp_path / "script.py", *train_command(config, run_dir)[2:]]
+    codes, _, errors = Processes(*[command] * 2).wait()
+    assert codes[0] == 1
+    assert codes[1] != 0
+    assert "the checkpoint of step 3 could not be saved: [Errno 28] No space left on device" in errors[0]
+    assert Checkpoints(run_dir / "checkpoints").steps() == []
+
+
+def test_processes_that_disagree_on_the_config_say_where(config, tmp_path):
+    commands = [train_command(c, tmp_path / "run") for c in (config, changed(config, "train", batch_size=16))]
+    codes, _, errors = Processes(*commands).wait()
+    assert codes == [2, 2], errors
+    for error in errors:
+        assert "train.batch_size: process 0 says 8, process 1 says 16" in error
+        assert error.count("says") == 2  # nothing else differs
+        assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_would_restore_another_step_say_which(config, whole, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(whole, tmp_path / name)
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "8")
+    codes, _, errors = Processes(*[train_command(config, tmp_path / name) for name in ("a", "b")]).wait()
+    assert codes == [2, 2], errors
+    assert all("newest step: process 0 says 8, process 1 says 6" in error for error in errors)
+
+
+def test_a_run_directory_that_is_not_shared_is_an_error(config, tmp_path):
+    codes, _, errors = Processes(*[train_command(config, tmp_path / name) for name in ("a", "b")]).wait()
+    assert codes == [2, 2], errors
+    assert all('process 0 says "there", process 1 says "not there"' in error for error in errors)
+    assert all("file system that they share" in error for error in errors)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_never_comes_is_named(config, tmp_path, rank):
+    codes, _, (error,) = Processes(train_command(config, tmp_path / "run"), ranks=[rank], timeout=2).wait()
+    assert codes == [2]
+    expected = {0: "did not come within 2 s: process 1;", 1: "process 0 is missing"}
+    assert expected[rank] in error
+    assert "Traceback" not in error
+
+
+SCRIPT = """
+import sys, time
+from jaxtrain.runtime import processes
+
+def report(error):
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+def body(rank):
+    if what == "fails" and rank == 1:
+        raise ValueError("the disk is full")
+    if what == "sleeps" and rank == 1:
+        time.sleep(1000)
+    if what == "first":
+        assert processes.first("think", lambda: 7) == (7 if rank == 0 else None)
+        assert processes.tell("think", lambda: [7, rank]) == [7, 0]
+        processes.first("think again", lambda: {}["nothing"])
+    processes.agree("a number", {"a": {"b": 1}, "c": [1, 2]})
+
+what = sys.argv[1]
+with processes.session(report):
+    from jax._src.distributed import global_state
+    body(global_state.process_id)
+"""
+
+
+def test_a_process_that_fails_alone_ends_the_others_with_its_words(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    codes, _, errors = Processes(*[[tmp_path / "script.py", "fails"]] * 2, timeout=200).wait()
+    assert codes[0] != 0
+    assert codes[1] != 0
+    assert "process 1 failed: the disk is full" in errors[0]
+    assert "the disk is full" in errors[1]
+
+
+def test_a_process_that_hangs_is_named_and_does_not_hold_the_others(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    both = Processes(*[[tmp_path / "script.py", "sleeps"]] * 2, timeout=2)
+    _, error = both.processes[0].communicate(timeout=LIMIT)
+    assert both.processes[0].returncode == 2
+    assert "process 1 did not agree on a number within 2 s" in error
+    codes, *_ = both.wait()
+    assert codes[1] != 0  # the coordinator has gone
+
+
+def test_what_fails_on_process_0_for_all_fails_on_all(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    codes, _, errors = Processes(*[[tmp_path / "script.py", "first"]] * 2).wait()
+    assert 0 not in codes
+    assert "KeyError: 'nothing'" in errors[0]
+    assert "ValueError: 'nothing'" in errors[1]
+
+
+class SlowStore:
+    """A key-value store whose answers take 2 ms on their way, as `jax.distributed`'s client tells it."""
+
+    def __init__(self, **values):
+        self.values = {key.replace("__", "/"): value for key, value in values.items()}
+
+    def key_value_dir_get(self, key):
+        return [(name, value) for name, value in self.values.items() if name.startswith(f"{key}/")]
+
+    def key_value_try_get(self, key):
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: Config key {key} not found.")
+        return self.values[key]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        if milliseconds < 2 or key not in self.values:
+            time.sleep(milliseconds / 1000)
+            raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: GetKeyValue() timed out with key: {key}")
+        return self.values[key]
+
+
+def test_what_is_in_the_store_is_read_however_late_and_slow(monkeypatch):
+    def get(key, seconds, **values):
+        state = types.SimpleNamespace(client=SlowStore(**values))
+        monkeypatch.setattr(processes, "_state", lambda: state)
+        return processes._get(key, time.monotonic() + seconds)
+
+    assert get("said", 0.0, said="1") == "1"  # who waited for a first process has no time left for the second
+    assert get("said", 60.0, said="1", jaxtrain__failed__0="process 0 failed") == "1"
+    assert get("said", 0.01) is None
+    with pytest.raises(ValueError, match=r"^process 0 failed$"):
+        get("said", 60.0, jaxtrain__failed__0="process 0 failed")
+
+
+def meet_all(arguments, timeout=20.0):
+    """Calls `meet` for each (number of processes, process) at once; what each raised, or None."""
+    address, outcome = free_address(), {}
+
+    def one(i, count, process):
+        try:
+            outcome[i] = meet(address, count, process, timeout)
+        except ValueError as error:
+            outcome[i] = str(error)
+
+    threads = [threading.Thread(target=one, args=(i, *each)) for i, each in enumerate(arguments)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    return [outcome[i] for i in range(len(arguments))]
+
+
+def test_processes_meet_in_any_order():
+    assert meet_all([(3, 2), (3, 0), (3, 1)]) == [None] * 3
+
+
+def test_everybody_who_came_hears_who_did_not():
+    came = meet_all([(5, 3), (5, 0), (5, 1)], timeout=1.0)
+    assert all("2 of 5 processes did not come within 1 s: processes 2, 4;" in text for text in came)
+
+
+def test_two_processes_with_one_number_or_another_count_are_told():
+    same = meet_all([(4, 0), (4, 1), (4, 1)])
+    assert "two processes say that they are process 1" in same[0]
+    assert same == [same[0]] * 3
+    assert "process 1 counts 2 processes, and process 0 3" in meet_all([(3, 0), (2, 1)])[0]
+    with pytest.raises(ValueError, match="process 4 is not one of 0 to 1"):
+        meet("localhost:1", 2, 4, 1.0)
+
+
+def test_strangers_at_the_port_do_no_harm():
+    address = free_address()
+    host, port = address.split(":")
+    outcome = []
+    lead = threading.Thread(target=lambda: outcome.append(meet(address, 2, 0, 20.0)))
+    lead.start()
+    for hello in (b"", b"GET / HTTP/1.1\n", b"jaxtrain one of two\n"):
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                with socket.create_connection((host, int(port)), timeout=5) as stranger:
+                    stranger.sendall(hello)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+    meet(address, 2, 1, 20.0)
+    lead.join(LIMIT)
+    assert outcome == [None]
+
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+SLURM = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_STEP_NODELIST": "node[007-010]",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Sets the environment; returns what `session` would have joined."""
+
+    def look(**environment):
+        for name in (*VARIABLES, *SLURM, "JAX_COORDINATOR_PORT", "OMPI_MCA_orte_hnp_uri"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return processes._asked_for() or processes._detected(1.0)
+
+    return look
+
+
+def test_a_laptop_and_a_cluster_of_one_are_one_process(cluster):
+    assert cluster().num_processes == 1
+    assert cluster(**SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).num_processes == 1
+    assert cluster(**SLURM | {"JAX_NUM_PROCESSES": "1"}).num_processes == 1
+    assert cluster(KUBERNETES_SERVICE_HOST="10.0.0.1").num_processes == 1  # any pod, without a word
+
+
+def test_a_cluster_is_found_or_asked_for(cluster):
+    port = 4242 % 4096 + 65535 - 4096 + 1  # JAX's choice, from the job's number
+    assert cluster(**SLURM) == (f"node007:{port}", 8, 5, None)  # JAX then gives each its local GPU
+    assert cluster(**SLURM, JAX_COORDINATOR_PORT="77").address == "node007:77"
+    asked = dict(zip(VARIABLES, ("host:1", "2", "1"), strict=True))
+    assert cluster(**asked) == ("host:1", 2, 1, "deactivate")
+    assert cluster(**SLURM, **asked) == ("host:1", 2, 1, "deactivate")
+
+
+@pytest.mark.parametrize("given", [("", "2", "1"), ("host:1", "2", ""), ("host:1", "", "0"), ("host:1", "two", "0")])
+def test_half_an_address_is_an_error_with_what_there_is(cluster, given):
+    with pytest.raises(ValueError, match=f"got .*JAX_NUM_PROCESSES='{given[1]}'"):
+        cluster(**dict(zip(VARIABLES, given, strict=True)))
+
+
+@pytest.mark.parametrize("text", ["0", "soon", "inf"])
+def test_a_time_out_that_is_none_is_an_error(monkeypatch, text):
+    monkeypatch.setenv("JAXTRAIN_TIMEOUT", text)
+    with pytest.raises(ValueError, match=f"JAXTRAIN_TIMEOUT must be .* got '{text}'"):
+        processes.time_limit()
+
+
+def test_one_process_agrees_with_itself():
+    processes.agree("nothing", {"a": object()})  # not even looked at
+    assert processes.first("think", lambda: 7) == 7
+    assert processes.is_lead()
+    assert processes.StopVote().reason("SIGINT", 3) == "SIGINT"
+    assert processes.StopVote().reason(None, 3) is None

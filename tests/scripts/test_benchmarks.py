@@ -1,0 +1,88 @@
+"""The benchmarks run, at sizes that say nothing, and BENCHMARKS.md is what their records make of it."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from benchmark import Table  # noqa: E402
+
+
+def run(*command, **environment):
+    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT), **environment}
+    full = [sys.executable, *command]
+    return subprocess.run(full, cwd=ROOT, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+
+
+TINY = [
+    *("--model.num-layers=1", "--model.num-heads=2", "--model.d-model=16", "--model.d-ff=32", "--model.max-seq-len=8"),
+    *("--model.vocab-size=31", "--train.seq-len=8", "--train.batch-size=2", "--train.accumulate=1"),
+    *("--train.precision=float32", "--mesh.data=1", "--steps=2", "--rounds=2"),
+]
+
+
+def test_the_train_step_is_timed_and_recorded(tmp_path):
+    record = tmp_path / "train.json"
+    done = run("scripts/bench_train.py", "configs/gpt2_124m.py", *TINY, "--json", str(record))
+    assert done.returncode == 0, done.stderr
+    made = json.loads(record.read_text())
+    (table,) = made["tables"]
+    row = dict(zip(table["columns"], table["rows"][0], strict=True))
+    assert row[""] == "jaxtrain"
+    assert row["tokens/s"] == pytest.approx(16 / (row["ms, median"] / 1e3))
+    assert [len(seconds) for seconds in made["rounds"]["jaxtrain"]] == [2, 2]
+    assert made["versions"]["jax"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--peer", "torch", "--peer-python", "nowhere/python"], "error: no Python at nowhere/python: make one"),
+        (["--peer", "torch", "--peer-python", sys.executable, "--model.logit-softcap=5"], "plain GPT-2 and Llama"),
+        (["--model.num-heads=3"], "d_model 16 is not divisible by model.num_heads 3"),
+    ],
+)
+def test_what_cannot_be_benched_is_said(flags, message):
+    done = run("scripts/bench_train.py", "configs/gpt2_124m.py", *TINY, *flags)
+    assert done.returncode != 0
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+def test_the_loss_head_is_timed(tmp_path):
+    record = tmp_path / "loss.json"
+    sizes = ["--tokens=64", "--vocab", "40", "--d-model=8", "--chunk-size", "16", "--repeats=1"]
+    done = run("scripts/bench_loss.py", *sizes, "--json", str(record))
+    assert done.returncode == 0, done.stderr
+    assert [row[0] for row in json.loads(record.read_text())["tables"][0]["rows"]] == ["dense", "optax", "chunk 16"]
+
+
+def test_a_table_is_text_and_markdown():
+    columns = {"form": "", "ms": ".1f", "ratio": ".2f"}
+    table = Table("Speed", columns, [["ours", 1.25, None], ["peer", 10, 8.0]], ["Note."])
+    lines = ["", "Speed", "form    ms  ratio", "ours   1.2      -", "peer  10.0   8.00", "Note."]
+    assert table.text().splitlines() == lines
+    assert table.markdown().splitlines() == [
+        *("**Speed**", "", "| form | ms | ratio |", "| --- | ---: | ---: |"),
+        *("| ours | 1.2 | - |", "| peer | 10.0 | 8.00 |", "", "Note."),
+    ]
+
+
+def test_the_page_in_the_repository_is_that_of_its_records():
+    render = runpy.run_path(str(ROOT / "scripts/bench_all"))["render"]
+    page = (ROOT / "BENCHMARKS.md").read_text()
+    assert render(ROOT / "benchmarks") == page, "run scripts/bench_all and commit what it writes"
+    assert "jaxtrain is faster by" in page
+
+
+def test_no_records_are_an_error(tmp_path):
+    done = run("scripts/bench_all", "--folder", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: no JSON files in {tmp_path}")

@@ -1,0 +1,69 @@
+"""Evaluation: sums over the whole split, whatever the batch size and however ragged the end (R-A4, R-E1)."""
+
+import gzip
+import lzma
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.config import MeshConfig
+from jaxtrain.data.loader import EvalBatches
+from jaxtrain.data.store import Split, open_store
+from jaxtrain.losses import LossSums
+from jaxtrain.runtime.mesh import by_rows, make_mesh
+from jaxtrain.runtime.stop import Stopped
+from jaxtrain.training.evaluate import compressor_bits_per_byte, evaluate, split_text
+
+TOKENS = np.random.default_rng(0).integers(0, 50, 103).astype(np.uint16)
+SPLIT = Split((TOKENS,), np.zeros(3, np.int64), num_bytes=100)
+
+
+@jax.jit
+def eval_step(scale, batch):
+    """Says that each label costs a tenth of itself: the true total is then plain to see."""
+    where = batch["where"].astype(jnp.float32)
+    nll = scale * jnp.sum(where * batch["labels"].astype(jnp.float32))
+    return LossSums(nll, jnp.float32(0), jnp.float32(0), jnp.sum(where))
+
+
+def run(batch_size, seq_len, devices=1, **options):
+    batches = EvalBatches(SPLIT, batch_size=batch_size, seq_len=seq_len, vocab_size=50)
+    return evaluate(eval_step, jnp.float32(0.1), batches, by_rows(make_mesh(MeshConfig(data=devices))), **options)
+
+
+@pytest.mark.parametrize(("batch_size", "seq_len", "devices"), [(1, 7, 1), (4, 7, 1), (8, 16, 4), (8, 200, 8)])
+def test_every_token_counts_once_whatever_the_batch(batch_size, seq_len, devices):
+    result = run(batch_size, seq_len, devices)
+    nll = 0.1 * TOKENS[1:].astype(float).mean()
+    assert result["tokens"] == 102
+    np.testing.assert_allclose(result["nll"], nll, rtol=1e-6)
+    np.testing.assert_allclose(result["perplexity"], math.exp(nll), rtol=1e-5)
+    np.testing.assert_allclose(result["bits_per_token"], nll / math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(result["bits_per_byte"], nll / math.log(2) * 102 / 100, rtol=1e-6)
+
+
+def test_a_part_of_the_split():
+    result = run(4, 7, num_batches=2)
+    assert result["tokens"] == 56
+    np.testing.assert_allclose(result["nll"], 0.1 * TOKENS[1:57].astype(float).mean(), rtol=1e-6)
+
+
+def test_compressors_see_exactly_the_held_out_text(store):
+    opened = open_store(store)
+    text = split_text(opened.validation, opened.tokenizer)
+    assert len(text) == opened.validation.num_bytes
+    result = compressor_bits_per_byte(text)
+    np.testing.assert_allclose(result["gzip"], 8 * len(gzip.compress(text, 9)) / len(text), atol=0.01)
+    assert lzma.decompress(lzma.compress(text, preset=9)) == text
+    assert 0 < result["xz"] < 8
+
+
+def test_a_stop_leaves_no_result_of_a_part():
+    """R-C9."""
+    seen = iter([False, False, True])
+    with pytest.raises(Stopped):
+        run(1, 7, asked_to_stop=lambda: next(seen))
+    assert list(seen) == []

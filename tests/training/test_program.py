@@ -1,0 +1,345 @@
+"""The program on every mesh: the same numbers, state where it belongs, and errors before anything is compiled."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxtrain.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, gpt2, llama
+from jaxtrain.losses import LossSums
+from jaxtrain.models.parallel import Parallel
+from jaxtrain.models.transformer import Transformer, make_loss_fn
+from jaxtrain.runtime.mesh import by_rows, make_mesh, map_loss
+from jaxtrain.step import TrainState, pmap_train_step, replicate
+from jaxtrain.training import components
+from jaxtrain.training.program import make_program
+
+STEPS, ROWS, TOKENS, VOCAB = 20, 16, 16, 257
+MODELS = {
+    "gpt2": gpt2(num_layers=2, num_heads=4, d_model=32, max_seq_len=TOKENS, vocab_multiple=8),
+    "llama": llama(
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        d_model=32,
+        d_ff=48,
+        max_seq_len=TOKENS,
+        qk_norm=True,
+        logit_softcap=5.0,
+        vocab_multiple=8,
+    ),
+}
+ONE = (1, 1, 1)
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]  # data, fsdp, tensor
+
+
+def make_config(style, sizes=ONE, accumulate=1, precision="float32", **model):
+    return Config(
+        data=DataConfig(store="unused"),
+        model=dataclasses.replace(MODELS[style], **{"scan_unroll": 1, **model}),  # one program on every mesh
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3, clip_norm=0.7),
+        train=TrainConfig(
+            steps=STEPS,
+            batch_size=ROWS,
+            seq_len=TOKENS,
+            accumulate=accumulate,
+            precision=precision,
+            z_loss=1e-3,
+            label_smoothing=0.1,
+        ),
+        mesh=MeshConfig(*sizes),
+    )
+
+
+def program_of(config):
+    return make_program(config, make_mesh(config.mesh), VOCAB)
+
+
+@functools.cache
+def host_batch(step):
+    """Row i keeps a token with a chance that grows from one in twenty to one: devices have very unequal weights."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, VOCAB, (ROWS, TOKENS + 1)).astype(np.int32)
+    where = rng.random((ROWS, TOKENS)) < np.linspace(0.05, 1, ROWS)[:, None]
+    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "where": where}
+
+
+def batch_of(program, step=0):
+    return jax.device_put(host_batch(step), by_rows(program.mesh))
+
+
+@functools.cache
+def host_state(style):
+    """The first state, made on one device: a program of its own for every mesh takes seconds to compile."""
+    return jax.device_get(program_of(make_config(style)).init_state())
+
+
+def first_state(program, style):
+    put = lambda leaf, like: jax.device_put(np.copy(leaf), like.sharding)  # noqa: E731
+    return jax.tree.map(put, host_state(style), program.abstract_state)
+
+
+@functools.cache
+def trained(style, sizes, accumulate=1):
+    """Twenty steps on a mesh: the last parameters, and the metrics of every step."""
+    program = program_of(make_config(style, sizes, accumulate))
+    state, history = first_state(program, style), []
+    for step in range(STEPS):
+        state, metrics = program.train_step(state, batch_of(program, step))
+        history.append(metrics.unpack())
+    return jax.device_get(state.params), history
+
+
+def relative(actual, expected):
+    """Norm of the difference of two trees, relative to the norm of the second."""
+    square = lambda tree: sum(float(np.sum(np.square(x, dtype=np.float64))) for x in jax.tree.leaves(tree))  # noqa: E731
+    return (square(jax.tree.map(np.subtract, actual, expected)) / square(expected)) ** 0.5
+
+
+def assert_same_run(actual, expected):
+    """Float32 sums in another order, and what twenty steps of Adam make of that."""
+    (params, history), (expected_params, expected_history) = actual, expected
+    for metrics, reference in zip(history, expected_history, strict=True):
+        np.testing.assert_allclose(metrics["loss"], reference["loss"], rtol=1e-6)
+        for name in ("grad_norm", "clip_factor"):
+            np.testing.assert_allclose(metrics[name], reference[name], rtol=5e-6)
+        assert metrics["tokens"] == reference["tokens"]
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(expected_params), strict=True)
+    for (path, leaf), reference in leaves:
+        if [key.key for key in path][-2:] == ["key", "bias"]:
+            # It adds the same to all scores of a query, so its true gradient is 0: Adam steps by the sign of noise.
+            assert np.abs(leaf).max() < STEPS * 3e-3
+        else:
+            assert relative(leaf, reference) < 1e-5, path
+
+
+@pytest.mark.parametrize(
+    ("style", "sizes", "accumulate"),
+    [("llama", sizes, 1) for sizes in MESHES]
+    + [("gpt2", sizes, 2) for sizes in MESHES]
+    + [("llama", (2, 2, 2), 2), ("gpt2", (1, 4, 2), 1)],
+)
+def test_twenty_steps_are_the_same_on_every_mesh(style, sizes, accumulate):
+    assert_same_run(trained(style, sizes, accumulate), trained(style, ONE))
+
+
+@pytest.mark.parametrize(("style", "accumulate"), [("llama", 2), ("gpt2", 1)])
+def test_twenty_steps_are_the_same_under_pmap(style, accumulate):
+    config = make_config(style, vocab_size=VOCAB)
+    loss_fn = make_loss_fn(
+        Transformer(config.model), z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing
+    )
+    optimizer = components.make_optimizer(config)
+    train_step = pmap_train_step(loss_fn, optimizer, accumulate=accumulate)
+    state, history = replicate(TrainState.create(host_state(style).params, optimizer)), []
+    for step in range(STEPS):
+        batch = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), host_batch(step))
+        # Waited for: on a loaded machine the CPU's all-reduce of eight devices can hang behind what is queued next.
+        state, metrics = jax.block_until_ready(train_step(state, batch))
+        history.append(jax.tree.map(lambda x: x[0], metrics))
+    params = jax.tree.map(lambda x: x[0], state.params)
+    assert_same_run(jax.device_get((params, history)), trained(style, ONE))
+
+
+def test_the_twenty_steps_clip_some_gradients_and_not_others():
+    factors = [metrics["clip_factor"] for style in MODELS for metrics in trained(style, ONE)[1]]
+    assert min(factors) < 0.95
+    assert max(factors) == 1
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_evaluation_gives_the_same_sums_on_every_mesh(sizes):
+    params = trained("llama", ONE)[0]
+
+    def evaluate(sizes):
+        program = program_of(make_config("llama", sizes))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state.params)
+        return jax.device_get(program.eval_step(jax.device_put(params, shardings), batch_of(program)))
+
+    actual, expected = evaluate(sizes), evaluate(ONE)
+    np.testing.assert_allclose(actual.nll, expected.nll, rtol=1e-6)
+    assert actual.weight == expected.weight == host_batch(0)["where"].sum()
+    assert actual.z_loss == actual.smoothing == 0
+
+
+# The part of each parameter that a device of data 2 x fsdp 2 x tensor 2 holds: embed over fsdp; heads, hidden and
+# vocabulary (264 rows) over tensor; the layers' number, norms, positions and biases of the residual stream whole.
+PARTS = {
+    "gpt2": {"embedding": (132, 16), "positions": (16, 32), "query/kernel": (2, 16, 16), "key/kernel": (2, 16, 16)}
+    | {"value/kernel": (2, 16, 16), "out/kernel": (2, 16, 16), "up/kernel": (2, 16, 64), "down/kernel": (2, 64, 16)}
+    | {"query/bias": (2, 16), "key/bias": (2, 16), "value/bias": (2, 16), "out/bias": (2, 32), "up/bias": (2, 64)}
+    | {"down/bias": (2, 32), "final_norm/scale": (32,), "final_norm/bias": (32,)}
+    | {f"{norm}_norm/{leaf}": (2, 32) for norm in ("attention", "feed_forward") for leaf in ("scale", "bias")},
+    "llama": {"embedding": (132, 16), "head": (16, 132), "query/kernel": (2, 16, 16), "key/kernel": (2, 16, 8)}
+    | {"value/kernel": (2, 16, 8), "out/kernel": (2, 16, 16), "up/kernel": (2, 16, 24), "gate/kernel": (2, 16, 24)}
+    | {"down/kernel": (2, 24, 16), "query_norm/scale": (2, 8), "key_norm/scale": (2, 8), "final_norm/scale": (32,)}
+    | {"attention_norm/scale": (2, 32), "feed_forward_norm/scale": (2, 32)},
+}
+
+
+def moments(state):
+    return [optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu")]
+
+
+@pytest.mark.parametrize("style", MODELS)
+def test_state_is_born_in_its_parts_and_stays_there(style):
+    """The same numbers as on one device, each device with its part only; compiled once, its memory taken."""
+    program = program_of(make_config(style, (2, 2, 2)))
+    state = program.init_state()
+    for leaf, reference in zip(jax.tree.leaves(state), jax.tree.leaves(host_state(style)), strict=True):
+        np.testing.assert_array_equal(leaf, reference)
+    for tree in (state.params, *moments(state)):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        parts = {"/".join(key.key for key in path[-2:]): leaf for path, leaf in leaves}
+        assert {name: leaf.addressable_shards[0].data.shape for name, leaf in parts.items()} == PARTS[style]
+        assert all(len(leaf.addressable_shards) == 8 for leaf in parts.values())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+    first = state
+    for step in range(2):
+        state, _ = program.train_step(state, batch_of(program, step))
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first.params, moments(first))))
+    assert program.train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+def test_state_takes_twelve_bytes_a_parameter_over_the_devices(sizes):
+    """Norms are whole everywhere; in a model of some width they are next to nothing."""
+    wide = dataclasses.replace(MODELS["llama"], d_model=512, d_ff=1536)
+    program = program_of(dataclasses.replace(make_config("llama", sizes), model=wide))
+    state = program.abstract_state
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    np.testing.assert_allclose(held, 12 * num_params / (sizes[1] * sizes[2]), rtol=0.01)
+
+
+@functools.cache
+def first_gradient(sizes, precision="float32", remat="none"):
+    """Loss and whole gradient of the first step, read off Adam's first moment."""
+    config = make_config("llama", sizes, precision=precision, remat=remat)
+    program = program_of(config)
+    state, metrics = program.train_step(first_state(program, "llama"), batch_of(program))
+    metrics = metrics.unpack()
+    scale = (1 - config.optim.b1) * float(metrics["clip_factor"])
+    return float(metrics["loss"]), jax.tree.map(lambda leaf: np.asarray(leaf) / scale, moments(state)[0])
+
+
+@pytest.mark.parametrize("remat", ["none", "minimal", "full", "offload"])
+def test_what_is_computed_again_changes_nothing(remat):
+    """On one device test_models.py compares it."""
+    loss, gradient = first_gradient((1, 8, 1), remat=remat)
+    expected_loss, expected = first_gradient(ONE)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert relative(gradient, expected) < 2e-6
+
+
+def test_bfloat16_gradients_lose_little_by_being_reduced_as_such():
+    """fsdp adds bfloat16 gradients where data adds float32 ones: less than a rounding apart (0.0016 of 0.0039).
+
+    From the float32 gradient both are 0.006 away.
+    """
+    _, exact = first_gradient(ONE)
+    _, data = first_gradient((8, 1, 1), "bfloat16")
+    _, fsdp = first_gradient((1, 8, 1), "bfloat16")
+    assert 0 < relative(fsdp, data) < 2**-8
+    assert relative(fsdp, exact) < 1.1 * relative(data, exact) < 0.01
+
+
+def residuals(remat, fsdp):
+    """Shapes of what one device keeps for the backward pass."""
+    config = make_config("llama", (1, fsdp, 1), vocab_size=VOCAB, remat=remat)
+    program = program_of(config)
+    loss_fn = make_loss_fn(Transformer(dataclasses.replace(config.model, attention="xla"), Parallel(fsdp=fsdp)))
+    shapes = []
+
+    def watch(params, batch):
+        sums, pullback = jax.vjp(lambda params: loss_fn(params, batch).nll, params)
+        shapes.extend(leaf.shape for leaf in jax.tree.leaves(pullback))
+        return LossSums(sums, sums, sums, sums)
+
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, program.abstract_state.params)
+    jax.eval_shape(map_loss(watch, program.mesh, specs), program.abstract_state.params, program.abstract_batch)
+    return shapes
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_each_policy_keeps_what_it_says(fsdp):
+    """Of every layer; `[2, ...]` are both. Parameters are kept as they are, never the gathered ones."""
+    rows = (2, ROWS // fsdp, TOKENS)
+    # Queries; keys and values; input and attention's output; up and gate.
+    products = sorted([(*rows, 4, 8), *[(*rows, 2, 8)] * 2, *[(*rows, 32)] * 2, *[(*rows, 48)] * 2])
+    attention = [(2, ROWS // fsdp, 2, 2, TOKENS, last) for last in (1, 8)]  # logarithms of its sums, and its mixture
+    kept = {remat: residuals(remat, fsdp) for remat in ("none", "minimal", "full")}
+    activations = {remat: sorted(s for s in shapes if s[:3] == rows) for remat, shapes in kept.items()}
+    assert activations["full"] == [(*rows, 32)]
+    assert activations["minimal"] == products
+    assert [kept["minimal"].count(shape) for shape in attention] == [1, 1]
+    assert not set(attention) & set(kept["full"])
+    if fsdp == 1:
+        assert len(activations["none"]) > len(products)
+    else:
+        assert activations["none"] == products
+        whole = {(2, 32, 32), (2, 32, 16), (2, 32, 48), (2, 48, 32)}
+        parts = {(2, 32 // fsdp, 32), (2, 32 // fsdp, 16), (2, 32 // fsdp, 48), (2, 48, 32 // fsdp)}
+        for shapes in kept.values():
+            assert not whole & set(shapes)
+            assert parts <= set(shapes)
+
+
+@pytest.mark.parametrize(
+    ("style", "sizes", "model", "message"),
+    [
+        ("gpt2", (1, 8, 1), {"d_model": 36}, "model.d_model 36 is not divisible by mesh.fsdp 8: change one of them"),
+        ("gpt2", (1, 1, 4), {"num_heads": 2}, "model.num_heads 2 is not divisible by mesh.tensor 4"),
+        ("llama", (1, 1, 4), {}, "model.num_kv_heads 2 is not divisible by mesh.tensor 4"),
+        ("gpt2", (2, 1, 4), {"d_ff": 30}, "model.d_ff 30 is not divisible by mesh.tensor 4"),
+        ("llama", (1, 1, 2), {"vocab_multiple": 1}, "a vocabulary of 257 rows is not divisible by mesh.tensor 2: set"),
+        ("llama", (1, 1, 2), {"vocab_multiple": 1}, "model.vocab_multiple, which adds rows that are masked"),
+        ("llama", ONE, {"vocab_size": 256}, "model.vocab_size 256 is smaller than the 257 tokens of the data"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_errors_with_the_remedy(style, sizes, model, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        program_of(make_config(style, sizes, **model))
+
+
+def test_a_batch_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match=r"batch_size 16 is not divisible by train\.accumulate 4 x 8 devices"):
+        program_of(make_config("llama", (4, 2, 1), accumulate=4))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "model", "unroll"),
+    [
+        (ONE, {}, 0),
+        ((8, 1, 1), {}, 0),
+        (ONE, {"num_layers": 12}, 0),
+        (ONE, {"num_layers": 13}, 1),  # compiling takes too long
+        (ONE, {"remat": "minimal"}, 1),
+        ((1, 8, 1), {}, 1),
+        (ONE, {"scan_unroll": 2}, 2),
+    ],
+)
+def test_layers_are_unrolled_where_that_pays(sizes, model, unroll):
+    program = program_of(make_config("llama", sizes, **{"scan_unroll": -1, **model}))
+    assert program.model.config.scan_unroll == unroll
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "fsdp": 2}])
+def test_the_steps_have_no_effects(sizes):
+    """JAX has no fast dispatch for a program with effects, such as the checks that `checkify` finds."""
+    config = Config(
+        data=DataConfig(sources=("x",)),
+        model=llama(num_layers=1, num_heads=2, d_model=16, d_ff=32, max_seq_len=16),
+        train=TrainConfig(batch_size=8, seq_len=16),
+        mesh=MeshConfig(**sizes),
+    )
+    program = make_program(config, make_mesh(config.mesh), 32)
+    state, batch = program.abstract_state, program.abstract_batch
+    assert not program.train_step.trace(state, batch).jaxpr.effects
+    assert not program.eval_step.trace(state.params, batch).jaxpr.effects

@@ -1,0 +1,494 @@
+"""Drills: a run that is killed, stopped or starved at any moment goes on as if nothing had been.
+
+Real processes and real signals. A driver ends the process, or sends it a signal, at a named moment.
+"""
+
+import dataclasses
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import absl.logging
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain import cli
+from jaxtrain.checkpoints import saver
+from jaxtrain.checkpoints.checkpoints import POINTS, Checkpoints
+from jaxtrain.config import CheckpointConfig, to_json
+from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.training.folder import held
+from jaxtrain.training.run import open_run
+from jaxtrain.training.train import train
+
+TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
+LIMIT = 240  # seconds until a test gives up on a process; all of them take a few
+# Seconds that a process which is sent SIGTERM may take, its start included; unheeded it would sleep for 1000.
+GRACE = 200
+
+DRIVER = """
+import os, signal, sys, threading, time
+from pathlib import Path
+
+import jaxtrain.checkpoints.checkpoints
+import jaxtrain.training.evaluate
+import jaxtrain.training.run
+import jaxtrain.training.train
+from jaxtrain.cli import main
+
+what, where, *arguments = sys.argv[1:]
+run_dir = Path(arguments[arguments.index("--run-dir") + 1])
+seen = 0
+
+
+def kill_at(point):
+    global seen
+    seen += point == where
+    if point != where or seen < 2:  # the first save goes well, so that each attempt gets on
+        return
+    deadline = time.monotonic() + 60
+    while point == "arrays" and not list(run_dir.glob("checkpoints/.*.partial*/*/*")) and time.monotonic() < deadline:
+        pass
+    if point == "deleting":
+        next(run_dir.glob("checkpoints/.*.deleting/manifest.json")).unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate_at(point):
+    global seen
+    seen += point == where
+    if point == where and seen == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # the loop goes on meanwhile
+
+
+def terminate_twice_at(point):
+    if point == where:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1000)
+
+
+def stuck(*arguments, **fields):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1000)
+
+
+if what == "kill":
+    jaxtrain.checkpoints.checkpoints._at = kill_at
+elif what == "terminate":
+    jaxtrain.checkpoints.checkpoints._at = terminate_at
+elif what == "terminate twice":
+    jaxtrain.checkpoints.checkpoints._at = terminate_twice_at
+elif where == "compile":
+    jaxtrain.training.run.global_batch = stuck  # of the first batch, whose shapes the compiler is told
+elif where == "evaluate":
+    batch = jaxtrain.training.evaluate.global_batch
+    jaxtrain.training.evaluate.global_batch = lambda batches, i, sharding: stuck() if i else batch(batches, i, sharding)
+elif where == "restore":
+    jaxtrain.checkpoints.checkpoints.Checkpoints.restore = stuck
+elif where == "sample":
+    jaxtrain.training.train.continue_text = stuck
+sys.exit(main(arguments))
+"""
+
+
+def with_fields(config, part, **fields):
+    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
+
+
+def numbers(run_dir):
+    """The step lines without what a clock or a restart changes."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run_dir / "metrics.jsonl")[0]]
+
+
+def events(run_dir, name):
+    return [event for event in read_metrics(run_dir / "metrics.jsonl")[1] if event["event"] == name]
+
+
+def bits(run_dir):
+    run = open_run(run_dir)
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        state = checkpoints.restore(run.abstract_state)[0]
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def evaluations(run_dir):
+    return {event["step"]: event["nll"] for event in events(run_dir, "eval")}
+
+
+def assert_undisturbed(run_dir, whole):
+    assert numbers(run_dir) == numbers(whole)
+    assert bits(run_dir) == bits(whole)
+    assert evaluations(run_dir) == evaluations(whole)
+    assert (run_dir / "sample.txt").read_text() == (whole / "sample.txt").read_text()
+    assert events(run_dir, "stop")[-1]["reason"] == "finished"
+    assert not [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert not (run_dir / "lock").exists()
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    config = with_fields(tiny_config, "train", steps=20, eval_every=7, eval_batches=2, sample_tokens=4)
+    return dataclasses.replace(config, checkpoint=CheckpointConfig(every=2, keep=2))
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(config, folder)
+    return folder
+
+
+class Command:
+    """`jaxtrain train` of a config in a process of its own, with the driver's tricks."""
+
+    def __init__(self, config, folder):
+        self.run_dir = folder / "run"
+        (folder / "driver.py").write_text(DRIVER)
+        (folder / "config.json").write_text(to_json(config))
+        self._arguments = ["train", str(folder / "config.json"), "--run-dir", str(self.run_dir)]
+        self._driver = [sys.executable, str(folder / "driver.py")]
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+        self._environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONWARNINGS": "default"}
+
+    def start(self, what="", where="", *flags):
+        return subprocess.Popen(
+            [*self._driver, what, where, *self._arguments, *flags],
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, what="", where="", *flags):
+        """The exit code and what was written to standard error."""
+        process = self.start(what, where, *flags)
+        try:
+            _, errors = process.communicate(timeout=LIMIT)
+        finally:
+            process.kill()
+        return process.returncode, errors
+
+
+def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
+    """R-C4: each attempt is killed at its second save; what counts is whole, and litter goes at the next start."""
+    command = Command(config, tmp_path)
+    checkpoints = Checkpoints(command.run_dir / "checkpoints")
+    newest = 0
+    for point in POINTS:
+        assert command("kill", point)[0] == -signal.SIGKILL
+        before, newest = newest, checkpoints.latest_step()
+        # The first save of an attempt is there, and the second if it was renamed.
+        assert newest == before + (4 if point == "committed" else 2)
+        litter = [path.name for path in checkpoints.folder.iterdir() if path.name.startswith(".")]
+        wanted = {"begin": 0, "committed": 0}.get(point, 1)
+        assert len(litter) == wanted, litter
+        if litter:
+            name = rf"\.{newest + 2}\.partial.*" if point != "deleting" else rf"\.{newest - 4}\.deleting"
+            assert re.fullmatch(name, litter[0])
+            assert (checkpoints.folder / litter[0] / "manifest.json").exists() == (point == "sealed")
+    code, errors = command()
+    assert code == 0, errors
+    assert [event["step"] for event in events(command.run_dir, "resume")] == [2, 4, 6, 8, 12, 14]
+    assert_undisturbed(command.run_dir, whole)
+
+
+def test_sigterm_at_any_moment(config, whole, tmp_path):
+    """R-C9: before the first step, in an evaluation, in a save, in the last evaluation, in the sample; and twice."""
+    command = Command(config, tmp_path)
+    checkpoints = Checkpoints(command.run_dir / "checkpoints")
+
+    def stopped_at(what, where, step, *flags):
+        begin = time.monotonic()
+        code, errors = command(what, where, *flags)
+        assert time.monotonic() - begin < GRACE
+        assert code == 128 + signal.SIGTERM, errors
+        last = read_metrics(command.run_dir / "metrics.jsonl")[1][-1]
+        assert (last["event"], last["reason"], last["step"]) == ("stop", "SIGTERM", step)
+        assert (checkpoints.latest_step() or 0) == step
+
+    stopped_at("stuck", "compile", 0)
+    assert numbers(command.run_dir) == []
+    stopped_at("stuck", "evaluate", 7)  # the last step that was done, though no step to save
+    assert evaluations(command.run_dir) == {}  # no result of a part of the split
+    stopped_at("stuck", "restore", 7)
+    code, errors = command("terminate", "unsealed")  # in the save of step 8
+    assert code == 128 + signal.SIGTERM, errors
+    stopped = events(command.run_dir, "stop")[-1]["step"]
+    assert stopped == checkpoints.latest_step() >= 8
+    assert command("terminate twice", "unsealed")[0] == -signal.SIGTERM
+    assert checkpoints.latest_step() == stopped
+    stopped_at("stuck", "sample", 20)
+    stopped_at("stuck", "evaluate", 20)
+    code, errors = command()
+    assert code == 0, errors
+    assert_undisturbed(command.run_dir, whole)
+
+
+def test_a_damaged_checkpoint_costs_one_interval(config, whole, tmp_path, capsys):
+    """R-C5: said loudly and recorded; the step is saved again."""
+    command = Command(with_fields(config, "train", stop_after=9), tmp_path)
+    train(with_fields(config, "train", stop_after=9), command.run_dir)
+    file = max((command.run_dir / "checkpoints" / "9" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(b"nonsense")
+    assert cli.main(["eval", str(command.run_dir), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert '"step": 8' in shown.out
+    said = rf"checkpoint 9 is damaged: params/.*{file.name} has 8 bytes, its manifest says \d+; going back to step 8"
+    assert re.search(said, shown.err)
+    assert (command.run_dir / "checkpoints" / "9").exists()
+    assert cli.main(["eval", str(command.run_dir), "--step", "9"]) == 2
+    assert "checkpoint 9 is damaged" in capsys.readouterr().err
+    train(config, command.run_dir)
+    assert re.search(said, capsys.readouterr().out.replace("\n", " "))
+    (event,) = events(command.run_dir, "checkpoint_damaged")
+    assert (event["step"], event["back_to"]) == (9, 8)
+    assert (command.run_dir / "checkpoints" / "9.damaged").exists()
+    assert_undisturbed(command.run_dir, whole)
+
+
+def failing(monkeypatch, times):
+    """Makes so many saves fail at their last stage, where the disk is full."""
+    from jaxtrain.checkpoints import checkpoints as checkpoint
+
+    left, seal = [times], checkpoint.seal
+
+    def full(*arguments):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(28, "No space left on device")
+        seal(*arguments)
+
+    monkeypatch.setattr(checkpoint, "seal", full)
+    monkeypatch.setattr(saver, "PAUSES", (0.0, 0.0, 0.0))
+    return left
+
+
+def test_a_save_that_fails_is_tried_again_with_the_state_of_then(config, whole, tmp_path, monkeypatch):
+    """R-C6."""
+    left = failing(monkeypatch, 3)
+    train(config, tmp_path / "run")
+    assert left == [0]
+    failed = events(tmp_path / "run", "save_failed")
+    assert len(failed) == 3
+    assert all("No space left" in event["problem"] for event in failed)
+    assert failed[0]["step"] == 2
+    assert_undisturbed(tmp_path / "run", whole)
+
+
+def test_failed_saves_that_went_well_in_between_do_not_add_up(config, tmp_path, monkeypatch):
+    from jaxtrain.checkpoints import checkpoints as checkpoint
+
+    attempts, seal = [], checkpoint.seal
+
+    def every_other(folder, *arguments):
+        attempts.append(folder.name)
+        if len(attempts) % 2:
+            raise OSError(28, "No space left on device")
+        seal(folder, *arguments)
+
+    monkeypatch.setattr(checkpoint, "seal", every_other)
+    monkeypatch.setattr(saver, "PAUSES", (0.0, 0.0, 0.0))
+    config = with_fields(config, "checkpoint", retries=1)
+    train(config, tmp_path / "run")
+    assert len(events(tmp_path / "run", "save_failed")) >= 3
+
+
+def test_what_orbax_logs_beside_its_errors_is_for_debug(config, tmp_path, caplog):
+    """Tracebacks of what the run says in a line."""
+    (tmp_path / "config.json").write_text(to_json(config))
+    before = absl.logging.get_verbosity()
+    try:
+        for flags, shown in (([], []), (["--debug"], ["a traceback"])):
+            absl.logging.set_verbosity(absl.logging.WARNING)  # absl's default, which an earlier command has changed
+            assert cli.main(["schedule", str(tmp_path / "config.json"), *flags]) == 0
+            absl.logging.error("a traceback")
+            assert [record.message for record in caplog.records if record.name == "absl"] == shown
+    finally:
+        absl.logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_saves_that_go_on_failing_end_the_run(config, tmp_path, monkeypatch, capsys, retries):
+    """R-C6: with the reason and exit code 1, soon, and with the steps that were made on record."""
+    failing(monkeypatch, 10**9)
+    (tmp_path / "config.json").write_text(to_json(config))
+    arguments = ["train", str(tmp_path / "config.json"), "--run-dir", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--checkpoint.retries", str(retries)]) == 1
+    error = capsys.readouterr().err
+    assert "could not be saved" in error
+    assert "No space left on device" in error
+    assert len(events(tmp_path / "run", "save_failed")) == retries + 1
+    assert events(tmp_path / "run", "stop") == []
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == []
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+def test_pauses_hold_up_no_step(config, tmp_path, monkeypatch):
+    """R-C6: steps and evaluations go on at once, and only the end waits for the next attempt."""
+    failing(monkeypatch, 1)
+    monkeypatch.setattr(saver, "PAUSES", (8.0,))
+    clock, slept = [100.0], []  # which goes on when somebody sleeps
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(saver, "time", types.SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    train(config, tmp_path / "run")
+    assert slept == [8.0]
+    told = [event for event in read_metrics(tmp_path / "run" / "metrics.jsonl")[1] if "step" in event]
+    names = [(event["event"], event["step"]) for event in told]
+    order = [("save", 2), ("save_failed", 2), ("eval", 7), ("eval", 14), ("save", 20), ("eval", 20), ("stop", 20)]
+    assert [name for name in names if name[0] != "start"] == order
+
+
+def test_two_runs_in_one_folder_are_refused(config, tmp_path, capsys):
+    """A second one touches nothing; a dead one holds nothing (the drills with kill -9 leave its file behind)."""
+    run_dir = tmp_path / "run"
+    train(with_fields(config, "train", stop_after=2), run_dir)
+    (tmp_path / "config.json").write_text(to_json(config))
+    arguments = ["train", str(tmp_path / "config.json"), "--run-dir", str(run_dir)]
+    with held(run_dir):
+        before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run_dir.rglob("*")}
+        capsys.readouterr()
+        assert cli.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert f"is being trained in by process {os.getpid()} on {os.uname().nodename}" in said
+        assert "--run-dir" in said
+        assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run_dir.rglob("*")} == before
+        assert cli.main(["eval", str(run_dir)]) == 0  # reading is free
+    assert not (run_dir / "lock").exists()
+    with held(run_dir):
+        pass
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mother.txt").write_text("")
+    with pytest.raises(ValueError, match=r"no run directory, it holds mother\.txt"), held(tmp_path / "letters"):
+        pass
+    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mother.txt"]
+
+
+def test_a_rewind_undoes_later_steps(config, whole, tmp_path):
+    """R-C15: what was set aside is out of the record too, and its steps are saved again."""
+    run_dir = tmp_path / "run"
+    config = with_fields(config, "checkpoint", keep=9)
+    train(with_fields(config, "train", stop_after=11), run_dir)
+    with pytest.raises(ValueError, match=r"no checkpoint of step 5 .* there are \[2, 4, 6, 8, 10, 11\]"):
+        train(config, run_dir, rewind=5)
+    train(with_fields(config, "train", stop_after=7), run_dir, rewind=6)
+    assert [line["step"] for line in numbers(run_dir)] == [1, 2, 3, 4, 5, 6, 7]
+    (event,) = events(run_dir, "rewind")
+    assert (event["step"], event["set_aside"]) == (6, [8, 10, 11])
+    folders = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert folders == {"2", "4", "6", "7", "8.rewound", "10.rewound", "11.rewound"}
+    train(config, run_dir)
+    assert {"8", "10"} <= {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert_undisturbed(run_dir, whole)
+
+
+def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
+    """R-C14."""
+    source = f"{whole}/checkpoints/18"
+    begun = with_fields(with_fields(config, "train", init_from=source, stop_after=1), "optim", peak_lr=2e-3)
+    train(begun, tmp_path / "run")
+    (event,) = events(tmp_path / "run", "init_from")
+    assert (event["source"], event["source_step"]) == (source, 18)
+    run = open_run(whole)
+    with Checkpoints(whole / "checkpoints") as checkpoints:
+        params, _ = checkpoints.restore_params(run.abstract_state.params, 18)
+    (first,) = numbers(tmp_path / "run")
+    plain = with_fields(with_fields(config, "train", stop_after=1), "optim", peak_lr=2e-3)
+    train(plain, tmp_path / "plain")
+    assert first["tokens_seen"] == numbers(tmp_path / "plain")[0]["tokens_seen"]  # the data from their beginning
+    assert first["nll"] < numbers(tmp_path / "plain")[0]["nll"] - 0.5  # and yet it knows something
+    assert first["learning_rate"] == numbers(tmp_path / "plain")[0]["learning_rate"]
+    after, _ = _state(tmp_path / "run")
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after.params, params)
+    assert 0 < max(jax.tree.leaves(moved)) < 2 * first["learning_rate"]  # one step of a fresh Adam
+    # Once it has begun, the source is not needed any more, and the run keeps to what it began with.
+    gone = with_fields(begun, "train", stop_after=2)
+    with pytest.raises(ValueError, match=r"train\.init_from: .* -> ''"):
+        train(with_fields(gone, "train", init_from=""), tmp_path / "run")
+    whole.rename(tmp_path / "elsewhere")
+    try:
+        assert train(gone, tmp_path / "run")["step"] == 2
+    finally:
+        (tmp_path / "elsewhere").rename(whole)
+
+
+def _state(run_dir):
+    run = open_run(run_dir)
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        return checkpoints.restore(run.abstract_state)
+
+
+def test_init_from_refuses_what_it_cannot_take(config, whole, corpus, tmp_path):
+    """R-C14: and a new run's folder is not made for it."""
+    from jaxtrain.data.prepare.prepare import prepare
+
+    pytest.importorskip("tokenizers")
+    start = with_fields(config, "train", init_from=str(whole), stop_after=1)
+    for source, message in (
+        (tmp_path / "nowhere", "no such checkpoint, it has no checkpoint"),
+        (whole / "checkpoints" / "3", r"no such checkpoint, its checkpoints are \[18, 20\]"),
+        (tmp_path / "run", "the run's own folder: to go on with a run leave train.init_from out"),
+        (tmp_path / "run" / "checkpoints" / "3", "the run's own folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(with_fields(start, "train", init_from=str(source)), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"does not fit this run(.|\n)*params/"):
+        train(with_fields(start, "model", d_ff=64), tmp_path / "wider")
+    assert train(start, tmp_path / "wider")["step"] == 1  # it had not begun, so it may be mended
+    prepare([str(corpus)], tmp_path / "store", tokenizer="bpe:257", validation_fraction=0.2, progress=False)
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        train(with_fields(start, "data", store=str(tmp_path / "store")), tmp_path / "tokens")
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_times(config, tmp_path):
+    """R-C4: in the loop, in a save, at the start, wherever it hits; the figures are printed."""
+    every, kills = 5, 32
+    config = with_fields(with_fields(config, "train", steps=300, eval_every=50), "checkpoint", every=every)
+    train(config, tmp_path / "whole")
+    command, chance = Command(config, tmp_path), random.Random(4)
+    metrics, lost, longest, unsaved, starts = command.run_dir / "metrics.jsonl", 0, 0, 0, 0
+    for _ in range(kills):
+        begun = max((line["step"] for line in numbers(command.run_dir)), default=0) if metrics.exists() else 0
+        process = command.start()
+        if chance.random() < 0.2:
+            time.sleep(chance.uniform(0.0, 5.0))  # most of that is Python's start and the compiler's work
+        else:
+            goal = begun + chance.randrange(1, 2 * every)
+            deadline = time.monotonic() + LIMIT
+            while time.monotonic() < deadline and process.poll() is None:
+                if metrics.exists() and max((line["step"] for line in numbers(command.run_dir)), default=0) >= goal:
+                    break
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0.0, 0.2))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL  # it did not end before
+        folder = command.run_dir / "checkpoints"
+        done = max((line["step"] for line in numbers(command.run_dir)), default=0) if metrics.exists() else 0
+        repeated = done - (Checkpoints(folder).latest_step() or 0)
+        lost, longest = lost + repeated, max(longest, repeated)
+        unsaved += bool(list(folder.glob(".*.partial*")))
+    code, errors = command()
+    assert code == 0, errors
+    starts = events(command.run_dir, "start") + events(command.run_dir, "resume")
+    print(
+        f"{kills} kills, {len(starts)} starts that came as far as restoring, {lost} of {config.train.steps} steps "
+        f"repeated, {longest} at most after one kill, {unsaved} saves cut short"
+    )
+    assert longest <= 2 * every  # one save at most is on its way
+    assert_undisturbed(command.run_dir, tmp_path / "whole")
