@@ -1,5 +1,6 @@
-"""Writes that survive a crash: synced files, JSON replaced in one step, a locked folder, hashes."""
+"""Files that survive a crash: durable writes of small files, folder locks, hashes."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+_LOCK_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 def sync(stream: IO) -> None:
     """Flushes an open file to the disk."""
@@ -17,7 +20,7 @@ def sync(stream: IO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder's list of names to the disk."""
+    """Flushes a folder's entries to the disk, which makes earlier renames and new files in it durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,34 +28,55 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON such that the file is either whole or absent (or as it was)."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a small file durably: writes a temporary file, syncs it, renames it and syncs the folder.
+
+    After a crash or a power cut the file holds either its old or its new content.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1)
-        stream.write("\n")
-        sync(stream)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            sync(stream)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small UTF-8 file as `write_bytes` does; line ends stay as they are."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a small JSON file as `write_bytes` does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; None if there is none or it is not JSON."""
+    """Reads a JSON file; returns None if the file is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
+    """Returns the SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes a folder if need be and holds it for this process; a ValueError if another process holds it."""
+    """Holds an exclusive lock on a folder, which is created if it is missing.
+
+    Raises:
+      ValueError: another process holds the lock.
+      OSError: the file system has no locks.
+    """
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -60,6 +84,11 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is at work in {folder}: wait for it, or choose another folder") from None
+        except OSError as error:
+            if error.errno not in _LOCK_UNSUPPORTED:
+                raise
+            why = f"the file system of {folder} has no locks: choose a folder on another one"
+            raise OSError(error.errno, why) from None
         yield
     finally:
         os.close(descriptor)

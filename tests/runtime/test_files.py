@@ -1,0 +1,81 @@
+import errno
+import fcntl
+import os
+
+import pytest
+
+from jaxtrain.runtime.files import locked, read_json, sha256_file, write_bytes, write_json, write_text
+
+WRITERS = {
+    "bytes": (write_bytes, b"\xff\r\n", b"\xff\r\n"),
+    "text": (write_text, "é\r\n", "é\r\n".encode()),
+    "json": (write_json, {"é": [1]}, b'{\n "\\u00e9": [\n  1\n ]\n}\n'),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_small_files_are_synced_before_and_after_the_rename(name, tmp_path, monkeypatch):
+    write, value, data = WRITERS[name]
+    path, calls = tmp_path / "file", []
+    fsync, replace = os.fsync, os.replace
+
+    def logged_fsync(descriptor):
+        calls.append(("fsync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def logged_replace(source, target):
+        calls.append(("replace", os.stat(source).st_ino, os.path.getsize(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    path.write_text("old")
+    write(path, value)
+    assert path.read_bytes() == data
+    inode = path.stat().st_ino
+    assert calls == [("fsync", inode), ("replace", inode, len(data)), ("fsync", tmp_path.stat().st_ino)]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(call, tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "file"
+    write_text(path, "old")
+    monkeypatch.setattr(os, call, fails)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"\0" * 64, b"\xff\xfe", b"[" * 200_000, b"1" * 5_000, b'{"a": 1}}'], ids=lambda data: data[:4]
+)
+def test_what_is_not_json_reads_as_none(data, tmp_path):
+    (tmp_path / "x.json").write_bytes(data)
+    assert read_json(tmp_path / "x.json") is None
+    assert read_json(tmp_path / "missing.json") is None
+    assert read_json(tmp_path) is None
+
+
+def test_json_round_trips_and_hashes(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [1, None, "é"]})
+    assert read_json(tmp_path / "x.json") == {"a": [1, None, "é"]}
+    write_text(tmp_path / "empty", "")
+    assert sha256_file(tmp_path / "empty")[:8] == "e3b0c442"
+
+
+def test_locked_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    with locked(folder), pytest.raises(ValueError, match="another process is at work in"), locked(folder):
+        pass
+    with locked(folder):  # the lock was released
+        pass
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(OSError, match="has no locks: choose a folder on another one"), locked(folder):
+        pass
