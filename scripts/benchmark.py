@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, tables, and the JSON record that BENCHMARKS.md is made of."""
+"""Shared by the benchmarks: interleaved timing, tables, and the JSON records behind docs/benchmarks.md."""
 
 import argparse
 import importlib.metadata
@@ -18,10 +18,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jaxtrain")
 
 @dataclass
 class Table:
-    """A table of figures.
+    """Table of figures.
 
-    `columns` gives each name the format of its numbers (`.3f`); what is text or None is shown as it is. `notes` are
-    lines under the table: what was compared, by which formula.
+    Attributes:
+      columns: Format of the numbers of each column (`.3f`), by the name of the column. Text is copied; None is `-`.
+      notes: Lines below the table: the compared forms and the formulas.
     """
 
     title: str
@@ -30,15 +31,15 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def cells(self) -> list[list[str]]:
-        """Head and rows as text."""
+        """Returns the head and the rows as text."""
         return [list(self.columns), *([_format(x, self.columns[c]) for c, x in self.pair(row)] for row in self.rows)]
 
     def pair(self, row: list[Any]) -> Iterable[tuple[str, Any]]:
-        """The columns' names with a row's values."""
+        """Pairs the names of the columns with the values of a row."""
         return zip(self.columns, row, strict=True)
 
     def text(self) -> str:
-        """The table for a terminal."""
+        """Returns the table for a terminal."""
         cells = self.cells()
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
         lines = [
@@ -50,7 +51,7 @@ class Table:
         return "\n".join(["", self.title, *lines, *self.notes])
 
     def markdown(self) -> str:
-        """The table for BENCHMARKS.md."""
+        """Returns the table in Markdown."""
         head, *rows = self.cells()
         rule = ["---", *["---:"] * (len(head) - 1)]
         lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
@@ -62,14 +63,14 @@ def _format(value: Any, spec: str) -> str:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A command line with what every benchmark has."""
+    """Returns a command-line parser with the options that every benchmark has."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, help="write the figures, versions, device and command here")
+    made.add_argument("--json", type=Path, metavar="FILE", help="record of the figures, versions, device and command")
     return made
 
 
 def interleave(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, one of each form and then again, so that a busy machine slows all alike."""
+    """Times the forms in turn, `repeats` times, so that a busy machine slows all forms alike. Returns seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(repeats):
         for name, function in forms.items():
@@ -80,7 +81,7 @@ def interleave(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
 
 
 def report(options: argparse.Namespace, tables: list[Table], **more: Any) -> None:
-    """Prints the tables, and writes the record if `--json` asks for it; `more` are figures that no table shows."""
+    """Prints the tables and, with `--json`, writes the record; `more` are figures beside the tables."""
     for table in tables:
         print(table.text(), flush=True)
     if options.json:
@@ -99,7 +100,7 @@ def report(options: argparse.Namespace, tables: list[Table], **more: Any) -> Non
 
 
 def device() -> dict[str, Any]:
-    """The machine and what jax runs on."""
+    """Describes the machine and the JAX device."""
     import jax
 
     first = jax.devices()[0]
@@ -113,17 +114,17 @@ def device() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's own name and its widest vectors, on which a matrix product depends and names are silent."""
-    info = Path("/proc/cpuinfo")  # `platform` has only the family on Linux
+    """Returns the name of the processor and its widest vector extension, which decides the speed of matrix products."""
+    info = Path("/proc/cpuinfo")  # on Linux, `platform` knows only the family
     pairs = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
-    fields = {name.strip(): value.strip() for name, _, value in reversed(pairs)}  # the first core's stay
+    fields = {name.strip(): value.strip() for name, _, value in reversed(pairs)}  # the first core wins
     flags = fields.get("flags", "").split()
     vectors = next((f" with {name}" for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
     return fields.get("model name", platform.processor() or platform.machine()) + vectors
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of the packages that are installed."""
+    """Returns the versions of the installed packages among `packages`."""
     found = {}
     for package in packages:
         try:

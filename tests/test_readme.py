@@ -1,15 +1,12 @@
 """The README is true: its code runs, its commands run, its tree is what lies on the disk."""
 
-import os
 import re
-import subprocess
-import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, run, run_python
 
-ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "jaxtrain"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
@@ -18,22 +15,13 @@ def blocks(language):
     return [text for name, text in BLOCKS if name == language]
 
 
-def run(arguments, **options):
-    # As a user would have it: no strict modes, one device.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_NUMPY") and k != "XLA_FLAGS"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_every_block_is_of_a_kind_that_a_test_looks_at():
     assert {name for name, _ in BLOCKS} <= {"python", "bash", "sh", "text"}
 
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_blocks_run(block):
-    run([sys.executable, "-W", "error", "-c", block])
+    run_python(block)
 
 
 @pytest.mark.parametrize("block", blocks("bash"))
@@ -58,20 +46,15 @@ def test_set_up_commands_name_scripts_configs_and_extras_that_exist():
     assert any("scripts/test" in line for line in lines)
 
 
-def test_the_file_tree_is_the_one_on_the_disk():
+def test_the_layout_lists_the_wings_on_the_disk():
+    """Every folder at the top, and every module and wing of the package, each with a phrase."""
     (tree,) = [text for text in blocks("text") if "losses.py" in text]
-    listed, folder = set(), ""
-    for line in tree.splitlines():
-        name = line.split()[0]
-        if name.endswith("/"):
-            folder = f"jaxtrain/{name}" if line.startswith(" ") else name
-        else:
-            assert len(line.split()) > 1, f"{name} has no phrase"
-            listed.add(f"{folder}{name}")
+    listed = {("jaxtrain/" if line.startswith(" ") else "") + line.split()[0] for line in tree.splitlines()}
+    assert all(len(line.split()) > 1 or line == "jaxtrain/" for line in tree.splitlines())
+    assert len(tree.splitlines()) <= 24
     on_disk = {
-        str(path.relative_to(ROOT))
-        for pattern in ("jaxtrain/**/*.py", "configs/*.py", "scripts/*")
-        for path in ROOT.glob(pattern)
-        if path.name != "__init__.py" and path.is_file()
+        f"{path.relative_to(ROOT)}{'/' if path.is_dir() else ''}"
+        for path in [*(ROOT / name for name in ("configs", "docs", "scripts", "tests", "jaxtrain")), *PACKAGE.iterdir()]
+        if path.is_dir() or path.suffix == ".py"
     }
-    assert listed == on_disk
+    assert listed == on_disk - {"jaxtrain/__init__.py", "jaxtrain/__pycache__/"}

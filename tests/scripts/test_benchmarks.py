@@ -1,4 +1,4 @@
-"""The benchmarks run, at sizes that say nothing, and BENCHMARKS.md is what their records make of it."""
+"""The benchmarks run at tiny sizes, and docs/benchmarks.md equals the rendering of its records."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_the_train_step_is_timed_and_recorded(tmp_path):
         (["--model.num-heads=3"], "d_model 16 is not divisible by model.num_heads 3"),
     ],
 )
-def test_what_cannot_be_benched_is_said(flags, message):
+def test_rejects_an_unusable_command(flags, message):
     done = run("scripts/bench_train.py", "configs/gpt2_124m.py", *TINY, *flags)
     assert done.returncode != 0
     assert message in " ".join(done.stderr.replace("│", " ").split())
@@ -75,14 +75,14 @@ def test_a_table_is_text_and_markdown():
     ]
 
 
-def test_the_page_in_the_repository_is_that_of_its_records():
+def test_the_page_equals_the_rendering_of_its_records():
     render = runpy.run_path(str(ROOT / "scripts/bench_all"))["render"]
-    page = (ROOT / "BENCHMARKS.md").read_text()
-    assert render(ROOT / "benchmarks") == page, "run scripts/bench_all and commit what it writes"
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert render(ROOT / "docs/benchmarks") == page, "run scripts/bench_all and commit the page"
     assert "jaxtrain is faster by" in page
 
 
 def test_no_records_are_an_error(tmp_path):
     done = run("scripts/bench_all", "--folder", str(tmp_path))
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: no JSON files in {tmp_path}")
+    assert done.stderr.startswith(f"error: no JSON records in {tmp_path}")
