@@ -107,8 +107,8 @@ def _train(arguments: list[str]) -> int:
     options = _parse(Options, f"train {file}", rest, Options(default))
     if not options.run_dir:
         raise ValueError("--run-dir is '': give the folder of the run")
+    from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
-    from jaxtrain.runtime.processes import session
     from jaxtrain.runtime.stop import is_stuck, leave
     from jaxtrain.training.train import GAVE_UP, train
 
@@ -246,8 +246,9 @@ def _eval(arguments: list[str]) -> int:
         json: bool = False  # print one JSON object
 
     options = _parse(Options, "eval", arguments)
+    from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
-    from jaxtrain.runtime.processes import is_lead, session
+    from jaxtrain.runtime.processes import is_lead
     from jaxtrain.training.evaluate import compressor_bits_per_byte, evaluate_split, split_text
 
     with compile_cache(), session(_report):
@@ -283,8 +284,9 @@ def _generate(arguments: list[str]) -> int:
         step: int = 0  # of the checkpoint; 0: the newest
 
     options = _parse(Options, "generate", arguments)
+    from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
-    from jaxtrain.runtime.processes import is_lead, session
+    from jaxtrain.runtime.processes import is_lead
     from jaxtrain.training.generate import Sampling, continue_text
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
@@ -308,8 +310,9 @@ def _replay(arguments: list[str]) -> int:
     options = _parse(Options, "replay", arguments)
     from jaxtrain.monitoring.metrics import encode
     from jaxtrain.monitoring.replay_view import show
+    from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
-    from jaxtrain.runtime.processes import agree, is_lead, session
+    from jaxtrain.runtime.processes import agree, is_lead
     from jaxtrain.training.replay import replay
 
     with compile_cache(), session(_report):

@@ -150,7 +150,7 @@ class Checkpoints:
         """
         step = int(state.step)
         self.wait()
-        if step == self._step or processes.tell("look for the checkpoint", lambda: step in self.steps()):
+        if step == self._step or processes.broadcast_from_lead("look for the checkpoint", lambda: step in self.steps()):
             return False
         self._refuse_not_finite(state)
         rest = state.replace(params=None)
@@ -353,7 +353,7 @@ class Checkpoints:
             remedy = f"try another step: there are {others}" if others else "restore the files from a copy"
             raise ValueError(f"{listed} (in {self.folder}): {remedy}")
 
-        return processes.tell("verify the checkpoint", choose)
+        return processes.broadcast_from_lead("verify the checkpoint", choose)
 
     def _check(self, step: int, leaves: dict[str, Any], like: dict[str, Any]) -> None:
         for part, tree in like.items():

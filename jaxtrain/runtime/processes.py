@@ -1,7 +1,7 @@
-"""Several processes as one run: they find each other, agree before anything is made, and none waits for ever.
+"""Coordination of the processes of a run: agreement on values, work on the lead process, a common stop.
 
-What they tell each other here goes through the key-value store of JAX's coordinator, in process 0: unlike a collective
-on devices it has time-outs, so that whoever is missing can be named. In one process everything here does nothing.
+Messages go through the key-value store of JAX's coordinator, which runs in process 0, the lead. Unlike a collective on
+devices the store has time-outs, so a missing process can be named. In a single process every function is trivial.
 """
 
 import contextlib
@@ -9,33 +9,24 @@ import itertools
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 
-from jaxtrain.runtime.host_memory import keep_freed_memory
-from jaxtrain.runtime.rendezvous import meet, name_processes
+from jaxtrain.runtime.rendezvous import name_processes
 
 T = TypeVar("T")
 
-_LONG_SECONDS = 6 * 3600.0  # for work that one process does for all, such as preparing the data
-_POLL_SECONDS = 1.0  # how soon the failure of another process is noticed
-_PARTING_SECONDS = 5.0  # for the others to fail too, before it is taken that they have not
-_turns = itertools.count()  # every process comes to the same agreements in the same order
-
-
-class _Cluster(NamedTuple):
-    address: str  # host:port of process 0
-    num_processes: int
-    process_id: int
-    method: str | None  # for jax.distributed.initialize: how it finds the devices of this process
+_LONG_SECONDS = 6 * 3600.0  # limit for work on the lead alone, such as preparing the data
+_POLL_SECONDS = 1.0  # delay until the failure of another process is noticed
+_FAILURE_SECONDS = 5.0  # how long a failing process waits for the others to fail too
+_counter = itertools.count()  # numbers the messages; equal on all processes, which send them in the same order
 
 
 def time_limit() -> float:
-    """Seconds to wait for other processes: JAXTRAIN_TIMEOUT, or 300."""
+    """Returns the seconds to wait for other processes: JAXTRAIN_TIMEOUT, or 300."""
     text = os.environ.get("JAXTRAIN_TIMEOUT", "300")
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
@@ -43,162 +34,64 @@ def time_limit() -> float:
     raise ValueError(f"JAXTRAIN_TIMEOUT must be a number of seconds above 0, got {text!r}")
 
 
-def _state() -> Any:
-    # Private, and only here: the public API has neither the key-value store nor a process number that can be asked for
-    # before the backend starts, which itself waits for all processes.
-    from jax._src import distributed
-
-    return distributed.global_state
-
-
 def is_lead() -> bool:
-    """Whether this is process 0, which writes the records; so is the only process."""
+    """Returns True on process 0, which writes the records, and on a single process."""
     return _state().process_id == 0
 
 
-def _alone() -> bool:
+def is_alone() -> bool:
+    """Returns True if no other process belongs to the run."""
     return _state().client is None or _state().num_processes == 1
 
 
-@contextlib.contextmanager
-def session(report: Callable[[BaseException], int]) -> Iterator[None]:
-    """Joins the processes of a cluster, if there is one, for what happens inside; before JAX is used.
-
-    On CPUs the process then keeps the memory that it frees (`hostmem`).
-
-    A cluster is asked for with JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-    or found as JAX finds it (Slurm, Open MPI, a TPU slice, an indexed Kubernetes job) if it has several processes.
-
-    Args:
-      report: shows an error and returns the exit code. Called where one process fails and others do not: it then exits
-        at once, because they may wait for it where only its end can tell them.
-
-    Raises:
-      ValueError: half an address, or a process that did not come.
-    """
-    _initialize()
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
-    if _alone():
-        yield
-        return
-    try:
-        yield
-        agree("the end of the run", {}, timeout=_LONG_SECONDS)
-    except BaseException as error:
-        if not _part(error):
-            code = report(error)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        raise
-
-
-def _initialize() -> None:
-    if jax.distributed.is_initialized():
-        return
-    timeout = time_limit()
-    address, num_processes, process_id, method = _asked_for() or _detected(timeout)
-    if num_processes < 2:
-        return
-    meet(address, num_processes, process_id, timeout)
-    # A stop is agreed on here (StopVote). JAX's own way counts steps by calls that Orbax makes too, late and from a
-    # thread, and then waits for a step that has gone by.
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        address,
-        num_processes,
-        process_id,
-        cluster_detection_method=method,
-        initialization_timeout=math.ceil(timeout),
-        heartbeat_timeout_seconds=max(10, min(100, math.ceil(timeout))),
-    )
-
-
-def _asked_for() -> _Cluster | None:
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, *numbers = (os.environ.get(name, "") for name in names)
-    if not any(numbers):
-        return None  # an address alone overrides that of a cluster which is detected
-    # "deactivate": under Slurm JAX would otherwise leave this process the GPU of its local number only.
-    if numbers[0] == "1":
-        return _Cluster(address, 1, 0, "deactivate")
-    if not address or not all(number.isdigit() for number in numbers):
-        got = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in names)
-        raise ValueError(f"several processes need an address host:port and two numbers, got {got}")
-    return _Cluster(address, int(numbers[0]), int(numbers[1]), "deactivate")
-
-
-def _detected(timeout: float) -> _Cluster:
-    """The cluster that JAX would find; of one process if there is none."""
-    from jax._src.clusters import ClusterEnv  # private: what initialize() asks, but that needs a cluster to be there
-
-    names = {"ompi", "slurm", "gketpu", "gcetpu"}
-    if "JOB_COMPLETION_INDEX" in os.environ:  # any other pod is one process, about which JAX would complain
-        names.add("k8s")
-    found = (env for env in ClusterEnv._cluster_types if env.name in names and env.is_env_present())
-    try:
-        env = next(found, None)
-        num_processes = env.get_process_count() if env else 1
-        if num_processes < 2:
-            return _Cluster("", 1, 0, None)
-        address = os.environ.get("JAX_COORDINATOR_ADDRESS") or env.get_coordinator_address(
-            timeout_secs=math.ceil(timeout), override_coordinator_port=os.environ.get("JAX_COORDINATOR_PORT")
-        )
-        return _Cluster(address, num_processes, env.get_process_id(), None)
-    except (OSError, RuntimeError) as error:  # a TPU VM's metadata server, a host name, Kubernetes
-        raise ValueError(
-            f"cannot find out which processes belong to this cluster ({error}): set JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES (1: only this one) and JAX_PROCESS_ID"
-        ) from None
-
-
-def agree(what: str, values: Mapping[str, Any], *, remedy: str = "", timeout: float | None = None) -> None:
+def agree(subject: str, values: Mapping[str, Any], *, remedy: str = "", timeout: float | None = None) -> None:
     """Compares values between all processes.
 
     Args:
-      what: what they must agree on, for the error: a noun.
+      subject: noun that the error names: "the processes disagree on `subject`".
       values: JSON values; nested mappings are compared key by key.
-      remedy: what to do where they differ.
-      timeout: seconds to wait for the others; None: JAXTRAIN_TIMEOUT, or 300.
+      remedy: advice for the error message.
+      timeout: seconds to wait for the other processes. None means `time_limit()`.
 
     Raises:
-      ValueError: on every process, with who says what; or that a process did not come.
+      ValueError: on every process, if the values differ or a process is missing.
     """
-    if _alone():
+    if is_alone():
         return
-    state, key = _state(), f"jaxtrain/agree/{next(_turns)}"
+    state, key = _state(), f"jaxtrain/agree/{next(_counter)}"
     timeout = time_limit() if timeout is None else timeout
     deadline = time.monotonic() + timeout
-    state.client.key_value_set(f"{key}/{state.process_id}", json.dumps(_flat(values)))
+    state.client.key_value_set(f"{key}/{state.process_id}", json.dumps(_flatten(values)))
     if state.process_id == 0:
-        said = {process: _get(f"{key}/{process}", deadline) for process in range(state.num_processes)}
-        if missing := [process for process, text in said.items() if text is None]:
-            verdict = _missing(missing, f"agree on {what}", timeout)
+        texts = {
+            process: wait_for(state.client, f"{key}/{process}", deadline) for process in range(state.num_processes)
+        }
+        if missing := [process for process, text in texts.items() if text is None]:
+            verdict = _missing(missing, f"agree on {subject}", timeout)
         else:
-            verdict = _compare(what, {process: json.loads(text) for process, text in said.items()}, remedy)
+            verdict = _compare(subject, {process: json.loads(text) for process, text in texts.items()}, remedy)
         state.client.key_value_set(f"{key}/verdict", verdict)
     else:
-        verdict = _get(f"{key}/verdict", deadline + _PARTING_SECONDS)
-        verdict = _missing([0], f"agree on {what}", timeout) if verdict is None else verdict
+        verdict = wait_for(state.client, f"{key}/verdict", deadline + _FAILURE_SECONDS)
+        verdict = _missing([0], f"agree on {subject}", timeout) if verdict is None else verdict
     if verdict:
         raise ValueError(verdict)
 
 
-def first(what: str, function: Callable[[], T], *, timeout: float = _LONG_SECONDS) -> T | None:
-    """Process 0 calls a function while the others wait; the result there, None elsewhere.
+def run_on_lead(task: str, function: Callable[[], T], *, timeout: float = _LONG_SECONDS) -> T | None:
+    """Runs `function` on the lead process while the others wait. Returns its result there and None elsewhere.
 
     Args:
-      what: what it does, for the error: a verb.
-      function: raises what is every process's error.
-      timeout: seconds that the others wait.
+      task: verb phrase that the error names, such as "prepare the data".
+      function: its exception becomes the error of every process.
+      timeout: seconds that the other processes wait.
 
     Raises:
-      ValueError: on the others, what the function raised on process 0, or that it took longer than `timeout` seconds.
+      ValueError: on the other processes, if `function` raised on the lead or took longer than `timeout`.
     """
-    if _alone():
+    if is_alone():
         return function()
-    state, key = _state(), f"jaxtrain/first/{next(_turns)}"
+    state, key = _state(), f"jaxtrain/lead/{next(_counter)}"
     if state.process_id == 0:
         try:
             result = function()
@@ -207,73 +100,88 @@ def first(what: str, function: Callable[[], T], *, timeout: float = _LONG_SECOND
             raise
         state.client.key_value_set(key, "")
         return result
-    problem = _get(key, time.monotonic() + timeout)
+    problem = wait_for(state.client, key, time.monotonic() + timeout)
     if problem is None:
-        problem = _missing([0], what, timeout)
+        problem = _missing([0], task, timeout)
     if problem:
         raise ValueError(problem)
     return None
 
 
-def tell(what: str, function: Callable[[], T]) -> T:
-    """Process 0 calls a function and tells the others its result, a JSON value. Arguments and errors as for `first`."""
-    result = first(what, function)
-    if _alone():
+def broadcast_from_lead(task: str, function: Callable[[], T]) -> T:
+    """Runs `function` on the lead process and returns its result, a JSON value, everywhere. See `run_on_lead`."""
+    result = run_on_lead(task, function)
+    if is_alone():
         return result
-    state, key = _state(), f"jaxtrain/tell/{next(_turns)}"
+    state, key = _state(), f"jaxtrain/broadcast/{next(_counter)}"
     if state.process_id == 0:
         state.client.key_value_set(key, json.dumps(result))
         return result
-    text = _get(key, time.monotonic() + time_limit())
+    text = wait_for(state.client, key, time.monotonic() + time_limit())
     if text is None:
-        raise ValueError(_missing([0], what, time_limit()))
+        raise ValueError(_missing([0], task, time_limit()))
     return json.loads(text)
 
 
 class StopVote:
-    """Lets all processes stop after the same step when any of them is asked to.
+    """Stop of all processes after the same step, as soon as one of them receives a signal.
 
-    Each asks after every step k, when it has read the metrics of step k - 1, for which every process had to launch
-    that. So when one is asked to stop after launching k, the others have asked about k + 1 at most: it names k + 2, and
-    nobody passes that without having seen it.
+    Every process votes after each step k, once it has read the metrics of step k - 1. Those metrics exist only after
+    every process has launched step k - 1, so no other process has voted beyond step k + 1. The vote therefore names
+    step k + 2, and no process can pass that step without having seen the vote.
     """
 
     def __init__(self):
-        self._key = f"jaxtrain/stop/{next(_turns)}"
+        self._key = f"jaxtrain/stop/{next(_counter)}"
 
-    def reason(self, asked: str | None, done: int) -> str | None:
-        """Why to stop now, the same on every process.
+    def reason(self, signal_name: str | None, step: int) -> str | None:
+        """Returns why to stop after this step, the same on every process, or None.
 
         Args:
-          asked: what this process was asked for (a signal's name), None if it was not.
-          done: number of steps launched.
+          signal_name: signal that this process received, or None.
+          step: number of steps launched.
         """
-        if _alone():
-            return asked
+        if is_alone():
+            return signal_name
         client = _state().client
         votes = client.key_value_dir_get(self._key)
-        if asked and not votes:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was quicker
-                client.key_value_set(f"{self._key}/first", json.dumps([done + 2, asked]))
+        if signal_name and not votes:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was faster
+                client.key_value_set(f"{self._key}/first", json.dumps([step + 2, signal_name]))
             votes = client.key_value_dir_get(self._key)
         if not votes:
             return None
-        step, reason = json.loads(votes[0][1])
-        return reason if done >= step else None
+        last_step, reason = json.loads(votes[0][1])
+        return reason if step >= last_step else None
 
 
-def _get(key: str, deadline: float) -> str | None:
-    """Waits for a key of the store; None if it does not come in time.
+def announce_failure(error: BaseException) -> bool:
+    """Publishes this process's error and waits up to 5 s for the other processes to fail.
+
+    Returns:
+      True if every process failed and the coordinator shut down cleanly.
+    """
+    state = _state()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        text = f"process {state.process_id} failed: {error or type(error).__name__}"
+        state.client.key_value_set(f"jaxtrain/failed/{state.process_id}", text)
+        state.client.wait_at_barrier("jaxtrain/failed", int(1000 * _FAILURE_SECONDS))
+        jax.distributed.shutdown()
+        return True
+    return False
+
+
+def wait_for(client: Any, key: str, deadline: float) -> str | None:
+    """Returns the value of a key of the store as soon as it is set, or None at the deadline.
 
     Raises:
-      ValueError: meanwhile another process has failed.
+      ValueError: another process failed in the meantime.
     """
-    client = _state().client
     while True:
         failed = client.key_value_dir_get("jaxtrain/failed")
         left = min(deadline - time.monotonic(), _POLL_SECONDS)
         try:
-            if failed or left <= 0:  # what is there counts: a wait of no length can end before the answer is back
+            if failed or left <= 0:  # a wait of length zero can end before the answer arrives: look without waiting
                 return client.key_value_try_get(key)
             return client.blocking_key_value_get(key, max(1, int(1000 * left)))
         except jax.errors.JaxRuntimeError as error:
@@ -285,38 +193,34 @@ def _get(key: str, deadline: float) -> str | None:
             return None
 
 
-def _part(error: BaseException) -> bool:
-    """Tells the others of an error; True if they all have failed too and the connection was closed in good order."""
-    state = _state()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        text = f"process {state.process_id} failed: {error or type(error).__name__}"
-        state.client.key_value_set(f"jaxtrain/failed/{state.process_id}", text)
-        state.client.wait_at_barrier("jaxtrain/failed", int(1000 * _PARTING_SECONDS))
-        jax.distributed.shutdown()
-        return True
-    return False
+def _state() -> Any:
+    # Private, used only here. The public API has neither the key-value store nor a process index that can be read
+    # before the backend starts, and starting the backend waits for all processes.
+    from jax._src import distributed
+
+    return distributed.global_state
 
 
-def _missing(processes: list[int], what: str, timeout: float) -> str:
+def _missing(processes: list[int], task: str, timeout: float) -> str:
     return (
-        f"{name_processes(processes)} did not {what} within {timeout:g} s: see the log, or give more time "
+        f"{name_processes(processes)} did not {task} within {timeout:g} s: see the log, or allow more time "
         "with JAXTRAIN_TIMEOUT"
     )
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(dict(values), is_leaf=lambda value: not isinstance(value, dict))
     return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in leaves}
 
 
-def _compare(what: str, said: dict[int, dict[str, Any]], remedy: str) -> str:
-    """What differs, a line a key; empty if nothing does."""
+def _compare(subject: str, by_process: dict[int, dict[str, Any]], remedy: str) -> str:
+    """Returns an error text with one line per key that differs, or an empty string."""
     lines = []
-    for key in dict.fromkeys(key for values in said.values() for key in values):
+    for key in dict.fromkeys(key for values in by_process.values() for key in values):
         by_value: dict[str, list[int]] = {}
-        for process, values in said.items():
+        for process, values in by_process.items():
             by_value.setdefault(json.dumps(values.get(key)), []).append(process)
         if len(by_value) > 1:
             parts = (f"{name_processes(who)} {'says' if len(who) == 1 else 'say'} {v}" for v, who in by_value.items())
             lines.append(f"{key}: {', '.join(parts)}")
-    return f"the processes disagree on {what}: {remedy}\n  " + "\n  ".join(lines) if lines else ""
+    return f"the processes disagree on {subject}: {remedy}\n  " + "\n  ".join(lines) if lines else ""

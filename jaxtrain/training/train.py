@@ -114,7 +114,7 @@ def _data(config: Config, folder: Path, stack: contextlib.ExitStack) -> TokenSto
         claim(folder, config)
         components.prepare_data(config, folder)
 
-    processes.first("prepare the data", begin)
+    processes.run_on_lead("prepare the data", begin)
     processes.agree(
         "the run directory",
         {"config.json": "there" if (folder / "config.json").exists() else "not there"},
@@ -142,13 +142,13 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
         {"newest step": checkpoints.latest_step(), "rewind": rewind},
         remedy="--run-dir must be on a file system that they share, and the command the same",
     )
-    processes.first("tidy the checkpoints", checkpoints.clean)
+    processes.run_on_lead("tidy the checkpoints", checkpoints.clean)
     if rewind:
-        later = processes.tell("rewind", lambda: checkpoints.rewind(rewind))
+        later = processes.broadcast_from_lead("rewind", lambda: checkpoints.rewind(rewind))
         text = f"rewinding to step {rewind}: set aside the checkpoints of steps {later}"
         recorder.event("rewind", text, step=rewind, set_aside=later)
     # Asked of process 0, which may have set aside what others still see.
-    if processes.tell("look for checkpoints", checkpoints.latest_step) is None:
+    if processes.broadcast_from_lead("look for checkpoints", checkpoints.latest_step) is None:
         state, weights = _fresh(run, stop)
         recorder.event("start", "", step=0, attempt=recorder.attempt, **about)
         if weights:
@@ -287,7 +287,7 @@ def _finish(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Rec
     outcome = {"evaluation": _evaluate(run, state, recorder, stop, 0, **more)}
     if config.eval_every and not config.eval_batches:  # comparable with those on the way
         checkpoints.score(int(state.step), outcome["evaluation"]["nll"])
-        processes.first("delete old checkpoints", checkpoints.prune)
+        processes.run_on_lead("delete old checkpoints", checkpoints.prune)
     if rivals:
         recorder.say(f"the same bytes: gzip -9 {rivals['gzip']:.4f}, xz -9 {rivals['xz']:.4f} bits per byte")
     if config.sample_tokens:

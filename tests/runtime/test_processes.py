@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import jax
 import numpy as np
@@ -35,6 +34,7 @@ from jaxtrain.config import (
 )
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime import processes
+from jaxtrain.runtime.cluster import find_cluster
 from jaxtrain.runtime.rendezvous import meet
 from jaxtrain.training.run import open_run
 from jaxtrain.training.train import train
@@ -273,7 +273,7 @@ def test_a_process_that_never_comes_is_named(config, tmp_path, rank):
 
 SCRIPT = """
 import sys, time
-from jaxtrain.runtime import processes
+from jaxtrain.runtime import cluster, processes
 
 def report(error):
     print(f"error: {error}", file=sys.stderr)
@@ -284,14 +284,14 @@ def body(rank):
         raise ValueError("the disk is full")
     if what == "sleeps" and rank == 1:
         time.sleep(1000)
-    if what == "first":
-        assert processes.first("think", lambda: 7) == (7 if rank == 0 else None)
-        assert processes.tell("think", lambda: [7, rank]) == [7, 0]
-        processes.first("think again", lambda: {}["nothing"])
+    if what == "lead":
+        assert processes.run_on_lead("think", lambda: 7) == (7 if rank == 0 else None)
+        assert processes.broadcast_from_lead("think", lambda: [7, rank]) == [7, 0]
+        processes.run_on_lead("think again", lambda: {}["nothing"])
     processes.agree("a number", {"a": {"b": 1}, "c": [1, 2]})
 
 what = sys.argv[1]
-with processes.session(report):
+with cluster.session(report):
     from jax._src.distributed import global_state
     body(global_state.process_id)
 """
@@ -318,7 +318,7 @@ def test_a_process_that_hangs_is_named_and_does_not_hold_the_others(tmp_path):
 
 def test_what_fails_on_process_0_for_all_fails_on_all(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    codes, _, errors = Processes(*[[tmp_path / "script.py", "first"]] * 2).wait()
+    codes, _, errors = Processes(*[[tmp_path / "script.py", "lead"]] * 2).wait()
     assert 0 not in codes
     assert "KeyError: 'nothing'" in errors[0]
     assert "ValueError: 'nothing'" in errors[1]
@@ -345,11 +345,9 @@ class SlowStore:
         return self.values[key]
 
 
-def test_what_is_in_the_store_is_read_however_late_and_slow(monkeypatch):
+def test_what_is_in_the_store_is_read_however_late_and_slow():
     def get(key, seconds, **values):
-        state = types.SimpleNamespace(client=SlowStore(**values))
-        monkeypatch.setattr(processes, "_state", lambda: state)
-        return processes._get(key, time.monotonic() + seconds)
+        return processes.wait_for(SlowStore(**values), key, time.monotonic() + seconds)
 
     assert get("said", 0.0, said="1") == "1"  # who waited for a first process has no time left for the second
     assert get("said", 60.0, said="1", jaxtrain__failed__0="process 0 failed") == "1"
@@ -433,7 +431,7 @@ def cluster(monkeypatch):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        return processes._asked_for() or processes._detected(1.0)
+        return find_cluster(1.0)
 
     return look
 
@@ -469,7 +467,7 @@ def test_a_time_out_that_is_none_is_an_error(monkeypatch, text):
 
 def test_one_process_agrees_with_itself():
     processes.agree("nothing", {"a": object()})  # not even looked at
-    assert processes.first("think", lambda: 7) == 7
+    assert processes.run_on_lead("think", lambda: 7) == 7
     assert processes.is_lead()
     assert processes.StopVote().reason("SIGINT", 3) == "SIGINT"
     assert processes.StopVote().reason(None, 3) is None

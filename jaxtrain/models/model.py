@@ -1,0 +1,160 @@
+"""The model protocol, which is all that training needs of a model, and the built-in transformer behind it.
+
+A model of your own is any object with `init` and `loss`, as `Config.model` of your config file:
+
+  class Bigram:
+    vocab_size = 256
+
+    def init(self, key):
+      return {"table": jnp.zeros((256, 256))}
+
+    def loss(self, params, batch):
+      return cross_entropy(params["table"][batch["inputs"]], batch["labels"], where=batch["where"])
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.losses import LossSums
+from jaxtrain.models import size
+from jaxtrain.models.layout import logical_axes
+from jaxtrain.models.parallel import Parallel
+from jaxtrain.models.transformer import Cache, Params, Transformer, empty_cache, init_params, logits, make_loss_fn
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What the training loop calls on a model.
+
+    These members are optional:
+
+    - `axes(params)`: a tree like `params` of tuples, the logical axis of each dimension or None; see
+      `runtime.mesh.RULES`. Without it every parameter is replicated.
+    - `flops_per_token(seq_len)`: FLOPs to train on one token. Without it no FLOP utilization is shown.
+    - `vocab_size`: number of token ids. It must not be below that of the data.
+    - `decode(params, tokens, cache, num_cached)`, together with `max_seq_len`: see `TransformerModel.decode`. Without
+      it the model generates no text.
+    """
+
+    def init(self, key: jax.Array) -> Any:
+        """Returns the initial parameters, a pytree of float32 arrays."""
+        ...
+
+    def loss(self, params: Any, batch: dict[str, jax.Array]) -> LossSums:
+        """Returns the loss, summed over tokens.
+
+        Args:
+          params: parameters in the compute dtype (`train.precision`).
+          batch: `inputs` and `labels` int32 `[B, T]`, and `where` bool `[B, T]`, False at padding. `loss` may take a
+            third argument: a PRNG key, which is a function of seed, step and micro-batch.
+
+        Returns:
+          Sums over the tokens, or `(sums, {"name": float32 sum over tokens})` with further metrics.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TransformerModel:
+    """Built-in decoder-only transformer.
+
+    Attributes:
+      config: sizes, with `vocab_size` and the automatic choices (`attention`, `scan_unroll`) filled in.
+      parallel: shards of the parameters, for `loss` inside `jax.shard_map`. The other methods work on whole arrays.
+      z_loss, label_smoothing, chunk_size: see `linear_cross_entropy`.
+    """
+
+    config: ModelConfig
+    parallel: Parallel = field(default_factory=Parallel)
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    chunk_size: int | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.config.vocab_size
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest context, tokens."""
+        return self.config.max_seq_len
+
+    def init(self, key: jax.Array) -> Params:
+        """Returns the initial parameters, float32 and unsharded."""
+        return init_params(Transformer(self.config), key)
+
+    def loss(self, params: Params, batch: dict[str, jax.Array]) -> LossSums:
+        """Returns the next-token loss, summed over the tokens; see `make_loss_fn`."""
+        return self._loss_fn(params, batch)
+
+    @functools.cached_property
+    def _loss_fn(self):
+        return make_loss_fn(
+            Transformer(self.config, self.parallel),
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
+            chunk_size=self.chunk_size,
+        )
+
+    def axes(self, params: Params) -> Any:
+        """Returns the logical axes of each parameter."""
+        return logical_axes(params)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Returns the FLOPs to train on one token; see `size.flops_per_token`."""
+        return size.flops_per_token(self.config, seq_len)
+
+    def decode(
+        self, params: Params, tokens_BT: jax.Array, cache: Cache | None, num_cached: jax.typing.ArrayLike
+    ) -> tuple[jax.Array, Cache]:
+        """Returns the logits of the next token after each token, and the extended cache.
+
+        Args:
+          params: parameters; they compute in their own dtype.
+          tokens_BT: token ids `[B, T]`, T at most `max_seq_len`.
+          cache: keys and values of the tokens before these. None allocates an empty cache.
+          num_cached: number of valid tokens in the cache; the new tokens are written after them.
+
+        Returns:
+          Float32 logits `[B, T, V]` and a cache of constant shapes and dtypes.
+        """
+        if cache is None:
+            cache = empty_cache(self.config, tokens_BT.shape[0], jax.tree.leaves(params)[0].dtype)
+        module = Transformer(self.config)
+        hidden_BTD, cache = module.apply({"params": params}, tokens_BT, cache, jnp.int32(num_cached))
+        return logits(module, params, hidden_BTD), cache
+
+
+def axes_of(model: Model, params: Any) -> Any:
+    """Returns the logical axes of a model's parameters; without `model.axes`, None for each dimension.
+
+    Raises:
+      ValueError: `model.axes` returns another tree, or a tuple whose length is not the rank of the parameter.
+    """
+    if not hasattr(model, "axes"):
+        return jax.tree.map(lambda leaf: (None,) * len(leaf.shape), params)
+    name = type(model).__name__
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    try:
+        axes = structure.flatten_up_to(model.axes(params))
+    except ValueError as error:
+        raise ValueError(f"{name}.axes must return a tree like the parameters: {error}") from None
+    for (path, leaf), entry in zip(leaves, axes, strict=True):
+        if not isinstance(entry, tuple) or len(entry) != len(leaf.shape):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"{name}.axes gives {entry!r} for {where} {leaf.shape}: give a tuple with one entry, the name of a "
+                "logical axis or None, for each dimension"
+            )
+    return jax.tree.unflatten(structure, axes)
+
+
+def flops_per_token(model: Model, seq_len: int) -> float | None:
+    """Returns the FLOPs to train on one token, or None if the model does not provide them."""
+    return model.flops_per_token(seq_len) if hasattr(model, "flops_per_token") else None
