@@ -101,8 +101,8 @@ def _train(arguments: list[str]) -> int:
     class Options:
         config: Annotated[Config, tyro.conf.arg(name="")]
         run_dir: str = f"runs/{file.stem}"  # where the run is kept, and gone on with
-        rewind: int = 0  # this once: go on from the checkpoint of this step, and set aside those after it; 0: off
-        profile: str = ""  # START:STOP, as in 10:13: trace these steps (without STOP) into RUN/profile
+        rewind: int | None = None  # resume from the checkpoint of this step and set aside later ones, this once
+        profile: str | None = None  # START:STOP, as in 10:13: trace these steps (without STOP) into RUN/profile
 
     options = _parse(Options, f"train {file}", rest, Options(default))
     if not options.run_dir:
@@ -112,7 +112,7 @@ def _train(arguments: list[str]) -> int:
     from jaxtrain.runtime.stop import is_stuck, leave
     from jaxtrain.training.train import GAVE_UP, train
 
-    if options.rewind < 0:
+    if options.rewind is not None and options.rewind < 0:
         raise ValueError(f"--rewind must be the step of a checkpoint, got {options.rewind}")
     try:
         with compile_cache(), session(_report):
@@ -163,10 +163,10 @@ def _schedule(arguments: list[str]) -> int:
     @dataclasses.dataclass(frozen=True)
     class Options:
         config: Annotated[Config, tyro.conf.arg(name="")]
-        png: str = ""  # also draw to this file
+        png: str | None = None  # also draw to this file
 
     options = _parse(Options, f"schedule {file}", rest, Options(default))
-    if options.png and not options.png.endswith(".png"):
+    if options.png is not None and not options.png.endswith(".png"):
         raise ValueError(f"--png {options.png!r} must end in .png")
     import jax
     import jax.numpy as jnp
@@ -209,7 +209,7 @@ def _prepare(arguments: list[str]) -> int:
         tokenizer: str = "byte"  # byte | bpe:VOCAB | hf:PATH
         validation_fraction: float = 0.02  # of the documents, chosen by hash
         text_field: str = "text"  # key of the document in a .jsonl line
-        num_workers: int = 0  # processes; 0: one a core
+        num_workers: int | None = None  # processes; None starts one per core
 
     options = _parse(Options, "prepare", arguments)
     if not options.out:
@@ -240,8 +240,8 @@ def _eval(arguments: list[str]) -> int:
     class Options:
         run: tyro.conf.Positional[str]  # run directory
         split: Literal["validation", "train"] = "validation"
-        step: int = 0  # of the checkpoint; 0: the newest
-        batches: int = 0  # from the start of the split; 0: all of it
+        step: int | None = None  # of the checkpoint; None takes the newest
+        batches: int | None = None  # from the start of the split; None takes all
         compare: bool = False  # compress the same text with gzip -9 and xz -9 too
         json: bool = False  # print one JSON object
 
@@ -278,10 +278,10 @@ def _generate(arguments: list[str]) -> int:
         prompt: Annotated[str, tyro.conf.arg(help="text to continue")] = ""
         num_tokens: int = 256  # how many to add
         temperature: float = 0.8  # 0: always the likeliest token
-        top_k: int = 0  # draw among the k likeliest; 0: all
+        top_k: int | None = None  # draw among the k likeliest; None draws among all
         top_p: float = 1.0  # draw among the likeliest that hold this share of the probability
         seed: int = 0
-        step: int = 0  # of the checkpoint; 0: the newest
+        step: int | None = None  # of the checkpoint; None takes the newest
 
     options = _parse(Options, "generate", arguments)
     from jaxtrain.runtime.cluster import session
@@ -330,7 +330,7 @@ def _trained(options: Any) -> tuple[Any, Any, int]:
 
     agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
     run = open_run(options.run)
-    params, step = restore_params(run, options.step or None)
+    params, step = restore_params(run, options.step)
     agree("the checkpoint", {"step": step}, remedy="the run must be on a file system that they share")
     return run, params, step
 
@@ -344,6 +344,11 @@ def _parse(options: type[T], command: str, arguments: list[str], default: T | No
             near = difflib.get_close_matches(flag, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"`jaxtrain {command} --help` lists the flags"
             raise ValueError(f"unknown flag {argument.split('=')[0]}: {hint}")
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--") and argument.endswith("=none"):
+            arguments[i] = argument.removesuffix("none") + "None"
+        elif argument == "none" and i and arguments[i - 1].startswith("--") and not arguments[i - 1].endswith("remat"):
+            arguments[i] = "None"
     if {"--help", "-h"} & set(arguments):
         return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
     printed, columns = io.StringIO(), os.environ.get("COLUMNS")

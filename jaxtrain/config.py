@@ -10,6 +10,7 @@ import json
 import math
 import runpy
 import traceback
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,10 +30,6 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _finite(value: float) -> str:
-    return "" if math.isfinite(value) else " and finite"
-
-
 def _require_types(section: str, config: Any) -> None:
     """Fields may come from Python, where nothing else would notice; whole numbers must fit in 32 bits."""
     for name, hint in typing.get_type_hints(type(config)).items():
@@ -42,26 +39,27 @@ def _require_types(section: str, config: Any) -> None:
 def _require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0 and math.isfinite(value), f"{section}.{name} must be above 0{_finite(value)}, got {value}")
+        if value is not None:
+            allowed = "" if math.isfinite(value) else " and finite"
+            _require(value > 0 and not allowed, f"{section}.{name} must be above 0{allowed}, got {value}")
 
 
 def _require_not_negative(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(
-            value >= 0 and math.isfinite(value), f"{section}.{name} must be 0 or more{_finite(value)}, got {value}"
-        )
+        allowed = "" if math.isfinite(value) else " and finite"
+        _require(value >= 0 and not allowed, f"{section}.{name} must be 0 or more{allowed}, got {value}")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer; `gpt2` and `llama` below give the two usual styles."""
 
-    vocab_size: int = 0  # tokens; 0: what the token store's tokenizer has
+    vocab_size: int | None = None  # tokens; None takes the size of the token store's tokenizer
     num_layers: int = 4
     num_heads: int = 4  # query heads
-    num_kv_heads: int = 0  # key and value heads; 0: as many as query heads
-    head_dim: int = 0  # channels a head; 0: d_model / num_heads
+    num_kv_heads: int | None = None  # key and value heads; None takes num_heads
+    head_dim: int | None = None  # channels per head; None takes d_model / num_heads
     d_model: int = 128  # channels of the residual stream
     d_ff: int = 512  # hidden channels of the feed-forward block
     max_seq_len: int = 256  # tokens; the longest context (rows of the learned position table, size of the KV cache)
@@ -71,14 +69,15 @@ class ModelConfig:
     use_bias: bool = False  # in every projection and norm
     tie_embeddings: bool = False  # the output head is the transposed token embedding
     qk_norm: bool = False  # RMSNorm on queries and keys, per head
-    logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0: off
+    logit_softcap: float | None = None  # logits become cap * tanh(logits / cap); None disables the cap
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5
-    scan_unroll: int = -1  # layers a loop iteration runs; 0: all, no loop; -1: by backend and depth. Parameters stay
+    # Layers per iteration of the loop over layers. "all" removes the loop; "auto" chooses by backend and depth
+    scan_unroll: int | Literal["auto", "all"] = "auto"
     vocab_multiple: int = 1  # the tables have vocab_size rows rounded up to a multiple of this; the rest is masked
     remat: Remat = "none"  # what the backward pass computes again instead of keeping it; see models/remat.py
-    attention_window: int = 0  # keys that a query sees at most, its own and those before it; 0: all
-    attention_softcap: float = 0.0  # scores of attention become cap * tanh(scores / cap); 0: off
+    attention_window: int | None = None  # newest keys that a query attends to, itself included; None: all keys
+    attention_softcap: float | None = None  # scores become cap * tanh(scores / cap); None disables the cap
     # Kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs in 16 bits, xla elsewhere and for what those cannot do
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
 
@@ -86,13 +85,12 @@ class ModelConfig:
         _require_types("model", self)
         _require_positive("model", self, "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len", "rope_theta")
         _require_positive("model", self, "norm_eps", "vocab_multiple")
-        _require_not_negative("model", self, "vocab_size", "num_kv_heads", "head_dim", "logit_softcap")
-        _require_not_negative("model", self, "attention_window", "attention_softcap")
+        _require_positive("model", self, "vocab_size", "num_kv_heads", "head_dim", "logit_softcap")
+        _require_positive("model", self, "attention_window", "attention_softcap")
+        if not isinstance(self.scan_unroll, str):
+            _require_positive("model", self, "scan_unroll")
         _require(
-            self.scan_unroll >= -1, f"model.scan_unroll must be -1 (auto), 0 (all) or more, got {self.scan_unroll}"
-        )
-        _require(
-            self.head_dim > 0 or self.d_model % self.num_heads == 0,
+            self.head_dim is not None or self.d_model % self.num_heads == 0,
             f"model.d_model {self.d_model} is not divisible by model.num_heads {self.num_heads}: "
             "change one of them or set model.head_dim",
         )
@@ -118,6 +116,8 @@ class ModelConfig:
     @property
     def vocab_rows(self) -> int:
         """Rows of the embedding and columns of the head: the vocabulary and its padding."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is None: set it to the size of the tokenizer's vocabulary")
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
@@ -147,11 +147,11 @@ def llama(num_layers: int, num_heads: int, d_model: int, d_ff: int, max_seq_len:
 class DataConfig:
     """Where the tokens come from."""
 
-    store: str = ""  # folder of a token store made by `jaxtrain prepare`; "": RUN_DIR/data, made from `sources`
-    sources: tuple[str, ...] = ()  # files, folders, globs, .gz, .jsonl, or python-stdlib; used where `store` is ""
-    tokenizer: str = "byte"  # byte | bpe:VOCAB | hf:PATH; used where `store` is ""
-    validation_fraction: float = 0.02  # of the documents, chosen by hash; used where `store` is ""
-    text_field: str = "text"  # key of the document in a .jsonl line; used where `store` is ""
+    store: str | None = None  # folder of a token store from `jaxtrain prepare`; None prepares RUN/data from `sources`
+    sources: tuple[str, ...] = ()  # files, folders, globs, .gz, .jsonl, or python-stdlib; used if `store` is None
+    tokenizer: str = "byte"  # byte | bpe:VOCAB | hf:PATH; used if `store` is None
+    validation_fraction: float = 0.02  # of the documents, chosen by hash; used if `store` is None
+    text_field: str = "text"  # key of the document in a .jsonl line; used if `store` is None
     verify: bool = True  # read every shard at start and compare its checksum with the manifest
     prefetch: int = 2  # batches held ready on the devices
     skip: tuple[str, ...] = ()  # batches left out, START:STOP (without STOP), counted from 0; more may be added later
@@ -177,7 +177,7 @@ class OptimConfig:
     peak_lr: float = 1e-3  # learning rate at the end of the warm-up
     schedule: Schedule = "cosine"
     warmup_steps: int = 100  # optimizer steps
-    decay_steps: int = 0  # optimizer steps of the final decay of "wsd"
+    decay_steps: int | None = None  # optimizer steps of the final decay of "wsd", which needs it
     cycles: int = 1  # number of restarts of "sgdr"; train.steps must be a multiple of it
     cycle_decay: float = 1.0  # factor on the peak from one "sgdr" cycle to the next
     floor: float = 0.1  # last learning rate, as a fraction of the peak
@@ -193,14 +193,15 @@ class OptimConfig:
     def __post_init__(self):
         _require_types("optim", self)
         _require_positive("optim", self, "peak_lr", "eps", "clip_norm", "cycles", "cycle_decay")
-        _require_not_negative("optim", self, "warmup_steps", "decay_steps", "weight_decay")
+        _require_positive("optim", self, "decay_steps")
+        _require_not_negative("optim", self, "warmup_steps", "weight_decay")
         _require(0 <= self.floor <= 1, f"optim.floor is a fraction of the peak, from 0 to 1; got {self.floor}")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optim.{name} must be in [0, 1), got {value}")
         _require(
-            self.schedule != "wsd" or self.decay_steps > 0,
-            'optim.schedule "wsd" needs optim.decay_steps above 0: the length of its final decay',
+            self.schedule != "wsd" or self.decay_steps is not None,
+            'optim.schedule "wsd" needs optim.decay_steps: the length of its final decay',
         )
 
 
@@ -215,22 +216,25 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # compute dtype; parameters, moments stay float32
     z_loss: float = 0.0  # coefficient of log^2 Z (1e-4 in PaLM)
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
-    loss_chunk: int = 0  # tokens a chunk of the loss head; 0: the default of linear_cross_entropy
+    loss_chunk: int | None = None  # tokens per chunk of the loss head; None takes linear_cross_entropy's default
     log_every: int = 10  # optimizer steps
-    diagnose_every: int = 100  # optimizer steps between logged looks into the layers; 0: none logged, all measured
-    eval_every: int = 0  # optimizer steps; 0: only at the end
-    eval_batches: int = 0  # batches of validation data each time; 0: the whole split
-    replay_check: int = 0  # every so many steps run a step twice and compare all bits; 0: off. Takes a second state
-    stop_after: int = 0  # stop cleanly after this many steps, as a preemption would; 0: off
-    sample_tokens: int = 0  # tokens of generated text written to sample.txt at the end; 0: none
-    sample_prompt: str = ""  # what the sample continues
-    init_from: str = ""  # RUN or RUN/checkpoints/STEP: start from its weights, at step 0 with a fresh optimizer
+    diagnose_every: int | None = 100  # optimizer steps between logged per-layer statistics; None logs none
+    eval_every: int | None = None  # optimizer steps; None evaluates at the end only
+    eval_batches: int | None = None  # validation batches per evaluation; None takes the whole split
+    replay_check: int | None = (
+        None  # optimizer steps between steps that run twice, to compare all bits; None disables it
+    )
+    stop_after: int | None = None  # step after which the run saves and stops, as if preempted; None disables it
+    sample_tokens: int | None = None  # tokens of generated text in sample.txt at the end; None writes no sample
+    sample_prompt: str = ""  # text that the sample continues
+    init_from: str | None = None  # RUN or RUN/checkpoints/STEP whose weights to start from; None starts from the seed
 
     def __post_init__(self):
         _require_types("train", self)
         _require_positive("train", self, "steps", "batch_size", "seq_len", "accumulate", "log_every")
-        _require_not_negative("train", self, "z_loss", "loss_chunk", "eval_every", "eval_batches", "diagnose_every")
-        _require_not_negative("train", self, "stop_after", "sample_tokens", "replay_check")
+        _require_not_negative("train", self, "z_loss")
+        _require_positive("train", self, "loss_chunk", "eval_every", "eval_batches", "diagnose_every")
+        _require_positive("train", self, "stop_after", "sample_tokens", "replay_check")
         _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1), got {self.label_smoothing}")
         _require(
             self.batch_size % self.accumulate == 0,
@@ -260,14 +264,13 @@ class GuardConfig:
     """Which steps are skipped, and when there are too many; what is not finite is skipped always."""
 
     window: int = 128  # accepted steps that a spike is measured against
-    sigmas: float = 6.0  # deviations above their mean that make a spike of the loss or the gradient norm; 0: no spikes
+    sigmas: float | None = 6.0  # deviations above the mean of the window that count as a spike; None ignores spikes
     max_consecutive: int = 10  # skipped steps in a row; more end the run
     max_share: float = 0.05  # share of skipped steps among the last 1,000 or so; a larger one ends the run
 
     def __post_init__(self):
         _require_types("guard", self)
-        _require_not_negative("guard", self, "sigmas")
-        _require_positive("guard", self, "max_consecutive")
+        _require_positive("guard", self, "sigmas", "max_consecutive")
         _require(self.window >= 2, f"guard.window must be at least 2 steps, got {self.window}")
         _require(0 < self.max_share <= 1, f"guard.max_share must be above 0 and at most 1, got {self.max_share}")
 
@@ -324,16 +327,16 @@ class CheckpointConfig:
 
     every: int = 1000  # optimizer steps; the last step is always saved
     keep: int = 3  # newest checkpoints kept
-    keep_every: int = 0  # optimizer steps; multiples of it are kept for good; 0: none
-    keep_best: int = 0  # checkpoints kept with the least validation loss; needs train.eval_every; 0: none
+    keep_every: int | None = None  # optimizer steps; checkpoints of its multiples are never deleted; None disables it
+    keep_best: int | None = None  # checkpoints with the lowest validation loss to keep; needs train.eval_every
     retries: int = 3  # more attempts of a save that fails, before the run ends (one process; several end at once)
 
     def __post_init__(self):
         _require_types("checkpoint", self)
-        _require_positive("checkpoint", self, "every", "keep")
-        _require_not_negative("checkpoint", self, "keep_every", "keep_best", "retries")
+        _require_positive("checkpoint", self, "every", "keep", "keep_every", "keep_best")
+        _require_not_negative("checkpoint", self, "retries")
         _require(
-            self.keep_every % self.every == 0,
+            (self.keep_every or 0) % self.every == 0,
             f"checkpoint.keep_every {self.keep_every} must be a multiple of checkpoint.every {self.every}: "
             "only steps that are saved can be kept",
         )
@@ -364,17 +367,17 @@ class Config:
         )
         eval_every, every = self.train.eval_every, self.checkpoint.every
         _require(
-            self.checkpoint.keep_best == 0 or (eval_every > 0 and eval_every % every == 0),
+            self.checkpoint.keep_best is None or (eval_every is not None and eval_every % every == 0),
             f"checkpoint.keep_best ranks steps that are both evaluated and saved: train.eval_every {eval_every} must "
             f"be a multiple of checkpoint.every {every}",
         )
         check, corrupt = self.train.replay_check, self.faults.corrupt_replay_step
         _require(
-            corrupt == 0 or (check > 0 and corrupt % check == 0),
+            corrupt == 0 or (check is not None and corrupt % check == 0),
             f"faults.corrupt_replay_step {corrupt} must be a multiple of train.replay_check {check}, which must be on: "
             "other steps run only once",
         )
-        decay = optim.decay_steps if optim.schedule == "wsd" else 0 if optim.schedule == "constant" else 1
+        decay = (optim.decay_steps or 0) if optim.schedule == "wsd" else 0 if optim.schedule == "constant" else 1
         _require(
             optim.schedule == "sgdr" or optim.warmup_steps + decay <= steps,
             f"optim.warmup_steps {optim.warmup_steps} leaves no room to decay in train.steps {steps} "
@@ -425,7 +428,39 @@ def from_json(text: str) -> Config:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a config that is not valid JSON: {error}") from None
-    return _build(Config, values, "")
+    return _build(Config, _migrate(values), "")
+
+
+# What config.json files of versions before None stood for an absent option wrote there.
+_ABSENT = {
+    "model": ("vocab_size", "num_kv_heads", "head_dim", "logit_softcap", "attention_window", "attention_softcap"),
+    "data": ("store",),
+    "optim": ("decay_steps",),
+    "train": (
+        *("loss_chunk", "diagnose_every", "eval_every", "eval_batches", "replay_check", "stop_after"),
+        *("sample_tokens", "init_from"),
+    ),
+    "guard": ("sigmas",),
+    "checkpoint": ("keep_every", "keep_best"),
+}
+_ZEROS = (int, float, str)
+_RENAMED = {("model", "scan_unroll"): {-1: "auto", 0: "all"}}
+
+
+def _migrate(values: Any) -> Any:
+    """Replaces 0 and "" by None in the fields where older versions wrote them for an absent option."""
+    if not isinstance(values, dict):
+        return values
+    values = dict(values)
+    for section, names in _ABSENT.items():
+        if isinstance(values.get(section), dict):
+            old = values[section]
+            values[section] = old | {name: None for name in names if type(old.get(name)) in _ZEROS and not old[name]}
+    for (section, name), replaced in _RENAMED.items():
+        if isinstance(values.get(section), dict) and type(values[section].get(name)) is int:
+            old = values[section][name]
+            values[section] = values[section] | {name: replaced.get(old, old)}
+    return values
 
 
 def _build(cls: type, values: Any, path: str) -> Any:
@@ -446,6 +481,12 @@ def _check(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _build(hint, value, f"{path}.")
     origin = typing.get_origin(hint)
+    if origin is types.UnionType or origin is typing.Union:
+        choices = [choice for choice in typing.get_args(hint) if choice is not types.NoneType]
+        if value is None and len(choices) < len(typing.get_args(hint)):
+            return None
+        named = [choice for choice in choices if typing.get_origin(choice) is Literal]
+        return _check(named[0] if named and isinstance(value, str) else choices[0], value, path)
     if origin is Literal:
         known = value in typing.get_args(hint)
         _require(known, f"config key {path}: {value!r} is none of {', '.join(typing.get_args(hint))}")

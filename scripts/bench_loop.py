@@ -74,7 +74,7 @@ def run_loop(config: Config, chunk: int, chunks: int, folder: Path) -> Interleav
     config = dataclasses.replace(
         config,
         train=dataclasses.replace(
-            config.train, eval_every=0, sample_tokens=0, stop_after=steps, steps=max(steps, config.train.steps)
+            config.train, eval_every=None, sample_tokens=None, stop_after=steps, steps=max(steps, config.train.steps)
         ),
         checkpoint=CheckpointConfig(every=10**9),
     )

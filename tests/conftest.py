@@ -103,8 +103,8 @@ def shared_programs():
         return program.make_program(config, mesh, vocab_size)
 
     def shared(config, mesh, vocab_size):
-        loop = {"log_every": 1, "eval_every": 0, "eval_batches": 0, "stop_after": 0, "replay_check": 0, "init_from": ""}
-        loop |= {"sample_tokens": 0, "sample_prompt": "", "diagnose_every": 0}
+        loop = {"log_every": 1, "eval_every": None, "eval_batches": None, "stop_after": None, "replay_check": None}
+        loop |= {"init_from": None, "sample_tokens": None, "sample_prompt": "", "diagnose_every": None}
         alike = dataclasses.replace(
             config,
             data=DataConfig(store="any"),

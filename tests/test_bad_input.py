@@ -189,13 +189,13 @@ COMMANDS = {
     "eval of a file": bad("eval {config}", "config.json is no run directory", "give the --run-dir"),
     "eval of a negative step": bad("eval {run} --step -1", "-1", "there are [5, 10, 12]"),
     "eval of a step that was not saved": bad("eval {run} --step 7", "no checkpoint of step 7", "there are [5, 10, 12]"),
-    "eval of a negative number of batches": bad("eval {run} --batches -1", "-1", "0"),
+    "eval of no batch": bad("eval {run} --batches 0", "got 0", "above 0"),
     "eval of an unknown split": bad("eval {run} --split test", "test", "validation"),
     "generate nothing": bad("generate {run} --num-tokens 0", "got 0", "at least 1"),
     "generate at NaN": bad("generate {run} --temperature nan", "got nan", "0 or more"),
     "generate at infinity": bad("generate {run} --temperature inf", "got inf", "0 or more"),
     "generate from none": bad("generate {run} --top-p 0", "got 0", "(0, 1]"),
-    "generate from a negative number": bad("generate {run} --top-k -1", "-1", "0 (off) or more"),
+    "generate from no token": bad("generate {run} --top-k 0", "got 0", "above 0"),
     "generate with a negative seed": bad("generate {run} --seed -1", "-1", "0"),
     "generate with a huge seed": bad("generate {run} --seed 99999999999999999999", "99999999999999999999", "2^31"),
     "generate from bytes that are no text": bad("generate {run} --prompt \udcff", r"\udcff", "UTF-8"),
@@ -272,7 +272,7 @@ CONFIGS = {
     "a longer window than the context": bad(TRAIN + " --train.seq-len 17", "seq_len 17", "model.max_seq_len 16"),
     "micro-batches that do not divide": bad(TRAIN + " --train.accumulate 3", "batch_size 8", "accumulate 3"),
     "a warm-up without end": bad(TRAIN + " --optim.warmup-steps 12", "warmup_steps 12", "shorten the warm-up"),
-    "a vocabulary below the data's": bad(TRAIN + " --model.vocab-size 100", "100", "leave it at 0"),
+    "a vocabulary below the data's": bad(TRAIN + " --model.vocab-size 100", "100", "set it to None"),
     "a batch for more memory than there is": bad(
         TRAIN + " --train.batch-size 2000000000", "out of memory", "lower train.batch_size", code=1, starts=True
     ),
@@ -344,7 +344,7 @@ DATA = {
     ),
     "all for validation": bad(PREPARE + " --validation-fraction 1", "got 1.0", "between 0 and 1"),
     "NaN for validation": bad(PREPARE + " --validation-fraction nan", "got nan", "between 0 and 1"),
-    "negative workers": bad(PREPARE + " --num-workers -2", "got -2", "0 (one a core) or more"),
+    "negative workers": bad(PREPARE + " --num-workers -2", "got -2", "above 0, or None"),
 }
 
 STORES = {

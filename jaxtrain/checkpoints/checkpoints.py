@@ -50,21 +50,23 @@ def _at(point: str) -> None:
     """A moment of a save, one of POINTS."""
 
 
-def kept(steps: list[int], scores: Mapping[int, float], keep: int, keep_every: int, keep_best: int) -> set[int]:
+def kept(
+    steps: list[int], scores: Mapping[int, float], keep: int, keep_every: int | None, keep_best: int | None
+) -> set[int]:
     """Which checkpoints stay: the union of three sets that know nothing of each other.
 
     Args:
       steps: those that there are.
       scores: validation loss by step, of some of them.
       keep: how many of the newest, 1 or more: the very newest always stays.
-      keep_every: multiples of this many steps stay for good; 0: none.
-      keep_best: how many of those with the least validation loss; 0: none.
+      keep_every: multiples of this many steps stay for good; None: none.
+      keep_best: how many of those with the least validation loss; None: none.
     """
     stay = set(sorted(steps)[-keep:])
     if keep_every:
         stay |= {step for step in steps if step % keep_every == 0}
     ranked = sorted((scores[step], step) for step in steps if step in scores and np.isfinite(scores[step]))
-    return stay | {step for _, step in ranked[:keep_best]}
+    return stay | {step for _, step in ranked[: keep_best or 0]}
 
 
 class Checkpoints:
@@ -81,12 +83,12 @@ class Checkpoints:
         folder: str | Path,
         *,
         keep: int = 3,
-        keep_every: int = 0,
-        keep_best: int = 0,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
         report: Callable[..., None] | None = None,
     ):
-        if keep < 1 or keep_every < 0 or keep_best < 0:
-            raise ValueError(f"keep must be 1 or more, and the others 0 or more: {keep}, {keep_every}, {keep_best}")
+        if not all(number is None or number > 0 for number in (keep, keep_every, keep_best)):
+            raise ValueError(f"keep, keep_every and keep_best must be above 0: {keep}, {keep_every}, {keep_best}")
         self.folder = Path(folder).absolute()
         self._rule = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
         self._report = report or (lambda event, text, **fields: print(text, file=sys.stderr))

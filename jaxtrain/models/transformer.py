@@ -85,7 +85,7 @@ class Attention(nn.Module):
             key_BTGK = Norm(c, rms=True, per_part=parts, name="key_norm")(key_BTGK)
         if place.rope is not None:
             query_BTHK, key_BTGK = rotate(query_BTHK, place.rope), rotate(key_BTGK, place.rope)
-        attend_to = functools.partial(attend, window=c.attention_window, softcap=c.attention_softcap)
+        attend_to = functools.partial(attend, window=c.attention_window or 0, softcap=c.attention_softcap or 0.0)
         if cache is None:
             query_BTHK, key_BTGK = checkpoint_name(query_BTHK, "query"), checkpoint_name(key_BTGK, "key")
             value_BTGK = checkpoint_name(value_BTGK, "value")
@@ -251,15 +251,15 @@ def _run_layers(
             params = cast_masters(params, masters, x_BTD)
         return block.apply({"params": gather_layer(params, p.fsdp)}, x_BTD, place, cache)
 
-    unroll = {0: c.num_layers, -1: 1}.get(c.scan_unroll, c.scan_unroll)
+    unroll = {"all": c.num_layers, "auto": 1}.get(c.scan_unroll, c.scan_unroll)
     body = rematerialize(body, c.remat, gathered=p.fsdp > 1, looped=unroll < c.num_layers)
     return jax.lax.scan(body, x_BTD, (layers, cache), unroll=unroll)
 
 
 def init_params(model: Transformer, key: jax.Array) -> Params:
     """Initial parameters, whole, float32. A vocabulary of unknown size is a ValueError."""
-    if model.config.vocab_size < 1:
-        raise ValueError(f"model.vocab_size must be above 0 to make parameters, got {model.config.vocab_size}")
+    if model.config.vocab_size is None:
+        raise ValueError("model.vocab_size is None: parameters need the size of the vocabulary")
     # One token is enough to know the shapes, and too few for a kernel that works in blocks.
     whole = Transformer(dataclasses.replace(model.config, attention="xla"))
     return whole.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -313,7 +313,7 @@ def make_loss_fn(
                 where=batch["where"],
                 z_loss=z_loss,
                 label_smoothing=label_smoothing,
-                logit_softcap=c.logit_softcap or None,
+                logit_softcap=c.logit_softcap,
                 chunk_size=chunk_size,
                 num_classes=c.vocab_size,
                 vocab_axis="tensor" if p.tensor > 1 else None,

@@ -23,13 +23,13 @@ from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.trace import scopes_of
 
 
-def parse_profile(text: str, config: TrainConfig) -> range:
-    """Reads `--profile START:STOP`: steps START to STOP - 1, counted from 1; an empty text is an empty range.
+def parse_profile(text: str | None, config: TrainConfig) -> range:
+    """Reads `--profile START:STOP`: steps START to STOP - 1, counted from 1; None is an empty range.
 
     Raises:
       ValueError: not two whole numbers, an empty range, or steps that the run does not make.
     """
-    if not text:
+    if text is None:
         return range(0)
     parts = text.split(":")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):

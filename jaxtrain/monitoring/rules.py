@@ -285,7 +285,7 @@ class InitialLoss(Rule):
     remedy = "A model that knows nothing starts at ln V: check vocabulary and tokenizer, labels, and initialization."
 
     def check(self, line: Line) -> str | bool | None:
-        warm = getattr(self.facts.config.train, "init_from", "")
+        warm = self.facts.config.train.init_from
         if line["step"] != 1 or not self.facts.vocab_size or warm:
             return None
         expected = math.log(self.facts.vocab_size)

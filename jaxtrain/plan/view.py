@@ -22,11 +22,11 @@ _WIDTH = 120  # characters, where the output is no terminal
 class Question:
     """What is asked of `jaxtrain plan` besides the config."""
 
-    topology: str = ""  # compile for this TPU slice: v5p:2x2x2, v5e:4x4, v6e:4x4, any shape
-    devices: int = 0  # without a topology: number of devices; 0: as many as the config's mesh names
-    chip: str = ""  # without a topology: v5e, v5p, v6e, a100, h100 or h200; for times, cost and what fits
+    topology: str | None = None  # compile for this TPU slice: v5p:2x2x2, v5e:4x4, v6e:4x4, any shape
+    devices: int | None = None  # without a topology: number of devices; None takes the product of the config's mesh
+    chip: str | None = None  # without a topology: v5e, v5p, v6e, a100, h100 or h200; for times, cost and what fits
     mfu: float = 0.4  # share of the chips' peak that the model's FLOPs are assumed to reach
-    price: float = 0.0  # of one chip for one hour, in any currency; 0: no cost is given
+    price: float | None = None  # of one chip for one hour, in any currency; None gives no cost
     max_batch: bool = False  # look for the largest train.batch_size that fits (needs a topology)
     timeout: float = 3600.0  # seconds that one compilation may take
     json: bool = False  # print one JSON object
@@ -41,7 +41,7 @@ def plan(config: Config, question: Question) -> None:
     """
     vocab_size = plan_vocab(config)
     chip, num_devices = _devices(config, question)
-    settings = {"mfu": question.mfu, "price": question.price or None}
+    settings = {"mfu": question.mfu, "price": question.price}
     formulas = make_plan(config, vocab_size, num_devices, chip, **settings)
     compiled, note = None, "by formula: give --topology, such as v5p:2x2x2, to ask the TPU compiler"
     if question.topology:
@@ -73,7 +73,7 @@ def _devices(config: Config, question: Question) -> tuple[Chip | None, int]:
         raise ValueError("--max-batch asks the compiler: give it a --topology, such as v5p:2x2x2")
     sizes = dataclasses.asdict(config.mesh).values()
     named = math.prod(size for size in sizes if size != -1)
-    return find_chip(question.chip) if question.chip else None, question.devices or named
+    return find_chip(question.chip) if question.chip else None, named if question.devices is None else question.devices
 
 
 def _compile(

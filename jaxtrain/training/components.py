@@ -71,7 +71,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     return skip_bad_steps(
         clipped,
         window=guard.window,
-        sigmas=guard.sigmas or None,
+        sigmas=guard.sigmas,
         max_consecutive=guard.max_consecutive,
         max_share=guard.max_share,
     )

@@ -29,7 +29,7 @@ class ReplayMismatch(OSError):
 
 
 class ReplayChecked:
-    """A compiled train step that runs every Nth step twice; `train.replay_check` is N, 0: never.
+    """A compiled train step that runs every Nth step twice; `train.replay_check` is N; None disables it.
 
     The second run starts from a copy made before the first, whose state is donated, so that while it lasts a device
     holds its part of the state twice. What is returned is the first run's, so the numbers are those of no check.

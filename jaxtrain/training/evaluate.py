@@ -25,7 +25,7 @@ def evaluate(
     batches: EvalBatches,
     sharding: Sharding,
     *,
-    num_batches: int = 0,
+    num_batches: int | None = None,
     prefetch: int = 2,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | int]:
@@ -39,7 +39,7 @@ def evaluate(
       params: parameters, placed where `eval_step` wants them.
       batches: the split in batches.
       sharding: where a batch goes.
-      num_batches: how many batches, from the start of the split; 0: all.
+      num_batches: how many batches, from the start of the split; None takes all.
       prefetch: batches held ready.
       asked_to_stop: looked at between batches.
 
@@ -48,11 +48,11 @@ def evaluate(
       use the whole split's tokens per byte.
 
     Raises:
-      ValueError: a negative number of batches.
+      ValueError: num_batches below 1.
       Stopped: it was asked to stop: what was measured so far is no result.
     """
-    if num_batches < 0:
-        raise ValueError(f"the number of batches must be 0 (all) or more, got {num_batches}")
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"the number of batches must be above 0, or None for the whole split; got {num_batches}")
     last = min(num_batches or batches.num_batches, batches.num_batches)
     nll = weight = 0.0
     pending: LossSums | None = None
@@ -78,7 +78,12 @@ def evaluate(
 
 
 def evaluate_split(
-    run: Run, params: Any, split: Split, *, num_batches: int = 0, asked_to_stop: Callable[[], bool] = lambda: False
+    run: Run,
+    params: Any,
+    split: Split,
+    *,
+    num_batches: int | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | int]:
     """Evaluates a run's model on a split, in the run's batches; see `evaluate`."""
     config = run.config.train

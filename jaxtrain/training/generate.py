@@ -22,19 +22,19 @@ class Sampling:
 
     Attributes:
       temperature: divides the logits; 0: always the likeliest token.
-      top_k: draw among the k likeliest; 0: all.
+      top_k: draws among the k likeliest; None draws among all.
       top_p: draw among the likeliest that hold this share of the probability (arXiv:1904.09751); 1: all.
     """
 
     temperature: float = 0.8
-    top_k: int = 0
+    top_k: int | None = None
     top_p: float = 1.0
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be above 0, or None to draw among all tokens; got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 
@@ -61,7 +61,7 @@ def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Arra
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     scaled = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < scaled.shape[-1]:
+    if sampling.top_k is not None and sampling.top_k < scaled.shape[-1]:
         least = jax.lax.top_k(scaled, sampling.top_k)[0][:, -1:]
         scaled = jnp.where(scaled < least, -jnp.inf, scaled)
     if sampling.top_p < 1:

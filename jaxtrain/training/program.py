@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
     specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, logical_axes(shapes.params))
     shardings = _state_shardings(shapes, specs, optimizer, mesh)
     local = Transformer(model.config, parallel)
-    chunk_size = settings.loss_chunk or None
+    chunk_size = settings.loss_chunk
     loss_fn = make_loss_fn(
         local, z_loss=settings.z_loss, label_smoothing=settings.label_smoothing, chunk_size=chunk_size
     )
@@ -119,21 +119,22 @@ def _resolve(config: Config, mesh: Mesh, vocab_size: int) -> ModelConfig:
     size = config.model.vocab_size or vocab_size
     if size < vocab_size:
         raise ValueError(
-            f"model.vocab_size {size} is smaller than the {vocab_size} tokens of the data: leave it at 0 to take those"
+            f"model.vocab_size {size} is smaller than the {vocab_size} tokens of the data: set it to None (none on the "
+            "command line) to take those"
         )
     return dataclasses.replace(
         config.model, vocab_size=size, attention=_kernel(config, mesh), scan_unroll=_scan_unroll(config, mesh)
     )
 
 
-def _scan_unroll(config: Config, mesh: Mesh) -> int:
-    """How many layers an iteration of the loop over them runs; 0: there is no loop."""
+def _scan_unroll(config: Config, mesh: Mesh) -> int | Literal["all"]:
+    """How many layers an iteration of the loop over them runs; "all": there is no loop."""
     model = config.model
-    if model.scan_unroll != -1:
+    if model.scan_unroll != "auto":
         return model.scan_unroll
     # What is computed again, or gathered layer by layer, is to be no sooner than it is needed: a loop keeps it there.
     loops = model.remat != "none" or mesh.shape["fsdp"] > 1
-    return 1 if loops or model.num_layers > _UNROLLED.get(mesh.devices.flat[0].platform, 0) else 0
+    return 1 if loops or model.num_layers > _UNROLLED.get(mesh.devices.flat[0].platform, 0) else "all"
 
 
 def _kernel(config: Config, mesh: Mesh) -> str:
@@ -143,7 +144,7 @@ def _kernel(config: Config, mesh: Mesh) -> str:
         "dtype": config.train.precision,
         "seq_len": config.train.seq_len,
         "head_dim": model.channels_per_head,
-        "softcap": model.attention_softcap,
+        "softcap": model.attention_softcap or 0.0,
         "capability": cudnn.capability(device),
     }
     if model.attention == "auto":

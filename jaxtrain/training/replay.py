@@ -161,7 +161,7 @@ def _make_analysis(run: Run) -> Any:
         model,
         z_loss=config.z_loss,
         label_smoothing=config.label_smoothing,
-        chunk_size=config.loss_chunk or None,
+        chunk_size=config.loss_chunk,
     )
     if run.config.faults.in_batch:
         loss_fn = inject(loss_fn)

@@ -45,15 +45,17 @@ _COMPRESS_LIMIT = 16 * 2**20
 GAVE_UP = "too many bad steps"  # the guard's limits, see `Config.guard`
 
 
-def train(config: Config, run_dir: str | Path, *, rewind: int = 0, profile: str = "") -> dict[str, Any]:
+def train(
+    config: Config, run_dir: str | Path, *, rewind: int | None = None, profile: str | None = None
+) -> dict[str, Any]:
     """Trains, or goes on training, the run in a folder.
 
     Args:
       config: the run. Where the folder has one already it must say the same, but for fields such as `log_every` that
         change no number of the run.
       run_dir: holds config.json, metrics.jsonl, checkpoints/, and at the end report.html, report.png and sample.txt.
-      rewind: go on from the checkpoint of this step, and set aside those after it; 0: from the newest.
-      profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; "": none.
+      rewind: go on from the checkpoint of this step, and set aside those after it; None: from the newest.
+      profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; None traces none.
 
     Returns:
       The `stop` event: `step`, `reason` ("finished", "stop_after", a signal's name, or GAVE_UP) and, of a finished run,
@@ -127,7 +129,7 @@ def _data(config: Config, folder: Path, stack: contextlib.ExitStack) -> TokenSto
     return store
 
 
-def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, rewind: int) -> TrainState:
+def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, rewind: int | None) -> TrainState:
     about = {"skip": list(run.config.data.skip)} if run.config.data.skip else {}
     about |= {
         "jax": jax.__version__,
@@ -143,7 +145,7 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
         remedy="--run-dir must be on a file system that they share, and the command the same",
     )
     processes.run_on_lead("tidy the checkpoints", checkpoints.clean)
-    if rewind:
+    if rewind is not None:
         later = processes.broadcast_from_lead("rewind", lambda: checkpoints.rewind(rewind))
         text = f"rewinding to step {rewind}: set aside the checkpoints of steps {later}"
         recorder.event("rewind", text, step=rewind, set_aside=later)
@@ -190,7 +192,7 @@ def _loop(
     traced = steps_left(traced, first, recorder.say)
     if first >= config.steps:
         return state, {"step": first, "reason": "finished"}
-    if 0 < config.stop_after <= first:  # the same command again, which would go on to the end
+    if config.stop_after and config.stop_after <= first:  # the same command again, which would go on to the end
         return state, {"step": first, "reason": "stop_after"}
     fetch = batch_source(run)
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
@@ -263,7 +265,7 @@ def _step(
 
 
 def _evaluate(
-    run: Run, state: TrainState, recorder: Recorder, stop: Stop, num_batches: int, **more: float
+    run: Run, state: TrainState, recorder: Recorder, stop: Stop, num_batches: int | None, **more: float
 ) -> dict[str, float | int]:
     hurry = stop.asked if jax.process_count() == 1 else lambda: False
     split = run.store.validation
@@ -284,7 +286,7 @@ def _finish(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Rec
     if split.num_bytes <= _COMPRESS_LIMIT and processes.is_lead():
         rivals = stop.run(lambda: compressor_bits_per_byte(split_text(split, run.store.tokenizer)))
     more = {f"{name}_bits_per_byte": value for name, value in rivals.items()}
-    outcome = {"evaluation": _evaluate(run, state, recorder, stop, 0, **more)}
+    outcome = {"evaluation": _evaluate(run, state, recorder, stop, None, **more)}
     if config.eval_every and not config.eval_batches:  # comparable with those on the way
         checkpoints.score(int(state.step), outcome["evaluation"]["nll"])
         processes.run_on_lead("delete old checkpoints", checkpoints.prune)

@@ -83,8 +83,8 @@ def test_the_quickstart_is_silent(run, tmp_path):
     prepare([str(ROOT / "jaxtrain" / "**" / "*.py")], tmp_path / "store", validation_fraction=0.1, progress=False)
     config = load(ROOT / "configs" / "quickstart.py")
     config = dataclasses.replace(config, data=DataConfig(store=str(tmp_path / "store")), mesh=MeshConfig(data=1))
-    settings = {"steps": 160, "batch_size": 2, "log_every": 1, "diagnose_every": 10, "eval_every": 0}
-    config = change(config, train=settings | {"sample_tokens": 0})
+    settings = {"steps": 160, "batch_size": 2, "log_every": 1, "diagnose_every": 10, "eval_every": None}
+    config = change(config, train=settings | {"sample_tokens": None})
     assert run(config, tmp_path / "run") == {}
 
 
@@ -195,7 +195,7 @@ def test_a_schedule_may_end_at_zero(run, config, tmp_path):
     config = change(
         config,
         optim={"schedule": "sgdr", "cycles": 5, "floor": 0.0, "warmup_steps": 0},
-        train={"steps": 10, "stop_after": 0},
+        train={"steps": 10, "stop_after": None},
     )
     assert run(config, tmp_path / "run") == {}
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0][-1]["learning_rate"] == 0
@@ -233,7 +233,7 @@ def test_throughput_dropping(run, config, tmp_path, monkeypatch):
 
 def test_update_norm_rising(run, config, tmp_path):
     """R-D9: one gradient 10,000 times as large, not clipped, moves all for many steps; the loss follows later."""
-    config = change(config, optim={"b2": 0.999, "clip_norm": 1e9}, guard={"sigmas": 0.0}, train={"stop_after": 130})
+    config = change(config, optim={"b2": 0.999, "clip_norm": 1e9}, guard={"sigmas": None}, train={"stop_after": 130})
     config = dataclasses.replace(config, faults=FaultConfig(gradient_step=120))
     found = run(config, tmp_path / "run")
     assert found["update_norm_rising"]["step"] == 122
@@ -241,7 +241,7 @@ def test_update_norm_rising(run, config, tmp_path):
 
 
 def test_spikes_clipped_are_fine(run, config, tmp_path):
-    config = change(config, guard={"sigmas": 0.0}, train={"stop_after": 110})
+    config = change(config, guard={"sigmas": None}, train={"stop_after": 110})
     config = dataclasses.replace(config, faults=FaultConfig(gradient_step=105))
     found = run(config, tmp_path / "run")
     assert found.keys() == {"spikes_caught"}
@@ -404,7 +404,7 @@ def test_sampled_steps_are_logged_and_others_leave_it_out(run, config, tmp_path)
 
 def test_looking_changes_no_bit_and_devices_change_no_look(run, config, tmp_path):
     looks, others = {}, {}
-    for name, every, mesh in (("blind", 0, {}), ("one", 3, {}), ("four", 3, {"data": 2, "fsdp": 2})):
+    for name, every, mesh in (("blind", None, {}), ("one", 3, {}), ("four", 3, {"data": 2, "fsdp": 2})):
         run(change(config, train={"diagnose_every": every}, mesh=mesh), tmp_path / name)
         lines, _ = read_metrics(tmp_path / name / "metrics.jsonl")
         looks[name] = {key: lines[8].get(key) for key in DIAGNOSTICS}
@@ -421,7 +421,7 @@ def test_the_program_is_the_same_whether_anyone_looks_or_not(config, accumulate,
     """Another program would round otherwise: on some machines a run that is looked into would not be the same run."""
     config = change(config, train={"accumulate": accumulate}, mesh=axes)
     mesh = make_mesh(config.mesh)
-    programs = [program.make_program(change(config, train={"diagnose_every": n}), mesh, 257) for n in (0, 3)]
+    programs = [program.make_program(change(config, train={"diagnose_every": n}), mesh, 257) for n in (None, 3)]
     texts = [p.train_step.lower(p.abstract_state, p.abstract_batch).as_text() for p in programs]
     assert texts[0] == texts[1]
 

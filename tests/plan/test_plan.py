@@ -88,7 +88,7 @@ def test_scores_are_held_where_no_kernel_goes_by_blocks():
 def test_a_window_leaves_out_what_it_hides():
     config = load(CONFIGS / "llama2_7b.py")
     whole, window = (
-        make_plan(change(config, "model", attention_window=size), 32_000, 64).flops_per_step for size in (0, 1024)
+        make_plan(change(config, "model", attention_window=size), 32_000, 64).flops_per_step for size in (None, 1024)
     )
     keys = 4097 / 2 - (1024 * 1025 / 2 + 3072 * 1024) / 4096
     assert whole - window == pytest.approx(4096 * config.train.batch_size * 12 * 32 * 4096 * keys, rel=1e-9)

@@ -182,7 +182,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(config, whole, tmp_path):
 
 
 def test_a_signal_to_one_stops_both_after_the_same_step(config, tmp_path):
-    config = changed(config, "train", steps=100_000, eval_every=0)  # too many to end before the signal comes
+    config = changed(config, "train", steps=100_000, eval_every=None)  # too many to end before the signal comes
     run_dir = tmp_path / "run"
     both = Processes(*[train_command(config, run_dir)] * 2)
     deadline = time.monotonic() + LIMIT

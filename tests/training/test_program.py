@@ -316,9 +316,9 @@ def test_a_batch_that_does_not_divide_is_an_error():
 @pytest.mark.parametrize(
     ("sizes", "model", "unroll"),
     [
-        (ONE, {}, 0),
-        ((8, 1, 1), {}, 0),
-        (ONE, {"num_layers": 12}, 0),
+        (ONE, {}, "all"),
+        ((8, 1, 1), {}, "all"),
+        (ONE, {"num_layers": 12}, "all"),
         (ONE, {"num_layers": 13}, 1),  # compiling takes too long
         (ONE, {"remat": "minimal"}, 1),
         ((1, 8, 1), {}, 1),
@@ -326,7 +326,7 @@ def test_a_batch_that_does_not_divide_is_an_error():
     ],
 )
 def test_layers_are_unrolled_where_that_pays(sizes, model, unroll):
-    program = program_of(make_config("llama", sizes, **{"scan_unroll": -1, **model}))
+    program = program_of(make_config("llama", sizes, **{"scan_unroll": "auto", **model}))
     assert program.model.config.scan_unroll == unroll
 
 

@@ -416,8 +416,8 @@ def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
     assert 0 < max(jax.tree.leaves(moved)) < 2 * first["learning_rate"]  # one step of a fresh Adam
     # Once it has begun, the source is not needed any more, and the run keeps to what it began with.
     gone = with_fields(begun, "train", stop_after=2)
-    with pytest.raises(ValueError, match=r"train\.init_from: .* -> ''"):
-        train(with_fields(gone, "train", init_from=""), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"train\.init_from: .* -> None"):
+        train(with_fields(gone, "train", init_from=None), tmp_path / "run")
     whole.rename(tmp_path / "elsewhere")
     try:
         assert train(gone, tmp_path / "run")["step"] == 2

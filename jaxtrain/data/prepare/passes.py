@@ -35,7 +35,7 @@ def build_store(
     sources: Sequence[str],
     files: Sequence[SourceFile],
     request: dict[str, Any],
-    num_workers: int,
+    num_workers: int | None,
     bar: Bar,
 ) -> None:
     """Makes the store of a request in `folder`, which has a folder `units` with whatever is done already.
@@ -45,7 +45,7 @@ def build_store(
       sources: as the user named them, for the manifest.
       files: what they stand for.
       request: made by `prepare`; kept in the manifest.
-      num_workers: processes; 0: one a core.
+      num_workers: processes; None starts one per core.
       bar: see `progress.progress_bar`.
 
     Raises:

@@ -26,7 +26,7 @@ def prepare(
     tokenizer: str = "byte",
     validation_fraction: float = 0.02,
     text_field: str = "text",
-    num_workers: int = 0,
+    num_workers: int | None = None,
     progress: bool = True,
 ) -> TokenStore:
     """Tokenizes text into a new token store and opens it.
@@ -40,7 +40,7 @@ def prepare(
       validation_fraction: of the documents, chosen by hash; if that leaves a split empty, the last such fraction of
         the text.
       text_field: key of the document in a .jsonl line.
-      num_workers: processes; 0: one a core. The store is the same for any number.
+      num_workers: processes; None starts one per core. The store is the same for any number.
       progress: show a bar where stderr is a terminal.
 
     Raises:
@@ -48,8 +48,8 @@ def prepare(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be 0 (one a core) or more, got {num_workers}")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers must be above 0, or None for one per core; got {num_workers}")
     out = Path(os.path.abspath(Path(out).expanduser()))
     files = find_sources(sources)
     _refuse_inside_source(sources, out)

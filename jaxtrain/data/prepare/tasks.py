@@ -13,8 +13,8 @@ from jaxtrain.runtime.files import read_json, write_json
 
 
 @contextmanager
-def worker_pool(num_workers: int, num_tasks: int) -> Iterator[Executor | None]:
-    """A pool of `num_workers` processes (0: one a core), or None where one process would do."""
+def worker_pool(num_workers: int | None, num_tasks: int) -> Iterator[Executor | None]:
+    """A pool of `num_workers` processes (None: one per core), or None where one process would do."""
     num_workers = min(num_workers or len(os.sched_getaffinity(0)), num_tasks)
     if num_workers <= 1:
         yield None
