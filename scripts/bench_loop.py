@@ -17,39 +17,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from benchmark import Table, parser, report
 
-import jaxtrain.training.train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, load
 from jaxtrain.data.prepare.prepare import prepare
-from jaxtrain.training.run import Run, assemble, batch_source
+from jaxtrain.data.store import open_store
+from jaxtrain.training.run import Hooks, assemble, batch_source
+from jaxtrain.training.train import train
 
 
 class Interleaved:
-    """A train step, compiled or to be, that stops every `chunk` calls to time as many bare ones."""
+    """Compiled train step that pauses every `chunk` calls to time as many calls without the loop."""
 
-    def __init__(self, run: Run, chunk: int):
-        self._run, self._chunk, self._calls, self._begin = run, chunk, 0, 0.0
+    def __init__(self, train_step: Callable, batches: list[Any]):
+        self._train_step, self._batches, self._calls, self._begin = train_step, batches, 0, 0.0
         self.loop_seconds: list[float] = []
         self.bare_seconds: list[float] = []
         self.loop_cpu_seconds: list[float] = []
 
-    def lower(self, *arguments: Any) -> "Interleaved":
-        self._lowered = self._run.train_step.lower(*arguments)
-        return self
-
-    def compile(self) -> Callable:
-        self._compiled = self._lowered.compile()
-        fetch = batch_source(self._run)
-        self._batches = [fetch(i) for i in range(self._chunk)]
-        return self
-
     def __call__(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        if self._calls % self._chunk == 0:
+        if self._calls % len(self._batches) == 0:
             jax.block_until_ready(state)
             if self._calls:
                 self.loop_seconds.append(time.perf_counter() - self._begin)
@@ -57,13 +47,13 @@ class Interleaved:
             self._bare(jax.tree.map(jnp.copy, state))
             self._begin, self._cpu = time.perf_counter(), time.thread_time()
         self._calls += 1
-        return self._compiled(state, batch)
+        return self._train_step(state, batch)
 
     def _bare(self, state: Any) -> None:
         jax.block_until_ready(state)
         begin = time.perf_counter()
         for batch in self._batches:
-            state, _ = self._compiled(state, batch)
+            state, _ = self._train_step(state, batch)
         jax.block_until_ready(state)
         self.bare_seconds.append(time.perf_counter() - begin)
 
@@ -80,13 +70,14 @@ def run_loop(config: Config, chunk: int, chunks: int, folder: Path) -> Interleav
     )
     made = []
 
-    def interleaved(*arguments: Any) -> Run:
-        run = assemble(*arguments)
-        made.append(Interleaved(run, chunk))
-        return run._replace(train_step=made[0])
+    def interleave(train_step: Callable) -> Interleaved:
+        run = assemble(config, folder, open_store(config.data.store))
+        fetch = batch_source(run)
+        made.append(Interleaved(train_step, [fetch(i) for i in range(chunk)]))
+        return made[0]
 
-    with mock.patch("jaxtrain.training.train.assemble", interleaved), contextlib.redirect_stdout(io.StringIO()):
-        jaxtrain.training.train.train(config, folder / "run")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(config, folder / "run", hooks=Hooks(wrap_step=interleave))
     return made[0]
 
 
@@ -104,8 +95,8 @@ def main() -> None:
         if not store:
             store = str(Path(folder) / "store")
             prepare(config.data.sources, store, progress=False)
-        train = dataclasses.replace(config.train, log_every=options.log_every or config.train.log_every)
-        config = dataclasses.replace(config, data=DataConfig(store=store), train=train)
+        settings = dataclasses.replace(config.train, log_every=options.log_every or config.train.log_every)
+        config = dataclasses.replace(config, data=DataConfig(store=store), train=settings)
         timed = run_loop(config, options.chunk, options.chunks, Path(folder))
     table = Table(
         f"The loop of {options.config} against its bare step, {options.chunk} steps at a time",

@@ -2,11 +2,8 @@
 
 import ast
 import atexit
-import dataclasses
-import functools
 import gc
 import importlib.metadata
-import itertools
 import os
 import shutil
 import sys
@@ -89,45 +86,7 @@ def store(corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def shared_programs():
-    """Runs in this process whose programs are equal share one: tracing it is most of the time of a short run.
-
-    A program is made without what it must not depend on, and anew where a test has put something else into it.
-    """
-    from jaxtrain.config import CheckpointConfig, DataConfig, FaultConfig
-    from jaxtrain.training import components, program, run
-
-    @functools.lru_cache(maxsize=32)
-    def make(config, mesh, vocab_size, *patched):
-        del patched
-        return program.make_program(config, mesh, vocab_size)
-
-    def shared(config, mesh, vocab_size):
-        loop = {"log_every": 1, "eval_every": None, "eval_batches": None, "stop_after": None, "replay_check": None}
-        loop |= {"init_from": None, "sample_tokens": None, "sample_prompt": "", "diagnose_every": None}
-        alike = dataclasses.replace(
-            config,
-            data=DataConfig(store="any"),
-            checkpoint=CheckpointConfig(),
-            train=dataclasses.replace(config.train, **loop),
-            faults=FaultConfig(inf_step=int(config.faults.in_batch)),  # which, and when, is in the batch
-        )
-        return make(alike, mesh, vocab_size, program.init_params, components.skip_bad_steps)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "make_program", shared)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def reports_that_nobody_reads_are_not_drawn(request, monkeypatch):
-    """At the end of a run in a test's own process; `@pytest.mark.report` has them drawn."""
-    if "jaxtrain.training.train" in sys.modules and not request.node.get_closest_marker("report"):
-        monkeypatch.setattr("jaxtrain.training.train.write_report", lambda folder: "not drawn")
-
-
-@pytest.fixture(scope="session")
-def tiny_config(store, shared_programs):
+def tiny_config(store):
     """A run of twelve steps of a 4-row batch that takes a second once it is compiled."""
     from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama
 
@@ -139,12 +98,3 @@ def tiny_config(store, shared_programs):
         mesh=MeshConfig(data=1),
         checkpoint=CheckpointConfig(every=5),
     )
-
-
-@pytest.fixture(autouse=True)
-def checks_are_numbered_from_one(monkeypatch):
-    """jax 0.10 numbers `checkify` checks over the whole process: the cache would never see the same program twice."""
-    from jax._src import checkify
-
-    if hasattr(checkify, "next_code"):
-        monkeypatch.setattr(checkify, "next_code", itertools.count(1).__next__)

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from runs import train
 
 from jaxtrain.cli import main
 from jaxtrain.config import to_json
 from jaxtrain.data.prepare.prepare import prepare
-from jaxtrain.training.train import train
 
 ROOT = Path(__file__).parents[1]
 WITHIN = "from jaxtrain.config import *\n"

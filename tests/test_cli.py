@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 import pytest
+from runs import train
 
 from jaxtrain.cli import main
 from jaxtrain.config import to_json
-from jaxtrain.training.train import train
 
 
 @pytest.fixture(scope="module")

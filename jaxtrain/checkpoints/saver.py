@@ -7,7 +7,7 @@ import jax
 from jaxtrain.checkpoints.checkpoints import Checkpoints, NotFinite
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.step import TrainState
-from jaxtrain.training.run import Run, record
+from jaxtrain.training.run import Run, fingerprint
 
 PAUSES = (0.0, 10.0, 60.0)  # seconds before the second attempt, the third, and any later one; training goes on
 
@@ -74,7 +74,7 @@ class Saver:
                 if self._step is not None and self._checkpoints.committed == self._step:
                     self._failures = 0
                 self._step = int(state.step)
-                begun = self._checkpoints.save(state, record(self._run))
+                begun = self._checkpoints.save(state, fingerprint(self._run))
             except NotFinite:
                 raise
             except Exception as error:  # TensorStore has its own for what the disk says

@@ -37,7 +37,7 @@ class Recorder:
         self.give_up = False
         self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
         self._config = config
-        self._health = Health(Facts(run.config, run.model.config.vocab_size, run.store.train.num_tokens))
+        self._health = Health(Facts(run.config, run.program.vocab_size, run.store.train.num_tokens))
         self._earlier = lines[-_EARLIER_LINES:], [event for event in events if event["event"] == "eval"]
         self._writer = MetricsWriter(os.devnull if self._nowhere else file)
         self._console = Console(config.steps, run.config.optim.clip_norm, self._nowhere)
@@ -45,9 +45,9 @@ class Recorder:
         self._logged_step: int | None = None
         self._since = time.perf_counter()
         self._tokens_per_step = config.batch_size * config.seq_len
-        peak = peak_flops(run.mesh.devices.flat[0].device_kind, config.precision)
-        self._peak = peak and peak * run.mesh.size
-        self._flops_per_step = self._tokens_per_step * flops_per_token(run.model.config, config.seq_len)
+        peak = peak_flops(run.program.mesh.devices.flat[0].device_kind, config.precision)
+        self._peak = peak and peak * run.program.mesh.size
+        self._flops_per_step = self._tokens_per_step * flops_per_token(run.program.model.config, config.seq_len)
 
     def __enter__(self) -> "Recorder":
         self._console.__enter__()

@@ -11,7 +11,6 @@ from jaxtrain.monitoring.packing import PackedMetrics
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.step import TrainState
 
-_FLIPPED_BIT = 22  # the highest of a float32's mantissa: too large a change to be rounded away
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -40,11 +39,10 @@ class ReplayChecked:
 
     def __init__(self, config: Config, train_step: Callable, like: TrainState):
         """Takes the run's config, its compiled step, and its state's shapes and shardings."""
-        self._every, self._corrupt_step = config.train.replay_check, config.faults.corrupt_replay_step
+        self._every = config.train.replay_check
         self._train_step = train_step
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=shardings)
-        self._corrupt = jax.jit(_flip_bit, out_shardings=shardings, donate_argnums=0)
         everywhere = replicated(jax.tree.leaves(shardings)[0].mesh)
         self._compare = jax.jit(lambda a, b: jax.tree.map(_differs, a, b), out_shardings=everywhere)
 
@@ -55,8 +53,6 @@ class ReplayChecked:
         if not self._every or done % self._every:
             return self._train_step(state, batch)
         copy = self._copy(state)
-        if done == self._corrupt_step:
-            copy = self._corrupt(copy)
         result = self._train_step(state, batch)
         differs = jax.device_get(self._compare(result, self._train_step(copy, batch)))
         leaves = [
@@ -78,11 +74,3 @@ def _bits(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         return x
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-
-
-def _flip_bit(state: TrainState) -> TrainState:
-    leaves, structure = jax.tree.flatten(state.params)
-    flat = jax.lax.bitcast_convert_type(leaves[0], jnp.uint32).reshape(-1)
-    flat = flat.at[0].set(flat[0] ^ jnp.uint32(1 << _FLIPPED_BIT))
-    leaves[0] = jax.lax.bitcast_convert_type(flat.reshape(leaves[0].shape), leaves[0].dtype)
-    return state.replace(params=jax.tree.unflatten(structure, leaves))

@@ -88,10 +88,15 @@ def evaluate_split(
     """Evaluates a run's model on a split, in the run's batches; see `evaluate`."""
     config = run.config.train
     batches = EvalBatches(
-        split, batch_size=config.batch_size, seq_len=config.seq_len, vocab_size=run.model.config.vocab_size
+        split, batch_size=config.batch_size, seq_len=config.seq_len, vocab_size=run.program.vocab_size
     )
     return evaluate(
-        run.eval_step, params, batches, by_rows(run.mesh), num_batches=num_batches, asked_to_stop=asked_to_stop
+        run.program.eval_step,
+        params,
+        batches,
+        by_rows(run.program.mesh),
+        num_batches=num_batches,
+        asked_to_stop=asked_to_stop,
     )
 
 

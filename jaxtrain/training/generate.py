@@ -49,11 +49,11 @@ def continue_text(
     tokenizer = run.store.tokenizer
     tokens = np.concatenate([[tokenizer.eot_id], tokenizer.encode(prompt)])[None]
     if jax.process_count() > 1:  # what is on other processes' devices comes here only if it is put everywhere
-        params = jax.jit(lambda tree: tree, out_shardings=replicated(run.mesh))(params)
+        params = jax.jit(lambda tree: tree, out_shardings=replicated(run.program.mesh))(params)
         params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
     else:
-        params = jax.device_put(params, run.mesh.devices.flat[0])
-    return tokenizer.decode(generate(run.model, params, tokens, num_tokens, seed=seed, sampling=sampling)[0])
+        params = jax.device_put(params, run.program.mesh.devices.flat[0])
+    return tokenizer.decode(generate(run.program.model, params, tokens, num_tokens, seed=seed, sampling=sampling)[0])
 
 
 def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Array:

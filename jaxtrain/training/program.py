@@ -1,4 +1,4 @@
-"""What a config compiles to on a mesh: the model, its state and its steps, none of it made or compiled yet."""
+"""Jitted train and eval steps of a config on a mesh, with the abstract state. Allocates and compiles nothing."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,22 +28,28 @@ from jaxtrain.runtime.mesh import (
 )
 from jaxtrain.step import Batch, TrainState, make_eval_step, make_train_step
 from jaxtrain.training import components
-from jaxtrain.training.faults import abstract_faults, inject
 
-# Up to this many layers a program without a loop is worth its longer compilation, by platform. Without a loop the four
-# layers of BENCHMARKS.md's smallest model take 0.95 of their time in one (--model.scan-unroll); GPUs are not measured.
+# Largest number of layers that is unrolled by default, by platform: compilation takes longer. Unrolled, the four layers
+# of the smallest model of the benchmarks take 0.95 of the time of the loop (--model.scan-unroll). GPUs: not measured.
 _UNROLLED = {"cpu": 12, "gpu": 24}
 
 
 class Program(NamedTuple):
-    """A run without its data.
+    """Jitted steps of a run, with the shapes, dtypes and shardings of their arguments; holds no data.
 
-    `model` is whole, for use outside the steps. `abstract_state` and `abstract_batch` have the shapes, dtypes and
-    shardings of what `train_step` takes; `init_state()` makes the first state, born where it belongs. The steps are
-    jitted; `train_step` takes its state's memory and packs its metrics.
+    Attributes:
+      model: the model for use outside the steps, not sharded.
+      vocab_size: number of tokens that the model knows.
+      mesh: devices of the steps; abstract devices serve `jaxtrain plan`.
+      abstract_state: shapes, dtypes and shardings of the state.
+      abstract_batch: shapes, dtypes and shardings of a batch.
+      init_state: makes the first state; every leaf is born with its sharding.
+      train_step: `(state, batch) -> (state, packed metrics)`; donates the state.
+      eval_step: `(params, batch) -> LossSums`.
     """
 
-    model: Transformer
+    model: Any
+    vocab_size: int
     mesh: Mesh
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
@@ -52,46 +58,48 @@ class Program(NamedTuple):
     eval_step: Callable
 
 
-def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
-    """Puts a program together.
+def make_program(
+    config: Config,
+    mesh: Mesh,
+    vocab_size: int,
+    *,
+    wrap_loss: Callable[[Callable], Callable] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Program:
+    """Builds the program of a config.
 
     Args:
       config: the run.
-      mesh: where it runs; the devices may be a description of some that are not there (`jaxtrain plan`).
-      vocab_size: tokens of the data's vocabulary.
+      mesh: devices of the steps, or abstract devices.
+      vocab_size: number of tokens in the vocabulary of the data.
+      wrap_loss: wraps the training loss `(params, batch) -> LossSums`; None leaves it as it is.
+      optimizer: any optax transformation; None takes that of the config.
 
     Raises:
-      ValueError: sizes that do not divide over the mesh, a vocabulary that does not fit.
+      ValueError: sizes that do not divide over the mesh, or a vocabulary that does not fit.
     """
     settings = config.train
     check_batch(settings.batch_size, settings.accumulate, mesh)
-    parallel = Parallel(mesh.shape["fsdp"], mesh.shape["tensor"])
-    model = Transformer(_resolve(config, mesh, vocab_size))
-    check_parts(model.config, mesh)
-    optimizer, policy = components.make_optimizer(config), components.make_policy(config)
+    adapter = _adapt(config, mesh, vocab_size)
+    optimizer = optimizer or components.make_optimizer(config)
+    policy = components.make_policy(config)
     scaling = components.make_loss_scaling(config, num_row_shards(mesh))
 
     def init() -> TrainState:
-        params = init_params(model, jax.random.key(config.seed))
+        params = adapter.init(jax.random.key(config.seed))
         return TrainState.create(params, optimizer, scaling and scaling.init())
 
     shapes = jax.eval_shape(init)
-    specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, logical_axes(shapes.params))
-    shardings = _state_shardings(shapes, specs, optimizer, mesh)
-    local = Transformer(model.config, parallel)
-    chunk_size = settings.loss_chunk
-    loss_fn = make_loss_fn(
-        local, z_loss=settings.z_loss, label_smoothing=settings.label_smoothing, chunk_size=chunk_size
-    )
-    late = parallel.fsdp > 1 and settings.precision != "float32"  # cast where the weights are gathered
-    wrap = map_gradients(mesh, specs)
+    specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, adapter.axes(shapes.params))
+    shardings = state_shardings(shapes, specs, mesh)
+    train_loss = adapter.train_loss()
     step = make_train_step(
-        inject(loss_fn) if config.faults.in_batch else loss_fn,
+        wrap_loss(train_loss) if wrap_loss else train_loss,
         optimizer,
         accumulate=settings.accumulate,
-        policy=None if late else policy,
+        policy=None if adapter.casts_per_layer else policy,
         loss_scaling=scaling,
-        map_gradients=(lambda f: wrap(with_masters(f, settings.precision) if late else f)) if mesh.size > 1 else None,
+        map_gradients=adapter.map_gradients(specs),
         diagnose=components.make_diagnose(config),
     )
 
@@ -99,23 +107,111 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
         state, metrics = step(state, batch)
         return state, pack(metrics)
 
-    eval_loss = make_loss_fn(local, chunk_size=chunk_size)
-    if mesh.size > 1:
-        eval_loss = map_loss(eval_loss, mesh, specs)
     everywhere = replicated(mesh)
     return Program(
-        model=model,
+        model=adapter.model,
+        vocab_size=adapter.vocab_size,
         mesh=mesh,
         abstract_state=jax.tree.map(_abstract, shapes, shardings),
         abstract_batch=_abstract_batch(config, mesh),
         init_state=jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
-        eval_step=jax.jit(make_eval_step(eval_loss, policy=policy), out_shardings=everywhere),
+        eval_step=jax.jit(make_eval_step(adapter.eval_loss(specs), policy=policy), out_shardings=everywhere),
     )
 
 
+def state_shardings(state: TrainState, specs: Any, mesh: Mesh) -> TrainState:
+    """Shards a state: parameters by `specs`, and the optimizer's copies of a parameter like the parameter.
+
+    A leaf of the optimizer state is such a copy if its path ends with the path of the parameter and both have the same
+    shape, whichever transformation it belongs to. All other leaves are replicated.
+
+    Args:
+      state: shapes of all leaves.
+      specs: PartitionSpec of each parameter.
+      mesh: the devices.
+    """
+    shardings = jax.tree.map(lambda leaf, spec: NamedSharding(mesh, spec), state.params, specs)
+    by_path = {
+        tuple(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+    everywhere = replicated(mesh)
+
+    def sharding_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        for start in range(len(path) + 1):
+            shape, sharding = by_path.get(tuple(path[start:]), (None, everywhere))
+            if shape == leaf.shape:
+                return sharding
+        return everywhere
+
+    others = jax.tree_util.tree_map_with_path(sharding_of, state.replace(params=None))
+    return others.replace(params=shardings)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transformer:
+    """The built-in transformer: each device computes on its shards, inside `jax.shard_map` if there are several."""
+
+    config: Config
+    mesh: Mesh
+    model: Transformer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, without the padding of the tables."""
+        return self.model.config.vocab_size
+
+    @property
+    def casts_per_layer(self) -> bool:
+        """True if each layer casts the float32 masters where it gathers them, instead of one cast per step."""
+        return self.mesh.shape["fsdp"] > 1 and self.config.train.precision != "float32"
+
+    @property
+    def _local(self) -> Transformer:
+        return Transformer(self.model.config, Parallel(self.mesh.shape["fsdp"], self.mesh.shape["tensor"]))
+
+    def init(self, key: jax.Array) -> Any:
+        """Initializes whole parameters."""
+        return init_params(self.model, key)
+
+    def axes(self, params: Any) -> Any:
+        """Returns the logical axes of each parameter."""
+        return logical_axes(params)
+
+    def train_loss(self) -> Callable:
+        """Returns the loss of one device's shards."""
+        settings = self.config.train
+        return make_loss_fn(
+            self._local,
+            z_loss=settings.z_loss,
+            label_smoothing=settings.label_smoothing,
+            chunk_size=settings.loss_chunk or None,
+        )
+
+    def eval_loss(self, specs: Any) -> Callable:
+        """Returns the plain cross-entropy over the whole mesh."""
+        loss_fn = make_loss_fn(self._local, chunk_size=self.config.train.loss_chunk or None)
+        return map_loss(loss_fn, self.mesh, specs) if self.mesh.size > 1 else loss_fn
+
+    def map_gradients(self, specs: Any) -> Callable[[Callable], Callable] | None:
+        """Returns the wrapper that differentiates on each device and adds up; None on one device."""
+        if self.mesh.size == 1:
+            return None
+        over_mesh, precision = map_gradients(self.mesh, specs), self.config.train.precision
+        return lambda f: over_mesh(with_masters(f, precision) if self.casts_per_layer else f)
+
+
+def _adapt(config: Config, mesh: Mesh, vocab_size: int) -> _Transformer:
+    model = Transformer(_resolve(config, mesh, vocab_size))
+    check_parts(model.config, mesh)
+    return _Transformer(config, mesh, model)
+
+
 def _resolve(config: Config, mesh: Mesh, vocab_size: int) -> ModelConfig:
-    """The model with what its config leaves open filled in."""
+    """Fills in what the model config leaves open: vocabulary, attention kernel and unroll factor."""
     size = config.model.vocab_size or vocab_size
     if size < vocab_size:
         raise ValueError(
@@ -127,18 +223,18 @@ def _resolve(config: Config, mesh: Mesh, vocab_size: int) -> ModelConfig:
     )
 
 
-def _scan_unroll(config: Config, mesh: Mesh) -> int | Literal["all"]:
-    """How many layers an iteration of the loop over them runs; "all": there is no loop."""
+def _scan_unroll(config: Config, mesh: Mesh) -> int:
+    """Chooses how many layers an iteration of the loop over layers runs; 0 unrolls all of them."""
     model = config.model
     if model.scan_unroll != "auto":
         return model.scan_unroll
-    # What is computed again, or gathered layer by layer, is to be no sooner than it is needed: a loop keeps it there.
+    # Only a loop keeps the compiler from gathering or recomputing a layer's weights long before they are needed.
     loops = model.remat != "none" or mesh.shape["fsdp"] > 1
     return 1 if loops or model.num_layers > _UNROLLED.get(mesh.devices.flat[0].platform, 0) else "all"
 
 
 def _kernel(config: Config, mesh: Mesh) -> str:
-    """The attention kernel of the train step; one that is named and cannot do what it must is a ValueError."""
+    """Chooses the attention kernel; raises a ValueError if the config names one that cannot serve this model."""
     model, device = config.model, mesh.devices.flat[0]
     asked = {
         "dtype": config.train.precision,
@@ -172,21 +268,6 @@ def check_parts(c: ModelConfig, mesh: Mesh) -> None:
         )
 
 
-def _state_shardings(shapes: TrainState, specs: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Parameters by their specs, moments like their parameters, and scalars everywhere."""
-    params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    everywhere = replicated(mesh)
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        shapes.opt_state,
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
-    loss_scale = jax.tree.map(lambda _: everywhere, shapes.loss_scale)
-    return shapes.replace(step=everywhere, params=params, opt_state=opt_state, loss_scale=loss_scale)
-
-
 def _abstract(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -194,5 +275,4 @@ def _abstract(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeD
 def _abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.train.batch_size, config.train.seq_len)
     dtypes = {"inputs": jnp.int32, "labels": jnp.int32, "where": jnp.bool_}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows(mesh)) for name, dtype in dtypes.items()}
-    return batch | (abstract_faults(batch["inputs"]) if config.faults.in_batch else {})
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows(mesh)) for name, dtype in dtypes.items()}

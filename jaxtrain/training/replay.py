@@ -21,8 +21,7 @@ from jaxtrain.optim import global_norm
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.step import TrainState
-from jaxtrain.training.faults import inject
-from jaxtrain.training.run import Run, batch_source, open_run, tokenizer_hash, train_batches
+from jaxtrain.training.run import NO_HOOKS, Hooks, Run, batch_source, open_run, tokenizer_hash, train_batches
 
 # What a clock or a restart changes; the rest of a step line must come out the same.
 _NOT_COMPARED = {"attempt", "tokens_per_second", "step_seconds", "mfu", "time"}
@@ -30,7 +29,7 @@ _TEXT_TOKENS = 48  # of a row, to know its text by
 _LONGEST_PERIOD = 32  # tokens of an n-gram whose repetitions are looked for
 
 
-def replay(run_dir: str | Path, step: int) -> dict[str, Any]:
+def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS) -> dict[str, Any]:
     """Runs a run's train step `step` (counted from 1, as in metrics.jsonl) again, on the batches that the run saw.
 
     Starts from the newest checkpoint before the step, or where there is none as the run did. Writes nothing. A device
@@ -45,12 +44,12 @@ def replay(run_dir: str | Path, step: int) -> dict[str, Any]:
     Raises:
       ValueError: no such run, or a step that it has not come to.
     """
-    run = open_run(run_dir)
+    run = open_run(run_dir, hooks)
     lines, events = read_metrics(run.folder / "metrics.jsonl")
     _require_reached(run, step, lines, events)
     state, first = _state_before(run, step, events)
     fetch = batch_source(run)
-    train_step = run.train_step.lower(state, fetch(first)).compile()
+    train_step = run.program.train_step.lower(state, fetch(first)).compile()
     logged = {line["step"]: line for line in _current(lines, events)}
     every = run.config.train.diagnose_every
     tokens_per_step = run.config.train.batch_size * run.config.train.seq_len
@@ -104,13 +103,13 @@ def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[Tr
             except Damaged as problem:
                 print(f"checkpoint {saved} is damaged: {problem}; going back further", file=sys.stderr)
                 continue
-            return checkpoints.restore(run.abstract_state, saved)[0], saved
-    state, source = run.init_state(), run.config.train.init_from
+            return checkpoints.restore(run.program.abstract_state, saved)[0], saved
+    state, source = run.program.init_state(), run.config.train.init_from
     if source:
         begun = [event for event in events if event["event"] == "init_from"][-1]
         path, _ = warm_start.find(source, run.folder)
         path = path / "checkpoints" / str(begun["source_step"])  # the newest may be another one now
-        like = run.abstract_state.params
+        like = run.program.abstract_state.params
         state = state.replace(params=warm_start.read(str(path), run.folder, like, tokenizer_hash(run.store))[0])
     return state, 0
 
@@ -142,8 +141,8 @@ def _notes(run: Run, step: int, events: list[dict]) -> list[str]:
     now = {
         "jax": jax.__version__,
         "processes": jax.process_count(),
-        "devices": run.mesh.size,
-        "device": run.mesh.devices.flat[0].device_kind,
+        "devices": run.program.mesh.size,
+        "device": run.program.mesh.devices.flat[0].device_kind,
     }
     return [
         f"the run had {name} {begun[-1][name]} and here it is {value}: expect the same numbers to rounding only"
@@ -156,15 +155,15 @@ def _make_analysis(run: Run) -> Any:
     """`(params before, params after, batch) -> arrays`: the step taken apart, to rounding what the train step did."""
     config = run.config.train
     # No kernel of one device only: here the compiler itself spreads the work over the mesh.
-    model = Transformer(dataclasses.replace(run.model.config, attention="xla"))
+    model = Transformer(dataclasses.replace(run.program.model.config, attention="xla"))
     loss_fn = make_loss_fn(
         model,
         z_loss=config.z_loss,
         label_smoothing=config.label_smoothing,
         chunk_size=config.loss_chunk,
     )
-    if run.config.faults.in_batch:
-        loss_fn = inject(loss_fn)
+    if run.hooks.wrap_loss is not None:
+        loss_fn = run.hooks.wrap_loss(loss_fn)
     # Without its loss scale the gradients of float16 would vanish.
     policy = Policy(compute="float32" if config.precision == "float16" else config.precision)
 
@@ -198,7 +197,7 @@ def _make_analysis(run: Run) -> Any:
         }
         return {"micro_batches": micro_batches, "layers": layers, "row_nll": rows.swapaxes(0, 1).reshape(-1)}
 
-    return jax.jit(analysis, out_shardings=replicated(run.mesh))
+    return jax.jit(analysis, out_shardings=replicated(run.program.mesh))
 
 
 def _split_rows(leaf: jax.Array, accumulate: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""All the pieces that a config makes: data, mesh, model, state shapes, compiled-to-be steps; and a run's batches."""
+"""A run: its config, directory, token store and program; and what is derived from these four."""
 
 import dataclasses
 import functools
@@ -8,77 +8,81 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from jaxtrain.checkpoints.checkpoints import Checkpoints
-from jaxtrain.config import Config, FaultConfig, MeshConfig, load, parse_ranges
-from jaxtrain.data.loader import TrainBatches, global_batch
+from jaxtrain.config import Config, MeshConfig, load, parse_ranges
+from jaxtrain.data.loader import Batches, TrainBatches, global_batch
 from jaxtrain.data.store import TokenStore
 from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from jaxtrain.models.transformer import Transformer
+from jaxtrain.monitoring.report import write_report
 from jaxtrain.optim import decay_mask
 from jaxtrain.runtime.files import sha256_file
 from jaxtrain.runtime.mesh import by_rows, check_batch, make_mesh
-from jaxtrain.step import TrainState
 from jaxtrain.training import components
-from jaxtrain.training.faults import FaultyBatches
-from jaxtrain.training.program import make_program
+from jaxtrain.training.program import Program, make_program
+
+
+def _unchanged(x: Any) -> Any:
+    return x
+
+
+class Hooks(NamedTuple):
+    """Replaceable parts of a run, for tests and for callers with other needs.
+
+    Attributes:
+      make_program: builds the program; see `program.make_program`.
+      wrap_loss: wraps the training loss `(params, batch) -> LossSums`; None leaves it as it is.
+      wrap_batches: wraps the training batches.
+      wrap_step: wraps the compiled train step `(state, batch) -> (state, metrics)`.
+      write_report: writes the report when the run ends, and returns its path.
+    """
+
+    make_program: Callable[..., Program] = make_program
+    wrap_loss: Callable[[Callable], Callable] | None = None
+    wrap_batches: Callable[[Batches], Batches] = _unchanged
+    wrap_step: Callable[[Callable], Callable] = _unchanged
+    write_report: Callable[[Path], Any] = write_report
+
+
+NO_HOOKS = Hooks()
 
 
 class Run(NamedTuple):
-    """What a run is made of.
-
-    `abstract_state` has the shapes, dtypes and shardings of the state that `init_state()` makes, born where it belongs.
-    `train_step` and `eval_step` are jitted; the first takes its state's memory.
-    """
+    """A config in a run directory, with its data and its program."""
 
     config: Config
     folder: Path
     store: TokenStore
-    mesh: Mesh
-    model: Transformer
-    abstract_state: TrainState
-    init_state: Callable[[], TrainState]
-    train_step: Callable
-    eval_step: Callable
+    program: Program
+    hooks: Hooks
 
 
-def assemble(config: Config, folder: Path, store: TokenStore) -> Run:
-    """Puts a run together; makes no arrays and compiles nothing.
+def assemble(config: Config, folder: Path, store: TokenStore, hooks: Hooks = NO_HOOKS) -> Run:
+    """Builds a run; allocates and compiles nothing.
 
     Raises:
-      ValueError: sizes that do not divide over the mesh, a vocabulary that does not fit.
+      ValueError: sizes that do not divide over the mesh, or a vocabulary that does not fit.
     """
-    program = make_program(config, make_mesh(config.mesh), store.vocab_size)
-    return Run(
-        config=config,
-        folder=folder,
-        store=store,
-        mesh=program.mesh,
-        model=program.model,
-        abstract_state=program.abstract_state,
-        init_state=program.init_state,
-        train_step=program.train_step,
-        eval_step=program.eval_step,
-    )
+    program = hooks.make_program(config, make_mesh(config.mesh), store.vocab_size, wrap_loss=hooks.wrap_loss)
+    return Run(config, folder, store, program, hooks)
 
 
-def open_run(folder: str | Path) -> Run:
-    """The run in a folder, as it was trained, on the devices there are now.
+def open_run(folder: str | Path, hooks: Hooks = NO_HOOKS) -> Run:
+    """Opens an existing run on the devices of this machine, which need not be those of the training.
 
     Raises:
-      ValueError: no run there.
+      ValueError: no run in the folder.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
     config = load(folder / "config.json")
     config = dataclasses.replace(config, mesh=_mesh_for(config, len(jax.devices())))
-    return assemble(config, folder, components.open_data(config, folder))
+    return assemble(config, folder, components.open_data(config, folder), hooks)
 
 
 def _mesh_for(config: Config, num_devices: int) -> MeshConfig:
-    """A mesh to evaluate and generate on: the run's, or if there are other devices now, as many as its rows fill."""
+    """Returns the mesh of the run or, if it does not fit the devices, one that the rows of a micro-batch divide."""
     try:
         mesh = make_mesh(config.mesh)
         check_batch(config.train.batch_size, config.train.accumulate, mesh)
@@ -91,28 +95,26 @@ def _mesh_for(config: Config, num_devices: int) -> MeshConfig:
 
 
 def train_batches(run: Run) -> TrainBatches:
-    """The batches that a run trains on: batch i is what step i + 1 reads."""
+    """Returns the training batches of a run; step i + 1 reads batch i."""
     config = run.config
     return TrainBatches(
         run.store.train,
         seed=config.seed,
         batch_size=config.train.batch_size,
         seq_len=config.train.seq_len,
-        vocab_size=run.model.config.vocab_size,
+        vocab_size=run.program.vocab_size,
         skip=parse_ranges(config.data.skip),
     )
 
 
 def batch_source(run: Run) -> Callable[[int], dict[str, jax.Array]]:
-    """What a train step is given: `index -> batch`, on the devices, with the faults that the config asks for."""
-    batches = train_batches(run)
-    if run.config.faults.in_batch:
-        batches = FaultyBatches(batches, run.config.faults)
-    return functools.partial(global_batch, batches, sharding=by_rows(run.mesh))
+    """Returns `index -> batch`: training batches, placed on the devices."""
+    batches = run.hooks.wrap_batches(train_batches(run))
+    return functools.partial(global_batch, batches, sharding=by_rows(run.program.mesh))
 
 
 def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
-    """The parameters of a run's checkpoint and its step; None: the newest.
+    """Restores the parameters of a checkpoint; None takes the newest. Returns them with the step.
 
     Raises:
       ValueError: no such checkpoint, or one that does not fit the run.
@@ -120,32 +122,30 @@ def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     if not (run.folder / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint in {run.folder}: train first, or give another run directory")
     with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        return checkpoints.restore_params(run.abstract_state.params, step)
+        return checkpoints.restore_params(run.program.abstract_state.params, step)
 
 
-def describe(run: Run) -> list[tuple[str, str]]:
-    """What a run prints at its start, as rows of a table."""
-    config, c, split = run.config, run.model.config, run.store.train
-    devices, settings = run.mesh.devices.flatten(), config.train
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
+def start_table(run: Run) -> list[tuple[str, str]]:
+    """Returns the rows of the table that a run prints when it starts."""
+    config, c, split = run.config, run.program.model.config, run.store.train
+    state, mesh, settings = run.program.abstract_state, run.program.mesh, config.train
+    devices = mesh.devices.flatten()
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = settings.batch_size * settings.seq_len
     batch = f"{tokens:,} = {settings.batch_size} sequences x {settings.seq_len}"
     if settings.accumulate > 1:
         batch += f", in {settings.accumulate} micro-batches"
-    parameters, optimizer = (_bytes_per_device(x) for x in (run.abstract_state.params, run.abstract_state.opt_state))
+    parameters, optimizer = (_bytes_per_device(x) for x in (state.params, state.opt_state))
     memory = f"parameters {_size(parameters)}, gradients {_size(parameters)}, optimizer {_size(optimizer)}"
-    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items() if size > 1)
-    faults = dataclasses.asdict(config.faults).items() - dataclasses.asdict(FaultConfig()).items()
-    deliberate = [("deliberate faults", ", ".join(f"{k} {v:g}" for k, v in sorted(faults)))] if faults else []
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     skipped = [("skipped batches", " ".join(config.data.skip))] if config.data.skip else []
     return [
         ("model", f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"),
         ("parameters", f"{num_params:,}, computing in {settings.precision}"),
         ("memory per device", memory),
-        ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {mesh}" if mesh else "")),
+        ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {axes}" if axes else "")),
         ("data", f"{split.num_tokens:,} tokens of {split.num_documents:,} documents in {run.store.path}"),
         *skipped,
-        *deliberate,
         ("tokens per step", batch),
         ("epochs", f"{tokens * settings.steps / split.num_tokens:.2f} in {settings.steps:,} steps"),
         ("learning rate", components.describe_schedule(config)),
@@ -166,13 +166,13 @@ def _size(num_bytes: float) -> str:
 
 
 def tokenizer_hash(store: TokenStore) -> str:
-    """SHA-256 (hex) of a store's tokenizer."""
+    """Returns the SHA-256 (hex) of the tokenizer of a store."""
     return sha256_file(store.path / TOKENIZER_FILE)
 
 
-def record(run: Run) -> dict[str, Any]:
-    """What a checkpoint must agree with, beside the shapes of its arrays."""
-    mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.abstract_state.params))
+def fingerprint(run: Run) -> dict[str, Any]:
+    """Returns what a resumed run must share with its checkpoint: config, data, tokenizer and decay mask."""
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.program.abstract_state.params))
     return {
         "config": dataclasses.asdict(run.config),
         "data": run.store.fingerprint,

@@ -26,7 +26,6 @@ from jaxtrain.data.store import TokenStore
 from jaxtrain.monitoring.packing import PackedMetrics
 from jaxtrain.monitoring.profile import Profiler, named_as_now, parse_profile, steps_left
 from jaxtrain.monitoring.recorder import Recorder
-from jaxtrain.monitoring.report import write_report
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.stop import Stop, Stopped
@@ -36,7 +35,17 @@ from jaxtrain.training.double_check import ReplayChecked, ReplayMismatch
 from jaxtrain.training.evaluate import compressor_bits_per_byte, evaluate_split, split_text
 from jaxtrain.training.folder import claim, has_begun, held, restored_if_refused, write_config
 from jaxtrain.training.generate import continue_text
-from jaxtrain.training.run import Run, assemble, batch_source, describe, record, tokenizer_hash, train_batches
+from jaxtrain.training.run import (
+    NO_HOOKS,
+    Hooks,
+    Run,
+    assemble,
+    batch_source,
+    fingerprint,
+    start_table,
+    tokenizer_hash,
+    train_batches,
+)
 from jaxtrain.training.start import check_past
 
 # Compressing a large split for comparison would take minutes.
@@ -46,7 +55,7 @@ GAVE_UP = "too many bad steps"  # the guard's limits, see `Config.guard`
 
 
 def train(
-    config: Config, run_dir: str | Path, *, rewind: int | None = None, profile: str | None = None
+    config: Config, run_dir: str | Path, *, rewind: int = 0, profile: str = "", hooks: Hooks = NO_HOOKS
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in a folder.
 
@@ -54,8 +63,9 @@ def train(
       config: the run. Where the folder has one already it must say the same, but for fields such as `log_every` that
         change no number of the run.
       run_dir: holds config.json, metrics.jsonl, checkpoints/, and at the end report.html, report.png and sample.txt.
-      rewind: go on from the checkpoint of this step, and set aside those after it; None: from the newest.
-      profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; None traces none.
+      rewind: go on from the checkpoint of this step, and set aside those after it; 0: from the newest.
+      profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; "": none.
+      hooks: replaces parts of the run.
 
     Returns:
       The `stop` event: `step`, `reason` ("finished", "stop_after", a signal's name, or GAVE_UP) and, of a finished run,
@@ -68,7 +78,7 @@ def train(
     traced = parse_profile(profile, config.train)
     with contextlib.ExitStack() as stack:
         with restored_if_refused(folder) if processes.is_lead() else contextlib.nullcontext():
-            run = assemble(config, folder, _data(config, folder, stack))
+            run = assemble(config, folder, _data(config, folder, stack), hooks)
             train_batches(run)  # which may find the text too short
         stop = stack.enter_context(Stop().listen())
         recorder = stack.enter_context(Recorder(run))
@@ -81,8 +91,8 @@ def train(
                 report=recorder.event,
             )
         )
-        recorder.table(f"jaxtrain: {folder}", describe(run))
-        recorder.say(decay_report(run.abstract_state.params, decay_mask))
+        recorder.table(f"jaxtrain: {folder}", start_table(run))
+        recorder.say(decay_report(run.program.abstract_state.params, decay_mask))
         try:
             state = _start(run, checkpoints, recorder, stop, rewind)
             if processes.is_lead():
@@ -95,7 +105,7 @@ def train(
         recorder.event("stop", f"stopped at step {outcome['step']}: {outcome['reason']}", **outcome)
         if processes.is_lead():
             try:
-                recorder.say(f"report: {write_report(folder)}")
+                recorder.say(f"report: {hooks.write_report(folder)}")
             except (ImportError, ValueError) as error:  # no matplotlib, or not one step logged: the run is no worse
                 recorder.say(f"no report: {error}")
     return outcome
@@ -134,9 +144,9 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
     about |= {
         "jax": jax.__version__,
         "processes": jax.process_count(),
-        "devices": run.mesh.size,
-        "device": run.mesh.devices.flat[0].device_kind,
-        "vocab_size": run.model.config.vocab_size,
+        "devices": run.program.mesh.size,
+        "device": run.program.mesh.devices.flat[0].device_kind,
+        "vocab_size": run.program.vocab_size,
         "train_tokens": run.store.train.num_tokens,
     }
     processes.agree(
@@ -159,9 +169,9 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
             )
             recorder.event("init_from", text, **weights)
         return state
-    state, saved = stop.run(lambda: checkpoints.restore(run.abstract_state, repair=True))
+    state, saved = stop.run(lambda: checkpoints.restore(run.program.abstract_state, repair=True))
     step = int(state.step)
-    for key, now in record(run).items():
+    for key, now in fingerprint(run).items():
         if key != "config" and saved[key] != now:
             raise ValueError(
                 f"the checkpoint of step {step} was made with another {key}: {saved[key]}, and now it is {now}; "
@@ -175,10 +185,10 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
 def _fresh(run: Run, stop: Stop) -> tuple[TrainState, dict[str, Any]]:
     """The state before the first step: from the seed, or with another run's weights, and then which."""
     source = run.config.train.init_from
-    state = stop.run(run.init_state)
+    state = stop.run(run.program.init_state)
     if not source:
         return state, {}
-    like, tokenizer = run.abstract_state.params, tokenizer_hash(run.store)
+    like, tokenizer = run.program.abstract_state.params, tokenizer_hash(run.store)
     params, step = stop.run(lambda: warm_start.read(source, run.folder, like, tokenizer))
     return state.replace(params=params), {"source": source, "source_step": step}
 
@@ -197,8 +207,10 @@ def _loop(
     fetch = batch_source(run)
     # Compiled here, once: a call that would need another program is an error rather than a silent recompilation.
     with named_as_now(traced):
-        compiled = recorder.compile(lambda: stop.run(lambda: run.train_step.lower(state, fetch(first)).compile()))
-    train_step = ReplayChecked(run.config, compiled, run.abstract_state)
+        compiled = recorder.compile(
+            lambda: stop.run(lambda: run.program.train_step.lower(state, fetch(first)).compile())
+        )
+    train_step = ReplayChecked(run.config, run.hooks.wrap_step(compiled), run.program.abstract_state)
     saver = Saver(run, checkpoints, recorder)
 
     def evaluate(state: TrainState) -> None:

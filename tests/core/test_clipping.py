@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import train
 
 from jaxtrain.clipping import ZClipState, clip_adaptively, zclip
 from jaxtrain.guard import skip_bad_steps
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.optim import ClipState, clipped_adamw, global_norm
 from jaxtrain.training.components import make_optimizer
-from jaxtrain.training.train import train
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import train
 
 from jaxtrain.config import from_json, parse_ranges, to_json
 from jaxtrain.data.loader import TrainBatches
@@ -14,7 +15,6 @@ from jaxtrain.data.order import skip_to
 from jaxtrain.data.store import Split
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.training.start import check_past
-from jaxtrain.training.train import train
 
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=5)
 

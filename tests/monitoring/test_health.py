@@ -1,34 +1,32 @@
 """What a run says about itself: every finding is provoked by a real short run, and healthy runs stay silent."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import random
 import re
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
+from runs import QUICK, Faults, change, train
 
-from jaxtrain.config import DataConfig, FaultConfig, GuardConfig, MeshConfig, load
-from jaxtrain.data import loader
+from jaxtrain.config import DataConfig, MeshConfig, load
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.monitoring.health import Health, diagnose
 from jaxtrain.monitoring.layers import DIAGNOSTICS
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.rules import RULES, WINDOW, Facts
+from jaxtrain.optim import clipped_adamw
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training import program
-from jaxtrain.training.train import GAVE_UP, train
+from jaxtrain.training.train import GAVE_UP
 
 ROOT = Path(__file__).parents[2]
-
-
-def change(config, **sections):
-    """A config with fields changed: `change(config, train={"steps": 5})`."""
-    parts = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
-    return dataclasses.replace(config, **parts)
 
 
 @pytest.fixture
@@ -50,26 +48,55 @@ def findings(folder):
 def run():
     """Trains; returns the findings."""
 
-    def start(config, folder):
-        train(config, folder)
+    def start(config, folder, **options):
+        train(config, folder, **options)
         return findings(folder)
 
     return start
 
 
-def change_init(monkeypatch, function):
-    """Puts other first parameters into the runs of a test."""
-    init_params = program.init_params
-    monkeypatch.setattr(program, "init_params", lambda model, key: function(init_params(model, key)))
+def with_init(function):
+    """Hooks of a run with other first parameters."""
+
+    def make_program(*arguments, **options):
+        program = QUICK.make_program(*arguments, **options)
+
+        def init_state():
+            state = program.init_state()
+            return state.replace(params=function(state.params))
+
+        return program._replace(init_state=init_state)
+
+    return QUICK._replace(make_program=make_program)
+
+
+@dataclasses.dataclass(frozen=True)
+class Altered:
+    """Batches with other contents."""
+
+    batches: Any
+    function: Callable
+
+    @property
+    def batch_size(self):
+        return self.batches.batch_size
+
+    def rows(self, index, start, stop):
+        batch = self.batches.rows(index, start, stop)
+        return batch | self.function(batch)
+
+
+def with_batches(function):
+    """Hooks of a run with other batches: `function(batch)` returns the arrays that differ."""
+    return QUICK._replace(wrap_batches=lambda batches: Altered(batches, function))
 
 
 # Healthy runs.
 
 
-@pytest.mark.report
 def test_a_healthy_tiny_run_is_silent(tiny_config, tmp_path, capsys):
     folder = tmp_path / "run"
-    train(change(tiny_config, train={"steps": 250, "diagnose_every": 10}), folder)
+    train(change(tiny_config, train={"steps": 250, "diagnose_every": 10}), folder, report=True)
     assert findings(folder) == {}
     printed = capsys.readouterr().out
     assert "warning:" not in printed
@@ -129,7 +156,7 @@ def test_exploding_layer_by_its_updates(run, config, tmp_path):
     assert "of its norm" in found["exploding_layer"]["evidence"]
 
 
-def test_exploding_layer_by_its_gradient(run, config, tmp_path, monkeypatch):
+def test_exploding_layer_by_its_gradient(run, config, tmp_path):
     """A layer whose norms make up for weights that are far too small: the same function, another gradient."""
 
     def shift(params):
@@ -140,31 +167,28 @@ def test_exploding_layer_by_its_gradient(run, config, tmp_path, monkeypatch):
                 layers[block][name]["kernel"] = layers[block][name]["kernel"].at[1].multiply(1e-4)
         return params
 
-    change_init(monkeypatch, shift)
     config = change(
         config, model={"num_layers": 3}, optim={"peak_lr": 1e-9}, train={"diagnose_every": 1, "stop_after": 5}
     )
-    found = run(config, tmp_path / "run")
+    found = run(config, tmp_path / "run", hooks=with_init(shift))
     assert found["exploding_layer"]["evidence"].startswith("layer 1: grad_norm ")
 
 
-def test_dead_layer(run, config, tmp_path, monkeypatch):
-    change_init(
-        monkeypatch, lambda params: params | {"layers": jax.tree.map(lambda x: x.at[1].set(0), params["layers"])}
-    )
-    found = run(config, tmp_path / "run")
+def test_dead_layer(run, config, tmp_path):
+    hooks = with_init(lambda params: params | {"layers": jax.tree.map(lambda x: x.at[1].set(0), params["layers"])})
+    found = run(config, tmp_path / "run", hooks=hooks)
     assert found.keys() == {"dead_layer"}
     assert found["dead_layer"]["evidence"].startswith("layer 1: grad_norm 0,")
 
 
-def test_initial_loss(run, config, tmp_path, monkeypatch):
-    change_init(monkeypatch, lambda params: params | {"head": 30 * params["head"]})
-    found = run(config, tmp_path / "run")
+def test_initial_loss(run, config, tmp_path):
+    hooks = with_init(lambda params: params | {"head": 30 * params["head"]})
+    found = run(config, tmp_path / "run", hooks=hooks)
     assert found["initial_loss"]["step"] == 1
     assert "ln 257 = 5.549" in found["initial_loss"]["evidence"]
 
 
-def test_label_leak(run, config, tmp_path, monkeypatch):
+def test_label_leak(run, config, tmp_path):
     """Random letters cannot be predicted, but for one who is told."""
     folder = tmp_path / "text"
     folder.mkdir()
@@ -172,9 +196,7 @@ def test_label_leak(run, config, tmp_path, monkeypatch):
         (folder / f"{i}.txt").write_text("".join(random.Random(i).choices("abcdefgh", k=4000)))
     prepare([str(folder)], tmp_path / "store", validation_fraction=0.2, progress=False)
     config = change(config, data={"store": str(tmp_path / "store")}, train={"stop_after": 200})
-    make = loader._batch
-    monkeypatch.setattr(loader, "_batch", lambda *a: (lambda b: b | {"labels": b["inputs"]})(make(*a)))
-    found = run(config, tmp_path / "run")
+    found = run(config, tmp_path / "run", hooks=with_batches(lambda batch: {"labels": batch["inputs"]}))
     assert "tokens not seen before" in found["label_leak"]["evidence"]
 
 
@@ -201,10 +223,9 @@ def test_a_schedule_may_end_at_zero(run, config, tmp_path):
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[0][-1]["learning_rate"] == 0
 
 
-def test_no_progress_without_tokens(run, config, tmp_path, monkeypatch):
-    make = loader._batch
-    monkeypatch.setattr(loader, "_batch", lambda windows, where: make(windows, where & False))
-    found = run(change(config, train={"stop_after": 5}), tmp_path / "run")
+def test_no_progress_without_tokens(run, config, tmp_path):
+    hooks = with_batches(lambda batch: {"where": batch["where"] & False})
+    found = run(change(config, train={"stop_after": 5}), tmp_path / "run", hooks=hooks)
     assert found["no_progress"]["step"] == 1
     assert found["no_progress"]["evidence"] == "the batch has no token that counts"
 
@@ -233,31 +254,29 @@ def test_throughput_dropping(run, config, tmp_path, monkeypatch):
 
 def test_update_norm_rising(run, config, tmp_path):
     """R-D9: one gradient 10,000 times as large, not clipped, moves all for many steps; the loss follows later."""
-    config = change(config, optim={"b2": 0.999, "clip_norm": 1e9}, guard={"sigmas": None}, train={"stop_after": 130})
-    config = dataclasses.replace(config, faults=FaultConfig(gradient_step=120))
-    found = run(config, tmp_path / "run")
+    config = change(config, optim={"b2": 0.999, "clip_norm": 1e9}, guard={"sigmas": 0.0}, train={"stop_after": 130})
+    found = run(config, tmp_path / "run", faults=Faults(gradient_step=120))
     assert found["update_norm_rising"]["step"] == 122
     assert "has not risen yet" in found["update_norm_rising"]["evidence"]
 
 
 def test_spikes_clipped_are_fine(run, config, tmp_path):
-    config = change(config, guard={"sigmas": None}, train={"stop_after": 110})
-    config = dataclasses.replace(config, faults=FaultConfig(gradient_step=105))
-    found = run(config, tmp_path / "run")
+    config = change(config, guard={"sigmas": 0.0}, train={"stop_after": 110})
+    found = run(config, tmp_path / "run", faults=Faults(gradient_step=105))
     assert found.keys() == {"spikes_caught"}
     assert found["spikes_caught"]["severity"] == "info"
     assert "was clipped by a factor" in found["spikes_caught"]["evidence"]
 
 
 def test_spikes_skipped_are_fine(run, config, tmp_path):
-    config = dataclasses.replace(config, guard=GuardConfig(window=8), faults=FaultConfig(gradient_step=9))
-    found = run(config, tmp_path / "run")
+    config = change(config, guard={"window": 8})
+    found = run(config, tmp_path / "run", faults=Faults(gradient_step=9))
     assert found.keys() == {"spikes_caught"}
     assert "a step was skipped because its gradient norm stood out" in found["spikes_caught"]["evidence"]
 
 
 def test_a_skipped_nan_is_a_warning(run, config, tmp_path):
-    found = run(dataclasses.replace(config, faults=FaultConfig(nan_loss_step=6)), tmp_path / "run")
+    found = run(config, tmp_path / "run", faults=Faults(nan_loss_step=6))
     assert found.keys() == {"skipped_steps"}
     assert found["skipped_steps"]["severity"] == "warning"
     assert found["skipped_steps"]["evidence"] == (
@@ -267,31 +286,29 @@ def test_a_skipped_nan_is_a_warning(run, config, tmp_path):
 
 def test_too_many_bad_steps(config, tmp_path):
     """R-C11: a spike that does not end."""
-    config = change(config, train={"stop_after": 40})
-    config = dataclasses.replace(
-        config, guard=GuardConfig(window=8), faults=FaultConfig(spike_step=9, spike_factor=100.0)
-    )
-    assert train(config, tmp_path / "run")["reason"] == GAVE_UP
+    config = change(config, train={"stop_after": 40}, guard={"window": 8})
+    faults = Faults(spike_step=9, spike_factor=100.0)
+    assert train(config, tmp_path / "run", faults=faults)["reason"] == GAVE_UP
     found = findings(tmp_path / "run")
     assert found.keys() == {"spikes_caught", "skipped_steps", "too_many_bad_steps"}
     assert found["skipped_steps"]["step"] == 11
     assert (found["too_many_bad_steps"]["severity"], found["too_many_bad_steps"]["step"]) == ("error", 19)
 
 
-def test_non_finite_loss_that_was_applied(run, config, tmp_path, monkeypatch):
+def test_non_finite_loss_that_was_applied(run, config, tmp_path):
     """An optimizer that skips nothing."""
-    monkeypatch.setattr("jaxtrain.training.components.skip_bad_steps", lambda inner, **_: inner)
+    unguarded = functools.partial(program.make_program, optimizer=clipped_adamw(1e-2))
     with pytest.raises(ValueError, match="the state of step 11 is not finite and is not saved"):
-        run(dataclasses.replace(config, faults=FaultConfig(nan_loss_step=6)), tmp_path / "run")
+        run(config, tmp_path / "run", faults=Faults(nan_loss_step=6), hooks=QUICK._replace(make_program=unguarded))
     _, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     found = {event["name"]: event for event in events if event["event"] == "finding"}
     assert (found["non_finite"]["severity"], found["non_finite"]["step"]) == ("error", 6)
     assert found["non_finite"]["evidence"] == "loss is nan and grad_norm is nan, and the step was applied"
 
 
-def test_float16_overflow(run, config, tmp_path, monkeypatch):
-    change_init(monkeypatch, lambda params: params | {"embedding": 1e8 * params["embedding"]})
-    found = run(change(config, train={"precision": "float16"}), tmp_path / "run")
+def test_float16_overflow(run, config, tmp_path):
+    hooks = with_init(lambda params: params | {"embedding": 1e8 * params["embedding"]})
+    found = run(change(config, train={"precision": "float16"}), tmp_path / "run", hooks=hooks)
     assert (found["float16_overflow"]["severity"], found["float16_overflow"]["step"]) == ("error", 1)
     assert "bfloat16" in found["float16_overflow"]["remedy"]
 
@@ -349,11 +366,10 @@ def test_a_case_is_told_when_it_begins_and_again_when_it_begins_anew(tiny_config
     assert [(finding.name, finding.step) for finding in told] == [("no_progress", 1), ("no_progress", 3 * WINDOW + 1)]
 
 
-@pytest.mark.report
 def test_a_finding_is_printed_written_and_reported(config, tmp_path, capsys):
     folder = tmp_path / "run"
     config = change(config, optim={"eps": 0.1})
-    train(config, folder)
+    train(config, folder, report=True)
     (event,) = findings(folder).values()
     printed = capsys.readouterr().out
     text = f"warning: adam_frozen at step 10: {event['evidence']}\n  {event['remedy']}\n"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
+from runs import train
 
 from jaxtrain.cli import main
 from jaxtrain.config import TrainConfig, to_json
@@ -19,7 +20,6 @@ from jaxtrain.monitoring.trace import OTHER, SCOPES, _busy, _read_line, newest_t
 from jaxtrain.runtime.hlo import Program
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training.program import make_program
-from jaxtrain.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ import time
 import jax
 import numpy as np
 import pytest
+from runs import train
 
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    FaultConfig,
     MeshConfig,
     OptimConfig,
     TrainConfig,
@@ -37,7 +37,6 @@ from jaxtrain.runtime import processes
 from jaxtrain.runtime.cluster import find_cluster
 from jaxtrain.runtime.rendezvous import meet
 from jaxtrain.training.run import open_run
-from jaxtrain.training.train import train
 
 LIMIT = 240  # seconds until a test gives up on a process; all of them take a few
 
@@ -107,7 +106,6 @@ def config(store):
         train=TrainConfig(steps=8, batch_size=8, seq_len=16, log_every=1, eval_every=4, eval_batches=2),
         mesh=MeshConfig(data=4),
         checkpoint=CheckpointConfig(every=3),
-        faults=FaultConfig(nan_micro_batch_step=5),
     )
 
 
@@ -137,7 +135,7 @@ def assert_same_run(folder, expected):
     for each in (folder, expected):
         run = open_run(each)
         with Checkpoints(each / "checkpoints") as checkpoints:
-            states.append(checkpoints.restore(run.abstract_state)[0])
+            states.append(checkpoints.restore(run.program.abstract_state)[0])
     for leaf, other in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=1e-6, atol=1e-6)
 

@@ -1,56 +1,30 @@
 """Whole runs with deliberate faults: what is skipped, what is recorded, and that the run goes on or gives up."""
 
-import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
+from runs import Faults, FaultyBatches, assert_same_bits, change, numbers, state_of, train
 
-from jaxtrain import cli
-from jaxtrain.checkpoints.checkpoints import Checkpoints
-from jaxtrain.config import FaultConfig, GuardConfig, LossScaleConfig, MeshConfig, from_json, to_json
 from jaxtrain.data.loader import TrainBatches
 from jaxtrain.data.store import open_store
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.runtime.mesh import make_mesh
-from jaxtrain.training.faults import FaultyBatches
-from jaxtrain.training.program import make_program
-from jaxtrain.training.run import assemble, describe, open_run
-from jaxtrain.training.train import GAVE_UP, train
+from jaxtrain.training.train import GAVE_UP
 
-TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
 # Every fault but the long spike, on steps of their own; a small window, so that spikes are noticed soon.
-FAULTS = FaultConfig(
-    nan_loss_step=2, nan_micro_batch_step=4, gradient_step=10, inf_step=12, spike_step=14, spike_steps=2
-)
+FAULTS = Faults(nan_loss_step=2, nan_micro_batch_step=4, gradient_step=10, inf_step=12, spike_step=14, spike_steps=2)
 REASONS = {2: 1, 4: 1, 10: 3, 12: 1, 14: 2, 15: 2}
 
 
-def with_faults(config, faults=FAULTS, *, steps=18, guard=None, mesh=None, **fields):
-    return dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, steps=steps, **fields),
-        faults=faults,
-        guard=guard or GuardConfig(window=8),
-        mesh=mesh or config.mesh,
-    )
-
-
-def numbers(run_dir):
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run_dir / "metrics.jsonl")[0]]
-
-
-def state_of(run_dir):
-    run = open_run(run_dir)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        return checkpoints.restore(run.abstract_state)[0]
+def faulty_config(config, *, steps=18, **fields):
+    return change(config, train={"steps": steps, **fields}, guard={"window": 8})
 
 
 @pytest.fixture(scope="module")
 def faulty_run(tiny_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults") / "run"
-    train(with_faults(tiny_config), folder)
+    train(faulty_config(tiny_config), folder, faults=FAULTS)
     return folder
 
 
@@ -74,8 +48,8 @@ def test_parameters_stand_still_while_steps_are_skipped(faulty_run):
 
 
 def test_skips_do_not_move_the_schedule(faulty_run, tiny_config, tmp_path):
-    """R-B25: the last step is on the floor, each step's rate is that of a run without faults, Adam counts updates."""
-    train(with_faults(tiny_config, FaultConfig()), tmp_path / "healthy")
+    """Each step has the rate of a run without faults, the last one that of the floor; Adam counts updates."""
+    train(faulty_config(tiny_config), tmp_path / "healthy")
     rates = [[line["learning_rate"] for line in numbers(folder)] for folder in (faulty_run, tmp_path / "healthy")]
     assert rates[0] == rates[1]
     state = state_of(faulty_run)
@@ -84,20 +58,18 @@ def test_skips_do_not_move_the_schedule(faulty_run, tiny_config, tmp_path):
 
 
 def test_the_guard_goes_on_after_a_restart_as_if_there_had_been_none(faulty_run, tiny_config, tmp_path):
-    """R-D7: its window is in the checkpoint, also one written right after a skip."""
+    """Its window is in the checkpoint, also in one written right after a skip."""
     for stop in (9, 12, 0):
-        train(with_faults(tiny_config, stop_after=stop), tmp_path / "run")
+        train(faulty_config(tiny_config, stop_after=stop), tmp_path / "run", faults=FAULTS)
     assert numbers(tmp_path / "run") == numbers(faulty_run)
-    for a, b in zip(jax.tree.leaves(state_of(tmp_path / "run")), jax.tree.leaves(state_of(faulty_run)), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert_same_bits(state_of(tmp_path / "run"), state_of(faulty_run))
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_the_same_steps_are_skipped_on_a_mesh(tiny_config, tmp_path, precision):
-    """R-D1: rows, matrices and vocabulary in parts, and one bad row on one device only."""
-    mesh = MeshConfig(data=2, fsdp=2, tensor=1)
-    config = with_faults(tiny_config, mesh=mesh, precision=precision)
-    train(config, tmp_path / "run")
+    """Rows, matrices and vocabulary are sharded, and one bad row is on one device only."""
+    config = change(faulty_config(tiny_config, precision=precision), mesh={"data": 2, "fsdp": 2})
+    train(config, tmp_path / "run", faults=FAULTS)
     lines = numbers(tmp_path / "run")
     half = precision == "float16"
     reasons = REASONS | ({10: 1} if half else {})  # there 1e4 times the gradient overflows
@@ -113,7 +85,7 @@ def test_float16_learns_as_float32_does(tiny_config, tmp_path):
     """Its losses are those of float32 to its 11 bits."""
     losses = {}
     for precision in ("float32", "float16"):
-        config = with_faults(tiny_config, FaultConfig(), precision=precision, steps=30)
+        config = faulty_config(tiny_config, precision=precision, steps=30)
         train(config, tmp_path / precision)
         losses[precision] = np.array([line["loss"] for line in numbers(tmp_path / precision)])
     assert losses["float32"][-1] < losses["float32"][0] - 1
@@ -121,53 +93,31 @@ def test_float16_learns_as_float32_does(tiny_config, tmp_path):
 
 
 def test_float16_goes_on_after_a_restart_as_if_there_had_been_none(tiny_config, tmp_path):
-    """R-B31: the scale is in the checkpoint, and how long ago it last changed."""
+    """The scale is in the checkpoint, and how long ago it last changed."""
     for name, stops in (("whole", [0]), ("parts", [5, 0])):
         for stop in stops:
-            config = with_faults(tiny_config, FaultConfig(inf_step=3), steps=12, precision="float16", stop_after=stop)
-            config = dataclasses.replace(config, loss_scale=LossScaleConfig(growth_interval=4))
-            train(config, tmp_path / name)
+            config = faulty_config(tiny_config, steps=12, precision="float16", stop_after=stop)
+            config = change(config, loss_scale={"growth_interval": 4})
+            train(config, tmp_path / name, faults=Faults(inf_step=3))
     assert [line["loss_scale"] / 2.0**14 for line in numbers(tmp_path / "whole")] == [2] * 3 + [1] * 4 + [2] * 4 + [4]
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
 
 
-@pytest.mark.report
-def test_a_long_spike_ends_the_run_with_its_state_and_a_report(tiny_config, tmp_path, capsys):
-    """R-C11: 50 steps of it are more than 10 in a row; nothing of them is in the state, and the exit code says so."""
-    config = with_faults(tiny_config, FaultConfig(spike_step=9), steps=80)
-    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=1000))
-    file = tmp_path / "config.json"
-    file.write_text(to_json(config))
-    assert cli.main(["train", str(file), "--run-dir", str(tmp_path / "run")]) == 1
-    assert "gave up at step" in capsys.readouterr().err
+def test_a_long_spike_ends_the_run_with_its_state_and_a_report(tiny_config, tmp_path):
+    """50 steps of it are more than 10 in a row; the state has nothing of them."""
+    config = change(faulty_config(tiny_config, steps=80), checkpoint={"every": 1000})
+    outcome = train(config, tmp_path / "run", faults=Faults(spike_step=9), report=True)
     lines, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert next(line["step"] for line in lines if line["give_up"]) == 19  # the eleventh of them
     assert events[-1]["event"] == "stop"
-    assert events[-1]["reason"] == GAVE_UP
+    assert outcome["reason"] == events[-1]["reason"] == GAVE_UP
     assert (tmp_path / "run" / "report.html").exists()
     state = state_of(tmp_path / "run")
     assert int(state.opt_state.accepted) == 8
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
-    assert from_json((tmp_path / "run" / "config.json").read_text()).faults.spike_step == 9
 
 
-def test_faults_are_shown_at_the_start(tiny_config, tmp_path):
-    rows = []
-    for config in (tiny_config, with_faults(tiny_config, FaultConfig(inf_step=12, spike_factor=0.5))):
-        rows.append(dict(describe(assemble(config, tmp_path, open_store(config.data.store)))))
-    assert "deliberate faults" not in rows[0]
-    assert rows[1]["deliberate faults"] == "inf_step 12, spike_factor 0.5"
-
-
-def test_a_run_without_faults_has_nothing_of_them(tiny_config):
-    batches = []
-    for config in (tiny_config, with_faults(tiny_config)):
-        batches.append(set(make_program(config, make_mesh(config.mesh), 257).abstract_batch))
-    assert batches[0] == {"inputs", "labels", "where"}
-    assert batches[1] - batches[0] == {"loss_factor", "gradient_factor", "gradient_offset"}
-
-
-def test_the_fault_rows_reach_the_right_rows(tiny_config):
+def test_the_faults_reach_the_right_rows(tiny_config):
     split = open_store(tiny_config.data.store).train
     batches = FaultyBatches(TrainBatches(split, seed=0, batch_size=8, seq_len=16, vocab_size=257), FAULTS)
     whole = batches.rows(3, 0, 8)  # step 4: NaN in one micro-batch

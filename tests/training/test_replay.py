@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import QUICK, Faults, change, corrupt_second_run, train, with_faults
 
 from jaxtrain.cli import main
-from jaxtrain.config import FaultConfig, MeshConfig, from_json, to_json
+from jaxtrain.config import MeshConfig, from_json, to_json
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.training.replay import longest_repetition, replay
 from jaxtrain.training.run import batch_source, open_run, restore_params
-from jaxtrain.training.train import train
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds"}
 
@@ -31,16 +31,12 @@ def numbers(folder):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder / "metrics.jsonl")[0]]
 
 
-def change(config, section, **fields):
-    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
-
-
 @pytest.fixture(scope="module")
 def run_dir(tiny_config, tmp_path_factory):
     """A finished run that left batches out, stopped once, and has checkpoints of steps 5, 7, 10 and 12."""
     folder = tmp_path_factory.mktemp("replay") / "run"
-    config = change(change(tiny_config, "checkpoint", keep=9), "data", skip=("3:5", "8:9"))
-    train(change(config, "train", stop_after=7), folder)
+    config = change(tiny_config, checkpoint={"keep": 9}, data={"skip": ("3:5", "8:9")})
+    train(change(config, train={"stop_after": 7}), folder)
     train(config, folder)
     return folder
 
@@ -88,7 +84,9 @@ def test_the_loss_of_a_row_is_its_own(run_dir, sixth):
     batch = batch_source(run)(5)
     for row in sixth["rows"]:
         if row["row"] in (1, 4):  # which another way to make micro-batches would exchange
-            sums = run.eval_step(params, batch | {"where": batch["where"] & (np.arange(8) == row["row"])[:, None]})
+            sums = run.program.eval_step(
+                params, batch | {"where": batch["where"] & (np.arange(8) == row["row"])[:, None]}
+            )
             np.testing.assert_allclose(row["nll"], sums.nll / sums.weight, rtol=1e-5)
 
 
@@ -147,7 +145,7 @@ def test_a_step_that_the_run_has_not_come_to_is_refused(run_dir):
 def test_other_devices_are_noted(tiny_config, tmp_path):
     """R-C13: on the run's own devices to the bit, on others to rounding."""
     folder = tmp_path / "run"
-    train(change(dataclasses.replace(tiny_config, mesh=MeshConfig(data=2, fsdp=2)), "train", stop_after=7), folder)
+    train(change(tiny_config, mesh={"data": 2, "fsdp": 2}, train={"stop_after": 7}), folder)
     same = replay(folder, 7)
     assert same["reproduces"] is True
     assert same["notes"] == []
@@ -192,24 +190,23 @@ def test_the_longest_repetition(tokens):
 def test_steps_run_twice_change_no_number(tiny_config, tmp_path):
     """R-C12: a healthy run passes, and its numbers are those of a run without the check."""
     train(tiny_config, tmp_path / "once")
-    train(change(tiny_config, "train", replay_check=1), tmp_path / "twice")
+    train(change(tiny_config, train={"replay_check": 1}), tmp_path / "twice")
     assert numbers(tmp_path / "twice") == numbers(tmp_path / "once")
     assert snapshot(tmp_path / "twice").keys() >= {"checkpoints/12"}
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
-def test_a_flipped_bit_ends_the_run_before_it_is_saved(tiny_config, tmp_path, capsys, num_devices):
-    """R-C12: an error injector; exit code 1, one line, the leaves and the checkpoint to go on from."""
-    config = change(tiny_config, "train", replay_check=5)
-    config = dataclasses.replace(config, faults=FaultConfig(corrupt_replay_step=10), mesh=MeshConfig(data=num_devices))
-    file = tmp_path / "config.json"
-    file.write_text(to_json(config))
-    assert main(["train", str(file), "--run-dir", str(tmp_path / "run")]) == 1
-    message = capsys.readouterr().err
+def test_a_flipped_bit_ends_the_run_before_it_is_saved(tiny_config, tmp_path, num_devices):
+    """The error is one line, with the leaves and the checkpoint to resume from."""
+    config = change(tiny_config, train={"replay_check": 5}, mesh={"data": num_devices})
+    hooks = QUICK._replace(wrap_step=corrupt_second_run(10))
+    with pytest.raises(OSError, match="silent data corruption") as error:
+        train(config, tmp_path / "run", hooks=hooks)
+    message = str(error.value)
     assert "step 10 gave other bits when it was run again" in message
     assert "params/" in message
     assert "go on from the checkpoint of step 5" in message
-    assert message.count("\n") == 1
+    assert "\n" not in message
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
     steps, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in steps] == list(range(1, 10))
@@ -220,9 +217,10 @@ def test_a_flipped_bit_ends_the_run_before_it_is_saved(tiny_config, tmp_path, ca
 
 def test_a_bad_micro_batch_is_found(tiny_config, tmp_path):
     """The step that the guard skipped comes out bad again, and the row that made it so is first."""
-    config = change(tiny_config, "train", stop_after=7)
-    train(dataclasses.replace(config, faults=FaultConfig(nan_micro_batch_step=6)), tmp_path / "run")
-    result = replay(tmp_path / "run", 6)
+    config = change(tiny_config, train={"stop_after": 7})
+    faults = Faults(nan_micro_batch_step=6)
+    train(config, tmp_path / "run", faults=faults)
+    result = replay(tmp_path / "run", 6, with_faults(faults))
     assert result["reproduces"] is True
     assert result["metrics"]["skipped"] == 1
     assert [np.isfinite(part["loss"]) for part in result["micro_batches"]] == [False, True]
@@ -248,7 +246,7 @@ def test_a_run_that_began_with_other_weights_is_replayed_from_those(run_dir, tin
     shutil.copytree(run_dir, tmp_path / "source")
     for step in (10, 12):
         shutil.move(tmp_path / "source" / "checkpoints" / str(step), tmp_path / str(step))
-    train(change(tiny_config, "train", init_from=str(tmp_path / "source"), stop_after=3), tmp_path / "run")
+    train(change(tiny_config, train={"init_from": str(tmp_path / "source"), "stop_after": 3}), tmp_path / "run")
     for step in (10, 12):
         shutil.move(tmp_path / str(step), tmp_path / "source" / "checkpoints" / str(step))
     result = replay(tmp_path / "run", 2)

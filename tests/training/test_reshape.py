@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from runs import train
 
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama
@@ -13,7 +14,6 @@ from jaxtrain.data.loader import TrainBatches, global_batch
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.mesh import by_rows, make_mesh
 from jaxtrain.training.run import assemble, open_run
-from jaxtrain.training.train import train
 
 MESHES = [MeshConfig(*sizes) for sizes in ((1, 1, 1), (1, 2, 1), (1, 2, 2), (4, 1, 2))]
 each_mesh = pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -43,7 +43,7 @@ def whole(config, tmp_path_factory):
 def state_of(config, folder, step):
     run = assemble(config, folder, open_run(folder).store)
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        return checkpoints.restore(run.abstract_state, step)[0]
+        return checkpoints.restore(run.program.abstract_state, step)[0]
 
 
 @each_mesh

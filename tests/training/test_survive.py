@@ -17,6 +17,7 @@ import absl.logging
 import jax
 import numpy as np
 import pytest
+from runs import train
 
 from jaxtrain import cli
 from jaxtrain.checkpoints import saver
@@ -25,7 +26,6 @@ from jaxtrain.config import CheckpointConfig, to_json
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.training.folder import held
 from jaxtrain.training.run import open_run
-from jaxtrain.training.train import train
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
 LIMIT = 240  # seconds until a test gives up on a process; all of them take a few
@@ -116,7 +116,7 @@ def events(run_dir, name):
 def bits(run_dir):
     run = open_run(run_dir)
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        state = checkpoints.restore(run.abstract_state)[0]
+        state = checkpoints.restore(run.program.abstract_state)[0]
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
@@ -404,7 +404,7 @@ def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
     assert (event["source"], event["source_step"]) == (source, 18)
     run = open_run(whole)
     with Checkpoints(whole / "checkpoints") as checkpoints:
-        params, _ = checkpoints.restore_params(run.abstract_state.params, 18)
+        params, _ = checkpoints.restore_params(run.program.abstract_state.params, 18)
     (first,) = numbers(tmp_path / "run")
     plain = with_fields(with_fields(config, "train", stop_after=1), "optim", peak_lr=2e-3)
     train(plain, tmp_path / "plain")
@@ -428,7 +428,7 @@ def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
 def _state(run_dir):
     run = open_run(run_dir)
     with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        return checkpoints.restore(run.abstract_state)
+        return checkpoints.restore(run.program.abstract_state)
 
 
 def test_init_from_refuses_what_it_cannot_take(config, whole, corpus, tmp_path):

@@ -8,43 +8,22 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
+from runs import assert_same_bits, change, numbers, state_of, train
 
 from jaxtrain.config import DataConfig, MeshConfig, from_json, to_json
 from jaxtrain.data.store import open_store
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.training.run import assemble, describe, open_run
-from jaxtrain.training.train import train
-
-TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
+from jaxtrain.training.run import assemble, open_run, start_table
 
 
 def with_train(config, **fields):
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+    return change(config, train=fields)
 
 
 def on_devices(config, num_devices):
-    return dataclasses.replace(config, mesh=MeshConfig(data=num_devices))
-
-
-def numbers(run_dir):
-    """The step lines without what a clock or a restart changes."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run_dir / "metrics.jsonl")[0]]
-
-
-def state_of(run_dir):
-    from jaxtrain.checkpoints.checkpoints import Checkpoints
-
-    run = open_run(run_dir)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        return checkpoints.restore(run.abstract_state)[0]
-
-
-def assert_same_bits(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    return change(config, mesh={"data": num_devices})
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +32,7 @@ def whole_run(tiny_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     config = with_train(tiny_config, steps=40, eval_every=20, eval_batches=1, sample_tokens=20, sample_prompt="1 +")
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=15, keep=2))
-    outcome = train(config, folder)
+    outcome = train(config, folder, report=True)
     return folder, config, outcome
 
 
@@ -208,7 +187,7 @@ def test_a_run_that_never_began_may_be_mended(tiny_config, tmp_path):
     with pytest.raises(ValueError, match="not divisible"):
         train(on_devices(tiny_config, 8), tmp_path / "run")
     train(on_devices(with_train(tiny_config, batch_size=16, stop_after=1), 8), tmp_path / "run")
-    assert len(open_run(tmp_path / "run").mesh.devices.flatten()) == 8
+    assert len(open_run(tmp_path / "run").program.mesh.devices.flatten()) == 8
 
 
 def test_a_store_made_in_the_run_directory_serves_when_the_text_is_gone(tiny_config, tmp_path):
@@ -248,7 +227,7 @@ def test_the_start_says_what_one_device_holds(tiny_config, tmp_path):
     for name, mesh in (("whole", MeshConfig(data=1)), ("parts", MeshConfig(data=2, fsdp=2))):
         config = dataclasses.replace(tiny_config, mesh=mesh)
         run = assemble(config, tmp_path / name, open_store(config.data.store))
-        held[name] = dict(describe(run))
+        held[name] = dict(start_table(run))
     num_params = held["whole"]["parameters"].split(",computing")[0]
     assert held["parts"]["parameters"].startswith(num_params)
     assert held["parts"]["devices"] == "4 x cpu: data 2 x fsdp 2"
