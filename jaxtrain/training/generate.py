@@ -53,7 +53,8 @@ def continue_text(
         params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
     else:
         params = jax.device_put(params, run.program.mesh.devices.flat[0])
-    return tokenizer.decode(generate(run.program.model, params, tokens, num_tokens, seed=seed, sampling=sampling)[0])
+    model = Transformer(run.program.model.config)
+    return tokenizer.decode(generate(model, params, tokens, num_tokens, seed=seed, sampling=sampling)[0])
 
 
 def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Array:

@@ -1,6 +1,7 @@
 """Jitted train and eval steps of a config on a mesh, with the abstract state. Allocates and compiles nothing."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -10,13 +11,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain.config import Config, ModelConfig
+from jaxtrain.losses import LossSums
 from jaxtrain.models.kernels import cudnn
 from jaxtrain.models.kernels.attention import check_kernel, choose_kernel
-from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.masters import with_masters
+from jaxtrain.models.model import Model, TransformerModel, axes_of
 from jaxtrain.models.parallel import Parallel
-from jaxtrain.models.transformer import Transformer, init_params, make_loss_fn
 from jaxtrain.monitoring.packing import PackedMetrics, pack
+from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import (
     by_rows,
     check_batch,
@@ -80,26 +82,29 @@ def make_program(
     """
     settings = config.train
     check_batch(settings.batch_size, settings.accumulate, mesh)
-    adapter = _adapt(config, mesh, vocab_size)
+    model = _model(config, mesh, vocab_size)
     optimizer = optimizer or components.make_optimizer(config)
-    policy = components.make_policy(config)
+    policy = Policy(compute=settings.precision)
     scaling = components.make_loss_scaling(config, num_row_shards(mesh))
 
     def init() -> TrainState:
-        params = adapter.init(jax.random.key(config.seed))
+        params = model.init(jax.random.key(config.seed))
         return TrainState.create(params, optimizer, scaling and scaling.init())
 
     shapes = jax.eval_shape(init)
-    specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, adapter.axes(shapes.params))
+    specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, axes_of(model, shapes.params))
     shardings = state_shardings(shapes, specs, mesh)
-    train_loss = adapter.train_loss()
+    if isinstance(model, TransformerModel):
+        losses = _sharded_losses(config, model, mesh, specs)
+    else:
+        losses = _global_losses(config, model, shapes.params, shardings.params)
     step = make_train_step(
-        wrap_loss(train_loss) if wrap_loss else train_loss,
+        wrap_loss(losses.train) if wrap_loss else losses.train,
         optimizer,
         accumulate=settings.accumulate,
-        policy=None if adapter.casts_per_layer else policy,
+        policy=None if losses.cast_per_layer else policy,
         loss_scaling=scaling,
-        map_gradients=adapter.map_gradients(specs),
+        map_gradients=losses.map_gradients,
         diagnose=components.make_diagnose(config),
     )
 
@@ -109,14 +114,14 @@ def make_program(
 
     everywhere = replicated(mesh)
     return Program(
-        model=adapter.model,
-        vocab_size=adapter.vocab_size,
+        model=model,
+        vocab_size=getattr(model, "vocab_size", vocab_size),
         mesh=mesh,
         abstract_state=jax.tree.map(_abstract, shapes, shardings),
         abstract_batch=_abstract_batch(config, mesh),
         init_state=jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
-        eval_step=jax.jit(make_eval_step(adapter.eval_loss(specs), policy=policy), out_shardings=everywhere),
+        eval_step=jax.jit(make_eval_step(losses.evaluate, policy=policy), out_shardings=everywhere),
     )
 
 
@@ -151,63 +156,77 @@ def state_shardings(state: TrainState, specs: Any, mesh: Mesh) -> TrainState:
     return others.replace(params=shardings)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Transformer:
-    """The built-in transformer: each device computes on its shards, inside `jax.shard_map` if there are several."""
+class _Losses(NamedTuple):
+    """Loss functions of a model on a mesh, as `make_train_step` and `make_eval_step` take them."""
 
-    config: Config
-    mesh: Mesh
-    model: Transformer
+    train: Callable
+    evaluate: Callable
+    map_gradients: Callable[[Callable], Callable] | None = None
+    cast_per_layer: bool = False  # each layer casts the float32 masters where it gathers them
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, without the padding of the tables."""
-        return self.model.config.vocab_size
 
-    @property
-    def casts_per_layer(self) -> bool:
-        """True if each layer casts the float32 masters where it gathers them, instead of one cast per step."""
-        return self.mesh.shape["fsdp"] > 1 and self.config.train.precision != "float32"
+def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, specs: Any) -> _Losses:
+    """Losses of the built-in transformer: each device computes on its shards, in `jax.shard_map` if there are several.
 
-    @property
-    def _local(self) -> Transformer:
-        return Transformer(self.model.config, Parallel(self.mesh.shape["fsdp"], self.mesh.shape["tensor"]))
+    Evaluation measures plain cross-entropy, without z-loss and label smoothing.
+    """
+    settings = config.train
+    chunk_size = settings.loss_chunk or None
+    local = TransformerModel(model.config, Parallel(mesh.shape["fsdp"], mesh.shape["tensor"]), chunk_size=chunk_size)
+    train = dataclasses.replace(local, z_loss=settings.z_loss, label_smoothing=settings.label_smoothing)
+    if mesh.size == 1:
+        return _Losses(train.loss, local.loss)
+    cast_per_layer = mesh.shape["fsdp"] > 1 and settings.precision != "float32"
+    over_mesh = map_gradients(mesh, specs)
 
-    def init(self, key: jax.Array) -> Any:
-        """Initializes whole parameters."""
-        return init_params(self.model, key)
+    def map_per_device(gradients: Callable) -> Callable:
+        return over_mesh(with_masters(gradients, settings.precision) if cast_per_layer else gradients)
 
-    def axes(self, params: Any) -> Any:
-        """Returns the logical axes of each parameter."""
-        return logical_axes(params)
+    return _Losses(train.loss, map_loss(local.loss, mesh, specs), map_per_device, cast_per_layer)
 
-    def train_loss(self) -> Callable:
-        """Returns the loss of one device's shards."""
-        settings = self.config.train
-        return make_loss_fn(
-            self._local,
-            z_loss=settings.z_loss,
-            label_smoothing=settings.label_smoothing,
-            chunk_size=settings.loss_chunk or None,
+
+def _global_losses(config: Config, model: Model, params: Any, shardings: Any) -> _Losses:
+    """Losses of a user's model: written for whole arrays, sharded by XLA. Evaluation passes None as the key.
+
+    Raises:
+      ValueError: a setting that only the built-in transformer heeds, or a parameter that its axes do not divide.
+    """
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+    for (path, leaf), sharding in leaves:
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"{type(model).__name__}.axes shards {where} {leaf.shape} as {sharding.spec} over a mesh of "
+                f"{dict(sharding.mesh.shape)}, which does not divide it: change the axes or the mesh"
+            ) from None
+    ignored = ("z_loss", "label_smoothing", "loss_chunk")
+    if changed := [name for name in ignored if getattr(config.train, name)]:
+        raise ValueError(
+            f"train.{changed[0]} has no effect on {type(model).__name__}, which computes its own loss: leave it out"
         )
+    with_key = len(inspect.signature(model.loss).parameters) > 2
 
-    def eval_loss(self, specs: Any) -> Callable:
-        """Returns the plain cross-entropy over the whole mesh."""
-        loss_fn = make_loss_fn(self._local, chunk_size=self.config.train.loss_chunk or None)
-        return map_loss(loss_fn, self.mesh, specs) if self.mesh.size > 1 else loss_fn
+    def evaluate(params: Any, batch: Batch) -> LossSums:
+        result = model.loss(params, batch, None) if with_key else model.loss(params, batch)
+        return result[0] if isinstance(result, tuple) else result
 
-    def map_gradients(self, specs: Any) -> Callable[[Callable], Callable] | None:
-        """Returns the wrapper that differentiates on each device and adds up; None on one device."""
-        if self.mesh.size == 1:
-            return None
-        over_mesh, precision = map_gradients(self.mesh, specs), self.config.train.precision
-        return lambda f: over_mesh(with_masters(f, precision) if self.casts_per_layer else f)
+    return _Losses(model.loss, evaluate)
 
 
-def _adapt(config: Config, mesh: Mesh, vocab_size: int) -> _Transformer:
-    model = Transformer(_resolve(config, mesh, vocab_size))
-    check_parts(model.config, mesh)
-    return _Transformer(config, mesh, model)
+def _model(config: Config, mesh: Mesh, vocab_size: int) -> Model:
+    """Returns the user's model, or the built-in transformer with the open choices of its config filled in."""
+    if isinstance(config.model, ModelConfig):
+        model = TransformerModel(_resolve(config, mesh, vocab_size))
+        check_parts(model.config, mesh)
+        return model
+    size = getattr(config.model, "vocab_size", vocab_size)
+    if size < vocab_size:
+        raise ValueError(
+            f"{type(config.model).__name__}.vocab_size {size} is smaller than the {vocab_size} tokens of the data"
+        )
+    return config.model
 
 
 def _resolve(config: Config, mesh: Mesh, vocab_size: int) -> ModelConfig:
