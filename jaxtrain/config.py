@@ -295,33 +295,6 @@ class LossScaleConfig:
 
 
 @dataclass(frozen=True)
-class FaultConfig:
-    """Deliberate faults, to test what a run does about them. Each at one train step, counted from 1; 0: never."""
-
-    nan_loss_step: int = 0  # the loss is NaN
-    nan_micro_batch_step: int = 0  # the loss of the batch's first row is NaN
-    gradient_step: int = 0  # the gradient is multiplied by gradient_factor
-    gradient_factor: float = 1e4
-    inf_step: int = 0  # one number of the first parameter's gradient is infinite
-    spike_step: int = 0  # loss and gradient are multiplied by spike_factor, for spike_steps steps
-    spike_steps: int = 50
-    spike_factor: float = 10.0
-    corrupt_replay_step: int = 0  # the second run of the step, see train.replay_check, has one flipped bit
-
-    def __post_init__(self):
-        _require_types("faults", self)
-        names = ("nan_loss_step", "nan_micro_batch_step", "gradient_step", "inf_step", "spike_step")
-        _require_not_negative("faults", self, *names, "corrupt_replay_step")
-        _require_positive("faults", self, "spike_steps")
-
-    @property
-    def in_batch(self) -> bool:
-        """Whether any of them is made in the train step, of a batch that carries it."""
-        steps = (self.nan_loss_step, self.nan_micro_batch_step, self.gradient_step, self.inf_step, self.spike_step)
-        return any(steps)
-
-
-@dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, what to keep."""
 
@@ -354,7 +327,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
-    faults: FaultConfig = field(default_factory=FaultConfig)
     seed: int = 0  # of the initial parameters, the order of the data and the sample
 
     def __post_init__(self):
@@ -370,12 +342,6 @@ class Config:
             self.checkpoint.keep_best is None or (eval_every is not None and eval_every % every == 0),
             f"checkpoint.keep_best ranks steps that are both evaluated and saved: train.eval_every {eval_every} must "
             f"be a multiple of checkpoint.every {every}",
-        )
-        check, corrupt = self.train.replay_check, self.faults.corrupt_replay_step
-        _require(
-            corrupt == 0 or (check is not None and corrupt % check == 0),
-            f"faults.corrupt_replay_step {corrupt} must be a multiple of train.replay_check {check}, which must be on: "
-            "other steps run only once",
         )
         decay = (optim.decay_steps or 0) if optim.schedule == "wsd" else 0 if optim.schedule == "constant" else 1
         _require(
@@ -451,7 +417,7 @@ def _migrate(values: Any) -> Any:
     """Replaces 0 and "" by None in the fields where older versions wrote them for an absent option."""
     if not isinstance(values, dict):
         return values
-    values = dict(values)
+    values = {key: value for key, value in values.items() if key != "faults"}  # deliberate faults, for tests
     for section, names in _ABSENT.items():
         if isinstance(values.get(section), dict):
             old = values[section]

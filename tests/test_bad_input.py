@@ -276,11 +276,6 @@ CONFIGS = {
     "a batch for more memory than there is": bad(
         TRAIN + " --train.batch-size 2000000000", "out of memory", "lower train.batch_size", code=1, starts=True
     ),
-    "a flipped bit in a step that runs once": bad(
-        TRAIN + " --train.replay-check 5 --faults.corrupt-replay-step 7",
-        "corrupt_replay_step 7",
-        "multiple of train.replay_check 5",
-    ),
     "skip: no range": bad(TRAIN + " --data.skip 12000", "'12000'", "write START:STOP"),
     "skip: backwards": bad(TRAIN + " --data.skip 9:3", "'9:3'", "STOP is larger"),
     "skip: negative": bad(TRAIN + " --data.skip=-3:4", "'-3:4'", "write START:STOP"),

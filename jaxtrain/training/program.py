@@ -171,8 +171,8 @@ def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, specs: 
     Evaluation measures plain cross-entropy, without z-loss and label smoothing.
     """
     settings = config.train
-    chunk_size = settings.loss_chunk or None
-    local = TransformerModel(model.config, Parallel(mesh.shape["fsdp"], mesh.shape["tensor"]), chunk_size=chunk_size)
+    parallel = Parallel(mesh.shape["fsdp"], mesh.shape["tensor"])
+    local = TransformerModel(model.config, parallel, chunk_size=settings.loss_chunk)
     train = dataclasses.replace(local, z_loss=settings.z_loss, label_smoothing=settings.label_smoothing)
     if mesh.size == 1:
         return _Losses(train.loss, local.loss)
@@ -242,8 +242,8 @@ def _resolve(config: Config, mesh: Mesh, vocab_size: int) -> ModelConfig:
     )
 
 
-def _scan_unroll(config: Config, mesh: Mesh) -> int:
-    """Chooses how many layers an iteration of the loop over layers runs; 0 unrolls all of them."""
+def _scan_unroll(config: Config, mesh: Mesh) -> int | Literal["all"]:
+    """Chooses how many layers an iteration of the loop over layers runs; "all" makes no loop."""
     model = config.model
     if model.scan_unroll != "auto":
         return model.scan_unroll

@@ -55,7 +55,12 @@ GAVE_UP = "too many bad steps"  # the guard's limits, see `Config.guard`
 
 
 def train(
-    config: Config, run_dir: str | Path, *, rewind: int = 0, profile: str = "", hooks: Hooks = NO_HOOKS
+    config: Config,
+    run_dir: str | Path,
+    *,
+    rewind: int | None = None,
+    profile: str | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> dict[str, Any]:
     """Trains, or goes on training, the run in a folder.
 
@@ -63,8 +68,8 @@ def train(
       config: the run. Where the folder has one already it must say the same, but for fields such as `log_every` that
         change no number of the run.
       run_dir: holds config.json, metrics.jsonl, checkpoints/, and at the end report.html, report.png and sample.txt.
-      rewind: go on from the checkpoint of this step, and set aside those after it; 0: from the newest.
-      profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; "": none.
+      rewind: resume from the checkpoint of this step and set aside the later ones; None resumes from the newest.
+      profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; None traces none.
       hooks: replaces parts of the run.
 
     Returns:

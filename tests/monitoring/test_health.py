@@ -254,14 +254,14 @@ def test_throughput_dropping(run, config, tmp_path, monkeypatch):
 
 def test_update_norm_rising(run, config, tmp_path):
     """R-D9: one gradient 10,000 times as large, not clipped, moves all for many steps; the loss follows later."""
-    config = change(config, optim={"b2": 0.999, "clip_norm": 1e9}, guard={"sigmas": 0.0}, train={"stop_after": 130})
+    config = change(config, optim={"b2": 0.999, "clip_norm": 1e9}, guard={"sigmas": None}, train={"stop_after": 130})
     found = run(config, tmp_path / "run", faults=Faults(gradient_step=120))
     assert found["update_norm_rising"]["step"] == 122
     assert "has not risen yet" in found["update_norm_rising"]["evidence"]
 
 
 def test_spikes_clipped_are_fine(run, config, tmp_path):
-    config = change(config, guard={"sigmas": 0.0}, train={"stop_after": 110})
+    config = change(config, guard={"sigmas": None}, train={"stop_after": 110})
     found = run(config, tmp_path / "run", faults=Faults(gradient_step=105))
     assert found.keys() == {"spikes_caught"}
     assert found["spikes_caught"]["severity"] == "info"

@@ -59,7 +59,7 @@ def test_skips_do_not_move_the_schedule(faulty_run, tiny_config, tmp_path):
 
 def test_the_guard_goes_on_after_a_restart_as_if_there_had_been_none(faulty_run, tiny_config, tmp_path):
     """Its window is in the checkpoint, also in one written right after a skip."""
-    for stop in (9, 12, 0):
+    for stop in (9, 12, None):
         train(faulty_config(tiny_config, stop_after=stop), tmp_path / "run", faults=FAULTS)
     assert numbers(tmp_path / "run") == numbers(faulty_run)
     assert_same_bits(state_of(tmp_path / "run"), state_of(faulty_run))
@@ -94,7 +94,7 @@ def test_float16_learns_as_float32_does(tiny_config, tmp_path):
 
 def test_float16_goes_on_after_a_restart_as_if_there_had_been_none(tiny_config, tmp_path):
     """The scale is in the checkpoint, and how long ago it last changed."""
-    for name, stops in (("whole", [0]), ("parts", [5, 0])):
+    for name, stops in (("whole", [None]), ("parts", [5, None])):
         for stop in stops:
             config = faulty_config(tiny_config, steps=12, precision="float16", stop_after=stop)
             config = change(config, loss_scale={"growth_interval": 4})
