@@ -10,7 +10,50 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.optim import STACKED, ClipState, global_norm, is_stacked, scale_to_factor
+from jaxtrain.trees import STACKED, global_norm, is_stacked
+
+
+class ClipState(NamedTuple):
+    """Norm of the last gradient before clipping and the factor applied to it, float32 scalars."""
+
+    grad_norm: jax.Array
+    clip_factor: jax.Array
+
+
+def clip_by_global_norm(max_norm: float | None) -> optax.GradientTransformation:
+    """Scales the gradient to `max_norm` where its global norm is larger (arXiv:1211.5063).
+
+    At or below the threshold the gradient passes bit for bit. A norm that is not finite makes every leaf NaN: optax
+    would let the finite leaves through as zeros. None: only measures.
+    """
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"clip_norm must be above 0, or None for no clipping; got {max_norm}")
+
+    def init(params):
+        del params
+        return ClipState(jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
+
+    def update(grads, state, params=None):
+        del state, params
+        norm = global_norm(grads)
+        if max_norm is None:
+            return grads, ClipState(norm, jnp.ones((), jnp.float32))
+        factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
+        factor = jnp.where(jnp.isfinite(norm), factor, jnp.nan)
+        return scale_to_factor(grads, factor), ClipState(norm, factor)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_to_factor(grads: optax.Updates, factor: jax.Array) -> optax.Updates:
+    """Multiplies gradients by a float32 factor; by 1 they pass bit for bit."""
+
+    def scale(grad):
+        # A select rather than a product with 1, which flushes subnormal numbers. The product is float32: a small
+        # factor would underflow in float16.
+        return jnp.where(factor == 1, grad, (grad.astype(jnp.float32) * factor).astype(grad.dtype))
+
+    return jax.tree.map(scale, grads)
 
 
 class ZClipState(NamedTuple):

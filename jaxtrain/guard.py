@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.optim import global_norm
+from jaxtrain.trees import global_norm
 
 # Why a step was skipped: `GuardState.skip_reason`.
 NOT_SKIPPED, NOT_FINITE, LOSS_SPIKE, GRAD_NORM_SPIKE = range(4)

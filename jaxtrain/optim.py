@@ -14,10 +14,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-MaskFn = Callable[[optax.Params], Any]
+from jaxtrain.clipping import clip_by_global_norm
+from jaxtrain.trees import STACKED, global_norm, path_names, stack_of
 
-# Names of subtrees whose leaves may have a leading layer axis, see `decay_mask`.
-STACKED = ("layers", "blocks")
+__all__ = [
+    "clip_by_global_norm",
+    "clipped_adamw",
+    "decay_mask",
+    "decay_report",
+    "global_norm",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+]
+
+MaskFn = Callable[[optax.Params], Any]
 
 # Parameters of these names are vectors by meaning, even where they have two dimensions (a bias [heads, head_dim]).
 _NEVER_DECAYED = {"bias", "scale"}
@@ -44,8 +54,8 @@ def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] = STACKED) -> A
     depth: dict[tuple[str, ...], tuple[str, int]] = {}
     decayed = []
     for path, leaf in leaves:
-        names = _names(path)
-        stack = _stack_of(names, stacked)
+        names = path_names(path)
+        stack = stack_of(names, stacked)
         if stack is not None:
             first, num_layers = depth.setdefault(stack, ("/".join(names), leaf.shape[0] if leaf.shape else 0))
             if not leaf.shape or leaf.shape[0] != num_layers:
@@ -59,25 +69,6 @@ def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] = STACKED) -> A
     return jax.tree.unflatten(structure, decayed)
 
 
-def _names(path: tuple[Any, ...]) -> list[str]:
-    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    # An NNX parameter is a wrapper: its path ends in an attribute that names nothing.
-    wrapped = len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value"
-    return names[:-1] if wrapped else names
-
-
-def _stack_of(names: list[str], stacked: tuple[str, ...]) -> tuple[str, ...] | None:
-    for i, name in enumerate(names[:-1]):
-        if name in stacked and not names[i + 1].isdigit():
-            return tuple(names[: i + 1])
-    return None
-
-
-def is_stacked(path: tuple[Any, ...], stacked: tuple[str, ...]) -> bool:
-    """Whether the leaf at a path of `jax.tree_util` has a leading layer axis, see `decay_mask`."""
-    return _stack_of(_names(path), stacked) is not None
-
-
 def decay_report(params: optax.Params, mask: Any) -> str:
     """Lays out path, shape, size and decay of every parameter as a table, with totals.
 
@@ -89,7 +80,7 @@ def decay_report(params: optax.Params, mask: Any) -> str:
     flags = jax.tree.leaves(_resolve_mask(mask, params))
     sizes = [math.prod(leaf.shape) for _, leaf in leaves]
     rows = [
-        ("/".join(_names(path)), "x".join(map(str, leaf.shape)) or "scalar", f"{size:,}", "decay" if flag else "-")
+        ("/".join(path_names(path)), "x".join(map(str, leaf.shape)) or "scalar", f"{size:,}", "decay" if flag else "-")
         for (path, leaf), size, flag in zip(leaves, sizes, flags, strict=True)
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -166,69 +157,6 @@ def _check_adamw(learning_rate, b1, b2, eps, weight_decay, mu_dtype) -> None:
         raise ValueError(f"learning_rate must be 0 or more, or a schedule; got {learning_rate}")
     if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
         raise ValueError(f"mu_dtype must be a float dtype, got {mu_dtype}")
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Euclidean norm over all leaves of a tree, a float32 scalar computed in float32 whatever the leaves' dtype.
-
-    Above 1.8e19 the sum of squares overflows and the norm is inf: like a NaN, a sign that the gradient is not usable.
-    """
-    # Where layers are stacked the sum over all of them is that of their own sums, which `layer_diagnostics` shares.
-    squares = [
-        jnp.sum(layer_squares(leaf) if is_stacked(path, STACKED) else jnp.square(leaf.astype(jnp.float32)))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
-
-
-def layer_squares(leaf: jax.Array) -> jax.Array:
-    """Sums of squares, float32 `[L]`, of a leaf `[L, ...]`."""
-    sums = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
-    # Otherwise the compiler adds up all squares once more for the norm of the whole.
-    return jax.lax.optimization_barrier(sums)
-
-
-class ClipState(NamedTuple):
-    """Norm of the last gradient before clipping and the factor applied to it, float32 scalars."""
-
-    grad_norm: jax.Array
-    clip_factor: jax.Array
-
-
-def clip_by_global_norm(max_norm: float | None) -> optax.GradientTransformation:
-    """Scales the gradient to `max_norm` where its global norm is larger (arXiv:1211.5063).
-
-    At or below the threshold the gradient passes bit for bit. A norm that is not finite makes every leaf NaN: optax
-    would let the finite leaves through as zeros. None: only measures.
-    """
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"clip_norm must be above 0, or None for no clipping; got {max_norm}")
-
-    def init(params):
-        del params
-        return ClipState(jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
-
-    def update(grads, state, params=None):
-        del state, params
-        norm = global_norm(grads)
-        if max_norm is None:
-            return grads, ClipState(norm, jnp.ones((), jnp.float32))
-        factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
-        factor = jnp.where(jnp.isfinite(norm), factor, jnp.nan)
-        return scale_to_factor(grads, factor), ClipState(norm, factor)
-
-    return optax.GradientTransformation(init, update)
-
-
-def scale_to_factor(grads: optax.Updates, factor: jax.Array) -> optax.Updates:
-    """Multiplies gradients by a float32 factor; by 1 they pass bit for bit."""
-
-    def scale(grad):
-        # A select rather than a product with 1, which flushes subnormal numbers. The product is float32: a small
-        # factor would underflow in float16.
-        return jnp.where(factor == 1, grad, (grad.astype(jnp.float32) * factor).astype(grad.dtype))
-
-    return jax.tree.map(scale, grads)
 
 
 class AdamState(NamedTuple):
@@ -332,3 +260,36 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         return updates, LearningRateState(optax.safe_increment(state.count), lr)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class OptimizerEntry(NamedTuple):
+    """Optimizer that `optim.name` of a config can name; see `OPTIMIZERS`.
+
+    Attributes:
+      make: `(optim, learning_rate, clip) -> optax.GradientTransformation`, from a `config.OptimConfig`, the schedule
+        and the transformation that clips the gradient, which `make` puts first.
+      description: one line.
+      check: `(optim) -> None`, raises a ValueError that names the fields of `optim`. None: `make` checks.
+    """
+
+    make: Callable[[Any, optax.Schedule, optax.GradientTransformation], optax.GradientTransformation]
+    description: str
+    check: Callable[[Any], None] | None = None
+
+
+def _adamw(optim: Any, learning_rate: optax.Schedule, clip: optax.GradientTransformation):
+    return clipped_adamw(
+        learning_rate,
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip=clip,
+        mu_dtype=jnp.dtype(optim.mu_dtype),
+    )
+
+
+# A config file may add an entry: OPTIMIZERS["name"] = OptimizerEntry(make, description).
+OPTIMIZERS: dict[str, OptimizerEntry] = {
+    "adamw": OptimizerEntry(_adamw, "AdamW (arXiv:1711.05101) with decay on matrices alone"),
+}

@@ -103,7 +103,7 @@ class Console:
             f"{float(fields['tokens_per_second']):,.0f} tokens/s",
             f"loss {float(fields['loss']):.4f}",
             f"grad_norm {grad_norm:.3g}{mark}",
-            f"lr {float(fields['learning_rate']):.2e}",
+            *([f"lr {float(fields['learning_rate']):.2e}"] if "learning_rate" in fields else []),
             f"{format_seconds(left)} left",
         ]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.optim import layer_squares
+from jaxtrain.trees import layer_squares
 
 # Below this many eps, eps is a tenth or more of Adam's denominator and the step is no longer free of scale.
 _NEAR_EPS = 10.0

@@ -102,7 +102,7 @@ class Recorder:
         done, metrics = self._pending
         self._pending = None
         values = metrics.unpack()
-        self.give_up = bool(values["give_up"])
+        self.give_up = bool(values.get("give_up", 0))
         config = self._config
         sampled = bool(config.diagnose_every) and done % config.diagnose_every == 0
         values = drop_unsampled(values, done, config.diagnose_every)

@@ -168,7 +168,7 @@ class TooManyBadSteps(Rule):
 
     def check(self, line: Line) -> str | bool | None:
         why = _SKIP_REASONS.get(line["skip_reason"], "the optimizer refused it")
-        return line["give_up"] == 1 and f"too many of the last steps were skipped, this one because {why}"
+        return line.get("give_up") == 1 and f"too many of the last steps were skipped, this one because {why}"
 
 
 class ClippingSaturated(Rule):
@@ -186,7 +186,7 @@ class ClippingSaturated(Rule):
         self._tiny = 0
 
     def check(self, line: Line) -> str | bool | None:
-        factor = line["clip_factor"]
+        factor = line.get("clip_factor", math.nan)
         if math.isnan(factor) or line["skipped"] == 1:
             return None
         self._tiny = self._tiny + 1 if factor < TINY_FACTOR else 0
@@ -217,7 +217,7 @@ class SpikesCaught(Rule):
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
     def check(self, line: Line) -> str | bool | None:
-        norm, skipped, factor = line["grad_norm"], line["skipped"] == 1, line["clip_factor"]
+        norm, skipped, factor = line["grad_norm"], line["skipped"] == 1, line.get("clip_factor", math.nan)
         if skipped and line["skip_reason"] in (2, 3):
             return f"a step was skipped because {_SKIP_REASONS[line['skip_reason']]} (grad_norm {norm:.3g})"
         if skipped or not math.isfinite(norm):
@@ -240,7 +240,7 @@ class UpdateNormRising(Rule):
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW + RECENT)
 
     def check(self, line: Line) -> str | bool | None:
-        update, rate, loss = line["update_norm"], line["learning_rate"], line["loss"]
+        update, rate, loss = line["update_norm"], line.get("learning_rate", 1.0), line["loss"]
         usable = line["skipped"] != 1 and rate > 0 and math.isfinite(update) and math.isfinite(loss)
         if not usable or line["step"] <= self.facts.config.optim.warmup_steps:
             return None
@@ -360,7 +360,7 @@ class NoProgress(Rule):
     def check(self, line: Line) -> str | bool | None:
         if line["tokens"] == 0:
             return "the batch has no token that counts"
-        if line["skipped"] == 1 or line["learning_rate"] == 0:
+        if line["skipped"] == 1 or line.get("learning_rate") == 0:
             return None
         self._equal = self._equal + 1 if line["loss"] == self._loss else 1
         self._loss = line["loss"]

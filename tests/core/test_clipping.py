@@ -9,10 +9,10 @@ import optax
 import pytest
 from runs import train
 
-from jaxtrain.clipping import ZClipState, clip_adaptively, zclip
+from jaxtrain.clipping import ClipState, ZClipState, clip_adaptively, zclip
 from jaxtrain.guard import skip_bad_steps
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.optim import ClipState, clipped_adamw, global_norm
+from jaxtrain.optim import clipped_adamw, global_norm
 from jaxtrain.training.components import make_optimizer
 
 

@@ -192,12 +192,12 @@ def test_is_an_optax_schedule(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: warmup_cosine(0.0, 10, 3), "peak must be a finite learning rate above 0, got 0.0"),
+        (lambda: warmup_cosine(0.0, 10, 3), "peak must be above 0, a learning rate, got 0.0"),
         (lambda: warmup_cosine(math.nan, 10, 3), "peak"),
         (lambda: warmup_linear(math.inf, 10, 3), "peak"),
         (lambda: sgdr(-1.0, 10, 3, 1), "peak .* got -1.0"),
         (lambda: warmup_constant(0.0, 3), "peak"),
-        (lambda: warmup_cosine(1.0, 10, 3, -0.1), "floor is a fraction of the peak, from 0 to 1; got -0.1"),
+        (lambda: warmup_cosine(1.0, 10, 3, -0.1), r"floor must be in \[0, 1\], a fraction of the peak, got -0.1"),
         (lambda: warmup_stable_decay(1.0, 10, 3, 2, 1.1), "floor .* got 1.1"),
         (lambda: sgdr(1.0, 10, 3, 1, floor=2.0), "floor"),
         (lambda: warmup_cosine(1.0, 10, -1), "warmup_steps must be a whole number .* got -1"),
@@ -208,10 +208,10 @@ def test_is_an_optax_schedule(name):
         (lambda: warmup_cosine(1.0, 0, 0), "total_steps 0"),
         (lambda: warmup_stable_decay(1.0, 10, 6, 5), r"total_steps 10 .* warmup_steps 6 .* \(decay_steps 5\)"),
         (lambda: warmup_stable_decay(1.0, 10, 6, 0), "decay_steps 0"),
-        (lambda: sgdr(1.0, 10, 3, 0), "cycles must be at least 1, got 0"),
+        (lambda: sgdr(1.0, 10, 3, 0), "cycles must be a whole number from 1 .* got 0"),
         (lambda: sgdr(1.0, 10, 3, 2, decay=0.0), r"decay must be in \(0, 1\], got 0.0"),
         (lambda: sgdr(1.0, 10, 3, 2, decay=1.5), "decay"),
-        (lambda: sgdr(1.0, 10, 10, 2), "total_steps 10 must hold warmup_steps 10"),
+        (lambda: sgdr(1.0, 10, 10, 2), "cycle_steps 10 must hold warmup_steps 10"),
     ],
 )
 def test_errors(make, message):
