@@ -1,4 +1,4 @@
-"""Which logical axes the dimensions of each parameter have; `jaxtrain.runtime.mesh` says where those go."""
+"""Logical axes of the transformer's parameters. `jaxtrain.runtime.mesh` maps logical axes to mesh axes."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax
 
 from jaxtrain.models.parallel import gather
 
-# By the last names of a parameter's path. `embed` is d_model, `heads` the query or key-value heads, `hidden` d_ff.
+# Keyed by the end of a parameter's path. `embed` is d_model, `heads` the query or key-value heads, `hidden` d_ff.
 _AXES = {
     "embedding": ("vocab", "embed"),
     "head": ("embed", "vocab"),
@@ -26,14 +26,14 @@ _AXES = {
 }
 _NORMS = ("attention_norm", "feed_forward_norm", "query_norm", "key_norm", "final_norm")
 _AXES |= {f"{norm}/{leaf}": (None,) for norm in _NORMS for leaf in ("scale", "bias")}
-_AXES |= {"out/bias": (None,), "down/bias": (None,)}  # added after the parts are summed
+_AXES |= {"out/bias": (None,), "down/bias": (None,)}  # added after the all-reduce
 
 
 def logical_axes(params: Any) -> Any:
-    """A tree like `params` of tuples, the logical axis of each dimension or None.
+    """Returns a tree like `params` of tuples: the logical axis of each dimension, or None.
 
     Raises:
-      ValueError: a parameter that is not in the table, or has another rank.
+      ValueError: a parameter is missing from the table or has another rank.
     """
 
     def axes_of(path, leaf) -> tuple[str | None, ...]:
@@ -41,19 +41,17 @@ def logical_axes(params: Any) -> Any:
         axes = _AXES.get("/".join(names[-2:])) or _AXES.get(names[-1])
         stacked = ("layers",) if names[0] == "layers" else ()
         if axes is None or len(stacked) + len(axes) != len(leaf.shape):
-            raise ValueError(
-                f"no logical axes are known for {'/'.join(names)} {leaf.shape}: add it to models/layout.py"
-            )
+            raise ValueError(f"{'/'.join(names)} {leaf.shape} has no known logical axes: add it to models/layout.py")
         return stacked + axes
 
     return jax.tree_util.tree_map_with_path(axes_of, params)
 
 
 def gather_layer(variables: Any, num_devices: int) -> Any:
-    """Gathers the parts of one layer's parameters along `embed`."""
+    """All-gathers one layer's parameters along `embed`."""
 
-    def whole(path, leaf):
+    def unshard(path, leaf):
         axes = _AXES["/".join(str(key.key) for key in path[-2:])]
         return gather(leaf, axes.index("embed"), num_devices) if "embed" in axes else leaf
 
-    return jax.tree_util.tree_map_with_path(whole, variables)
+    return jax.tree_util.tree_map_with_path(unshard, variables)

@@ -1,4 +1,4 @@
-"""Float32 masters of weights that compute in another dtype, cast in each layer rather than all at once."""
+"""Float32 master weights that are cast to the compute dtype layer by layer instead of all at once."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,17 +8,17 @@ import jax.numpy as jnp
 
 
 class WithMasters(NamedTuple):
-    """Parameters in the compute dtype, which gradients refer to, and the float32 masters that they are cast from."""
+    """Parameters in the compute dtype, with respect to which gradients are taken, and their float32 masters."""
 
     params: Any
     masters: Any
 
 
-def with_masters(gradients: Callable, dtype: str) -> Callable:
-    """Wraps `(params, batch, *loss_factor) -> (sums, gradients)` to cast float32 parameters where they are used.
+def cast_per_layer(gradients: Callable, dtype: str) -> Callable:
+    """Wraps `gradients(params, batch, *loss_factor) -> (sums, gradients)` to cast float32 parameters where they are used.
 
-    A layer casts its own slice of the masters, so that no copy of all layers is held through the step, and yet the
-    gradients are in the compute dtype.
+    Each layer casts its own slice of the masters, so that no cast copy of all layers lives through the step. Gradients
+    are in the compute dtype.
     """
 
     def wrapped(masters: Any, batch: Any, *loss_factor: jax.Array):
@@ -30,12 +30,12 @@ def with_masters(gradients: Callable, dtype: str) -> Callable:
 
 
 def cast_masters(params: Any, masters: Any, carry: jax.Array) -> Any:
-    """The values of `masters` in the dtypes of `params`; the gradient goes to `params`.
+    """Casts `masters` to the dtypes of `params`. The gradient goes to `params`.
 
     Args:
-      params, masters: one layer's.
-      carry: a value of the loop over layers. A zero is made of it and added: otherwise the TPU compiler moves the cast
-        out of the loop and keeps all layers in both forms.
+      params, masters: parameters of one layer.
+      carry: a value that depends on the loop over layers. A zero derived from it is added; otherwise the TPU compiler
+        moves the cast out of the loop and stores all layers twice.
     """
     zero = jnp.where(carry.reshape(-1)[0] > 0, 0.0, -0.0)
     return jax.tree.map(lambda copy, master: _cast_master(copy, master, zero), params, masters)

@@ -1,7 +1,7 @@
-"""The model's collectives, for code that runs on each device of a mesh (inside `jax.shard_map`).
+"""Collectives of the model, for code that runs on each device of a mesh (inside `jax.shard_map`).
 
-Each one carries its own derivative, and is nothing at all where its axis has one device. Tensor parallelism is
-Megatron's (arXiv:1909.08053), gathering of weights is ZeRO's (arXiv:1910.02054).
+Each function defines its own derivative and does nothing if its mesh axis has one device. Tensor parallelism follows
+Megatron (arXiv:1909.08053), weight gathering follows ZeRO (arXiv:1910.02054).
 
 Shape suffixes: B batch, T tokens, D d_model, V vocabulary.
 """
@@ -14,26 +14,26 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Parallel:
-    """How many devices share the model's matrices along two axes of the mesh."""
+    """Number of devices that shard the model's matrices, per mesh axis."""
 
     fsdp: int = 1
     tensor: int = 1
 
 
 def gather(x: jax.Array, dim: int, num_devices: int) -> jax.Array:
-    """Puts the parts of a matrix together along a dimension; its gradient is added and cut into the parts again."""
+    """All-gathers the shards of a matrix along `dim` over `fsdp`. The gradient is reduce-scattered."""
     if num_devices == 1:
         return x
     return jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True)
 
 
 def enter_tensor(x: jax.Array, num_devices: int) -> jax.Array:
-    """Where a value that all devices have is used by each for its own part; adds up the gradients."""
+    """Identity in the forward pass, all-reduce of the gradient over `tensor` (Megatron's f)."""
     return _enter(x) if num_devices > 1 else x
 
 
 def leave_tensor(x: jax.Array, num_devices: int) -> jax.Array:
-    """Adds up the devices' partial results; the gradient is the same for all of them."""
+    """All-reduce of partial results over `tensor` in the forward pass, identity for the gradient (Megatron's g)."""
     return _leave(x) if num_devices > 1 else x
 
 
@@ -54,17 +54,18 @@ _leave.defvjp(lambda x: (jax.lax.psum(x, "tensor"), None), lambda _, gradient: (
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, parallel: Parallel) -> jax.Array:
-    """Rows of an embedding table that is in parts, vocabulary over `tensor` and channels over `fsdp`.
+    """Looks up tokens in an embedding table whose vocabulary is sharded over `tensor` and channels over `fsdp`.
 
-    Over `fsdp` no table is gathered: every device looks up everybody's tokens in its own channels, and the results
-    change places. What moves is the tokens' own size, once each way, and the table's gradient stays where it belongs.
+    The table is not gathered over `fsdp`. Every device looks up the tokens of all devices in its own channels, and an
+    all-to-all exchanges the results. The traffic is the size of the tokens' embeddings, once in each direction, and the
+    gradient of the table needs no communication.
 
     Args:
-      table_VD: this device's part, `[V / tensor, D / fsdp]`.
+      table_VD: this device's shard, `[V / tensor, D / fsdp]`.
       tokens_BT: this device's tokens.
 
     Returns:
-      `[B, T, D]` of this device's tokens, in the table's dtype.
+      Embeddings `[B, T, D]` of this device's tokens, in the table's dtype.
     """
     if parallel.fsdp > 1:
         tokens_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
@@ -82,15 +83,15 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, parallel: Parallel) -> ja
 
 @jax.custom_vjp
 def take_rows(table_VD: jax.Array, rows_BT: jax.Array) -> jax.Array:
-    """Rows of a table, `[B, T, D]`. The gradient adds up in float32 what a row gets from all its tokens.
+    """Takes rows of a table, `[B, T, D]`. The gradient of each row is accumulated in float32.
 
-    Added up in bfloat16, the many gradients of a frequent token would be lost on their sum.
+    Accumulated in bfloat16, the many small gradients of a frequent token would be rounded away.
     """
     return jnp.take(table_VD, rows_BT, axis=0)
 
 
 def _take_rows_forward(table_VD: jax.Array, rows_BT: jax.Array):
-    return take_rows(table_VD, rows_BT), (table_VD[:, :0], rows_BT)  # of the table its height and dtype
+    return take_rows(table_VD, rows_BT), (table_VD[:, :0], rows_BT)  # an empty slice: keeps height and dtype only
 
 
 def _take_rows_backward(residuals: tuple[jax.Array, jax.Array], gradient_BTD: jax.Array):
@@ -103,12 +104,12 @@ take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 
 
 @jax.custom_vjp
-def together(*arrays):
-    """The arrays themselves; their gradients are all complete before any of them is used further.
+def barrier_gradients(*arrays):
+    """Identity with a barrier on the gradients: all of them are complete before any of them is used.
 
-    Without it the head's whole gradient waits, unreduced, for the end of the layers' backward pass.
+    Without it the gradient of the output head is held unreduced until the layers' backward pass ends.
     """
     return arrays
 
 
-together.defvjp(lambda *arrays: (arrays, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
+barrier_gradients.defvjp(lambda *arrays: (arrays, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))

@@ -1,11 +1,9 @@
-"""What the backward pass of a layer finds kept, and what it computes again (arXiv:1604.06174).
+"""Rematerialization policies: which activations a layer saves and which it recomputes (arXiv:1604.06174).
 
-Policies go by the names that `jax.ad_checkpoint.checkpoint_name` gives to values in the model:
-
-  none      everything is kept; with gathered weights: as `minimal`, so that the gathered weights are not
-  minimal   results of matrix products and of attention are kept; norms, activations and weights are computed again
-  full      nothing but the layer's input is kept
-  offload   as `full`, and the input waits in the host's memory
+none      saves everything. With gathered weights it equals `minimal`, so that gathered weights are not saved
+minimal   saves the results of matrix products and of attention; recomputes norms, activations and weights
+full      saves the layer's input only
+offload   as `full`, with the input in the host's memory
 """
 
 from collections.abc import Callable
@@ -16,20 +14,21 @@ from jax.ad_checkpoint import checkpoint_name as checkpoint_name
 from jaxtrain.config import Remat
 
 BLOCK_INPUT = "block_input"
-ATTENTION = "attention"  # what the attention kernel needs of its forward pass
-# The results of cuDNN's kernel, mixture and logsumexp, are those of a primitive that nobody can name from outside.
-_CUDNN = "dot_product_attention_fwd_wrapper"
+ATTENTION = "attention"  # residuals of the attention kernel
 PRODUCTS = ("query", "key", "value", ATTENTION, "attention_out", "up", "gate")
+# Results of cuDNN's kernel (mixture and logsumexp) belong to a primitive and cannot be named from outside.
+_CUDNN = "dot_product_attention_fwd_wrapper"
 
 
 def rematerialize(layer: Callable, remat: Remat, *, gathered: bool, looped: bool) -> Callable:
-    """Wraps a layer's function in the policy.
+    """Wraps the function of a layer in a rematerialization policy.
 
     Args:
       layer: the function.
       remat: name of the policy.
-      gathered: whether it gathers its weights over devices.
-      looped: whether a loop calls it; otherwise the compiler must be kept from merging both computations into one.
+      gathered: True if the layer gathers its weights over devices.
+      looped: True if a loop calls the layer. Otherwise the compiler must be kept from merging the recomputation with
+        the forward pass.
     """
     if remat == "none" and not gathered:
         return layer

@@ -1,10 +1,10 @@
-"""How many parameters a model has and how many FLOPs a token costs, by formula."""
+"""Formulas for the transformer's number of parameters and FLOPs per token."""
 
 from jaxtrain.config import ModelConfig
 
 
 def num_params(config: ModelConfig) -> int:
-    """Number of parameters; a tied head is counted once."""
+    """Returns the number of parameters. A tied head counts once."""
     c = config
     heads, width = c.num_heads, c.channels_per_head
     norm = c.d_model * (2 if c.use_bias and c.norm == "layernorm" else 1)
@@ -18,18 +18,22 @@ def num_params(config: ModelConfig) -> int:
 
 
 def matrices_per_layer(c: ModelConfig) -> int:
-    """Number of parameters in the matrices of one layer."""
+    """Returns the number of parameters in the matrices of one layer."""
     attention = 2 * c.d_model * (c.num_heads + c.kv_heads) * c.channels_per_head
     return attention + c.d_model * c.d_ff * (3 if c.feed_forward == "swiglu" else 2)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
-    """FLOPs to train on one token: forward, and backward at twice that; recomputation is not counted.
+    """Returns the FLOPs to train on one token: forward, plus backward at twice that. Recomputation does not count.
 
-    Two FLOPs for each multiply-add of the matrix products: all matrices, the head, and attention's scores and mixture
-    (the embedding is a look-up). `causal` counts the scores that are not masked: (seq_len + 1) / 2 keys a query, or
-    with a window the mean of min(t, window) over t from 1 to seq_len; False counts them all, as PaLM's MFU does
-    (arXiv:2204.02311, appendix B).
+    Each multiply-add of the matrix products counts as two FLOPs: all matrices, the head, and attention's scores and
+    mixture. The embedding is a look-up and costs none.
+
+    Args:
+      config: the model.
+      seq_len: tokens per sequence.
+      causal: True counts visible scores only: (seq_len + 1) / 2 keys per query, or with a window the mean of
+        min(t, window) for t from 1 to seq_len. False counts all scores, as PaLM's MFU does (arXiv:2204.02311).
     """
     c = config
     window = min(c.attention_window or seq_len, seq_len)

@@ -1,12 +1,10 @@
-"""One decoder-only transformer in Flax Linen, GPT-2 to Llama by its fields.
+"""Decoder-only transformer in Flax Linen, configurable from GPT-2 to Llama.
 
-Parameters are float32 and stacked over layers, `[L, ...]`, whether the loop over layers is scanned or unrolled. They
-compute in the dtype that they are given in, so a bfloat16 copy of the tree makes a bfloat16 forward pass; norms,
-softmax and rotary angles are float32 always.
+Parameters are float32 and stacked over layers, `[L, ...]`, whether the loop over layers is scanned or unrolled. The
+forward pass computes in the dtype of the parameters it receives; norms, softmax and rotary angles are always float32.
 
-Inside `jax.shard_map` the same code runs on each device's part of the parameters and of the batch: `Parallel` says in
-how many parts they are. A layer then has its part of the heads and hidden channels; models/parallel.py has the
-collectives.
+Inside `jax.shard_map` the same code runs on each device's shard of the parameters and the batch. `Parallel` holds the
+number of shards; each device then has its share of the heads and hidden channels. The collectives are in parallel.py.
 
 Shape suffixes: B batch, T tokens, S cached tokens, D d_model, F d_ff, H query heads, G key and value heads, K head_dim,
 V vocabulary, L layers.
@@ -29,7 +27,7 @@ from jaxtrain.models.kernels.linear import Weights, linear
 from jaxtrain.models.kernels.pointwise import gelu, norm, swiglu
 from jaxtrain.models.layout import gather_layer
 from jaxtrain.models.masters import WithMasters, cast_masters
-from jaxtrain.models.parallel import Parallel, enter_tensor, gather, look_up, take_rows, together
+from jaxtrain.models.parallel import Parallel, barrier_gradients, enter_tensor, gather, look_up, take_rows
 from jaxtrain.models.remat import BLOCK_INPUT, checkpoint_name, rematerialize
 
 Params = dict[str, Any]
@@ -38,14 +36,14 @@ _INIT_STD = 0.02  # Radford et al., 2019
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen, `[L, B, S, G, K]` (without L inside a layer)."""
+    """Keys and values of the previous tokens, `[L, B, S, G, K]` (without L inside a layer)."""
 
     key: jax.Array
     value: jax.Array
 
 
-class Place(NamedTuple):
-    """Where the tokens are, the same for all layers: positions, rotary tables, number in the cache, segments."""
+class TokenContext(NamedTuple):
+    """Facts about the tokens that all layers share: positions, rotary tables, cache length, segments."""
 
     positions_BT: jax.Array
     rope: tuple[jax.Array, jax.Array] | None
@@ -58,57 +56,57 @@ class Norm(nn.Module):
 
     config: ModelConfig
     rms: bool
-    per_part: int = 1  # devices among which what is normed is shared out
+    num_shards: int = 1  # devices that share the normalized heads
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = enter_tensor(self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.per_part)
-        centre = not self.rms
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.config.use_bias and centre else None
-        return norm(x, scale, bias, self.config.norm_eps, centre)
+        scale = enter_tensor(self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.num_shards)
+        center = not self.rms
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.config.use_bias and center else None
+        return norm(x, scale, bias, self.config.norm_eps, center)
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with a cache, over the cached tokens too. H and G are this device's heads."""
+    """Causal self-attention, over the cached tokens too if there is a cache. H and G count this device's heads."""
 
     config: ModelConfig
     parallel: Parallel
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, place: Place, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        c, parts = self.config, self.parallel.tensor
-        x_BTD = enter_tensor(x_BTD, parts)
+    def __call__(self, x_BTD: jax.Array, context: TokenContext, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        c, shards = self.config, self.parallel.tensor
+        x_BTD = enter_tensor(x_BTD, shards)
 
         query_BTHK, key_BTGK, value_BTGK = self._project(x_BTD)
         if c.qk_norm:  # arXiv:2302.05442
-            query_BTHK = Norm(c, rms=True, per_part=parts, name="query_norm")(query_BTHK)
-            key_BTGK = Norm(c, rms=True, per_part=parts, name="key_norm")(key_BTGK)
-        if place.rope is not None:
-            query_BTHK, key_BTGK = rotate(query_BTHK, place.rope), rotate(key_BTGK, place.rope)
-        attend_to = functools.partial(attend, window=c.attention_window or 0, softcap=c.attention_softcap or 0.0)
+            query_BTHK = Norm(c, rms=True, num_shards=shards, name="query_norm")(query_BTHK)
+            key_BTGK = Norm(c, rms=True, num_shards=shards, name="key_norm")(key_BTGK)
+        if context.rope is not None:
+            query_BTHK, key_BTGK = rotate(query_BTHK, context.rope), rotate(key_BTGK, context.rope)
+        attend_to = functools.partial(attend, window=c.attention_window, softcap=c.attention_softcap)
         if cache is None:
             query_BTHK, key_BTGK = checkpoint_name(query_BTHK, "query"), checkpoint_name(key_BTGK, "key")
             value_BTGK = checkpoint_name(value_BTGK, "value")
-            segment_ids_BT = place.segment_ids_BT
+            segment_ids_BT = context.segment_ids_BT
             mixed_BTHK = attend_to(query_BTHK, key_BTGK, value_BTGK, segment_ids=segment_ids_BT, kernel=c.attention)
         else:
             new = Cache(key_BTGK, value_BTGK)
             cache = jax.tree.map(
-                lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, place.num_cached, axis=1), cache, new
+                lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, context.num_cached, axis=1), cache, new
             )
-            mixed_BTHK = attend_to(query_BTHK, cache.key, cache.value, place.positions_BT, kernel="xla")
+            mixed_BTHK = attend_to(query_BTHK, cache.key, cache.value, context.positions_BT, kernel="xla")
         mixed_BTF = mixed_BTHK.reshape(*x_BTD.shape[:-1], -1)
         out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")
-        return checkpoint_name(linear(mixed_BTF, out(mixed_BTF.shape[-1]), parts), "attention_out"), cache
+        return checkpoint_name(linear(mixed_BTF, out(mixed_BTF.shape[-1]), shards), "attention_out"), cache
 
     def _project(self, x_BTD: jax.Array) -> list[jax.Array]:
-        """Queries, keys and values, by one product."""
+        """Returns queries, keys and values from one matrix product."""
         c, width = self.config, self.config.channels_per_head
-        parts = {"query": c.num_heads, "key": c.kv_heads, "value": c.kv_heads}
-        sizes = [num_heads * width // self.parallel.tensor for num_heads in parts.values()]
+        heads = {"query": c.num_heads, "key": c.kv_heads, "value": c.kv_heads}
+        sizes = [num_heads * width // self.parallel.tensor for num_heads in heads.values()]
         weights = [
             Weights(size, _INIT_STD, c.use_bias, name=name)(x_BTD.shape[-1])
-            for name, size in zip(parts, sizes, strict=True)
+            for name, size in zip(heads, sizes, strict=True)
         ]
         kernels, biases = zip(*weights, strict=True)
         kernel = jnp.concatenate(kernels, axis=-1)
@@ -119,40 +117,39 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GELU (arXiv:1606.08415, tanh form) or SwiGLU (arXiv:2002.05202). F are this device's hidden channels."""
+    """GELU (arXiv:1606.08415, tanh form) or SwiGLU (arXiv:2002.05202). F counts this device's hidden channels."""
 
     config: ModelConfig
     parallel: Parallel
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c = self.config
-        parts = self.parallel.tensor
-        x_BTD = enter_tensor(x_BTD, parts)
+        c, shards = self.config, self.parallel.tensor
+        x_BTD = enter_tensor(x_BTD, shards)
 
         def project(name):
-            weights = Weights(c.d_ff // parts, _INIT_STD, c.use_bias, name=name)
+            weights = Weights(c.d_ff // shards, _INIT_STD, c.use_bias, name=name)
             return checkpoint_name(linear(x_BTD, weights(x_BTD.shape[-1])), name)
 
         hidden_BTF = project("up")
         hidden_BTF = swiglu(hidden_BTF, project("gate")) if c.feed_forward == "swiglu" else gelu(hidden_BTF)
         down = Weights(c.d_model, _residual_std(c), c.use_bias, name="down")
-        return linear(hidden_BTF, down(hidden_BTF.shape[-1]), parts)
+        return linear(hidden_BTF, down(hidden_BTF.shape[-1]), shards)
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each added to the residual stream behind a norm."""
+    """One pre-norm layer: attention and feed-forward, each added to the residual stream."""
 
     config: ModelConfig
     parallel: Parallel
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, place: Place, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, x_BTD: jax.Array, context: TokenContext, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         c = self.config
         rms = c.norm == "rmsnorm"
         with jax.named_scope("attention"):
             attention = Attention(c, self.parallel, name="attention")
-            mixed_BTD, cache = attention(Norm(c, rms, name="attention_norm")(x_BTD), place, cache)
+            mixed_BTD, cache = attention(Norm(c, rms, name="attention_norm")(x_BTD), context, cache)
             x_BTD += mixed_BTD
         with jax.named_scope("mlp"):
             feed_forward = FeedForward(c, self.parallel, name="feed_forward")
@@ -161,9 +158,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens to the final hidden states; `head_kernel` turns those into logits.
+    """Decoder from tokens to final hidden states.
 
-    The two are apart so that training can leave the logits to `linear_cross_entropy`.
+    The output head is separate (`head_kernel`, `logits`), so that training can leave the logits to
+    `linear_cross_entropy`.
     """
 
     config: ModelConfig
@@ -181,28 +179,28 @@ class Transformer(nn.Module):
         """Runs the decoder.
 
         Args:
-          tokens_BT: token ids, integers.
-          cache: keys and values of the tokens before these (`empty_cache`); None: there are none.
-          num_cached: how many tokens the cache holds, int32 scalar; the new ones are written behind them.
-          segment_ids: int `[B, T]`; a token sees those of its own segment alone. Positions go on over segments.
+          tokens_BT: integer token ids.
+          cache: keys and values of the tokens before these (`empty_cache`), or None.
+          num_cached: number of valid tokens in the cache, int32 scalar. The new tokens are written after them.
+          segment_ids: int `[B, T]`. A token attends to its own segment only. Positions do not restart at segments.
 
         Returns:
-          Hidden states `[B, T, D]` after the final norm, in the parameters' dtype, and the filled cache.
+          Hidden states `[B, T, D]` after the final norm, in the parameters' dtype, and the extended cache.
 
         Raises:
-          ValueError: more tokens than `max_seq_len`; segments together with a cache, which knows none.
+          ValueError: more tokens than `max_seq_len`, or segments together with a cache.
         """
         c, p = self.config, self.parallel
         if cache is not None and segment_ids is not None:
-            raise ValueError("a cache holds one segment a row: leave out segment_ids, or run without the cache")
+            raise ValueError("a cache holds one segment per row: leave out segment_ids, or run without the cache")
         if tokens_BT.shape[1] > c.max_seq_len:
             raise ValueError(f"{tokens_BT.shape[1]} tokens exceed model.max_seq_len {c.max_seq_len}")
-        part_VD = (c.vocab_rows // p.tensor, c.d_model // p.fsdp)
-        table_VD = self.param("embedding", nn.initializers.normal(_head_std(c)), part_VD)
+        shard_VD = (c.vocab_rows // p.tensor, c.d_model // p.fsdp)
+        table_VD = self.param("embedding", nn.initializers.normal(_head_std(c)), shard_VD)
         with jax.named_scope("embed"):
             x_BTD = look_up(table_VD, tokens_BT, p)
-        first = jnp.zeros((), jnp.int32) if num_cached is None else num_cached
-        positions_BT = jnp.broadcast_to(first + jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+        start = jnp.zeros((), jnp.int32) if num_cached is None else num_cached
+        positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
         rope = None
         if c.positions == "rope":
             rope = rope_tables(positions_BT, c.channels_per_head, c.rope_theta)
@@ -212,66 +210,81 @@ class Transformer(nn.Module):
                 x_BTD += take_rows(rows, positions_BT)
         if self.is_initializing():
             self.param("layers", functools.partial(_init_layers, c))
-        layers = self.get_variable("params", "layers"), self.get_variable("masters", "layers")
-        x_BTD, cache = _run_layers(c, p, layers, x_BTD, Place(positions_BT, rope, num_cached, segment_ids), cache)
+        params, masters = (self.get_variable(kind, "layers") for kind in ("params", "masters"))
+        context = TokenContext(positions_BT, rope, num_cached, segment_ids)
+        x_BTD, cache = decode_layers(c, p, params, masters, x_BTD, context, cache)
         if not c.tie_embeddings:
-            self.param("head", nn.initializers.normal(_head_std(c)), part_VD[::-1])
+            self.param("head", nn.initializers.normal(_head_std(c)), shard_VD[::-1])
         with jax.named_scope("head"):
             return Norm(c, c.norm == "rmsnorm", name="final_norm")(x_BTD), cache
 
 
+def decode_layers(
+    config: ModelConfig,
+    parallel: Parallel,
+    params: Params,
+    masters: Params | None,
+    x_BTD: jax.Array,
+    context: TokenContext,
+    cache: Cache | None,
+) -> tuple[jax.Array, Cache | None]:
+    """Runs all layers.
+
+    Args:
+      config, parallel: sizes and number of shards.
+      params: this device's shards of the stacked parameters, `[L, ...]`.
+      masters: float32 masters to cast in each layer, or None to compute with `params`; see masters.py.
+      x_BTD: embedded tokens.
+      context: positions, rotary tables, cache length and segments of the tokens.
+      cache: keys and values of the previous tokens, or None.
+
+    Returns:
+      The residual stream `[B, T, D]` and the extended cache.
+    """
+    block = Block(config, parallel, parent=None)
+
+    def layer(x_BTD, inputs):
+        (params, masters), cache = inputs
+        x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
+        # Cast and gathered inside the rematerialized function, so that no second copy of the weights is stored.
+        if masters is not None:
+            params = cast_masters(params, masters, x_BTD)
+        return block.apply({"params": gather_layer(params, parallel.fsdp)}, x_BTD, context, cache)
+
+    # The program has replaced "auto". Without a program the layers are looped over.
+    unroll = {"all": config.num_layers, "auto": 1}.get(config.scan_unroll, config.scan_unroll)
+    layer = rematerialize(layer, config.remat, gathered=parallel.fsdp > 1, looped=unroll < config.num_layers)
+    return jax.lax.scan(layer, x_BTD, ((params, masters), cache), unroll=unroll)
+
+
 def _init_layers(c: ModelConfig, key: jax.Array) -> Params:
-    """Parameters of all layers, whole, `[L, ...]`."""
+    """Returns the unsharded parameters of all layers, `[L, ...]`."""
     tokens_BT = jnp.zeros((1, 1), jnp.int32)
     rope = rope_tables(tokens_BT, c.channels_per_head, c.rope_theta) if c.positions == "rope" else None
     block = Block(c, Parallel(), parent=None)
 
     def init(key):
-        return block.init(key, jnp.zeros((1, 1, c.d_model)), Place(tokens_BT, rope), None)["params"]
+        return block.init(key, jnp.zeros((1, 1, c.d_model)), TokenContext(tokens_BT, rope), None)["params"]
 
     return jax.vmap(init)(jax.random.split(key, c.num_layers))
 
 
-def _run_layers(
-    c: ModelConfig,
-    p: Parallel,
-    layers: tuple[Params, Params | None],
-    x_BTD: jax.Array,
-    place: Place,
-    cache: Cache | None,
-) -> tuple[jax.Array, Cache | None]:
-    """Runs one layer after the other, each with its slice of the parameters (and their masters) and of the cache."""
-    block = Block(c, p, parent=None)
-
-    def body(x_BTD, layer):
-        (params, masters), cache = layer
-        x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
-        # Cast and gathered in here, where the backward pass does it again: no weights are kept in another form.
-        if masters is not None:
-            params = cast_masters(params, masters, x_BTD)
-        return block.apply({"params": gather_layer(params, p.fsdp)}, x_BTD, place, cache)
-
-    unroll = {"all": c.num_layers, "auto": 1}.get(c.scan_unroll, c.scan_unroll)
-    body = rematerialize(body, c.remat, gathered=p.fsdp > 1, looped=unroll < c.num_layers)
-    return jax.lax.scan(body, x_BTD, (layers, cache), unroll=unroll)
-
-
 def init_params(model: Transformer, key: jax.Array) -> Params:
-    """Initial parameters, whole, float32. A vocabulary of unknown size is a ValueError."""
+    """Returns the initial parameters, float32 and unsharded. Raises a ValueError if `vocab_size` is not set."""
     if model.config.vocab_size is None:
-        raise ValueError("model.vocab_size is None: parameters need the size of the vocabulary")
-    # One token is enough to know the shapes, and too few for a kernel that works in blocks.
-    whole = Transformer(dataclasses.replace(model.config, attention="xla"))
-    return whole.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        raise ValueError("model.vocab_size is None: set it to the size of the tokenizer's vocabulary")
+    # One token suffices for the shapes, but not for an attention kernel that works in blocks.
+    unsharded = Transformer(dataclasses.replace(model.config, attention="xla"))
+    return unsharded.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def head_kernel(params: Params) -> jax.Array:
-    """The output head `[D, V]`: its own matrix, or the transposed token embedding."""
+    """Returns the output head `[D, V]`: a separate matrix, or the transposed token embedding."""
     return params["head"] if "head" in params else params["embedding"].T
 
 
 def logits(model: Transformer, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-    """Logits `[B, T, V]` of hidden states, float32, soft-capped if the model says so; V without its padding."""
+    """Returns the float32 logits `[B, T, V]` of hidden states, soft-capped if configured. V excludes padding rows."""
     kernel_DV = head_kernel(params)[:, : model.config.vocab_size]
     raw_BTV = jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
     cap = model.config.logit_softcap
@@ -279,7 +292,7 @@ def logits(model: Transformer, params: Params, hidden_BTD: jax.Array) -> jax.Arr
 
 
 def empty_cache(config: ModelConfig, batch_size: int, dtype: jax.typing.DTypeLike) -> Cache:
-    """A cache for `max_seq_len` tokens."""
+    """Allocates a cache for `max_seq_len` tokens."""
     shape = (config.num_layers, batch_size, config.max_seq_len, config.kv_heads, config.channels_per_head)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -290,13 +303,13 @@ def make_loss_fn(
     """Makes `loss_fn(params, batch) -> LossSums` for next-token prediction.
 
     Args:
-      model: the transformer. With `model.parallel` the function belongs into `jax.shard_map`, where it sees one
-        device's part of the parameters and the batch and returns the sums of that part; see `sharding.map_gradients`.
+      model: the transformer. If `model.parallel` has several shards, the function runs inside `jax.shard_map` on one
+        device's shard of the parameters and the batch, and returns that shard's sums; see `mesh.map_gradients`.
       z_loss, label_smoothing, chunk_size: see `linear_cross_entropy`.
 
     Returns:
-      The loss function. Its batch holds `inputs` and `labels` `[B, T]` int32 and `where` `[B, T]` bool, and may hold
-      `segment_ids` `[B, T]` int32: no token sees another segment's. Its parameters may be `WithMasters`.
+      The loss function. Its batch holds `inputs` and `labels` int32 `[B, T]`, `where` bool `[B, T]`, and optionally
+      `segment_ids` int32 `[B, T]`, which attention does not cross. Its parameters may be `WithMasters`.
     """
     c, p = model.config, model.parallel
 
@@ -305,7 +318,7 @@ def make_loss_fn(
         variables = {"params": params} | ({"masters": {"layers": masters["layers"]}} if masters else {})
         hidden_BTD, _ = model.apply(variables, batch["inputs"], segment_ids=batch.get("segment_ids"))
         with jax.named_scope("head"):
-            hidden_BTD, kernel_DV = together(hidden_BTD, head_kernel(params))
+            hidden_BTD, kernel_DV = barrier_gradients(hidden_BTD, head_kernel(params))
             return linear_cross_entropy(
                 hidden_BTD,
                 gather(kernel_DV, 0, p.fsdp),
@@ -317,18 +330,18 @@ def make_loss_fn(
                 chunk_size=chunk_size,
                 num_classes=c.vocab_size,
                 vocab_axis="tensor" if p.tensor > 1 else None,
-                check_labels=False,  # the loader does; it would cost each step the fast dispatch
+                check_labels=False,  # the loader checks them; here the check would slow down the dispatch of each step
             )
 
     return loss_fn
 
 
 def _residual_std(config: ModelConfig) -> float:
-    # The residual stream is a sum of 2 L branches: keep its variance (Radford et al., 2019).
+    # The residual stream adds up 2 L branches; this scale keeps its variance (Radford et al., 2019).
     return _INIT_STD / math.sqrt(2 * config.num_layers)
 
 
 def _head_std(config: ModelConfig) -> float:
-    # Hidden states have unit variance, so logits have std * sqrt(D), and the loss starts at ln V plus half its square.
-    # 0.02 for 768 channels would start 0.15 above ln V.
+    # Hidden states have unit variance, so logits have standard deviation std * sqrt(D), and the initial loss is ln V
+    # plus half the square of that. With 768 channels, 0.02 would start 0.15 above ln V.
     return min(_INIT_STD, 0.35 / math.sqrt(config.d_model))

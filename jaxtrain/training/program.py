@@ -14,7 +14,7 @@ from jaxtrain.config import Config, ModelConfig
 from jaxtrain.losses import LossSums
 from jaxtrain.models.kernels import cudnn
 from jaxtrain.models.kernels.attention import check_kernel, choose_kernel
-from jaxtrain.models.masters import with_masters
+from jaxtrain.models.masters import cast_per_layer
 from jaxtrain.models.model import Model, TransformerModel, axes_of
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.monitoring.packing import PackedMetrics, pack
@@ -180,7 +180,7 @@ def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, specs: 
     over_mesh = map_gradients(mesh, specs)
 
     def map_per_device(gradients: Callable) -> Callable:
-        return over_mesh(with_masters(gradients, settings.precision) if cast_per_layer else gradients)
+        return over_mesh(cast_per_layer(gradients, settings.precision) if cast_per_layer else gradients)
 
     return _Losses(train.loss, map_loss(local.loss, mesh, specs), map_per_device, cast_per_layer)
 
@@ -259,7 +259,7 @@ def _kernel(config: Config, mesh: Mesh) -> str:
         "dtype": config.train.precision,
         "seq_len": config.train.seq_len,
         "head_dim": model.channels_per_head,
-        "softcap": model.attention_softcap or 0.0,
+        "softcap": model.attention_softcap,
         "capability": cudnn.capability(device),
     }
     if model.attention == "auto":

@@ -35,7 +35,7 @@ def inputs(length, num_heads, num_groups, dtype=jnp.float32, batch=2, width=16):
 
 @jax.jit
 def with_gradients(query, key, value, gradient):
-    output, derivative = jax.vjp(causal.attend, query, key, value)
+    output, derivative = jax.vjp(causal.causal_attention, query, key, value)
     return output, *derivative(gradient)
 
 
@@ -71,8 +71,8 @@ def test_large_scores_do_not_overflow():
 
 def test_a_later_key_that_is_not_finite_changes_no_query_before_it():
     query, key, value, _ = inputs(200, 2, 2)
-    before = causal.attend(query, key, value)
-    after = causal.attend(query, key.at[:, 150].set(jnp.nan), value)
+    before = causal.causal_attention(query, key, value)
+    after = causal.causal_attention(query, key.at[:, 150].set(jnp.nan), value)
     assert (before[:, :128] == after[:, :128]).all()  # the block before never sees it
     assert not np.isnan(after[:, 128:150]).any()
     assert np.isnan(after[:, 150:]).all()
@@ -90,7 +90,7 @@ def test_most_of_the_masked_half_is_not_computed():
 
 def test_no_square_is_kept_for_the_backward_pass():
     arguments = inputs(640, 2, 2, batch=1)
-    _, derivative = jax.vjp(causal.attend, *arguments[:3])
+    _, derivative = jax.vjp(causal.causal_attention, *arguments[:3])
     kept = [leaf.size for leaf in jax.tree.leaves(derivative)]
     assert max(kept) == arguments[0].size
 
@@ -102,5 +102,5 @@ def test_nor_may_the_compiler_keep_a_long_one(length):
     XLA's CPU compiler heeds it from jaxlib 0.11 on: eight such layers then take 9 MB of temporaries instead of 20.
     """
     arguments = inputs(length, 2, 2, batch=1)
-    text = jax.jit(lambda *a: jax.vjp(causal.attend, *a[:3])[1](a[3])).lower(*arguments).as_text()
+    text = jax.jit(lambda *a: jax.vjp(causal.causal_attention, *a[:3])[1](a[3])).lower(*arguments).as_text()
     assert ("optimization_barrier" in text) == (length > 512)

@@ -23,7 +23,7 @@ from jaxtrain.training.program import make_program
 def test_kernel_agrees_with_plain_attention(length, num_heads, num_groups, batch_size):
     """Output and gradients in float32; lengths of one block, of several, and with longer blocks of keys."""
     arguments = inputs(length, num_heads, num_groups, batch_size=batch_size)
-    actual = run(functools.partial(splash.attend, interpret=True), *arguments)
+    actual = run(functools.partial(splash.splash_attention, interpret=True), *arguments)
     expected = run(functools.partial(attend, kernel="xla"), *arguments)
     assert distance(actual, expected) < 3e-6
 
@@ -45,7 +45,7 @@ def test_window_soft_cap_and_segments_agree_with_plain_attention(options, num_gr
     arguments = inputs(384, 2, num_groups)
     if options.pop("segments", False):
         options["segment_ids"] = segments_of(2, 384)
-    actual = run(functools.partial(splash.attend, interpret=True, **options), *arguments)
+    actual = run(functools.partial(splash.splash_attention, interpret=True, **options), *arguments)
     expected = run(functools.partial(attend, kernel="xla", **options), *arguments)
     assert distance(actual, expected) < 3e-6
 
@@ -53,13 +53,13 @@ def test_window_soft_cap_and_segments_agree_with_plain_attention(options, num_gr
 def test_kernel_agrees_with_float64():
     arguments = inputs(128, 2, 1, batch_size=1)
     options = {"window": 50, "softcap": 2.0, "segment_ids": segments_of(1, 128)}
-    actual = run(functools.partial(splash.attend, interpret=True, **options), *arguments)
+    actual = run(functools.partial(splash.splash_attention, interpret=True, **options), *arguments)
     assert distance(actual, output_and_gradients(*arguments, **options)) < 3e-6
 
 
 def test_a_query_sees_no_later_key():
     query, key, value, _ = inputs(256, 2, 1, batch_size=1)
-    attention = jax.jit(functools.partial(splash.attend, interpret=True))
+    attention = jax.jit(functools.partial(splash.splash_attention, interpret=True))
     before = attention(query, key, value)
     after = attention(query, *(np.concatenate([x[:, :200], 1 + x[:, 200:]], axis=1) for x in (key, value)))
     np.testing.assert_array_equal(before[:, :200], after[:, :200])

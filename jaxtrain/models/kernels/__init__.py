@@ -1,1 +1,1 @@
-"""Attention kernels, matrix products and pointwise functions."""
+"""Attention kernels, linear layers and pointwise functions, with derivatives of their own."""

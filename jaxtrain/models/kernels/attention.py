@@ -1,6 +1,6 @@
-"""Causal attention with grouped queries by one of several kernels, and rotary positions.
+"""Causal grouped-query attention with a choice of kernels, and rotary positions.
 
-Shape suffixes: B batch, T queries, S keys, H query heads, G key and value heads, K channels a head.
+Shape suffixes: B batch, T queries, S keys, H query heads, G key and value heads, K channels per head.
 """
 
 from typing import Any
@@ -8,7 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.models.kernels import causal, cudnn, splash
+from jaxtrain.models.kernels import cudnn, splash
+from jaxtrain.models.kernels.causal import causal_attention
+from jaxtrain.models.kernels.cudnn import cudnn_attention
+from jaxtrain.models.kernels.splash import splash_attention
 from jaxtrain.models.remat import ATTENTION, checkpoint_name
 
 
@@ -19,30 +22,30 @@ def attend(
     positions_BT: jax.Array | None = None,
     *,
     segment_ids: jax.Array | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
-    """Attends to the keys up to each query's position (arXiv:1706.03762); softmax in float32.
+    """Computes causal attention (arXiv:1706.03762) with a float32 softmax.
 
-    It works on one device's rows and heads: with several devices, call it inside `jax.shard_map` over both.
+    Works on one device's rows and heads. With several devices, call it inside `jax.shard_map` over both.
 
     Args:
       query_BTHK: queries; H is a multiple of G (arXiv:2305.13245).
-      key_BSGK, value_BSGK: keys and values, of positions 0 to S - 1.
-      positions_BT: position of each query among the keys, int; None: T = S and query t is at position t.
-      segment_ids: segment of each position, int `[B, S]`; a query sees the keys of its own position's segment alone.
-      window: how many keys a query sees at most, its own and those before it (arXiv:2004.05150); 0: all.
-      softcap: scores become softcap * tanh(scores / softcap) (arXiv:2408.00118); 0: they stay.
-      kernel: "xla", which does all of this; "splash" on TPUs (`kernels.splash`), which takes no positions;
-        "cudnn" on NVIDIA GPUs (`kernels.cudnn`), which takes no positions, segments or soft-cap; "auto": by the
-        default backend, the fastest that does what is asked.
+      key_BSGK, value_BSGK: keys and values of positions 0 to S - 1.
+      positions_BT: int position of each query among the keys. None requires T = S and puts query t at position t.
+      segment_ids: int `[B, S]`, segment of each position. A query attends to keys of its own segment only.
+      window: number of newest keys that a query attends to, itself included (arXiv:2004.05150). None means all keys.
+      softcap: replaces scores by softcap * tanh(scores / softcap) (arXiv:2408.00118). None disables it.
+      kernel: "xla" supports all arguments. "splash" (TPUs) does not support positions. "cudnn" (NVIDIA GPUs) does not
+        support positions, segments or a soft-cap. "auto" takes the fastest kernel of the default backend that
+        supports the arguments.
 
     Returns:
       `[B, T, H, K]`, in the queries' dtype.
 
     Raises:
-      ValueError: a kernel that cannot do this; shapes that do not fit together; window or softcap below 0.
+      ValueError: an unsupported argument, shapes that do not match, or a window or soft-cap that is not above 0.
     """
     _check_arguments(query_BTHK, key_BSGK, positions_BT, segment_ids, window, softcap)
     _, length, _, width = query_BTHK.shape
@@ -60,46 +63,47 @@ def attend(
     if kernel == "auto":
         kernel = choose_kernel(device.platform, **asked)
     check_kernel(kernel, **asked)
-    if window >= key_BSGK.shape[1]:
-        window = 0
+    if window is not None and window >= key_BSGK.shape[1]:
+        window = None
+    arrays = query_BTHK, key_BSGK, value_BSGK
     if kernel == "splash":
-        return splash.attend(query_BTHK, key_BSGK, value_BSGK, segment_ids=segment_ids, window=window, softcap=softcap)
+        return splash_attention(*arrays, segment_ids=segment_ids, window=window, softcap=softcap)
     if kernel == "cudnn":
-        return cudnn.attend(query_BTHK, key_BSGK, value_BSGK, window=window)
-    if positions_BT is None and segment_ids is None and not window and not softcap:
-        return causal.attend(query_BTHK, key_BSGK, value_BSGK)
+        return cudnn_attention(*arrays, window=window)
+    if positions_BT is None and segment_ids is None and window is None and softcap is None:
+        return causal_attention(*arrays)
     visible_BTS = _visible(length, key_BSGK.shape[1], positions_BT, segment_ids, window)
-    # The other kernels' results have names of their own: with this one they would be kept twice.
+    # The other kernels name their residuals themselves; this name would save their results twice.
     return checkpoint_name(_attend_xla(query_BTHK, key_BSGK, value_BSGK, visible_BTS, softcap), ATTENTION)
 
 
 def choose_kernel(platform: str, dtype: jax.typing.DTypeLike, seq_len: int, head_dim: int, **more: Any) -> str:
-    """The fastest kernel that does what is asked.
+    """Returns the fastest kernel that supports the arguments.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      dtype: of queries, keys and values.
-      seq_len, head_dim: tokens, and channels a head.
-      more: what else is asked, see `check_kernel`.
+      dtype: dtype of queries, keys and values.
+      seq_len, head_dim: tokens, and channels per head.
+      more: see `check_kernel`.
     """
     fastest = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-    return "xla" if _obstacle(fastest, dtype=dtype, seq_len=seq_len, head_dim=head_dim, **more) else fastest
+    return "xla" if _unsupported(fastest, dtype=dtype, seq_len=seq_len, head_dim=head_dim, **more) else fastest
 
 
 def check_kernel(kernel: str, dtype: jax.typing.DTypeLike, seq_len: int, head_dim: int, **more: Any) -> None:
-    """Raises a ValueError if a kernel cannot do what is asked.
+    """Raises a ValueError if a kernel does not support the arguments.
 
     Args:
       kernel: "xla", "splash" or "cudnn".
       dtype, seq_len, head_dim: as for `choose_kernel`.
-      more: `positions`, `segments`: whether there are any; `softcap`; `capability`: of the GPU (`cudnn.capability`).
+      more: `positions` and `segments`: True if given; `softcap`; `capability`: the GPU's (`cudnn.capability`).
     """
-    reason = _obstacle(kernel, dtype=dtype, seq_len=seq_len, head_dim=head_dim, **more)
+    reason = _unsupported(kernel, dtype=dtype, seq_len=seq_len, head_dim=head_dim, **more)
     if reason:
         raise ValueError(f'attention "{kernel}" {reason}: use "xla"')
 
 
-def _obstacle(
+def _unsupported(
     kernel: str,
     *,
     dtype: jax.typing.DTypeLike,
@@ -107,19 +111,19 @@ def _obstacle(
     head_dim: int,
     positions: bool = False,
     segments: bool = False,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     capability: tuple[int, int] | None = None,
 ) -> str | None:
-    """What keeps a kernel from doing this; None: nothing."""
+    """Returns why a kernel does not support the arguments, as the end of a sentence, or None."""
     if kernel == "xla":
         return None
     if kernel not in ("splash", "cudnn"):
-        raise ValueError(f"unknown attention kernel {kernel!r}: it is auto, xla, splash or cudnn")
+        raise ValueError(f"unknown attention kernel {kernel!r}: choose auto, xla, splash or cudnn")
     if positions:
         return "takes no positions"
     if kernel == "splash":
-        return splash.obstacle(seq_len)
-    return cudnn.obstacle(dtype, head_dim, segments=segments, softcap=softcap, capability=capability)
+        return splash.unsupported(seq_len)
+    return cudnn.unsupported(dtype, head_dim, segments=segments, softcap=softcap, capability=capability)
 
 
 def _check_arguments(
@@ -127,31 +131,33 @@ def _check_arguments(
     key_BSGK: jax.Array,
     positions_BT: jax.Array | None,
     segment_ids: jax.Array | None,
-    window: int,
-    softcap: float,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     batch, length, num_heads, _ = query_BTHK.shape
     _, num_keys, num_groups, _ = key_BSGK.shape
     if num_heads % num_groups:
         raise ValueError(f"{num_heads} query heads are not a multiple of {num_groups} key and value heads")
     if positions_BT is None and length != num_keys:
-        raise ValueError(f"{length} queries and {num_keys} keys: give the queries' positions among the keys")
+        raise ValueError(f"{length} queries and {num_keys} keys: pass the queries' positions among the keys")
     if segment_ids is not None and segment_ids.shape != (batch, num_keys):
-        raise ValueError(f"segment_ids are of all keys, [{batch}, {num_keys}]; got {list(segment_ids.shape)}")
-    if window < 0:
-        raise ValueError(f"the attention window must be 0 (all keys) or more, got {window}")
-    if not 0 <= softcap < float("inf"):
-        raise ValueError(f"the attention soft-cap must be 0 (off) or more and finite, got {softcap}")
+        raise ValueError(
+            f"segment_ids must have the shape of the keys, [{batch}, {num_keys}]; got {list(segment_ids.shape)}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"the attention window must be above 0, or None for all keys; got {window}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"the attention soft-cap must be above 0 and finite, or None to disable it; got {softcap}")
 
 
 def _visible(
-    length: int, num_keys: int, positions_BT: jax.Array | None, segment_ids: jax.Array | None, window: int
+    length: int, num_keys: int, positions_BT: jax.Array | None, segment_ids: jax.Array | None, window: int | None
 ) -> jax.Array:
-    """Which keys each query sees, bool `[B, T, S]`, or `[1, T, S]` where all rows are alike."""
+    """Returns the mask of the keys that each query attends to, bool `[B, T, S]`, or `[1, T, S]` if rows are equal."""
     queries_BT = jnp.arange(length)[None, :] if positions_BT is None else positions_BT
     keys_11S = jnp.arange(num_keys)[None, None, :]
     visible_BTS = keys_11S <= queries_BT[:, :, None]
-    if window:
+    if window is not None:
         visible_BTS &= keys_11S > queries_BT[:, :, None] - window
     if segment_ids is not None:
         own_BT = segment_ids if positions_BT is None else jnp.take_along_axis(segment_ids, positions_BT, axis=1)
@@ -160,16 +166,16 @@ def _visible(
 
 
 def _attend_xla(
-    query_BTHK: jax.Array, key_BSGK: jax.Array, value_BSGK: jax.Array, visible_BTS: jax.Array, softcap: float
+    query_BTHK: jax.Array, key_BSGK: jax.Array, value_BSGK: jax.Array, visible_BTS: jax.Array, softcap: float | None
 ) -> jax.Array:
     batch, length, num_heads, width = query_BTHK.shape
     num_groups = key_BSGK.shape[2]
     grouped = query_BTHK.reshape(batch, length, num_groups, num_heads // num_groups, width)
     scores = jnp.einsum("btghk,bsgk->bghts", grouped, key_BSGK, preferred_element_type=jnp.float32) * width**-0.5
-    if softcap:
+    if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(visible_BTS[:, None, None], scores, -jnp.inf)
-    # Divided by their sum after the product with the values: T x K divisions instead of T x S.
+    # Normalized after the product with the values: T x K divisions instead of T x S.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     mixed = jnp.einsum(
         "bghts,bsgk->btghk", weights.astype(value_BSGK.dtype), value_BSGK, preferred_element_type=jnp.float32
@@ -179,9 +185,9 @@ def _attend_xla(
 
 
 def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary angles (arXiv:2104.09864), float32 `[B, T, 1, K / 2]`.
+    """Returns cosines and sines of the rotary angles (arXiv:2104.09864), float32 `[B, T, 1, K / 2]`.
 
-    bfloat16 would not even tell position 256 from 257.
+    bfloat16 cannot distinguish positions 256 and 257.
     """
     frequency_K = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle_BTK = positions_BT.astype(jnp.float32)[:, :, None] * frequency_K[None, None, :]
@@ -189,7 +195,7 @@ def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[j
 
 
 def rotate(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates channel pairs (i, i + K / 2) by the angles of `rope_tables`; float32 inside, same dtype out."""
+    """Rotates channel pairs (i, i + K / 2) by the angles of `rope_tables`, in float32. Returns the dtype of x."""
     cos, sin = tables
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

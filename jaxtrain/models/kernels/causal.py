@@ -1,11 +1,11 @@
-"""Causal attention as plain matrix products that keeps no long T x T array for the backward pass.
+"""Causal attention as plain matrix products, without a T x T residual for the backward pass.
 
-The derivative is written out: of the forward pass it keeps the output and the logarithm of each row's sum, and forms
-the weights again (arXiv:2205.14135, without its kernel). Queries go in blocks, each with the keys up to its last one,
-so that most of the masked half is never computed.
+The custom derivative saves the output and the log-sum of each row and recomputes the weights (arXiv:2205.14135,
+without its kernel). Queries are processed in blocks, each with the keys up to its last query, so that most of the
+masked half is never computed.
 
-Shape suffixes: B batch, T tokens (S as keys), H query heads, G key and value heads, M query heads a group (H = G x M),
-K channels a head; R the rows of a block: its queries, for each of the M heads.
+Shape suffixes: B batch, T tokens (S as keys), H query heads, G key and value heads, M query heads per group
+(H = G x M), K channels per head, R rows of a block: its queries for each of the M heads.
 """
 
 import jax
@@ -13,17 +13,17 @@ import jax.numpy as jnp
 
 from jaxtrain.models.remat import ATTENTION, checkpoint_name
 
-# The least queries a block, and the most blocks: each adds operations, and the last saves less than the first.
+# Minimum queries per block, and maximum number of blocks: every further block adds operations and saves less.
 _BLOCK, _MAX_BLOCKS = 128, 8
-# Up to this many tokens the scores are no larger than what else is kept, and the compiler may keep them.
+# Up to this many tokens the scores are no larger than the other residuals, so the compiler may save them.
 _SHORT = 512
 
 
 @jax.custom_vjp
-def attend(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array) -> jax.Array:
-    """Attends to the keys up to each query's position (arXiv:1706.03762); `[B, T, H, K]` in the queries' dtype.
+def causal_attention(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array) -> jax.Array:
+    """Computes causal attention (arXiv:1706.03762), `[B, T, H, K]` in the queries' dtype.
 
-    Products are summed in float32, and so is the softmax. Reverse mode only, once.
+    Products and softmax accumulate in float32. Supports first-order reverse-mode differentiation only.
     """
     return _forward(query_BTHK, key_BTGK, value_BTGK)[0]
 
@@ -38,10 +38,10 @@ def _forward(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array):
         weights_BGRS = jnp.exp(scores_BGRS - top_BGR1)
         total_BGR1 = jnp.sum(weights_BGRS, axis=-1, keepdims=True)
         mixed_BGRK = _product(weights_BGRS.astype(value_BGSK.dtype), value_BGSK[:, :, :stop])
-        # Divided after the product with the values: R x K divisions instead of R x S.
+        # Normalized after the product with the values: R x K divisions instead of R x S.
         mixed.append(_from_rows((mixed_BGRK / total_BGR1).astype(query_BTHK.dtype), stop - start))
         log_sum.append(_from_rows(top_BGR1 + jnp.log(total_BGR1), stop - start))
-    # Named here, in the form that the derivative reads: rematerialization may keep them.
+    # Named in the layout that the derivative reads, so that rematerialization can save them.
     mixed_BGMTK = checkpoint_name(jnp.concatenate(mixed, axis=3), ATTENTION)
     log_sum_BGMT1 = checkpoint_name(jnp.concatenate(log_sum, axis=3), ATTENTION)
     return _by_token(mixed_BGMTK), (query_BGMTK, key_BGSK, value_BGSK, mixed_BGMTK, log_sum_BGMT1)
@@ -49,12 +49,12 @@ def _forward(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array):
 
 def _backward(residuals, gradient_BTHK: jax.Array):
     if gradient_BTHK.shape[1] > _SHORT:
-        # Otherwise the compiler merges both computations of the scores, or begins the second long before its turn.
+        # Without it the compiler merges both computations of the scores, or starts the second one too early.
         residuals, gradient_BTHK = jax.lax.optimization_barrier((residuals, gradient_BTHK))
     query_BGMTK, key_BGSK, value_BGSK, mixed_BGMTK, log_sum_BGMT1 = residuals
     num_groups, length, width = query_BGMTK.shape[1], *query_BGMTK.shape[3:]
     gradient_BGMTK = _by_group(gradient_BTHK, num_groups)
-    # Of each row the sum of weights times their gradients, from T x K products instead of T x S.
+    # Per row, the sum of weights times their gradients: T x K products instead of T x S.
     sum_BGMT1 = jnp.sum(gradient_BGMTK.astype(jnp.float32) * mixed_BGMTK.astype(jnp.float32), axis=-1, keepdims=True)
     query_parts, key_parts, value_parts = [], [], []
     for start, stop in _blocks(length):
@@ -65,28 +65,28 @@ def _backward(residuals, gradient_BTHK: jax.Array):
         on_scores_BGRS = weights_BGRS * (on_weights_BGRS - _rows(sum_BGMT1, start, stop)) * width**-0.5
         on_scores_BGRS = on_scores_BGRS.astype(query_BGMTK.dtype)
         query_parts.append(_from_rows(_product(on_scores_BGRS, key_BGSK[:, :, :stop]), stop - start))
-        # The small operands are turned round rather than the large ones.
-        turned_BGKR = query_BGRK.swapaxes(2, 3), gradient_BGRK.swapaxes(2, 3)
-        if length <= _BLOCK:  # copied, a CPU is quicker with them; with longer rows the copies cost more than they save
-            turned_BGKR = jax.lax.optimization_barrier(turned_BGKR)
-        key_parts.append(_product(turned_BGKR[0], on_scores_BGRS))
-        value_parts.append(_product(turned_BGKR[1], weights_BGRS.astype(query_BGMTK.dtype)))
+        # Transposes the small operands rather than the large ones.
+        transposed_BGKR = query_BGRK.swapaxes(2, 3), gradient_BGRK.swapaxes(2, 3)
+        if length <= _BLOCK:  # CPUs run faster on copies; for longer rows the copies cost too much
+            transposed_BGKR = jax.lax.optimization_barrier(transposed_BGKR)
+        key_parts.append(_product(transposed_BGKR[0], on_scores_BGRS))
+        value_parts.append(_product(transposed_BGKR[1], weights_BGRS.astype(query_BGMTK.dtype)))
     query_gradient = _by_token(jnp.concatenate(query_parts, axis=3))
-    gradients = query_gradient, _add_up(key_parts, length), _add_up(value_parts, length)
+    gradients = query_gradient, _sum_blocks(key_parts, length), _sum_blocks(value_parts, length)
     return tuple(gradient.astype(gradient_BTHK.dtype) for gradient in gradients)
 
 
-attend.defvjp(_forward, _backward)
+causal_attention.defvjp(_forward, _backward)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    """First and last query (not included) of each block."""
+    """Returns the half-open range of queries of each block."""
     size = max(_BLOCK, -(-length // _MAX_BLOCKS))
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _scores(query_BGMTK: jax.Array, key_BGSK: jax.Array, start: int, stop: int) -> jax.Array:
-    """Scaled scores of a block, float32, `[B, G, R, stop]`; -inf where a key comes after the query."""
+    """Returns the scaled scores of a block, float32 `[B, G, R, stop]`, -inf where a key follows the query."""
     keys_BGKS = key_BGSK[:, :, :stop].swapaxes(2, 3)
     scores_BGRS = _product(_rows(query_BGMTK, start, stop), keys_BGKS) * query_BGMTK.shape[-1] ** -0.5
     positions_R = jnp.tile(jnp.arange(start, stop), query_BGMTK.shape[2])
@@ -109,7 +109,7 @@ def _by_token(x_BGMTK: jax.Array) -> jax.Array:
 
 
 def _rows(x_BGMTK: jax.Array, start: int, stop: int) -> jax.Array:
-    """A block's queries of all heads of a group in one dimension, for one product with the keys that they share."""
+    """Merges a block's queries of all heads of a group into one dimension, for one product with their shared keys."""
     block = x_BGMTK[:, :, :, start:stop]
     return block.reshape(*block.shape[:2], -1, block.shape[-1])
 
@@ -118,7 +118,7 @@ def _from_rows(x_BGRK: jax.Array, length: int) -> jax.Array:
     return x_BGRK.reshape(*x_BGRK.shape[:2], -1, length, x_BGRK.shape[-1])
 
 
-def _add_up(parts_BGKS: list[jax.Array], length: int) -> jax.Array:
-    """The sum `[B, T, G, K]` of what each block says of its keys, the first ones."""
+def _sum_blocks(parts_BGKS: list[jax.Array], length: int) -> jax.Array:
+    """Sums the blocks' gradients of keys or values, `[B, T, G, K]`. Each block covers a prefix of the keys."""
     padded = [jnp.pad(x, [(0, 0)] * 3 + [(0, length - x.shape[3])]) for x in parts_BGKS]
     return sum(padded[1:], padded[0]).transpose(0, 3, 1, 2)

@@ -1,6 +1,6 @@
-"""A linear layer: its parameters, and its product whose gradient is a product of matrices as they lie in memory.
+"""Linear layer with a gradient that is computed as one matrix product, in the layout that is fastest per backend.
 
-Shape suffixes: N tokens (of all rows), I inputs, O outputs.
+Shape suffixes: N tokens of all rows, I inputs, O outputs.
 """
 
 import jax
@@ -11,7 +11,7 @@ from jaxtrain.models.parallel import leave_tensor
 
 
 class Weights(nn.Module):
-    """A kernel `[num_inputs, features]` and a bias `[features]`, or None."""
+    """Kernel `[num_inputs, features]` and bias `[features]`, or None without a bias."""
 
     features: int
     std: float
@@ -23,14 +23,17 @@ class Weights(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
 
 
-def linear(x: jax.Array, weights: tuple[jax.Array, jax.Array | None], partial: int = 1) -> jax.Array:
-    """Multiplies the last dimension of x by a kernel, and adds a bias.
+def linear(x: jax.Array, weights: tuple[jax.Array, jax.Array | None], num_shards: int = 1) -> jax.Array:
+    """Multiplies the last dimension of x by a kernel and adds a bias.
 
-    `partial`: x and the kernel have one device's part of the contraction, of as many; the sum is over all of them.
+    Args:
+      x: `[..., I]`.
+      weights: kernel `[I, O]` and bias `[O]` or None.
+      num_shards: number of devices over which the contraction is sharded. The partial results are all-reduced.
     """
     kernel, bias = weights
-    # Tokens in one dimension: the gradient of the kernel is then one product of matrices.
-    y = leave_tensor(_product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1), partial)
+    # With all tokens in one dimension, the gradient of the kernel is one matrix product.
+    y = leave_tensor(_matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1), num_shards)
     return y if bias is None else _add(y, bias)
 
 
@@ -40,7 +43,7 @@ def _add(y: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _add_backward(_, gradient: jax.Array):
-    # The sum over all tokens is float32 inside; a sum of bfloat16 would stop growing after some hundred tokens.
+    # jnp.sum accumulates in float32. A sum in bfloat16 would stop growing after a few hundred tokens.
     return gradient, jnp.sum(gradient, axis=tuple(range(gradient.ndim - 1)))
 
 
@@ -48,15 +51,15 @@ _add.defvjp(lambda y, bias: (_add(y, bias), None), _add_backward)
 
 
 @jax.custom_vjp
-def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+def _matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     return x_NI @ kernel_IO
 
 
-def _product_forward(x_NI: jax.Array, kernel_IO: jax.Array):
+def _matmul_forward(x_NI: jax.Array, kernel_IO: jax.Array):
     return x_NI @ kernel_IO, (x_NI, kernel_IO)
 
 
-def _product_backward(residuals: tuple[jax.Array, jax.Array], gradient_NO: jax.Array):
+def _matmul_backward(residuals: tuple[jax.Array, jax.Array], gradient_NO: jax.Array):
     x_NI, kernel_IO = residuals
     num_inputs, num_outputs = kernel_IO.shape
     on_kernel = jax.lax.platform_dependent(
@@ -70,8 +73,8 @@ def _plain(x_NI: jax.Array, gradient_NO: jax.Array) -> jax.Array:
 
 
 def _wide_last(x_NI: jax.Array, gradient_NO: jax.Array) -> jax.Array:
-    """The same, turned round: XLA's product for CPUs is faster the longer the result's rows are."""
+    """Computes the same transposed. XLA's CPU product is faster with longer rows of the result."""
     return jax.lax.optimization_barrier(gradient_NO.T @ x_NI).T
 
 
-_product.defvjp(_product_forward, _product_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -1,9 +1,9 @@
-"""The model's functions of single tokens and channels, with derivatives that keep nothing but their inputs.
+"""Activations and norms with custom derivatives that save their inputs only.
 
-Left to itself, differentiation keeps what is between: the tanh of a GELU, the sigmoid and the product of a SwiGLU, the
-normed and the centred values of a norm, each as large as the layer. To form them again is cheaper than to write and
-read them. The barriers keep the compiler from merging both computations, which would keep the values after all, and
-from beginning the second before its turn.
+Automatic differentiation would save intermediates, each as large as the layer: the tanh of a GELU, the sigmoid and the
+product of a SwiGLU, the normalized and centered values of a norm. Recomputing them is cheaper than writing and reading
+them. The barriers stop the compiler from merging both computations, which would save the intermediates after all, and
+from starting the recomputation too early.
 """
 
 import functools
@@ -12,13 +12,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-# (1 + tanh(u)) / 2 is sigmoid(2 u), which loses no digits where the tanh is near -1.
+# (1 + tanh(u)) / 2 equals sigmoid(2 u), which stays accurate where the tanh is near -1.
 _GELU_SCALE, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function of x, in the tanh form (arXiv:1606.08415); float32 inside."""
+    """Computes GELU in the tanh form (arXiv:1606.08415), in float32. Returns the dtype of x."""
     return _gelu_forward(x)[0]
 
 
@@ -45,7 +45,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 @jax.custom_vjp
 def swiglu(x: jax.Array, gate: jax.Array) -> jax.Array:
-    """x times SiLU of the gate, x * gate * sigmoid(gate) (arXiv:2002.05202); float32 inside."""
+    """Computes SwiGLU, x * gate * sigmoid(gate) (arXiv:2002.05202), in float32. Returns the dtype of x."""
     return _swiglu_forward(x, gate)[0]
 
 
@@ -66,40 +66,40 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float, centre: bool) -> jax.Array:
-    """LayerNorm (arXiv:1607.06450) or, without `centre`, RMSNorm (arXiv:1910.07467) over the last dimension.
+def norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float, center: bool) -> jax.Array:
+    """Applies LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dimension, in float32.
 
     Args:
       x: `[..., D]`.
-      scale, bias: `[D]`; without a bias None.
+      scale, bias: `[D]`; bias may be None.
       eps: added to the variance.
-      centre: whether the mean is taken off first.
+      center: True subtracts the mean first (LayerNorm).
 
     Returns:
-      `[..., D]` in the dtype of x; float32 inside.
+      `[..., D]` in the dtype of x.
     """
-    return _norm_forward(x, scale, bias, eps, centre)[0]
+    return _norm_forward(x, scale, bias, eps, center)[0]
 
 
-def _norm_forward(x, scale, bias, eps, centre):
+def _norm_forward(x, scale, bias, eps, center):
     y = x.astype(jnp.float32)
-    mean = jnp.mean(y, axis=-1, keepdims=True) if centre else None
-    centred = y if mean is None else y - mean
-    factor = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-    result = centred * factor * _last(scale, x)
+    mean = jnp.mean(y, axis=-1, keepdims=True) if center else None
+    centered = y if mean is None else y - mean
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + eps)
+    result = centered * factor * _last(scale, x)
     if bias is not None:
         result += _last(bias, x)
     return result.astype(x.dtype), (x, mean, factor, scale, bias)
 
 
-def _norm_backward(eps, centre, residuals, gradient):
+def _norm_backward(eps, center, residuals, gradient):
     x, mean, factor, scale, bias = residuals
     x, gradient = jax.lax.optimization_barrier((x, gradient))
     y, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
-    normed = (y - mean if centre else y) * factor
+    normed = (y - mean if center else y) * factor
     scaled = gradient * _last(scale, x)
     on_x = scaled - normed * jnp.mean(scaled * normed, axis=-1, keepdims=True)
-    if centre:
+    if center:
         on_x -= jnp.mean(scaled, axis=-1, keepdims=True)
     rows = tuple(range(x.ndim - 1))
     on_scale = jnp.sum(gradient * normed, axis=rows).astype(scale.dtype)

@@ -1,6 +1,6 @@
-"""Causal attention on TPUs with JAX's Pallas kernel ("splash": flash attention, arXiv:2205.14135, sparse by blocks).
+"""Causal attention on TPUs with JAX's Pallas kernel "splash": block-sparse flash attention (arXiv:2205.14135).
 
-Shape suffixes: B batch, T tokens, H query heads, G key and value heads, K channels a head.
+Shape suffixes: B batch, T tokens, H query heads, G key and value heads, K channels per head.
 """
 
 import jax
@@ -8,34 +8,34 @@ import jax.numpy as jnp
 
 from jaxtrain.models.remat import ATTENTION
 
-LANES = 128  # the kernel's blocks are multiples of this
+LANES = 128  # block sizes of the kernel are multiples of this
 
 
-def attend(
+def splash_attention(
     query_BTHK: jax.Array,
     key_BTGK: jax.Array,
     value_BTGK: jax.Array,
     *,
     segment_ids: jax.Array | None = None,
-    window: int = 0,
-    softcap: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attends to the keys up to each query's position; `[B, T, H, K]`.
+    """Computes causal attention, `[B, T, H, K]`.
 
     Args:
       query_BTHK: queries, T a multiple of LANES; H is a multiple of G.
       key_BTGK, value_BTGK: keys and values.
-      segment_ids: segment of each token, int `[B, T]`; a query sees the keys of its own alone.
-      window: how many keys a query sees at most, its own included; 0: all. Blocks that nobody sees are left out.
-      softcap: scores become softcap * tanh(scores / softcap); 0: they stay.
-      interpret: run the kernel's Python on any backend: slow, for tests.
+      segment_ids: int `[B, T]`, segment of each token. A query attends to keys of its own segment only.
+      window: number of newest keys that a query attends to, itself included. Masked blocks are not computed.
+      softcap: replaces scores by softcap * tanh(scores / softcap).
+      interpret: runs the kernel in Python on any backend; slow, for tests.
     """
     _, length, num_heads, width = query_BTHK.shape
     kernel = _kernel(length, num_heads, window, softcap, interpret)
     ids = None
     if segment_ids is not None:
-        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel  # as in _kernel
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel  # see _kernel
 
         segment_ids = segment_ids.astype(jnp.int32)
         ids = splash_attention_kernel.SegmentIds(q=segment_ids, kv=segment_ids)
@@ -44,17 +44,17 @@ def attend(
     return mixed_BHTK.swapaxes(1, 2)
 
 
-def obstacle(seq_len: int) -> str | None:
-    """What keeps the kernel from doing this, as the end of a sentence about it; None: nothing."""
-    return f"wants a multiple of {LANES} tokens, got {seq_len}" if seq_len % LANES else None
+def unsupported(seq_len: int) -> str | None:
+    """Returns why the kernel does not support this length, as the end of a sentence, or None."""
+    return f"needs a multiple of {LANES} tokens, got {seq_len}" if seq_len % LANES else None
 
 
-def _kernel(length: int, num_heads: int, window: int, softcap: float, interpret: bool):
-    # Not on top: Pallas is a third of a second that every start on other devices would pay.
+def _kernel(length: int, num_heads: int, window: int | None, softcap: float | None, interpret: bool):
+    # Imported here: Pallas takes a third of a second that starts on other devices should not pay.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     block = _largest(length, 512)
-    # Keys and values in long blocks: the backward pass keeps one partial gradient of the queries for each.
+    # Long blocks of keys and values: the backward pass stores one partial gradient of the queries for each block.
     long = _largest(length, 2048)
     blocks = splash_attention_kernel.BlockSizes(
         block_q=block,
@@ -66,14 +66,14 @@ def _kernel(length: int, num_heads: int, window: int, softcap: float, interpret:
         use_fused_bwd_kernel=True,
     )
     shape = (length, length)
-    if window:
+    if window is not None:
         mask = splash_attention_mask.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     else:
         mask = splash_attention_mask.CausalMask(shape)
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * num_heads),
         block_sizes=blocks,
-        attn_logits_soft_cap=softcap or None,
+        attn_logits_soft_cap=softcap,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=ATTENTION,
@@ -82,7 +82,7 @@ def _kernel(length: int, num_heads: int, window: int, softcap: float, interpret:
 
 
 def _largest(length: int, limit: int) -> int:
-    """The largest power-of-two multiple of LANES up to a limit that divides the length."""
+    """Returns the largest power-of-two multiple of LANES up to `limit` that divides the length."""
     block = LANES
     while 2 * block <= limit and length % (2 * block) == 0:
         block *= 2
