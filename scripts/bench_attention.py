@@ -48,7 +48,7 @@ LARGE = ["32,4096,32,8,128", "8,2048,16,16,128", "8,2048,32,32,64", "16,1024,32,
 Form = Callable[..., jax.Array]
 
 
-def forms_for(shape: Shape, dtype: jnp.dtype, window: int) -> dict[str, Form]:
+def forms_for(shape: Shape, dtype: jnp.dtype, window: int | None) -> dict[str, Form]:
     """What this machine can run, ours by XLA first."""
     device = jax.devices()[0]
     capability = cudnn.capability(device)
@@ -139,7 +139,7 @@ def main() -> None:
     arguments.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32" if on_cpu else "bfloat16"
     )
-    arguments.add_argument("--window", type=int, default=0, help="keys that a query sees at most; 0: all")
+    arguments.add_argument("--window", type=int, help="number of newest keys that a query attends to; default: all")
     arguments.add_argument("--repeats", type=int, default=7)
     options = arguments.parse_args()
     options.shape = options.shape or [Shape.parse(text) for text in (SMALL if on_cpu else LARGE)]

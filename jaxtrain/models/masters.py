@@ -15,10 +15,10 @@ class WithMasters(NamedTuple):
 
 
 def cast_per_layer(gradients: Callable, dtype: str) -> Callable:
-    """Wraps `gradients(params, batch, *loss_factor) -> (sums, gradients)` to cast float32 parameters where they are used.
+    """Wraps `gradients(params, batch, *loss_factor) -> (sums, gradients)` to cast float32 parameters in each layer.
 
-    Each layer casts its own slice of the masters, so that no cast copy of all layers lives through the step. Gradients
-    are in the compute dtype.
+    A layer casts its slice of the masters, so that no cast copy of all layers lives through the step. Gradients are in
+    the compute dtype.
     """
 
     def wrapped(masters: Any, batch: Any, *loss_factor: jax.Array):

@@ -192,7 +192,7 @@ def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: i
             settings.precision,
             settings.seq_len,
             model.channels_per_head,
-            softcap=model.attention_softcap or 0.0,
+            softcap=model.attention_softcap,
             capability=chip.capability if chip else None,
         )
     # Scores and weights, float32; a kernel that goes by blocks holds neither.

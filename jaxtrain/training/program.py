@@ -176,13 +176,13 @@ def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, specs: 
     train = dataclasses.replace(local, z_loss=settings.z_loss, label_smoothing=settings.label_smoothing)
     if mesh.size == 1:
         return _Losses(train.loss, local.loss)
-    cast_per_layer = mesh.shape["fsdp"] > 1 and settings.precision != "float32"
+    per_layer = mesh.shape["fsdp"] > 1 and settings.precision != "float32"
     over_mesh = map_gradients(mesh, specs)
 
     def map_per_device(gradients: Callable) -> Callable:
-        return over_mesh(cast_per_layer(gradients, settings.precision) if cast_per_layer else gradients)
+        return over_mesh(cast_per_layer(gradients, settings.precision) if per_layer else gradients)
 
-    return _Losses(train.loss, map_loss(local.loss, mesh, specs), map_per_device, cast_per_layer)
+    return _Losses(train.loss, map_loss(local.loss, mesh, specs), map_per_device, per_layer)
 
 
 def _global_losses(config: Config, model: Model, params: Any, shardings: Any) -> _Losses:

@@ -23,7 +23,7 @@ def segments_of(batch_size, num_keys, seed=0):
     return np.array([7, 0, 3], np.int32)[(np.arange(num_keys)[None, :, None] >= ends[:, None, :]).sum(axis=-1)]
 
 
-def visible(batch_size, length, num_keys, positions=None, segment_ids=None, window=0):
+def visible(batch_size, length, num_keys, positions=None, segment_ids=None, window=None):
     """Which keys a query sees, `[B, T, S]`, one at a time."""
     seen = np.zeros((batch_size, length, num_keys), bool)
     for b, t, s in np.ndindex(seen.shape):
@@ -34,7 +34,7 @@ def visible(batch_size, length, num_keys, positions=None, segment_ids=None, wind
     return seen
 
 
-def output_and_gradients(query, key, value, cotangent, positions=None, *, segment_ids=None, window=0, softcap=0.0):
+def output_and_gradients(query, key, value, cotangent, positions=None, *, segment_ids=None, window=None, softcap=None):
     """The output and the gradients of queries, keys and values, all float64."""
     with jax.enable_x64(True):
         query, key, value, cotangent = (np.asarray(x, np.float64) for x in (query, key, value, cotangent))

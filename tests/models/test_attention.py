@@ -23,7 +23,7 @@ POSITIONS = np.array([[0, 3, 4, 5, 9, 10, 11], [2, 2, 1, 0, 11, 7, 8]], np.int32
 
 @pytest.mark.parametrize(
     ("num_groups", "window", "softcap", "segments", "positions"),
-    [*itertools.product([4, 2], [0, 3], [0.0, 0.7], [False, True], [False, True]), (1, 0, 0.0, False, False)],
+    [*itertools.product([4, 2], [None, 3], [None, 0.7], [False, True], [False, True]), (1, None, None, False, False)],
 )
 def test_xla_agrees_with_float64(num_groups, window, softcap, segments, positions):
     """Output and gradients, everything with everything; where there are positions, fewer queries than keys."""
@@ -110,7 +110,7 @@ def test_the_fastest_kernel_that_does_it_is_chosen(platform, dtype, seq_len, hea
 @pytest.mark.parametrize(
     ("kernel", "arguments", "more", "message"),
     [
-        ("splash", ("float32", 200, 8), {}, '"splash" wants a multiple of 128 tokens, got 200: use "xla"'),
+        ("splash", ("float32", 200, 8), {}, '"splash" needs a multiple of 128 tokens, got 200: use "xla"'),
         ("splash", ("float32", 128, 8), {"positions": True}, '"splash" takes no positions: use "xla"'),
         ("cudnn", ("bfloat16", 128, 8), {"positions": True, **H100}, '"cudnn" takes no positions: use "xla"'),
         ("cudnn", ("bfloat16", 128, 8), {}, "an NVIDIA GPU of compute capability 8.0 or later, and there is none: use"),
@@ -120,7 +120,7 @@ def test_the_fastest_kernel_that_does_it_is_chosen(platform, dtype, seq_len, hea
         ("cudnn", ("float16", 128, 136), A100, "a multiple of 8 and at most 128, got 136: use"),
         ("cudnn", ("float16", 128, 8), {"segments": True, **H100}, '"cudnn" takes no segment ids: use "xla"'),
         ("cudnn", ("float16", 128, 8), {"softcap": 30.0, **H100}, '"cudnn" has no soft-cap, got 30: use "xla"'),
-        ("flash", ("float32", 128, 8), {}, "unknown attention kernel 'flash': it is auto, xla, splash or cudnn"),
+        ("flash", ("float32", 128, 8), {}, "unknown attention kernel 'flash': choose auto, xla, splash or cudnn"),
     ],
 )
 def test_what_a_kernel_cannot_do_is_an_error_with_the_remedy(kernel, arguments, more, message):
@@ -132,14 +132,18 @@ def test_what_a_kernel_cannot_do_is_an_error_with_the_remedy(kernel, arguments, 
     ("change", "message"),
     [
         ({"num_groups": 3}, "4 query heads are not a multiple of 3 key and value heads"),
-        ({"num_keys": 9}, "8 queries and 9 keys: give the queries' positions"),
-        ({"segment_ids": np.zeros((2, 7), np.int32)}, r"segment_ids are of all keys, \[2, 8\]; got \[2, 7\]"),
-        ({"window": -1}, r"window must be 0 \(all keys\) or more, got -1"),
-        ({"softcap": -2.0}, r"soft-cap must be 0 \(off\) or more and finite, got -2"),
-        ({"softcap": float("nan")}, r"soft-cap must be 0 \(off\) or more and finite, got nan"),
+        ({"num_keys": 9}, "8 queries and 9 keys: pass the queries' positions"),
+        (
+            {"segment_ids": np.zeros((2, 7), np.int32)},
+            r"segment_ids must have the shape of the keys, \[2, 8\]; got \[2, 7\]",
+        ),
+        ({"window": -1}, "window must be above 0, or None for all keys; got -1"),
+        ({"window": 0}, "window must be above 0, or None for all keys; got 0"),
+        ({"softcap": -2.0}, "soft-cap must be above 0 and finite, or None to disable it; got -2"),
+        ({"softcap": float("nan")}, "soft-cap must be above 0 and finite, or None to disable it; got nan"),
         ({"kernel": "flash"}, "unknown attention kernel 'flash'"),
-        ({"kernel": "cudnn"}, '"cudnn" wants an NVIDIA GPU'),
-        ({"kernel": "splash"}, '"splash" wants a multiple of 128 tokens, got 8: use "xla"'),
+        ({"kernel": "cudnn"}, '"cudnn" needs an NVIDIA GPU'),
+        ({"kernel": "splash"}, '"splash" needs a multiple of 128 tokens, got 8: use "xla"'),
     ],
 )
 def test_arguments_that_do_not_fit_are_errors(monkeypatch, change, message):
@@ -155,11 +159,11 @@ def test_auto_hands_over_what_is_asked(monkeypatch):
     gpu = type("Device", (), {"platform": "gpu", "compute_capability": "9.0"})()
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
     called = []
-    monkeypatch.setattr(cudnn, "attend", lambda query, *_, **options: called.append(options) or query)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda query, *_, **options: called.append(options) or query)
     query, key, value, _ = inputs(8, 4, 2, dtype=jnp.bfloat16)
     attend(query, key, value, window=3)
     attend(query, key, value, window=8)
-    assert called == [{"window": 3}, {"window": 0}]
+    assert [options["local_window_size"] for options in called] == [(2, 0), None]
     for options in (
         {"softcap": 1.0},
         {"segment_ids": segments_of(2, 8)},

@@ -48,7 +48,7 @@ def gpu_or_xla(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("window", [0, 1, 17])
+@pytest.mark.parametrize("window", [None, 1, 17])
 @pytest.mark.parametrize(("num_groups", "width", "length"), [(4, 64, 128), (2, 64, 128), (1, 128, 72)])
 @pytest.mark.usefixtures("gpu_or_xla")
 def test_it_agrees_with_float64(num_groups, width, length, window, dtype):
@@ -74,7 +74,7 @@ def test_a_query_sees_no_later_key():
     assert (before[:, 50:] != after[:, 50:]).any(axis=(0, 2, 3)).all()
 
 
-@pytest.mark.parametrize(("window", "local"), [(0, None), (1, (0, 0)), (40, (39, 0)), (128, None)])
+@pytest.mark.parametrize(("window", "local"), [(None, None), (1, (0, 0)), (40, (39, 0)), (128, None)])
 def test_the_call_says_what_is_asked(monkeypatch, window, local):
     calls = []
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.AMPERE)
@@ -106,7 +106,7 @@ def cudnn_calls(traced):
 FORWARD, BACKWARD = "fmhaSoftmax", "fmhaSoftmaxBackward"  # without Bias: no mask is made
 
 
-@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.usefixtures("lowers_for_cuda")
 def test_it_lowers_for_a_gpu_from_here(window):
     """In `shard_map`, rows and heads in parts: one call forward and one backward, and no scores [T, T] are left."""
@@ -124,7 +124,7 @@ def test_it_lowers_for_a_gpu_from_here(window):
     assert [name for name, _ in calls] == [FORWARD, BACKWARD]
     for _, given in calls:
         assert given["mask_type"] == "CAUSAL"
-        assert given["sliding_window_length"] == window
+        assert given["sliding_window_length"] == (window or 0)
         assert given["fmha_scale"] == 0.125
     assert "1024x1024" not in text
 
@@ -155,7 +155,7 @@ def test_the_whole_train_step_lowers_for_a_gpu(sizes, remat):
 
 def test_a_program_that_names_it_without_a_gpu_is_an_error(monkeypatch):
     monkeypatch.setattr(cudnn, "capability", lambda device: None)
-    with pytest.raises(ValueError, match=r'"cudnn" wants an NVIDIA GPU .* and there is none: use "xla"'):
+    with pytest.raises(ValueError, match=r'"cudnn" needs an NVIDIA GPU .* and there is none: use "xla"'):
         program_of((1, 1, 1), attention="cudnn")
 
 

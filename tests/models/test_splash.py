@@ -69,7 +69,7 @@ def test_a_query_sees_no_later_key():
 @pytest.mark.parametrize("length", [64, 200])
 def test_a_length_that_is_no_multiple_of_the_blocks_is_an_error(length):
     query, key, value, _ = inputs(length, 2, 1)
-    with pytest.raises(ValueError, match=f'"splash" wants a multiple of 128 tokens, got {length}: use "xla"'):
+    with pytest.raises(ValueError, match=f'"splash" needs a multiple of 128 tokens, got {length}: use "xla"'):
         attend(query, key, value, kernel="splash")
 
 

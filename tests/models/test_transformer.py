@@ -326,7 +326,7 @@ def test_errors_name_the_values():
     model, params = make(GPT2)
     with pytest.raises(ValueError, match=r"17 tokens exceed model\.max_seq_len 16"):
         model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))
-    with pytest.raises(ValueError, match="a cache holds one segment a row: leave out segment_ids"):
+    with pytest.raises(ValueError, match="a cache holds one segment per row: leave out segment_ids"):
         model.apply(
             {"params": params}, jnp.zeros((1, 3), jnp.int32), empty_cache(GPT2, 1, "float32"), 0, segment_ids=SEGMENTS
         )

@@ -141,9 +141,8 @@ def _check_arguments(
     if positions_BT is None and length != num_keys:
         raise ValueError(f"{length} queries and {num_keys} keys: pass the queries' positions among the keys")
     if segment_ids is not None and segment_ids.shape != (batch, num_keys):
-        raise ValueError(
-            f"segment_ids must have the shape of the keys, [{batch}, {num_keys}]; got {list(segment_ids.shape)}"
-        )
+        got = list(segment_ids.shape)
+        raise ValueError(f"segment_ids must have the shape of the keys, [{batch}, {num_keys}]; got {got}")
     if window is not None and window < 1:
         raise ValueError(f"the attention window must be above 0, or None for all keys; got {window}")
     if softcap is not None and not 0 < softcap < float("inf"):
