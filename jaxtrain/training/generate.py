@@ -34,12 +34,12 @@ def continue_text(
     tokenizer = run.store.tokenizer
     tokens = np.concatenate([[tokenizer.eot_id], tokenizer.encode(prompt)])
     if jax.process_count() > 1:  # shards of other processes arrive only by replication
-        params = jax.jit(lambda tree: tree, out_shardings=replicated(run.mesh))(params)
+        params = jax.jit(lambda tree: tree, out_shardings=replicated(run.program.mesh))(params)
         params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
     else:
-        params = jax.device_put(params, run.mesh.devices.flat[0])
+        params = jax.device_put(params, run.program.mesh.devices.flat[0])
     new = generate(
-        run.model,
+        run.program.model,
         params,
         tokens[None],
         num_tokens,
