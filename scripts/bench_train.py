@@ -28,7 +28,7 @@ from benchmark import Table, parser, report
 
 from jaxtrain.config import Config, ModelConfig, load
 from jaxtrain.models.size import flops_per_token, num_params
-from jaxtrain.monitoring.packing import PackedMetrics
+from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.plan.formulas import plan_vocab
 from jaxtrain.runtime.chips import peak_flops
 from jaxtrain.runtime.host_memory import keep_freed_memory

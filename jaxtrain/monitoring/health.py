@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxtrain.config import Config
-from jaxtrain.monitoring.rules import RULES, Facts, Line, Rule, Severity
+from jaxtrain.monitoring.rules import RULES, Line, Rule, RunFacts, Severity
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Finding:
 class Health:
     """Watches one run; small plain state, no files. Feed it every step, in order."""
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         self._rules = [rule(facts) for rule in RULES]
 
     def observe(self, line: Mapping[str, Any]) -> list[Finding]:
@@ -64,7 +64,7 @@ def diagnose(lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], 
             told[event["name"], event["step"]] = Finding(*(event[field.name] for field in fields(Finding)))
     begins = [event for event in events if event["event"] in ("start", "resume")]
     known = {key: begins[-1].get(key, 0) for key in ("vocab_size", "train_tokens")} if begins else {}
-    health = Health(Facts(config, **known))
+    health = Health(RunFacts(config, **known))
     seen = [finding for line in lines for finding in health.observe(line)]
     for event in events:
         if event["event"] == "eval":

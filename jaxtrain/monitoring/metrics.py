@@ -1,56 +1,93 @@
-"""The record of a run: JSON lines that survive a crash."""
+"""Metrics of a step: packed into one array on the device, and written to JSON lines that survive a crash."""
 
+import dataclasses
+import functools
 import json
 import math
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-# JSON has no such numbers; as these strings they are read by any JSON reader, and by `float` in most languages.
+# JSON has no such numbers; any JSON reader reads these strings, and `float` of most languages converts them.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class MetricsWriter:
-    """Appends a run's steps and events to a JSON-lines file, each line flushed as it is written.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["metrics"], meta_fields=["shapes"])
+@dataclasses.dataclass(frozen=True)
+class PackedMetrics:
+    """Float32 arrays by name, concatenated: the host pays milliseconds for each array that a step returns.
+
+    Attributes:
+      metrics: the concatenated arrays, float32 [n].
+      shapes: name and shape of each.
+    """
+
+    metrics: jax.Array
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def unpack(self) -> dict[str, np.ndarray]:
+        """Waits for the array and splits it."""
+        sizes = [math.prod(shape) for _, shape in self.shapes]
+        parts = np.split(jax.device_get(self.metrics), np.cumsum(sizes)[:-1])
+        return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes, parts, strict=True)}
+
+
+def pack(metrics: Mapping[str, jax.Array]) -> PackedMetrics:
+    """Packs float32 arrays; `unpack` returns them unchanged."""
+    shapes = tuple((name, jnp.shape(value)) for name, value in metrics.items())
+    return PackedMetrics(jnp.concatenate([jnp.ravel(value) for value in metrics.values()]), shapes)
+
+
+class JsonLines:
+    """Sink that appends steps and events to a JSON-lines file, and flushes each line.
 
     A crash leaves at most one torn last line. Opening the file again ends that line, so that the next object starts on
-    a line of its own. Lines that cannot be written (a full disk) wait until they can, which is said on standard error;
-    `close` raises an OSError if any are left. Values are strings, numbers, arrays (NumPy or JAX; a vector becomes a
-    list), None, and lists and dicts of these; a float32 is written with the digits that give the same float32 back, NaN
-    and infinities as the strings "NaN", "Infinity" and "-Infinity". Close it, or use it as a context manager.
+    a line of its own. Lines that cannot be written (a full disk) are kept and retried, with a message on standard
+    error; `close` raises an OSError if any are left. Values are strings, numbers, arrays (NumPy or JAX; a vector
+    becomes a list), None, and lists and dicts of these. A float32 is written with the digits that restore it exactly;
+    NaN and infinities become the strings "NaN", "Infinity" and "-Infinity".
     """
 
     def __init__(self, path: str | Path):
         self._path = Path(path)
-        self._waiting = b"\n" if _is_torn(self._path) else b""  # not written yet
-        self._trouble: OSError | None = None  # why
+        self._waiting = b"\n" if _is_torn(self._path) else b""  # bytes that are not written yet
+        self._problem: OSError | None = None  # of the last attempt to write
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._write_waiting()
 
-    def write(self, **fields: Any) -> None:
+    def step(self, step: int, fields: Mapping[str, Any]) -> None:
         """Writes a logged step; `read_metrics` lists its keys."""
-        self._write_line(fields)
+        self._write_line({"step": step, **fields})
 
-    def event(self, name: str, /, **fields: Any) -> None:
-        """Writes an event: its name, the time (ISO 8601, UTC) and any fields but `event` and `time`."""
+    def event(self, name: str, text: str, fields: Mapping[str, Any]) -> None:
+        """Writes an event: its name, the time (ISO 8601, UTC) and the fields."""
+        if clash := {"event", "time"} & fields.keys():
+            raise ValueError(f"an event's fields must not be named {' or '.join(sorted(clash))}: rename them")
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._write_line(dict(event=name, time=time, **fields))
+        self._write_line({"event": name, "time": time, **fields})
 
     def close(self) -> None:
-        """Closes the file; may be called twice."""
+        """Closes the file; a second call does nothing.
+
+        Raises:
+          OSError: lines are left that could not be written.
+        """
         if self._file.closed:
             return
         self._write_waiting()
         self._file.close()
         if self._waiting:
             count = self._waiting.count(b"\n")
-            raise OSError(self._trouble.errno, f"{self._path} lacks its last lines ({count})")
+            raise OSError(self._problem.errno, f"{self._path} lacks its last lines ({count})")
 
-    def __enter__(self) -> "MetricsWriter":
+    def __enter__(self) -> "JsonLines":
         return self
 
     def __exit__(
@@ -59,7 +96,7 @@ class MetricsWriter:
         self.close()
 
     def _write_line(self, fields: dict[str, Any]) -> None:
-        # Encoded before anything is written: a value that is no JSON leaves no half line.
+        # Encoded before anything is written: a value that is not JSON leaves no partial line.
         self._waiting += (json.dumps(encode(fields)) + "\n").encode("ascii")
         self._write_waiting()
 
@@ -67,11 +104,11 @@ class MetricsWriter:
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
-            self._trouble = None
+            self._problem = None
         except OSError as error:
-            if self._trouble is None:
+            if self._problem is None:
                 print(f"{self._path} cannot be written: {error}; its lines wait until it can", file=sys.stderr)
-            self._trouble = error
+            self._problem = error
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -1,146 +1,222 @@
-"""The metrics of a running loop: read one step late, timed, judged, written and shown."""
+"""Recorder of a running loop: reads metrics one step late, adds timing, and passes both to the sinks."""
 
 import contextlib
-import dataclasses
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from jaxtrain.models.size import flops_per_token
+from jaxtrain.config import TrainConfig
 from jaxtrain.monitoring.console import Console
-from jaxtrain.monitoring.health import Finding, Health
 from jaxtrain.monitoring.layers import drop_unsampled
-from jaxtrain.monitoring.metrics import MetricsWriter, read_metrics
-from jaxtrain.monitoring.packing import PackedMetrics
-from jaxtrain.monitoring.rules import Facts
-from jaxtrain.runtime.chips import peak_flops
+from jaxtrain.monitoring.metrics import JsonLines, PackedMetrics, read_metrics
+from jaxtrain.monitoring.rules import RunFacts
+from jaxtrain.monitoring.sinks import BackgroundSink, HealthSink, Sink, SinkFailed
 from jaxtrain.runtime.processes import is_lead
-from jaxtrain.training.run import Run
 
-_EARLIER_LINES = 1000  # of a run that goes on, from which its health is taken up again
+_RESTORED_LINES = 1000  # logged steps of a resumed run that are judged again, so that no finding is repeated
+
+
+def open_recorder(
+    folder: Path,
+    facts: RunFacts,
+    *,
+    flops_per_step: float | None = None,
+    peak_flops: float | None = None,
+    sinks: Sequence[Sink] = (),
+) -> "Recorder":
+    """Builds the recorder of a run directory.
+
+    The lead process gets the metrics file, the console, the given sinks (each on a thread of its own) and the health
+    rules. The other processes get no sink.
+
+    Args:
+      folder: run directory; metrics.jsonl in it is appended to.
+      facts: facts of the run, for the health rules.
+      flops_per_step: FLOPs of the model in one step; None leaves `mfu` out.
+      peak_flops: peak FLOP/s of all devices together; None leaves `mfu` out.
+      sinks: further sinks.
+    """
+    file, config = folder / "metrics.jsonl", facts.config.train
+    lines, events = read_metrics(file) if file.exists() else ([], [])
+    console = Console(config.steps) if is_lead() else None
+    recorder = Recorder(
+        config,
+        [JsonLines(file), console, *map(BackgroundSink, sinks)] if console else [],
+        console=console,
+        flops_per_step=flops_per_step,
+        peak_flops=peak_flops,
+        lines=lines,
+        events=events,
+    )
+    if console:
+        recorder.sinks.append(HealthSink(facts, recorder.event, lines[-_RESTORED_LINES:], events))
+    return recorder
 
 
 class Recorder:
-    """Reads the metrics of each step while the next one runs, writes and shows those that are due; a context manager.
+    """Reads the metrics of a step while the next one runs, and passes steps and events to the sinks.
 
-    What they say about the health of the run is an event `finding` and shown when it begins. `attempt` counts how many
-    times the run was started, this time included; `evaluated` has the steps that earlier attempts evaluated; `give_up`
-    says that the last step read was one bad step too many. Every process reads, and only process 0 writes and shows.
+    Use it as a context manager: leaving it closes the sinks. An exception in a sink's `step` or `event` is reported
+    once and never reaches the loop.
+
+    Attributes:
+      sinks: the sinks, called in order.
+      attempt: number of times that the run was started, this one included.
+      evaluated: steps that earlier attempts evaluated.
+      skipped_steps: steps skipped so far, those of earlier attempts included.
+      give_up: True if the guard gave up in the last step that was read.
     """
 
-    def __init__(self, run: Run):
-        config, file = run.config.train, run.folder / "metrics.jsonl"
-        self._nowhere = None if is_lead() else open(os.devnull, "w")  # noqa: SIM115 (closed on leaving)
-        lines, events = read_metrics(file) if file.exists() else ([], [])
+    def __init__(
+        self,
+        config: TrainConfig,
+        sinks: Sequence[Sink],
+        *,
+        console: Console | None = None,
+        flops_per_step: float | None = None,
+        peak_flops: float | None = None,
+        lines: Sequence[dict[str, Any]] = (),
+        events: Sequence[dict[str, Any]] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """Starts the clock.
+
+        Args:
+          config: number and size of the steps, and which of them are logged.
+          sinks: receivers of steps and events.
+          console: where `say`, `table` and `pause` show their text; None shows nothing.
+          flops_per_step, peak_flops: see `open_recorder`.
+          lines, events: records of the earlier attempts, as `read_metrics` returns them.
+          clock: seconds that only grow.
+        """
+        self.sinks = list(sinks)
         self.attempt = 1 + sum(event["event"] in ("start", "resume") for event in events)
-        self.give_up = False
         self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
-        self._config = config
-        self._health = Health(Facts(run.config, run.program.vocab_size, run.store.train.num_tokens))
-        self._earlier = lines[-_EARLIER_LINES:], [event for event in events if event["event"] == "eval"]
-        self._writer = MetricsWriter(os.devnull if self._nowhere else file)
-        self._console = Console(config.steps, run.config.optim.clip_norm, self._nowhere)
+        self.give_up = False
+        self._skipped = {line["step"] for line in lines if line.get("skipped") == 1}
+        self._config, self._console, self._clock = config, console, clock
+        self._failed: set[int] = set()  # ids of the sinks whose failure was reported
         self._pending: tuple[int, PackedMetrics] | None = None
         self._logged_step: int | None = None
-        self._since = time.perf_counter()
+        self._since = clock()
         self._tokens_per_step = config.batch_size * config.seq_len
-        peak = peak_flops(run.program.mesh.devices.flat[0].device_kind, config.precision)
-        self._peak = peak and peak * run.program.mesh.size
-        self._flops_per_step = self._tokens_per_step * flops_per_token(run.program.model.config, config.seq_len)
+        self._seconds_at_peak = flops_per_step / peak_flops if flops_per_step and peak_flops else None
 
     def __enter__(self) -> "Recorder":
-        self._console.__enter__()
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._console.__exit__(*exception)
-        try:
-            self._writer.close()
-        except OSError:
-            if exception[0] is None:  # else there is worse to tell
-                raise
-        if self._nowhere:
-            self._nowhere.close()
+    def __exit__(self, *exception: Any) -> None:
+        errors: list[OSError] = []
+        for sink in reversed(self.sinks):  # the file and the console last: they record the failures of the others
+            try:
+                sink.close()
+            except OSError as error:
+                errors.append(error)
+            except Exception as error:
+                self._report_failure(sink, error)
+        if errors and exception[0] is None:  # else a more important error is on its way
+            raise errors[0]
 
-    def event(self, name: str, text: str, **fields: Any) -> None:
-        """Writes an event, and shows its text if it has one."""
-        self._writer.event(name, **fields)
-        if text:
-            self.say(text)
-        if name == "eval":
-            self._tell(self._health.observe_evaluation(fields))
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps skipped so far."""
+        return len(self._skipped)
+
+    def event(self, name: str, text: str, /, **fields: Any) -> None:
+        """Passes an event to the sinks; the console shows its text."""
+        if name in ("start", "resume"):
+            self._skipped = {step for step in self._skipped if step <= fields["step"]}
+        for sink in self.sinks:
+            self._call(sink, sink.event, name, text, fields)
+
+    def stop(self, outcome: dict[str, Any]) -> None:
+        """Records the end of the run, as an event `stop`, with the number of skipped steps and how to resume."""
+        text = f"stopped at step {outcome['step']}: {outcome['reason']}"
+        if self._skipped:
+            text += f", {len(self._skipped)} steps skipped" if len(self._skipped) > 1 else ", 1 step skipped"
+        if outcome["reason"].startswith("SIG"):
+            text += "; the same command resumes the run"
+        elif outcome["reason"] == "stop_after":
+            text += "; the same command without train.stop_after resumes the run"
+        self.event("stop", text, **outcome, skipped_steps=len(self._skipped))
 
     def say(self, text: str) -> None:
         """Shows a text."""
-        self._console.print(text)
+        if self._console:
+            self._console.print(text)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Shows a table."""
-        self._console.table(title, rows)
+        if self._console:
+            self._console.table(title, rows)
 
-    def compile(self, make: Callable[[], Callable]) -> Callable:
-        """Calls what compiles the step ahead of the loop, and says how long that took."""
-        begin = time.perf_counter()
-        compiled = make()
-        seconds = time.perf_counter() - begin
+    @contextlib.contextmanager
+    def pause(self, activity: str = "") -> Iterator[None]:
+        """Leaves the time of the block out of the steps' time, and shows that the activity, if named, is running."""
+        begin = self._clock()
+        try:
+            with self._console.busy(activity) if self._console and activity else contextlib.nullcontext():
+                yield
+        finally:
+            self._since += self._clock() - begin
+
+    def compile(self, function: Callable[[], Callable]) -> Callable:
+        """Returns the result of `function`, which compiles the step, and records the seconds it took."""
+        begin = self._clock()
+        with self.pause("compiling"):
+            compiled = function()
+        seconds = self._clock() - begin
         self.event("compile", f"compiled in {seconds:.1f}s", seconds=seconds)
-        self._since = time.perf_counter()
+        self._since = self._clock()
         return compiled
 
-    def step(self, done: int, metrics: PackedMetrics) -> None:
-        """Takes a step just launched; reads the one before."""
+    def step(self, step: int, metrics: PackedMetrics) -> None:
+        """Takes the metrics of a step that was just launched, and records the step before it."""
         self.flush()
         if self._logged_step is None:
-            self._logged_step = done - 1
-        self._pending = (done, metrics)
+            self._logged_step = step - 1
+        self._pending = (step, metrics)
 
     def flush(self) -> None:
         """Waits for the last launched step and records it."""
         if self._pending is None:
             return
-        done, metrics = self._pending
+        step, metrics = self._pending
         self._pending = None
-        values = metrics.unpack()
+        values, config = {name: value.tolist() for name, value in metrics.unpack().items()}, self._config
         self.give_up = bool(values.get("give_up", 0))
-        config = self._config
-        sampled = bool(config.diagnose_every) and done % config.diagnose_every == 0
-        values = drop_unsampled(values, done, config.diagnose_every)
-        fields = {"step": done, "attempt": self.attempt, **values, "tokens_seen": done * self._tokens_per_step}
-        if done % config.log_every == 0 or done == config.steps or sampled or self.give_up:
-            fields |= self._timing(done)
-            self._writer.write(**fields)
-            self._console.update(fields)
-        self._judge(fields)
+        if values.get("skipped") == 1:
+            self._skipped.add(step)
+        sampled = bool(config.diagnose_every) and step % config.diagnose_every == 0
+        values = drop_unsampled(values, step, config.diagnose_every)
+        fields = {"step": step, "attempt": self.attempt, **values, "tokens_seen": step * self._tokens_per_step}
+        # A skipped step is always logged: the record then holds the exact number of them.
+        logged = step % config.log_every == 0 or step == config.steps or sampled or step in self._skipped
+        if logged := logged or self.give_up:
+            fields |= self._timing(step)
+        for sink in self.sinks:
+            if logged or getattr(sink, "every_step", False):
+                self._call(sink, sink.step, step, fields)
 
-    def _timing(self, done: int) -> dict[str, float]:
-        """What a logged step says about speed, since the one logged before."""
-        now = time.perf_counter()
-        seconds = (now - self._since) / (done - self._logged_step)
-        self._since, self._logged_step = now, done
+    def _timing(self, step: int) -> dict[str, float]:
+        """Returns the speed since the step logged before."""
+        now = self._clock()
+        seconds = (now - self._since) / (step - self._logged_step)
+        self._since, self._logged_step = now, step
         timing = {"tokens_per_second": self._tokens_per_step / seconds, "step_seconds": seconds}
-        return timing | ({"mfu": self._flops_per_step / seconds / self._peak} if self._peak else {})
+        return timing | ({"mfu": self._seconds_at_peak / seconds} if self._seconds_at_peak else {})
 
-    def _judge(self, fields: dict[str, Any]) -> None:
-        lines, evaluations = self._earlier
-        self._earlier = (), ()
-        # Not before the first step: only now is it known from where the run went on.
-        earlier = [
-            [record for record in records if record["step"] < fields["step"]] for records in (lines, evaluations)
-        ]
-        self._health.restore(*earlier)
-        self._tell(self._health.observe(fields))
-
-    def _tell(self, findings: list[Finding]) -> None:
-        for finding in findings:
-            self._writer.event("finding", **dataclasses.asdict(finding))
-            self.say(str(finding))
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leaves what happens inside out of the steps' time."""
-        begin = time.perf_counter()
+    def _call(self, sink: Sink, method: Callable, *arguments: Any) -> None:
         try:
-            yield
-        finally:
-            self._since += time.perf_counter() - begin
+            method(*arguments)
+        except Exception as error:
+            self._report_failure(sink, error)
+
+    def _report_failure(self, sink: Sink, error: Exception) -> None:
+        if id(sink) in self._failed:
+            return
+        self._failed.add(id(sink))
+        name = getattr(sink, "name", type(sink).__name__)
+        problem = str(error) if isinstance(error, SinkFailed) else f"{type(error).__name__}: {error}"
+        self.event("sink_failed", f"warning: the sink {name} failed, training goes on: {problem}", sink=name)

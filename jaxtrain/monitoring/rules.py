@@ -42,7 +42,7 @@ _SKIP_REASONS = {  # of jaxtrain.guard
 }
 
 
-class Facts(NamedTuple):
+class RunFacts(NamedTuple):
     """What the rules need beside the metrics; 0: not known.
 
     `vocab_size` is that of the model, `train_tokens` the number of tokens in the training split.
@@ -68,7 +68,7 @@ class Rule:
     remedy: ClassVar[str]
     quiet: ClassVar[int] = WINDOW  # times that the case was not there after which it may be reported anew
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         self.facts = facts
         self._calm = self.quiet
 
@@ -113,7 +113,7 @@ class Float16Overflow(Rule):
         "lower optim.peak_lr."
     )
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         super().__init__(facts)
         self._overflows: deque[bool] = deque(maxlen=WINDOW)
 
@@ -141,7 +141,7 @@ class SkippedSteps(Rule):
         "lengthen the warm-up."
     )
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         super().__init__(facts)
         self._skips: deque[bool] = deque(maxlen=WINDOW)
 
@@ -180,7 +180,7 @@ class ClippingSaturated(Rule):
         "optim.clip_norm."
     )
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         super().__init__(facts)
         self._recent: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._tiny = 0
@@ -212,7 +212,7 @@ class SpikesCaught(Rule):
     remedy = "A spike now and then is fine, and this is what clipping and skipping are for: nothing to do."
     quiet = 10 * WINDOW
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         super().__init__(facts)
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
@@ -235,7 +235,7 @@ class UpdateNormRising(Rule):
     name = "update_norm_rising"
     remedy = "This often comes before a loss spike: keep a checkpoint from before, lower optim.peak_lr or optim.b2."
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         super().__init__(facts)
         self._recent: deque[tuple[float, float, float]] = deque(maxlen=WINDOW + RECENT)
 
@@ -303,7 +303,7 @@ class LabelLeak(Rule):
         "mask, held-out text among the training data, and whether the same batch comes again."
     )
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         super().__init__(facts)
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
 
@@ -332,7 +332,7 @@ class LearningRateZero(Rule):
     name = "learning_rate_zero"
     remedy = "Nothing is learned: check optim.peak_lr, optim.floor and where the schedule ends (`jaxtrain schedule`)."
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         super().__init__(facts)
         self._zeros = 0
 
@@ -353,7 +353,7 @@ class NoProgress(Rule):
     name = "no_progress"
     remedy = "The steps change nothing: check that batches hold tokens that count, and that gradients reach the model."
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         super().__init__(facts)
         self._loss, self._equal = math.nan, 0
 
@@ -377,7 +377,7 @@ class ThroughputDropping(Rule):
     )
     quiet = 10
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: RunFacts):
         super().__init__(facts)
         self._attempt, self._step, self._best = math.nan, 0, 0.0
         self._speeds: list[float] = []

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.config import Config
-from jaxtrain.monitoring.packing import PackedMetrics
+from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.step import TrainState
 

@@ -17,7 +17,7 @@ from jaxtrain.models.kernels.attention import check_kernel, choose_kernel
 from jaxtrain.models.masters import cast_per_layer
 from jaxtrain.models.model import Model, TransformerModel, axes_of
 from jaxtrain.models.parallel import Parallel
-from jaxtrain.monitoring.packing import PackedMetrics, pack
+from jaxtrain.monitoring.metrics import PackedMetrics, pack
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import (
     by_rows,

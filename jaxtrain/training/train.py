@@ -23,11 +23,14 @@ from jaxtrain.checkpoints.saver import Saver
 from jaxtrain.config import Config
 from jaxtrain.data.loader import Prefetcher
 from jaxtrain.data.store import TokenStore
-from jaxtrain.monitoring.packing import PackedMetrics
+from jaxtrain.models.model import flops_per_token
+from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.monitoring.profile import Profiler, named_as_now, parse_profile, steps_left
-from jaxtrain.monitoring.recorder import Recorder
+from jaxtrain.monitoring.recorder import Recorder, open_recorder
+from jaxtrain.monitoring.rules import RunFacts
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.runtime import processes
+from jaxtrain.runtime.chips import peak_flops
 from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.step import TrainState
 from jaxtrain.training import components
@@ -86,7 +89,7 @@ def train(
             run = assemble(config, folder, _data(config, folder, stack), hooks)
             train_batches(run)  # which may find the text too short
         stop = stack.enter_context(Stop().listen())
-        recorder = stack.enter_context(Recorder(run))
+        recorder = stack.enter_context(_open_recorder(run))
         checkpoints = stack.enter_context(
             Checkpoints(
                 folder / "checkpoints",
@@ -107,13 +110,25 @@ def train(
                 outcome |= _finish(run, state, checkpoints, recorder, stop)
         except Stopped:  # while it made no steps: all there were are saved
             outcome = {"step": checkpoints.latest_step() or 0, "reason": stop.reason}
-        recorder.event("stop", f"stopped at step {outcome['step']}: {outcome['reason']}", **outcome)
+        recorder.stop(outcome)
         if processes.is_lead():
             try:
                 recorder.say(f"report: {hooks.write_report(folder)}")
             except (ImportError, ValueError) as error:  # no matplotlib, or not one step logged: the run is no worse
                 recorder.say(f"no report: {error}")
     return outcome
+
+
+def _open_recorder(run: Run) -> Recorder:
+    settings, program = run.config.train, run.program
+    peak = peak_flops(program.mesh.devices.flat[0].device_kind, settings.precision)
+    flops = flops_per_token(program.model, settings.seq_len)
+    return open_recorder(
+        run.folder,
+        RunFacts(run.config, program.vocab_size, run.store.train.num_tokens),
+        flops_per_step=flops and flops * settings.batch_size * settings.seq_len,
+        peak_flops=peak and peak * program.mesh.size,
+    )
 
 
 def _data(config: Config, folder: Path, stack: contextlib.ExitStack) -> TokenStore:
@@ -219,7 +234,7 @@ def _loop(
     saver = Saver(run, checkpoints, recorder)
 
     def evaluate(state: TrainState) -> None:
-        with recorder.pause():
+        with recorder.pause("evaluating"):
             result = _evaluate(run, state, recorder, stop, config.eval_batches)
         checkpoints.score(int(state.step), result["nll"])
 

@@ -3,6 +3,8 @@
 import io
 import math
 import sys
+import threading
+from contextlib import closing
 
 import pytest
 
@@ -17,6 +19,10 @@ FIELDS = {
     "step_seconds": 2.0,
 }
 LINE = "step 20/2000 1.0%  1,234,568 tokens/s  loss 3.1416  grad_norm 0.988  lr 1.23e-04  1h06m left"
+
+
+def show(console, fields=FIELDS):
+    console.step(fields["step"], fields)
 
 
 class Terminal(io.StringIO):
@@ -34,11 +40,11 @@ def terminal(monkeypatch):
 
 def test_plain_lines():
     stream = io.StringIO()
-    with Console(2000, 1.0, stream) as console:
+    with closing(Console(2000, stream)) as console:
         console.table("run", [("model", "llama [bold]4[/bold]"), ("steps", "2000")])
-        console.update(FIELDS)
+        show(console)
         console.print("eval [x]")
-        console.update({**FIELDS, "step": 2000, "grad_norm": 1.5})
+        show(console, {**FIELDS, "step": 2000, "grad_norm": 1.5, "clip_factor": 2 / 3})
     assert stream.getvalue().splitlines() == [
         "run",
         "  model  llama [bold]4[/bold]",
@@ -58,82 +64,130 @@ class FullLog(io.StringIO):
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_run_goes_on_unseen(monkeypatch, is_terminal):
-    """R-A23."""
     monkeypatch.setenv("TERM", "xterm")
     stream = FullLog()
     stream.isatty = lambda: is_terminal
-    with Console(2000, 1.0, stream) as console:
+    with closing(Console(2000, stream)) as console:
         console.table("run", [("steps", "2000")])
-        console.update(FIELDS)
+        show(console)
         console.print("eval")
-        console.update(FIELDS)
+        show(console)
 
 
 def test_standard_output_is_looked_up_when_made(capsys):
-    Console(2000, 1.0).update(FIELDS)
+    show(Console(2000))
     assert capsys.readouterr().out == LINE + "\n"
 
 
 def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    with Console(2000, 1.0, terminal) as console:
-        console.update(FIELDS)
+    with closing(Console(2000, terminal)) as console:
+        show(console)
     assert terminal.getvalue() == LINE + "\n"
 
 
 def test_terminal_redraws_one_line(terminal):
-    with Console(2000, 1.0, terminal) as console:
-        console.update(FIELDS)
+    with closing(Console(2000, terminal)) as console:
+        show(console)
         start = len(terminal.getvalue())
-        console.update({**FIELDS, "step": 40})
+        show(console, {**FIELDS, "step": 40})
         redraw = terminal.getvalue()[start:]
     assert LINE in terminal.getvalue()
     assert redraw.startswith("\r\x1b[2K")  # back to the start of the line, and erase it
     assert "\n" not in redraw
     assert "step 40/2000 2.0%" in redraw
     assert "\x1b[?25l" in terminal.getvalue()
-    assert terminal.getvalue().endswith("\n\x1b[?25h")  # the cursor is shown again, on a line of its own
+    assert terminal.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the cursor is back, and the line is gone
 
 
 def test_terminal_gets_its_cursor_back_after_an_error(terminal):
     def interrupted_run():
-        with Console(2000, 1.0, terminal) as console:
-            console.update(FIELDS)
+        with closing(Console(2000, terminal)) as console:
+            show(console)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_run()
-    assert terminal.getvalue().endswith("\x1b[?25h")
+    assert "\x1b[?25h" in terminal.getvalue()[-20:]
     assert sys.stdout is not terminal
 
 
 def test_terminal_prints_text_as_it_is(terminal):
-    with Console(2000, 1.0, terminal) as console:
+    with closing(Console(2000, terminal)) as console:
         console.table("[red]run", [("path", "/a" * 100), ("steps", "[x]")])
         console.print("[bold]" + "w " * 100)
-        console.update(FIELDS)
+        show(console)
         console.print("above :smile:")
     text = terminal.getvalue()
     assert "[red]run" in text
     assert "[x]" in text
     assert text.count("/a") == 100  # folded, not cut
-    assert "[bold]" + "w " * 100 in text
+    assert "[bold]" in text
+    assert text.count("w ") + text.count("w\n") == 100
     assert text.rindex(LINE) > text.rindex("above :smile:")
+
+
+def test_a_terminal_wraps_long_text_at_words_and_keeps_its_indentation(terminal, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/a" * 30  # longer than a line: whole, so that it can be copied
+    with closing(Console(2000, terminal)) as console:
+        console.print(f"warning: the loss of the last hundred steps rose\n  lower optim.peak_lr or look at {path} now")
+    assert terminal.getvalue().replace("\r", "").splitlines() == [
+        "warning: the loss of the last hundred",
+        "steps rose",
+        "  lower optim.peak_lr or look at",
+        f"  {path}",
+        "  now",
+    ]
+
+
+class Watched(Terminal):
+    """Stream that signals when a text has been written to it."""
+
+    def __init__(self, text, is_terminal):
+        super().__init__()
+        self.text, self.is_terminal, self.seen = text, is_terminal, threading.Event()
+
+    def isatty(self):
+        return self.is_terminal
+
+    def write(self, text):
+        super().write(text)
+        if self.text in self.getvalue():
+            self.seen.set()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_long_activity_shows_that_it_is_running(terminal, is_terminal):
+    stream = Watched("compiling ... 0 s", is_terminal)
+    with closing(Console(2000, stream)) as console:
+        with console.busy("compiling", first=0.01):
+            assert stream.seen.wait(30)
+        with console.busy("evaluating"):  # short: not shown
+            pass
+        show(console)
+        with console.busy("sampling", first=0.0):
+            console.print("above")
+    assert "evaluating" not in stream.getvalue()
+    if is_terminal:
+        assert stream.getvalue().endswith("\x1b[2K")
+    else:
+        assert stream.getvalue().splitlines()[:2] == ["compiling ... 0 s", LINE]
 
 
 @pytest.mark.parametrize("columns", ["75", "80", "85"])
 def test_a_narrow_terminal_breaks_between_parts(terminal, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
-    with Console(2000, 1.0, terminal) as console:
-        console.update({**FIELDS, "grad_norm": 1.5})
+    with closing(Console(2000, terminal)) as console:
+        show(console, {**FIELDS, "grad_norm": 1.5, "clip_factor": 2 / 3})
     assert "grad_norm 1.5 clipped\nlr 1.23e-04  1h06m left" in terminal.getvalue()
 
 
 def test_time_left_is_from_recent_steps():
     stream = io.StringIO()
-    console = Console(100, 1.0, stream)
+    console = Console(100, stream)
     for step in range(1, 51):
-        console.update({**FIELDS, "step": step, "step_seconds": 1000.0 if step < 40 or step == 45 else 0.1})
+        show(console, {**FIELDS, "step": step, "step_seconds": 1000.0 if step < 40 or step == 45 else 0.1})
     assert stream.getvalue().splitlines()[0].endswith("1d03h left")
     assert stream.getvalue().splitlines()[-1].endswith("  5s left")
 

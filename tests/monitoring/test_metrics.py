@@ -7,13 +7,14 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.monitoring.metrics import MetricsWriter, read_metrics
+from jaxtrain.monitoring.metrics import JsonLines, pack, read_metrics
 from jaxtrain.runtime.chips import peak_flops
 
 
@@ -24,9 +25,9 @@ def _refuse(constant):
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))
 def test_float32_round_trips(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
-    with MetricsWriter(path) as writer:
+    with JsonLines(path) as writer:
         for step, value in enumerate(values):
-            writer.write(step=step, loss=np.float32(value))
+            writer.step(step, dict(loss=np.float32(value)))
     for line in path.read_text().splitlines():
         json.loads(line, parse_constant=_refuse)
     steps, _ = read_metrics(path)
@@ -35,11 +36,13 @@ def test_float32_round_trips(tmp_path_factory, values):
 
 def test_values_of_every_kind(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsWriter(path) as writer:
-        writer.write(
-            step=jnp.int32(3), loss=jnp.float32(0.1), low=jnp.bfloat16(1.5), flag=np.bool_(True), none=None, big=2**40
+    with JsonLines(path) as writer:
+        writer.step(
+            jnp.int32(3), dict(loss=jnp.float32(0.1), low=jnp.bfloat16(1.5), flag=np.bool_(True), none=None, big=2**40)
         )
-        writer.event("eval", nested={"values": [jnp.float32(math.nan), -math.inf, math.inf]}, text="a\nb\u20ac")
+        writer.event(
+            "eval", "", dict(nested={"values": [jnp.float32(math.nan), -math.inf, math.inf]}, text="a\nb\u20ac")
+        )
     (step,), (event,) = read_metrics(path)
     assert step == {"step": 3, "loss": float(np.float32(0.1)), "low": 1.5, "flag": True, "none": None, "big": 2**40}
     assert type(step["step"]) is int
@@ -51,10 +54,10 @@ def test_values_of_every_kind(tmp_path):
 
 def test_events_carry_their_time(tmp_path):
     before = datetime.now(UTC).replace(microsecond=0)
-    with MetricsWriter(tmp_path / "m") as writer:
-        writer.event("start", name="positional names do not clash")
-        with pytest.raises(TypeError, match="time"):
-            writer.event("stop", time=1)
+    with JsonLines(tmp_path / "m") as writer:
+        writer.event("start", "", dict(name="positional names do not clash"))
+        with pytest.raises(ValueError, match="must not be named time"):
+            writer.event("stop", "", dict(time=1))
     steps, (event,) = read_metrics(tmp_path / "m")
     assert steps == []
     assert event["event"] == "start"
@@ -67,8 +70,8 @@ def test_events_carry_their_time(tmp_path):
 def test_lines_are_there_when_the_process_dies(tmp_path):
     path = tmp_path / "m"
     code = (
-        "import os, sys\nfrom jaxtrain.monitoring.metrics import MetricsWriter\n"
-        "writer = MetricsWriter(sys.argv[1])\nwriter.write(step=1)\nwriter.event('eval')\nos._exit(1)"
+        "import os, sys\nfrom jaxtrain.monitoring.metrics import JsonLines\n"
+        "writer = JsonLines(sys.argv[1])\nwriter.step(1, {})\nwriter.event('eval', '', {})\nos._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     steps, events = read_metrics(path)
@@ -78,15 +81,15 @@ def test_lines_are_there_when_the_process_dies(tmp_path):
 
 def test_a_file_cut_anywhere_reads_and_goes_on(tmp_path):
     path = tmp_path / "m"
-    with MetricsWriter(path) as writer:
-        writer.write(step=1, loss=2.5)
-        writer.write(step=2, loss=1.5)
+    with JsonLines(path) as writer:
+        writer.step(1, dict(loss=2.5))
+        writer.step(2, dict(loss=1.5))
     whole = path.read_bytes()
     second = whole.index(b"\n") + 1
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        with MetricsWriter(path) as writer:
-            writer.write(step=3, loss=0.5)
+        with JsonLines(path) as writer:
+            writer.step(3, dict(loss=0.5))
         found = [step["step"] for step in read_metrics(path)[0]]
         assert found == [1] * (cut >= second - 1) + [2] * (cut >= len(whole) - 1) + [3], cut
         assert b"\n\n" not in path.read_bytes()
@@ -94,36 +97,35 @@ def test_a_file_cut_anywhere_reads_and_goes_on(tmp_path):
 
 def test_the_last_attempt_wins(tmp_path):
     path = tmp_path / "m"
-    with MetricsWriter(path) as writer:
+    with JsonLines(path) as writer:
         for step in (10, 20, 30):
-            writer.write(step=step, attempt=1)
-    with MetricsWriter(path) as writer:
-        writer.event("start", attempt=2)
+            writer.step(step, dict(attempt=1))
+    with JsonLines(path) as writer:
+        writer.event("start", "", dict(attempt=2))
         for step in (30, 20, 5):  # out of order, to see them sorted
-            writer.write(step=step, attempt=2)
+            writer.step(step, dict(attempt=2))
     steps, events = read_metrics(path)
     assert [(step["step"], step["attempt"]) for step in steps] == [(5, 2), (10, 1), (20, 2), (30, 2)]
     assert len(events) == 1
 
 
 def test_what_a_restart_from_an_earlier_step_has_undone_is_left_out(tmp_path):
-    """R-C15, R-A23: in the order of the file, whatever the attempts wrote after."""
     path = tmp_path / "m"
-    with MetricsWriter(path) as writer:
-        writer.event("start", step=0)
+    with JsonLines(path) as writer:
+        writer.event("start", "", dict(step=0))
         for step in (1, 2, 3, 4, 5, 6):
-            writer.write(step=step, attempt=1)
-        writer.event("resume", step=4)
-        writer.write(step=5, attempt=2)
+            writer.step(step, dict(attempt=1))
+        writer.event("resume", "", dict(step=4))
+        writer.step(5, dict(attempt=2))
         assert [(line["step"], line["attempt"]) for line in read_metrics(path)[0]][4:] == [(5, 2)]
-        writer.event("eval", step=1)  # no restart
-        writer.event("resume", step=2)
-        writer.write(step=3, attempt=3)
+        writer.event("eval", "", dict(step=1))  # no restart
+        writer.event("resume", "", dict(step=2))
+        writer.step(3, dict(attempt=3))
     steps, events = read_metrics(path)
     assert [(line["step"], line["attempt"]) for line in steps] == [(1, 1), (2, 1), (3, 3)]
     assert [event["event"] for event in events] == ["start", "resume", "eval", "resume"]
-    with MetricsWriter(path) as writer:
-        writer.event("start", step=0)  # the first checkpoint had not been written
+    with JsonLines(path) as writer:
+        writer.event("start", "", dict(step=0))  # the first checkpoint had not been written
     assert read_metrics(path)[0] == []
 
 
@@ -134,10 +136,10 @@ def test_lines_that_are_no_records_are_left_out(tmp_path):
 
 
 def test_a_value_that_is_no_json_writes_nothing(tmp_path):
-    with MetricsWriter(tmp_path / "m") as writer:
+    with JsonLines(tmp_path / "m") as writer:
         with pytest.raises(TypeError):
-            writer.write(step=1, bad=object())
-        writer.write(step=2)
+            writer.step(1, dict(bad=object()))
+        writer.step(2, {})
     assert (tmp_path / "m").read_text() == '{"step": 2}\n'
 
 
@@ -150,21 +152,21 @@ def room():
 
 
 def test_a_full_disk_holds_lines_back_and_loses_none(tmp_path, room, capsys):
-    """R-A23: in the middle of a line, twice, and at the end, where it is an error."""
+    """In the middle of a line, twice, and at the end, where it is an error."""
     path = tmp_path / "m"
-    writer = MetricsWriter(path)
+    writer = JsonLines(path)
     for step in (1, 4):
-        writer.write(step=step)
+        writer.step(step, {})
         room(path.stat().st_size + 5)
-        writer.write(step=step + 1)
-        writer.write(step=step + 2)
+        writer.step(step + 1, {})
+        writer.step(step + 2, {})
         assert [line["step"] for line in read_metrics(path)[0]] == list(range(1, step + 1))
         assert capsys.readouterr().err.count("its lines wait until it can") == 1
         room(None)
-    writer.write(step=7)
+    writer.step(7, {})
     assert path.read_text() == "".join(f'{{"step": {step}}}\n' for step in range(1, 8))
     room(path.stat().st_size)
-    writer.write(step=8)
+    writer.step(8, {})
     with pytest.raises(OSError, match=r"m lacks its last lines \(1\)"):
         writer.close()
     writer.close()
@@ -182,3 +184,17 @@ def test_peak_flops_of_known_devices_only():
     assert peak_flops("cpu", "bfloat16") is None
     assert peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16") is None
     assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
+
+
+METRICS = {"loss": np.float32(2.5), "layer_grad_norm": np.arange(3, dtype=np.float32), "skipped": np.float32(np.nan)}
+
+
+def test_packed_metrics_are_one_array_and_unpack_unchanged():
+    packed = jax.jit(lambda metrics: pack(dict(sorted(metrics.items(), reverse=True))))(METRICS)
+    assert [leaf.shape for leaf in jax.tree.leaves(packed)] == [(5,)]
+    out = packed.unpack()
+    assert list(out) == ["skipped", "loss", "layer_grad_norm"]
+    for name, value in METRICS.items():
+        assert (out[name].shape, out[name].dtype) == (np.shape(value), np.float32)
+        np.testing.assert_array_equal(out[name], value)
+    np.testing.assert_array_equal(jax.tree.map(lambda x: 2 * x, packed).unpack()["layer_grad_norm"], [0, 2, 4])

@@ -10,7 +10,7 @@ import pytest
 
 from jaxtrain import schedules
 from jaxtrain.monitoring import plots
-from jaxtrain.monitoring.metrics import MetricsWriter
+from jaxtrain.monitoring.metrics import JsonLines
 from jaxtrain.monitoring.plots import draw_curve, plot_metrics, plot_schedule
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,12 +26,12 @@ def figures(monkeypatch):
 
 
 def write_run(folder, num_steps, grad_norms=(0.5, 2.0, 3.0), evals=()):
-    with MetricsWriter(folder / "metrics.jsonl") as writer:
+    with JsonLines(folder / "metrics.jsonl") as writer:
         for index in range(num_steps):
             norm = grad_norms[index % len(grad_norms)]
-            writer.write(step=10 * index + 10, nll=5 - index / 100, grad_norm=norm, learning_rate=1e-3)
+            writer.step(10 * index + 10, dict(nll=5 - index / 100, grad_norm=norm, learning_rate=1e-3))
         for step, nll in evals:
-            writer.event("eval", step=step, nll=nll)
+            writer.event("eval", "", dict(step=step, nll=nll))
     return folder
 
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from jaxtrain.config import Config, DataConfig, OptimConfig, TrainConfig, to_json
-from jaxtrain.monitoring.metrics import MetricsWriter
+from jaxtrain.monitoring.metrics import JsonLines
 from jaxtrain.monitoring.report import write_report
 
 EVAL = {
@@ -50,20 +50,20 @@ def make_run(folder, num_steps):
     data = DataConfig(sources=("<script>alert(1)</script>",))
     config = Config(data=data, optim=OptimConfig(clip_norm=0.25, b2=0.9), train=TrainConfig(steps=2000))
     (folder / "config.json").write_text(to_json(config))
-    with MetricsWriter(folder / "metrics.jsonl") as writer:
+    with JsonLines(folder / "metrics.jsonl") as writer:
         for step in range(1, num_steps + 1):
             fields = {"nll": 5 / step, "loss": 5.5 / step, "grad_norm": 0.5, "learning_rate": 1e-3}
-            writer.write(step=step, attempt=2, tokens_seen=1000 * step, tokens_per_second=51234.6, **fields)
+            writer.step(step, dict(attempt=2, tokens_seen=1000 * step, tokens_per_second=51234.6, **fields))
     return folder
 
 
 def test_report_has_the_run_in_one_file(tmp_path):
     run = make_run(tmp_path / "a <i> b", 20)
     (run / "sample.txt").write_text("if a < b: </pre> & c")
-    with MetricsWriter(run / "metrics.jsonl") as writer:
-        writer.event("eval", step=10, **{**EVAL, "nll": 9.0})
-        writer.event("eval", step=20, **EVAL)
-        writer.event("stop", step=20, sample="sample.txt", reason="<b>", seconds=3801.0)
+    with JsonLines(run / "metrics.jsonl") as writer:
+        writer.event("eval", "", dict(step=10, **{**EVAL, "nll": 9.0}))
+        writer.event("eval", "", dict(step=20, **EVAL))
+        writer.event("stop", "", dict(step=20, sample="sample.txt", reason="<b>", seconds=3801.0))
     path = write_report(run)
     assert path == run / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
@@ -108,8 +108,8 @@ def test_clip_norm_comes_from_the_config(tmp_path, monkeypatch):
 def test_a_sample_stays_inside_the_run(tmp_path):
     run = make_run(tmp_path / "run", 1)
     (tmp_path / "secret.txt").write_text("elsewhere")
-    with MetricsWriter(run / "metrics.jsonl") as writer:
-        writer.event("stop", sample="../secret.txt")
+    with JsonLines(run / "metrics.jsonl") as writer:
+        writer.event("stop", "", dict(sample="../secret.txt"))
     assert "elsewhere" not in write_report(run).read_text()
 
 
