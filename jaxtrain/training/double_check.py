@@ -1,4 +1,4 @@
-"""Silent data corruption: a step is run twice on the same inputs, and what comes out is compared bit for bit."""
+"""Detection of silent data corruption: a step runs twice on the same inputs, and all bits of the results must agree."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,30 +15,27 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class ReplayMismatch(OSError):
-    """Two runs of one step differ: the machine computed one of them wrongly. `leaves` names what differs."""
+    """Two runs of one step differ, so the machine computed one of them wrongly. `leaves` names the arrays that differ."""
 
     def __init__(self, step: int, leaves: list[str], last_checkpoint: int | None):
         listed = ", ".join(leaves[:5]) + (f" and {len(leaves) - 5} more" if len(leaves) > 5 else "")
-        saved = "start anew" if last_checkpoint is None else f"go on from the checkpoint of step {last_checkpoint}"
+        saved = "start again" if last_checkpoint is None else f"resume from the checkpoint of step {last_checkpoint}"
         super().__init__(
-            f"step {step} gave other bits when it was run again (silent data corruption): {listed}; this step was not "
-            f"saved, {saved}, on other devices (a GPU repeats itself only under XLA_FLAGS={_DETERMINISTIC})"
+            f"step {step} gave other bits when it was run again (silent data corruption): {listed}; the step was not "
+            f"saved: {saved} on other devices (GPUs are deterministic only with XLA_FLAGS={_DETERMINISTIC})"
         )
         self.leaves = leaves
 
 
 class ReplayChecked:
-    """A compiled train step that runs every Nth step twice; `train.replay_check` is N; None disables it.
+    """Compiled train step that runs every N-th step twice. N is `train.replay_check`; None disables the check.
 
-    The second run starts from a copy made before the first, whose state is donated, so that while it lasts a device
-    holds its part of the state twice. What is returned is the first run's, so the numbers are those of no check.
-
-    Raises:
-      ReplayMismatch: by the call, before the state of that step can be saved; on every process.
+    The second run starts from a copy of the state, because the first run's state is donated. During the check a device
+    holds its shard of the state twice. The first run's result is returned, so the check changes no number.
     """
 
     def __init__(self, config: Config, train_step: Callable, like: TrainState):
-        """Takes the run's config, its compiled step, and its state's shapes and shardings."""
+        """Wraps the compiled step of a run; `like` has the shapes and shardings of its state."""
         self._every = config.train.replay_check
         self._train_step = train_step
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
@@ -49,7 +46,11 @@ class ReplayChecked:
     def __call__(
         self, done: int, state: TrainState, batch: Any, last_checkpoint: Callable[[], int | None]
     ) -> tuple[TrainState, PackedMetrics]:
-        """Runs step `done` (counted from 1); `last_checkpoint()` is asked if it fails."""
+        """Runs step `done`, counted from 1.
+
+        Raises:
+          ReplayMismatch: on every process, before the state can be saved. It names the step of `last_checkpoint()`.
+        """
         if not self._every or done % self._every:
             return self._train_step(state, batch)
         copy = self._copy(state)
@@ -66,7 +67,7 @@ class ReplayChecked:
 
 
 def _differs(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Whether any bit differs: NaN is not equal to itself, and 0 is equal to -0."""
+    """Returns True if any bit differs. Comparing floats would miss NaN and -0."""
     return jnp.any(_bits(a) != _bits(b))
 
 

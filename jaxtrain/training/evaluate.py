@@ -1,4 +1,4 @@
-"""Evaluation over a whole split: sums first, one division at the end."""
+"""Evaluation on a split: sums over all tokens, then one division."""
 
 import functools
 import gzip
@@ -29,27 +29,27 @@ def evaluate(
     prefetch: int = 2,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | int]:
-    """Measures a model on a split.
+    """Evaluates a model on a split.
 
-    Every token but the split's first is predicted once, in windows of the batches' length; the ragged end counts by its
-    tokens. Sums are added in double precision.
+    Every token but the first is predicted exactly once, in windows of the batches' length; padding at the end does not
+    count. Sums are accumulated in double precision.
 
     Args:
       eval_step: `(params, batch) -> LossSums`, jitted.
-      params: parameters, placed where `eval_step` wants them.
-      batches: the split in batches.
-      sharding: where a batch goes.
-      num_batches: how many batches, from the start of the split; None takes all.
-      prefetch: batches held ready.
-      asked_to_stop: looked at between batches.
+      params: parameters, sharded as `eval_step` expects.
+      batches: batches of the split.
+      sharding: sharding of a batch.
+      num_batches: number of batches from the start of the split; None takes all.
+      prefetch: number of batches to load ahead.
+      asked_to_stop: polled between batches.
 
     Returns:
-      `nll` (nats a token), `perplexity`, `bits_per_token`, `bits_per_byte`, and the number of `tokens`. Bits per byte
-      use the whole split's tokens per byte.
+      `nll` (nats per token), `perplexity`, `bits_per_token`, `bits_per_byte`, and the number of `tokens`. Bits per byte
+      use the tokens per byte of the whole split.
 
     Raises:
       ValueError: num_batches below 1.
-      Stopped: it was asked to stop: what was measured so far is no result.
+      Stopped: `asked_to_stop` returned True. A partial result would be misleading.
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"the number of batches must be above 0, or None for the whole split; got {num_batches}")
@@ -62,7 +62,7 @@ def evaluate(
             if asked_to_stop():
                 raise Stopped
             following = eval_step(params, batch)
-            if pending is not None:  # read one batch late, while the next one runs
+            if pending is not None:  # read one batch late, while the next batch runs
                 nll, weight = nll + float(pending.nll), weight + float(pending.weight)
             pending = following
     nll, weight = nll + float(pending.nll), weight + float(pending.weight)
@@ -85,7 +85,7 @@ def evaluate_split(
     num_batches: int | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | int]:
-    """Evaluates a run's model on a split, in the run's batches; see `evaluate`."""
+    """Evaluates a run's model on a split, with the batch size of the run; see `evaluate`."""
     config = run.config.train
     batches = EvalBatches(
         split, batch_size=config.batch_size, seq_len=config.seq_len, vocab_size=run.program.vocab_size
@@ -101,9 +101,9 @@ def evaluate_split(
 
 
 def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
-    """What gzip -9 and xz -9 make of the same bytes as one file, in bits per byte: `gzip` and `xz`.
+    """Compresses a text as one file with gzip -9 and xz -9. Returns the bits per byte, `gzip` and `xz`.
 
-    They learn from these bytes alone, in one pass, and need no model on the other side.
+    Unlike the model, a compressor learns from these bytes alone, in one pass.
     """
     return {
         "gzip": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
@@ -112,6 +112,6 @@ def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
 
 
 def split_text(split: Split, tokenizer: Tokenizer) -> bytes:
-    """The text of a split's documents, one after the other, as UTF-8."""
+    """Returns the text of a split's documents, concatenated, as UTF-8."""
     tokens = split.read(0, split.num_tokens)
     return tokenizer.decode(tokens[tokens != tokenizer.eot_id]).encode()

@@ -67,6 +67,8 @@ def make_program(
     *,
     wrap_loss: Callable[[Callable], Callable] | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    diagnose: Callable | None = None,
+    micro_batch_terms: bool = False,
 ) -> Program:
     """Builds the program of a config.
 
@@ -76,6 +78,8 @@ def make_program(
       vocab_size: number of tokens in the vocabulary of the data.
       wrap_loss: wraps the training loss `(params, batch) -> LossSums`; None leaves it as it is.
       optimizer: any optax transformation; None takes that of the config.
+      diagnose: per-layer metrics of the train step; None takes the config's. See `make_train_step`.
+      micro_batch_terms: adds the metrics of each micro-batch. See `make_train_step`.
 
     Raises:
       ValueError: sizes that do not divide over the mesh, or a vocabulary that does not fit.
@@ -105,7 +109,8 @@ def make_program(
         policy=None if losses.cast_per_layer else policy,
         loss_scaling=scaling,
         map_gradients=losses.map_gradients,
-        diagnose=components.make_diagnose(config),
+        diagnose=diagnose or components.make_diagnose(config),
+        micro_batch_terms=micro_batch_terms,
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, PackedMetrics]:

@@ -1,7 +1,7 @@
-"""Runs a step of a run again from the checkpoint before it, and looks into it: micro-batches, layers, documents."""
+"""Replays a train step from the checkpoint before it, and reports its micro-batches, layers and rows."""
 
 import dataclasses
-import functools
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -14,37 +14,44 @@ import numpy as np
 from jaxtrain.checkpoints import warm_start
 from jaxtrain.checkpoints.checkpoints import Checkpoints
 from jaxtrain.checkpoints.manifest import Damaged, verify
-from jaxtrain.models.transformer import Transformer, make_loss_fn
+from jaxtrain.losses import LossSums
+from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.layers import drop_unsampled
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.optim import global_norm
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.step import TrainState
+from jaxtrain.training.program import make_program
 from jaxtrain.training.run import NO_HOOKS, Hooks, Run, batch_source, open_run, tokenizer_hash, train_batches
+from jaxtrain.trees import global_norm, is_stacked, layer_squares, path_names
 
-# What a clock or a restart changes; the rest of a step line must come out the same.
+# Fields of a step line that depend on the clock or on restarts.
 _NOT_COMPARED = {"attempt", "tokens_per_second", "step_seconds", "mfu", "time"}
-_TEXT_TOKENS = 48  # of a row, to know its text by
-_LONGEST_PERIOD = 32  # tokens of an n-gram whose repetitions are looked for
+_TEXT_TOKENS = 48  # tokens of a row that are shown as text
+_LONGEST_PERIOD = 32  # longest n-gram, in tokens, whose repetitions are searched
 
 
-def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS) -> dict[str, Any]:
-    """Runs a run's train step `step` (counted from 1, as in metrics.jsonl) again, on the batches that the run saw.
+def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: Any) -> dict[str, Any]:
+    """Runs a train step of a run again, on the batches that the run saw. Writes nothing.
 
-    Starts from the newest checkpoint before the step, or where there is none as the run did. Writes nothing. A device
-    holds the parameters twice for a moment.
+    Starts from the newest checkpoint before the step or, without one, from the start of the run. The devices hold the
+    state twice for one step.
+
+    Args:
+      run_dir: the run.
+      step: the step, counted from 1, as in metrics.jsonl.
+      hooks, options: see `open_run`.
 
     Returns:
-      `step`, `from_step` (0: the start), `metrics` as recomputed, `logged` (None: that step was not logged),
-      `compared_steps`, `reproduces` (bit for bit over all of those; None: none was logged), `differences` (each with
-      step, metric, logged, replayed), `notes`, and what is in the step: `micro_batches`, `layers` and `rows`, the worst
-      first.
+      `step`; `from_step` (0 is the start of the run); `metrics` as recomputed; `logged`, the step's line or None;
+      `compared_steps`, those logged since `from_step`; `reproduces`, True if they are equal to the bit, None if there
+      are none; `differences` (step, metric, logged, replayed); `notes`; and `micro_batches`, `layers` and `rows` of the
+      step. Rows come in order of falling loss.
 
     Raises:
-      ValueError: no such run, or a step that it has not come to.
+      ValueError: no such run, or a step that it has not reached.
     """
-    run = open_run(run_dir, hooks)
+    run = open_run(run_dir, hooks, **options)
     lines, events = read_metrics(run.folder / "metrics.jsonl")
     _require_reached(run, step, lines, events)
     state, first = _state_before(run, step, events)
@@ -56,7 +63,7 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS) -> dict[str,
     differences, compared = [], []
     for done in range(first + 1, step + 1):
         batch = fetch(done - 1)
-        before = jax.jit(_copy)(state.params) if done == step else None
+        before = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state) if done == step else None
         state, metrics = train_step(state, batch)
         values = {
             "step": done,
@@ -66,7 +73,8 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS) -> dict[str,
         if done in logged:
             compared.append(done)
             differences += _differences(logged[done], values)
-    looked = _make_analysis(run)(before, state.params, batch)
+    row_nll = _row_nll(run)(before.params, batch)
+    terms = _diagnosed_step(run)(before, batch)
     return {
         "step": step,
         "from_step": first,
@@ -76,46 +84,42 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS) -> dict[str,
         "reproduces": not differences if compared else None,
         "differences": differences,
         "notes": _notes(run, step, events),
-        "micro_batches": _micro_batches(jax.device_get(looked["micro_batches"])),
-        "layers": _layers(jax.device_get(looked["layers"])),
-        "rows": _rows(run, step, jax.device_get(looked["row_nll"])),
+        "micro_batches": _micro_batches(terms),
+        "layers": _layers(terms),
+        "rows": _rows(run, step, jax.device_get(row_nll)),
     }
-
-
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
 
 
 def _require_reached(run: Run, step: int, lines: list[dict], events: list[dict]) -> None:
     known = [line["step"] for line in lines] + [event["step"] for event in events if "step" in event]
-    # Steps up to the next that is logged may have run before a crash.
+    # A crash may have come after steps that were not logged yet.
     last = min(max(known, default=0) + run.config.train.log_every, run.config.train.steps)
     if not 1 <= step <= last:
         raise ValueError(f"{run.folder} has no step {step} to replay: give --step 1 to {last}, as in its metrics.jsonl")
 
 
 def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[TrainState, int]:
-    """The newest state before a step, and how many steps it has done; damaged checkpoints are passed over."""
+    """Returns the newest state before a step and its number of steps. Skips damaged checkpoints."""
     with Checkpoints(run.folder / "checkpoints") as checkpoints:
         for saved in reversed([saved for saved in checkpoints.steps() if saved < step]):
             try:
                 verify(checkpoints.folder / str(saved))
             except Damaged as problem:
-                print(f"checkpoint {saved} is damaged: {problem}; going back further", file=sys.stderr)
+                print(f"checkpoint {saved} is damaged: {problem}; trying the one before", file=sys.stderr)
                 continue
             return checkpoints.restore(run.program.abstract_state, saved)[0], saved
     state, source = run.program.init_state(), run.config.train.init_from
     if source:
         begun = [event for event in events if event["event"] == "init_from"][-1]
         path, _ = warm_start.find(source, run.folder)
-        path = path / "checkpoints" / str(begun["source_step"])  # the newest may be another one now
+        path = path / "checkpoints" / str(begun["source_step"])  # the source may have newer checkpoints by now
         like = run.program.abstract_state.params
         state = state.replace(params=warm_start.read(str(path), run.folder, like, tokenizer_hash(run.store))[0])
     return state, 0
 
 
 def _current(lines: list[dict], events: list[dict]) -> list[dict]:
-    """The step lines without those of an attempt that a later one went back behind."""
+    """Drops step lines that a later attempt, restarted from an earlier step, has replaced."""
     begun = [(event["attempt"], event["step"]) for event in events if event["event"] in ("start", "resume")]
     return [
         line
@@ -134,7 +138,7 @@ def _differences(logged: dict[str, Any], values: dict[str, Any]) -> list[dict[st
 
 
 def _notes(run: Run, step: int, events: list[dict]) -> list[str]:
-    """What lets the numbers differ without any fault."""
+    """Returns the changes of the environment that let the numbers differ without any fault."""
     begun = [event for event in events if event["event"] in ("start", "resume") and event["step"] < step]
     if not begun:
         return []
@@ -145,95 +149,92 @@ def _notes(run: Run, step: int, events: list[dict]) -> list[str]:
         "device": run.program.mesh.devices.flat[0].device_kind,
     }
     return [
-        f"the run had {name} {begun[-1][name]} and here it is {value}: expect the same numbers to rounding only"
+        f"{name} was {begun[-1][name]} in the run and is {value} here: expect equal numbers up to rounding only"
         for name, value in now.items()
         if begun[-1].get(name, value) != value
     ]
 
 
-def _make_analysis(run: Run) -> Any:
-    """`(params before, params after, batch) -> arrays`: the step taken apart, to rounding what the train step did."""
-    config = run.config.train
-    # No kernel of one device only: here the compiler itself spreads the work over the mesh.
-    model = Transformer(dataclasses.replace(run.program.model.config, attention="xla"))
-    loss_fn = make_loss_fn(
-        model,
-        z_loss=config.z_loss,
-        label_smoothing=config.label_smoothing,
-        chunk_size=config.loss_chunk,
+def _diagnosed_step(run: Run) -> Any:
+    """Returns `(state, batch) -> metrics` of the run's train step, with the terms of each micro-batch and layer.
+
+    A program of its own: more results change the fusions around the gradients, and with them the last bits.
+    """
+    program = make_program(
+        run.config,
+        run.program.mesh,
+        run.store.vocab_size,
+        wrap_loss=run.hooks.wrap_loss,
+        diagnose=_layer_norms,
+        micro_batch_terms=True,
     )
+    return lambda state, batch: program.train_step(state, batch)[1].unpack()
+
+
+def _layer_norms(params: Any, grads: Any, updates: Any, opt_state: Any) -> dict[str, jax.Array]:
+    """Returns the norm of each top-level part of the parameters, gradients and updates.
+
+    A part of stacked layers has one norm per layer, `[L]`.
+    """
+    del opt_state
+    norms = {}
+    for kind, tree in (("grad_norm", grads), ("param_norm", params), ("update_norm", updates)):
+        parts: dict[str, dict] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            parts.setdefault(path_names(path)[0] if path else "params", {})[path] = leaf
+        for name, leaves in parts.items():
+            if all(is_stacked(path) for path in leaves):
+                norm = jnp.sqrt(sum(layer_squares(leaf) for leaf in leaves.values()))
+            else:
+                norm = global_norm(list(leaves.values()))
+            norms[f"{kind}/{name}"] = norm
+    return norms
+
+
+def _row_nll(run: Run) -> Any:
+    """Returns `(params, batch) -> mean loss [B]` of each row, sharded by XLA over the mesh."""
+    model, loss_fn = run.program.model, run.program.model.loss
+    if isinstance(model, TransformerModel):  # the other attention kernels run on one device each
+        loss_fn = dataclasses.replace(model, config=dataclasses.replace(model.config, attention="xla")).loss
+    takes_key = len(inspect.signature(model.loss).parameters) > 2
     if run.hooks.wrap_loss is not None:
         loss_fn = run.hooks.wrap_loss(loss_fn)
-    # Without its loss scale the gradients of float16 would vanish.
-    policy = Policy(compute="float32" if config.precision == "float16" else config.precision)
+    policy = Policy(compute=run.config.train.precision)
 
-    def total(params: Any, batch: Any):
-        sums = loss_fn(params, batch)
-        return sums.total(), sums
+    def row_nll(params: Any, batch: Any) -> jax.Array:
+        params = policy.cast_to_compute(params)
 
-    def analysis(before: Any, after: Any, batch: Any) -> dict[str, Any]:
-        params = policy.cast_to_compute(before)
+        def mean_nll(row: Any) -> jax.Array:
+            result = loss_fn(params, jax.tree.map(lambda x: x[None], row), *([None] if takes_key else []))
+            sums: LossSums = result[0] if isinstance(result, tuple) else result
+            return sums.mean_nll()
 
-        def micro_step(added: Any, micro_batch: Any):
-            (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params, micro_batch)
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-            weight = jnp.maximum(sums.weight, 1.0)
-            one = {"loss": sums.mean(), "nll": sums.mean_nll(), "tokens": sums.weight}
-            one["grad_norm"] = global_norm(jax.tree.map(lambda g: g / weight, grads))
-            rows = jax.lax.map(
-                lambda row: loss_fn(params, jax.tree.map(lambda x: x[None], row)).mean_nll(), micro_batch
-            )
-            return (jax.tree.map(jnp.add, added[0], grads), added[1] + sums.weight), (one, rows)
+        return jax.lax.map(mean_nll, batch)
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), before)
-        split = jax.tree.map(lambda x: _split_rows(x, config.accumulate), batch)
-        (grads, weight), (micro_batches, rows) = jax.lax.scan(micro_step, (zeros, jnp.float32(0)), split)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
-        updates = jax.tree.map(jnp.subtract, after, before)
-        layers = {
-            "grad_norm": _norms(grads),
-            "update_norm": _norms(updates),
-            "param_norm": _norms(before),
-        }
-        return {"micro_batches": micro_batches, "layers": layers, "row_nll": rows.swapaxes(0, 1).reshape(-1)}
-
-    return jax.jit(analysis, out_shardings=replicated(run.program.mesh))
+    return jax.jit(row_nll, out_shardings=replicated(run.program.mesh))
 
 
-def _split_rows(leaf: jax.Array, accumulate: int) -> jax.Array:
-    """`[B, ...]` to `[accumulate, B / accumulate, ...]`, as the train step does: row i goes to i % accumulate."""
-    return leaf.reshape((-1, accumulate, *leaf.shape[1:])).swapaxes(0, 1)
+def _micro_batches(terms: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    names = ("loss", "nll", "tokens", "grad_norm")
+    columns = [terms[f"micro_batch_{name}"].tolist() for name in names]
+    return [{"micro_batch": i} | dict(zip(names, row, strict=True)) for i, row in enumerate(zip(*columns, strict=True))]
 
 
-def _norms(tree: dict[str, Any]) -> dict[str, jax.Array]:
-    """Norm of each top part of a parameter tree; of the stacked layers one a layer, `[L]`."""
-
-    def norm(part: Any, stacked: bool) -> jax.Array:
-        leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(part)]
-        squares = [jnp.sum(jnp.square(leaf), axis=tuple(range(int(stacked), leaf.ndim))) for leaf in leaves]
-        return jnp.sqrt(functools.reduce(jnp.add, squares))
-
-    return {name: norm(part, name == "layers") for name, part in tree.items()}
-
-
-def _micro_batches(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    count = len(values["loss"])
-    return [{"micro_batch": i, **{name: float(value[i]) for name, value in values.items()}} for i in range(count)]
-
-
-def _layers(norms: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+def _layers(terms: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     rows = []
-    for name in norms["param_norm"]:
-        parts = {kind: np.atleast_1d(values[name]) for kind, values in norms.items()}
-        for number in range(len(parts["param_norm"])):
-            row = {kind: float(values[number]) for kind, values in parts.items()}
+    for part in [name.partition("/")[2] for name in terms if name.startswith("param_norm/")]:
+        norms = {kind: np.atleast_1d(terms[f"{kind}/{part}"]) for kind in ("grad_norm", "param_norm", "update_norm")}
+        is_one = terms[f"param_norm/{part}"].ndim == 0
+        for number in range(len(norms["param_norm"])):
+            row = {kind: float(values[number]) for kind, values in norms.items()}
             ratio = row["update_norm"] / row["param_norm"] if row["param_norm"] else math.nan
-            rows.append({"name": f"layer {number}" if name == "layers" else name, **row, "update_ratio": ratio})
+            name = part if is_one else f"{part.removesuffix('s')} {number}"
+            rows.append({"name": name, **row, "update_ratio": ratio})
     return rows
 
 
 def _rows(run: Run, step: int, row_nll: np.ndarray) -> list[dict[str, Any]]:
-    """The rows of the batch with the documents they come from, the worst first; NaN is worst."""
+    """Returns the rows of the batch with their documents, in order of falling loss. NaN comes first."""
     batches, split, tokenizer = train_batches(run), run.store.train, run.store.tokenizer
     length = batches.seq_len + 1
     rows = []
@@ -257,9 +258,9 @@ def _rows(run: Run, step: int, row_nll: np.ndarray) -> list[dict[str, Any]]:
 
 
 def longest_repetition(tokens: np.ndarray) -> tuple[int, int]:
-    """The longest stretch that repeats one n-gram: its number of tokens and n; (0, 0) if nothing follows itself.
+    """Finds the longest stretch that repeats one n-gram, n up to 32. Returns its number of tokens and n, or (0, 0).
 
-    Documents that do so make gradients spike (arXiv:2501.00656). n goes up to 32.
+    Such documents cause gradient spikes (arXiv:2501.00656).
     """
     best = (0, 0)
     for period in range(1, min(_LONGEST_PERIOD, len(tokens) - 1) + 1):
@@ -272,5 +273,5 @@ def longest_repetition(tokens: np.ndarray) -> tuple[int, int]:
 
 
 def _escape(text: str) -> str:
-    """A text without what a terminal would obey."""
+    """Escapes the control characters of a text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

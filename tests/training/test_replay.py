@@ -152,7 +152,7 @@ def test_other_devices_are_noted(tiny_config, tmp_path):
     config = from_json((folder / "config.json").read_text())
     (folder / "config.json").write_text(to_json(dataclasses.replace(config, mesh=MeshConfig(data=1))))
     other = replay(folder, 7)
-    assert other["notes"] == ["the run had devices 4 and here it is 1: expect the same numbers to rounding only"]
+    assert other["notes"] == ["devices was 4 in the run and is 1 here: expect equal numbers up to rounding only"]
     np.testing.assert_allclose(other["metrics"]["loss"], same["metrics"]["loss"], rtol=1e-5)
     losses = [{row["row"]: row["nll"] for row in result["rows"]} for result in (same, other)]
     for row, nll in losses[0].items():
@@ -205,7 +205,7 @@ def test_a_flipped_bit_ends_the_run_before_it_is_saved(tiny_config, tmp_path, nu
     message = str(error.value)
     assert "step 10 gave other bits when it was run again" in message
     assert "params/" in message
-    assert "go on from the checkpoint of step 5" in message
+    assert "resume from the checkpoint of step 5" in message
     assert "\n" not in message
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
     steps, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
