@@ -1,7 +1,6 @@
 """Console of a run: one live line on a terminal, plain lines anywhere else."""
 
 import contextlib
-import math
 import os
 import statistics
 import sys
@@ -17,6 +16,8 @@ import rich.console
 import rich.live
 import rich.table
 from rich.text import Text
+
+from jaxtrain.monitoring.tables import format_seconds, printable
 
 _RECENT_STEPS = 10  # logged steps from which the remaining time is estimated
 # A log on a full disk, a pipe without a reader, a terminal that is gone: training goes on without output.
@@ -38,6 +39,7 @@ class Console:
         """
         self._total_steps = total_steps
         self._stream = sys.stdout if stream is None else stream
+        self._encoding = getattr(self._stream, "encoding", None)
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._line = ""  # the live line; redrawn after another text has taken its place
         self._live: rich.live.Live | None = None
@@ -68,6 +70,7 @@ class Console:
 
     def print(self, text: str) -> None:
         """Prints text above the live line; on a terminal, wraps it at words."""
+        text = printable(text, encoding=self._encoding)
         with _UNSEEN, self._lock:
             if self._terminal is None:
                 print(text, file=self._stream, flush=True)
@@ -81,11 +84,16 @@ class Console:
             width = max((len(name) for name, _ in rows), default=0)
             self.print("\n".join([title, *(f"  {name:{width}}  {value}" for name, value in rows)]))
             return
-        grid = rich.table.Table(title=Text(title), title_justify="left", show_header=False, box=rich.box.ROUNDED)
+        grid = rich.table.Table(
+            title=Text(printable(title, encoding=self._encoding)),
+            title_justify="left",
+            show_header=False,
+            box=rich.box.ROUNDED,
+        )
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in rows:
-            grid.add_row(Text(name), Text(value))
+            grid.add_row(*(Text(printable(cell, encoding=self._encoding)) for cell in (name, value)))
         with _UNSEEN, self._lock:
             self._terminal.print(grid)
 
@@ -166,17 +174,3 @@ def _wrap_words(line: str, width: int) -> str:
     return textwrap.fill(
         line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
     )
-
-
-def format_seconds(seconds: float) -> str:
-    """Formats a duration: 12s, 3m20s, 1h02m, 2d03h; `?` if it is not finite."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02}h"
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

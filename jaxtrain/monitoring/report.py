@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import Config, load
-from jaxtrain.monitoring.console import format_seconds
 from jaxtrain.monitoring.health import Finding, diagnose
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.plots import plot_metrics
+from jaxtrain.monitoring.tables import format_seconds
 from jaxtrain.monitoring.trace import newest_trace, read_times
 
 Rows = list[tuple[str, str]]

@@ -6,16 +6,11 @@ import math
 import sys
 from typing import Any
 
-import rich.console
-import rich.table
-
 from jaxtrain.config import Config
-from jaxtrain.monitoring.console import format_seconds
+from jaxtrain.monitoring.tables import format_bytes, format_seconds, format_table
 from jaxtrain.plan.compiler import CompilerMissing, compile_step, search_batch
 from jaxtrain.plan.formulas import Plan, make_plan, plan_vocab
 from jaxtrain.runtime.chips import Chip, find_chip, parse_topology
-
-_WIDTH = 120  # characters, where the output is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,39 +130,30 @@ def _result(
 
 
 def _show(config: Config, formulas: Plan, chip: Chip | None, question: Question, result: dict[str, Any]) -> None:
-    console = rich.console.Console(soft_wrap=not sys.stdout.isatty(), highlight=False, markup=False)
-    if not sys.stdout.isatty():
-        console.width = _WIDTH
     where = question.topology or (chip.name if chip else "unnamed chips")
     mesh = " x ".join(f"{name} {size}" for name, size in formulas.mesh.items())
-    console.print(f"{formulas.num_devices} devices ({where}): {mesh}")
-    console.print(_table(("the run", ""), _run_rows(config, formulas, result)))
-    console.print(_table(("memory by formula", "a device", "all devices"), _memory_rows(formulas)))
+    print(f"{formulas.num_devices} devices ({where}): {mesh}")
+    _print_table(("the run", ""), _run_rows(config, formulas, result))
+    _print_table(("memory by formula", "a device", "all devices"), _memory_rows(formulas))
     if result["compiled"]:
-        console.print(_table(("memory by the TPU compiler", "a device"), _compiled_rows(result)))
+        _print_table(("memory by the TPU compiler", "a device"), _compiled_rows(result))
         if result["fits"]:
             rows = [
-                (row["kind"], ", ".join(row["axes"]), row["dtype"], f"{row['count']:,}", _gb(row["bytes"]))
+                (row["kind"], ", ".join(row["axes"]), row["dtype"], f"{row['count']:,}", format_bytes(row["bytes"]))
                 for row in result["collectives"]
             ]
-            console.print(_table(("collectives", "axes", "dtype", "arrays a step", "a device"), rows))
+            _print_table(("collectives", "axes", "dtype", "arrays a step", "a device"), rows)
     elif formulas.traffic:
-        rows = [(one.kind, ", ".join(one.axes), one.what, _gb(one.num_bytes)) for one in formulas.traffic]
-        console.print(_table(("collectives by formula", "axes", "of what", "a device, a step"), rows))
+        rows = [(one.kind, ", ".join(one.axes), one.what, format_bytes(one.num_bytes)) for one in formulas.traffic]
+        _print_table(("collectives by formula", "axes", "of what", "a device, a step"), rows)
     if result["fits"] is not None:
-        console.print(f"{'fits' if result['fits'] else 'does not fit'} {chip.name}: {_amount(result)}")
+        print(f"{'fits' if result['fits'] else 'does not fit'} {chip.name}: {_amount(result)}")
     if result["note"]:
-        console.print(result["note"])
+        print(result["note"])
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> rich.table.Table:
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for name in head:
-        # Text to the left, numbers to the right.
-        table.add_column(name, justify="left" if name == head[0] or name in ("axes", "dtype", "of what") else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    print("\n" + format_table(head, rows, left=("axes", "dtype", "of what")) + "\n")
 
 
 def _run_rows(config: Config, formulas: Plan, result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -203,9 +189,12 @@ def _memory_rows(formulas: Plan) -> list[tuple[str, ...]]:
         "logits": "logits of one chunk",
     }
     memory = formulas.memory
-    rows = [(names[name], _gb(size), _gb(size * formulas.num_devices)) for name, size in memory._asdict().items()]
-    state = ("of these, the state", _gb(memory.state), _gb(memory.state * formulas.num_devices))
-    return [*rows, ("all at once", _gb(memory.peak), _gb(memory.peak * formulas.num_devices)), state]
+    rows = [
+        (names[name], format_bytes(size), format_bytes(size * formulas.num_devices))
+        for name, size in memory._asdict().items()
+    ]
+    state = ("of these, the state", format_bytes(memory.state), format_bytes(memory.state * formulas.num_devices))
+    return [*rows, ("all at once", format_bytes(memory.peak), format_bytes(memory.peak * formulas.num_devices)), state]
 
 
 def _compiled_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -213,15 +202,15 @@ def _compiled_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         return [("needed", _amount(result)), ("the compiler says", result["message"])]
     rest = result["output_bytes_per_device"] - result["alias_bytes_per_device"]
     rows = [
-        ("arguments: the state and a batch", _gb(result["argument_bytes_per_device"])),
-        ("temporaries, at the peak", _gb(result["temporary_bytes_per_device"])),
-        ("temporaries, as the compiler sums them", _gb(result["temporary_sum_bytes_per_device"])),
-        ("outputs that take no argument's place", _gb(rest)),
-        ("code", _gb(result["code_bytes_per_device"])),
-        ("in all, at the peak", _gb(result["peak_bytes_per_device"])),
+        ("arguments: the state and a batch", format_bytes(result["argument_bytes_per_device"])),
+        ("temporaries, at the peak", format_bytes(result["temporary_bytes_per_device"])),
+        ("temporaries, as the compiler sums them", format_bytes(result["temporary_sum_bytes_per_device"])),
+        ("outputs that take no argument's place", format_bytes(rest)),
+        ("code", format_bytes(result["code_bytes_per_device"])),
+        ("in all, at the peak", format_bytes(result["peak_bytes_per_device"])),
     ]
     host = result["host_bytes_per_device"]
-    return [*rows, ("in the host's memory", _gb(host))] if host else rows
+    return [*rows, ("in the host's memory", format_bytes(host))] if host else rows
 
 
 def _amount(result: dict[str, Any]) -> str:
@@ -229,12 +218,4 @@ def _amount(result: dict[str, Any]) -> str:
         needed = result["formula_bytes_per_device"]["peak"]
     else:
         needed = result["peak_bytes_per_device"] if result["fits"] else result["needed_bytes_per_device"]
-    return f"{'more' if needed is None else _gb(needed)} of {_gb(result['hbm_bytes'])}"
-
-
-def _gb(size: float) -> str:
-    """Bytes as GB (10^9), or as less than that where it would be 0.00."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale / 10:
-            return f"{size / scale:,.2f} {unit}"
-    return f"{size:.0f} B"
+    return f"{'more' if needed is None else format_bytes(needed)} of {format_bytes(result['hbm_bytes'])}"

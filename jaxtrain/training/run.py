@@ -15,6 +15,7 @@ from jaxtrain.data.loader import Batches, TrainBatches, global_batch
 from jaxtrain.data.store import TokenStore
 from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
 from jaxtrain.monitoring.report import write_report
+from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.optim import decay_mask
 from jaxtrain.runtime.files import sha256_file
 from jaxtrain.runtime.mesh import by_rows, check_batch, make_mesh
@@ -135,8 +136,8 @@ def start_table(run: Run) -> list[tuple[str, str]]:
     batch = f"{tokens:,} = {settings.batch_size} sequences x {settings.seq_len}"
     if settings.accumulate > 1:
         batch += f", in {settings.accumulate} micro-batches"
-    parameters, optimizer = (_bytes_per_device(x) for x in (state.params, state.opt_state))
-    memory = f"parameters {_size(parameters)}, gradients {_size(parameters)}, optimizer {_size(optimizer)}"
+    parameters, optimizer = (format_bytes(_bytes_per_device(x)) for x in (state.params, state.opt_state))
+    memory = f"parameters {parameters}, gradients {parameters}, optimizer {optimizer}"
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     skipped = [("skipped batches", " ".join(config.data.skip))] if config.data.skip else []
     return [
@@ -155,14 +156,6 @@ def start_table(run: Run) -> list[tuple[str, str]]:
 def _bytes_per_device(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} TB"
 
 
 def tokenizer_hash(store: TokenStore) -> str:

@@ -1,14 +1,13 @@
 """The console: plain lines off a terminal, one line redrawn in place on one."""
 
 import io
-import math
 import sys
 import threading
 from contextlib import closing
 
 import pytest
 
-from jaxtrain.monitoring.console import Console, format_seconds
+from jaxtrain.monitoring.console import Console
 
 FIELDS = {
     "step": 20,
@@ -192,19 +191,27 @@ def test_time_left_is_from_recent_steps():
     assert stream.getvalue().splitlines()[-1].endswith("  5s left")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (12.4, "12s"),
-        (59.6, "1m00s"),
-        (200, "3m20s"),
-        (3599.6, "1h00m"),
-        (3725, "1h02m"),
-        (183600, "2d03h"),
-        (math.nan, "?"),
-        (math.inf, "?"),
-    ],
-)
-def test_format_seconds(seconds, text):
-    assert format_seconds(seconds) == text
+CONTROL = "\x1b[2J\x07\x9b31m\r\u202e"
+ESCAPED = r"\x1b[2J\x07\x9b31m\r\u202e"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_control_characters_never_reach_the_terminal(terminal, is_terminal):
+    terminal.isatty = lambda: is_terminal
+    with closing(Console(2000, terminal)) as console:
+        before = terminal.getvalue()
+        console.print(f"sample {CONTROL}")
+        console.event("finding", f"finding {CONTROL}", {})
+        console.table(f"title {CONTROL}", [(f"name {CONTROL}", f"value {CONTROL}")])
+        text = terminal.getvalue().removeprefix(before)
+    assert CONTROL not in text
+    assert "\x1b[2J" not in text
+    for name in ("sample", "finding", "title", "name", "value"):
+        assert f"{name} {ESCAPED}" in text
+
+
+def test_a_stream_that_is_not_utf8_gets_escapes():
+    raw = io.BytesIO()
+    console = Console(2000, io.TextIOWrapper(raw, encoding="ascii"))
+    console.print("\u20ac 5")
+    assert raw.getvalue() == b"\\u20ac 5\n"
