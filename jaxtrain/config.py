@@ -302,12 +302,10 @@ class CheckpointConfig:
     keep: int = 3  # newest checkpoints kept
     keep_every: int | None = None  # optimizer steps; checkpoints of its multiples are never deleted; None disables it
     keep_best: int | None = None  # checkpoints with the lowest validation loss to keep; needs train.eval_every
-    retries: int = 3  # more attempts of a save that fails, before the run ends (one process; several end at once)
 
     def __post_init__(self):
         _require_types("checkpoint", self)
         _require_positive("checkpoint", self, "every", "keep", "keep_every", "keep_best")
-        _require_not_negative("checkpoint", self, "retries")
         _require(
             (self.keep_every or 0) % self.every == 0,
             f"checkpoint.keep_every {self.keep_every} must be a multiple of checkpoint.every {self.every}: "
@@ -418,6 +416,8 @@ def _migrate(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     values = {key: value for key, value in values.items() if key != "faults"}  # deliberate faults, for tests
+    if isinstance(values.get("checkpoint"), dict):
+        values["checkpoint"] = {key: value for key, value in values["checkpoint"].items() if key != "retries"}
     for section, names in _ABSENT.items():
         if isinstance(values.get(section), dict):
             old = values[section]

@@ -20,7 +20,9 @@ import optax
 import orbax.checkpoint as ocp
 from benchmark import Table, parser, report
 
-from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore
+from jaxtrain.checkpoints.save import Saver
 from jaxtrain.step import TrainState
 
 _LEAF = 2**24  # float32 numbers of a leaf: 64 MiB
@@ -54,24 +56,24 @@ def main() -> None:
 
     with (
         tempfile.TemporaryDirectory(dir=options.folder) as folder,
-        Checkpoints(Path(folder) / "ours", keep=1) as checkpoints,
+        Saver(CheckpointFolder(Path(folder) / "ours", keep=1)) as saver,
         ocp.Checkpointer(ocp.StandardCheckpointHandler()) as plain,
     ):
         for step in range(0, 2 * options.repeats + 2, 2):  # the first round warms up
             first, second = (state.replace(step=jnp.int32(step + i)) for i in (0, 1))
 
             def save(state: TrainState) -> None:
-                checkpoints.save(state, {})
+                saver.begin(state, {})
 
             def save_and_wait(state: TrainState = first) -> None:
                 save(state)
-                checkpoints.wait()
+                saver.wait()
 
             timed("save, waited for", save_and_wait)
             timed("save, in the background: the loop is held", lambda state=second: save(state))
-            timed("  until it is on the disk", checkpoints.wait)
+            timed("  until it is on the disk", saver.wait)
             timed("Orbax, synchronous", lambda: plain.save(Path(folder) / "plain", state, force=True))
-            timed("restore", lambda: jax.block_until_ready(checkpoints.restore(like)[0]))
+            timed("restore", lambda: jax.block_until_ready(restore(CheckpointFolder(Path(folder) / "ours"), like)[0]))
     waited = statistics.median(seconds["save, waited for"][1:])
     table = Table(
         f"Checkpoints of {num_bytes / 1e9:.2f} GB",

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore
 from jaxtrain.config import CheckpointConfig, DataConfig, TrainConfig
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.report import write_report
@@ -72,8 +73,7 @@ def numbers(run_dir) -> list[dict[str, Any]]:
 def state_of(run_dir, step=None):
     """Restores the state of a checkpoint of a run; None takes the newest."""
     run = open_run(run_dir, QUICK)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        return checkpoints.restore(run.program.abstract_state, step)[0]
+    return restore(CheckpointFolder(run_dir / "checkpoints"), run.program.abstract_state, step)[0]
 
 
 def assert_same_bits(a, b) -> None:

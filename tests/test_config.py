@@ -137,7 +137,6 @@ NAN = float("nan")
         (CheckpointConfig, {"keep": 0}, "keep"),
         (CheckpointConfig, {"keep_every": 0}, "keep_every must be above 0"),
         (CheckpointConfig, {"keep_best": 0}, "keep_best must be above 0"),
-        (CheckpointConfig, {"retries": -1}, "retries must be 0 or more"),
         (
             CheckpointConfig,
             {"every": 50, "keep_every": 120},

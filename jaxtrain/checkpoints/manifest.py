@@ -1,4 +1,4 @@
-"""What makes a checkpoint one to trust: a manifest of its leaves and files, written last and checked before it is read.
+"""Manifest of a checkpoint: the leaves and the SHA-256 of every file, written last and checked before each read.
 
 manifest.json: `format`, `version`, `step`, `leaves` {path: {shape, dtype}}, `files` {name: {bytes, sha256}}, and
 `checksum`, the SHA-256 of all the rest.
@@ -7,34 +7,22 @@ manifest.json: `format`, `version`, `step`, `leaves` {path: {shape, dtype}}, `fi
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxtrain.runtime.files import read_json, sha256_file, sync_folder, write_json
 
 MANIFEST = "manifest.json"
+FINGERPRINT = "record/metadata"  # JSON; the name is that of Orbax's JSON handler, which wrote earlier checkpoints
 _FORMAT, _VERSION = "jaxtrain-checkpoint", 1
-_NUM_THREADS = 8  # hashing lets go of the interpreter, and reading waits for the disk
+_NUM_THREADS = 8  # hashing releases the interpreter lock, and reading waits for the disk
 
 
 class Damaged(ValueError):
-    """A checkpoint is not what was written; the message names the file."""
-
-
-def describe(tree: Any, name: str) -> dict[str, dict[str, Any]]:
-    """Shape and dtype of every array (or jax.ShapeDtypeStruct) in a tree, by its path under `name`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        f"{name}/{jax.tree_util.keystr(path, simple=True, separator='/')}": {
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
-        }
-        for path, leaf in leaves
-    }
+    """A checkpoint differs from what was written; the message names the file."""
 
 
 def seal(folder: Path, step: int, leaves: dict[str, dict[str, Any]], progress: Callable[[], None]) -> None:
@@ -42,12 +30,12 @@ def seal(folder: Path, step: int, leaves: dict[str, dict[str, Any]], progress: C
 
     Args:
       folder: the checkpoint.
-      step: of the state in it.
-      leaves: what `describe` says of it.
+      step: step of the state in it.
+      leaves: the result of `leaves.describe`.
       progress: called after each file.
     """
 
-    def look(path: Path) -> dict[str, Any]:
+    def entry(path: Path) -> dict[str, Any]:
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
         found = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -56,7 +44,9 @@ def seal(folder: Path, step: int, leaves: dict[str, dict[str, Any]], progress: C
 
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != f"{MANIFEST}.tmp"]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        files = {str(path.relative_to(folder)): found for path, found in zip(paths, pool.map(look, paths), strict=True)}
+        files = {
+            str(path.relative_to(folder)): found for path, found in zip(paths, pool.map(entry, paths), strict=True)
+        }
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_folder(path)
@@ -69,61 +59,66 @@ def verify(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, Any]:
 
     Args:
       folder: the checkpoint.
-      parts: only the files in these subfolders, and those beside them; (): all.
+      parts: subfolders to verify; files beside them and the fingerprint are always verified. () verifies all.
 
     Returns:
       The manifest.
 
     Raises:
-      Damaged: what is wrong with the first file that is not what was written.
+      Damaged: the first file that differs from what was written, and how.
     """
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict):
-        what = "is not readable" if (folder / MANIFEST).exists() else "is missing"
-        raise Damaged(f"{MANIFEST} {what}")
-    if manifest.get("format") != _FORMAT or manifest.get("version") != _VERSION:
-        raise Damaged(f"{MANIFEST} is not of format {_FORMAT}, version {_VERSION}")
-    checked = manifest.pop("checksum", None) == _checksum(manifest) and _has_form(manifest)
-    if not checked or str(manifest["step"]) != folder.name:
-        raise Damaged(f"{MANIFEST} is not what was written")
-
-    def problem(item: tuple[str, dict[str, Any]]) -> str:
-        name, wanted = item
-        try:
-            if not (folder / name).is_file():  # nor a device, which has no end
-                return f"{name} is missing"
-            size = (folder / name).stat().st_size
-            if size != wanted["bytes"]:
-                return f"{name} has {size} bytes, its manifest says {wanted['bytes']}"
-            if sha256_file(folder / name) != wanted["sha256"]:
-                return f"{name} has other bytes than were written"
-        except OSError as error:
-            return f"{name} cannot be read: {error}"
-        return ""
-
-    files = [(n, f) for n, f in manifest["files"].items() if not parts or "/" not in n or n.split("/")[0] in parts]
+    manifest = _read_manifest(folder)
+    names = [
+        name for name in manifest["files"] if not parts or "/" not in name or name.split("/")[0] in (*parts, "record")
+    ]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for text in pool.map(problem, files):
-            if text:
-                raise Damaged(text)
+        for problem in pool.map(lambda name: _problem(folder / name, name, manifest["files"][name]), names):
+            if problem:
+                raise Damaged(problem)
+    if FINGERPRINT not in names:
+        raise Damaged(f"{FINGERPRINT} is not listed in {MANIFEST}")
     return manifest
 
 
-def compare(saved: dict[str, dict[str, Any]], wanted: dict[str, dict[str, Any]]) -> list[str]:
-    """What differs between the leaves of a checkpoint and those of a run, a line a leaf."""
-    problems = [f"{path}: missing from the checkpoint" for path in wanted if path not in saved]
-    problems += [f"{path}: in the checkpoint, not in the run" for path in saved if path not in wanted]
-    for path in wanted:
-        if path in saved and saved[path] != wanted[path]:
-            ours, theirs = (f"{leaf['dtype']}{leaf['shape']}" for leaf in (wanted[path], saved[path]))
-            problems.append(f"{path}: {theirs} in the checkpoint, {ours} in the run")
-    return problems
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads the manifest of a checkpoint and verifies its own checksum and form.
+
+    Raises:
+      Damaged: the manifest is missing or differs from what was written.
+    """
+    file = folder / MANIFEST
+    manifest = read_json(file) if file.is_file() else None
+    if not isinstance(manifest, dict):
+        raise Damaged(f"{MANIFEST} {'is not readable' if os.path.lexists(file) else 'is missing'}")
+    if manifest.get("format") != _FORMAT or manifest.get("version") != _VERSION:
+        raise Damaged(f"{MANIFEST} is not of format {_FORMAT}, version {_VERSION}")
+    written = manifest.pop("checksum", None) == _checksum(manifest) and _has_form(manifest)
+    if not written or str(manifest["step"]) != folder.name:
+        raise Damaged(f"{MANIFEST} is not what was written")
+    return manifest
+
+
+def _problem(path: Path, name: str, wanted: dict[str, Any]) -> str:
+    """Compares a file with its entry in the manifest; returns "" if it is whole."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a device or a FIFO may have no end
+            return f"{name} is not a regular file"
+        if status.st_size != wanted["bytes"]:
+            return f"{name} has {status.st_size} bytes, its manifest says {wanted['bytes']}"
+        if sha256_file(path) != wanted["sha256"]:
+            return f"{name} has other bytes than were written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        return f"{name} cannot be read: {error}"
+    return ""
 
 
 def _has_form(manifest: dict[str, Any]) -> bool:
-    """Whether it has all that is read of it: anybody can make a right checksum."""
+    """Returns True if the manifest has every entry that is read: anybody can make a valid checksum."""
     form = {"leaves": {"shape": list, "dtype": str}, "files": {"bytes": int, "sha256": str}}
-    return "step" in manifest and all(
+    return isinstance(manifest.get("step"), int) and all(
         isinstance(manifest.get(part), dict)
         and all(
             isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())

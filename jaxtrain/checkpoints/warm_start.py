@@ -1,30 +1,31 @@
-"""Starting a run from the weights of another: step 0, a fresh optimizer. Going on with a run is another thing."""
+"""Warm start: a new run that begins at step 0 with the weights of another run and a fresh optimizer."""
 
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import read_fingerprint, restore_params
 
 
 def find(source: str, run_dir: Path) -> tuple[Path, int | None]:
-    """The run and the step that a path names; None: the newest.
+    """Splits a source into the run directory and the step that it names; step None is the newest.
 
     Args:
       source: RUN or RUN/checkpoints/STEP.
-      run_dir: the folder of the run that is to start.
+      run_dir: directory of the run that is to start.
 
     Raises:
-      ValueError: no such checkpoint, or one of the run itself.
+      ValueError: no such checkpoint, or the source is the run itself.
     """
     path, step = Path(source), None
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent.parent, int(path.name)
     if path.resolve() == run_dir.resolve():
         raise ValueError(
-            f"train.init_from {source} is the run's own folder: to go on with a run leave train.init_from out; "
-            "to start another from its weights give another --run-dir"
+            f"train.init_from {source} is the run's own folder: leave train.init_from out to resume the run, or give "
+            "another --run-dir to start another run from its weights"
         )
-    steps = Checkpoints(path / "checkpoints").steps()
+    steps = CheckpointFolder(path / "checkpoints").steps()
     if not steps or (step is not None and step not in steps):
         there = f"its checkpoints are {steps}" if steps else "it has no checkpoint"
         raise ValueError(f"train.init_from {source}: no such checkpoint, {there}; give RUN or RUN/checkpoints/STEP")
@@ -32,21 +33,21 @@ def find(source: str, run_dir: Path) -> tuple[Path, int | None]:
 
 
 def read(source: str, run_dir: Path, like: Any, tokenizer: str) -> tuple[Any, int]:
-    """The parameters of another run's checkpoint and its step.
+    """Reads the parameters of another run's checkpoint; returns them and the step.
 
     Args:
       source: RUN or RUN/checkpoints/STEP.
-      run_dir: the folder of the run that is to start.
+      run_dir: directory of the run that is to start.
       like: a tree of `jax.ShapeDtypeStruct` with shardings, which the parameters must fit.
-      tokenizer: SHA-256 (hex) of the tokenizer that the new run reads.
+      tokenizer: SHA-256 (hex) of the new run's tokenizer.
 
     Raises:
-      ValueError: no such checkpoint, a damaged one, leaves that do not fit, by path, or another tokenizer.
+      ValueError: the checkpoint is missing or damaged, leaves do not fit (named by path), or the tokenizer differs.
     """
     path, step = find(source, run_dir)
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        params, step = checkpoints.restore_params(like, step)
-        theirs = checkpoints.read_record(step).get("tokenizer")
+    folder = CheckpointFolder(path / "checkpoints")
+    params, step = restore_params(folder, like, step)
+    theirs = read_fingerprint(folder, step)[0].get("tokenizer")
     if theirs != tokenizer:
         raise ValueError(
             f"train.init_from {source}: its weights were trained with another tokenizer ({str(theirs)[:12]}..., this "

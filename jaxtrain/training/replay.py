@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.checkpoints import warm_start
-from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.manifest import Damaged, verify
+from jaxtrain.checkpoints.restore import restore
 from jaxtrain.losses import LossSums
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.layers import drop_unsampled
@@ -100,14 +101,14 @@ def _require_reached(run: Run, step: int, lines: list[dict], events: list[dict])
 
 def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[TrainState, int]:
     """Returns the newest state before a step and its number of steps. Skips damaged checkpoints."""
-    with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        for saved in reversed([saved for saved in checkpoints.steps() if saved < step]):
-            try:
-                verify(checkpoints.folder / str(saved))
-            except Damaged as problem:
-                print(f"checkpoint {saved} is damaged: {problem}; trying the one before", file=sys.stderr)
-                continue
-            return checkpoints.restore(run.program.abstract_state, saved)[0], saved
+    checkpoints = CheckpointFolder(run.folder / "checkpoints")
+    for saved in reversed([saved for saved in checkpoints.steps() if saved < step]):
+        try:
+            verify(checkpoints.checkpoint(saved))
+        except Damaged as problem:
+            print(f"checkpoint {saved} is damaged: {problem}; trying the one before", file=sys.stderr)
+            continue
+        return restore(checkpoints, run.program.abstract_state, saved)[0], saved
     state, source = run.program.init_state(), run.config.train.init_from
     if source:
         begun = [event for event in events if event["event"] == "init_from"][-1]

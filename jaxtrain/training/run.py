@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.checkpoints import restore
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.save import Saver
 from jaxtrain.config import Config, MeshConfig, load, parse_ranges
 from jaxtrain.data.loader import Batches, TrainBatches, global_batch
 from jaxtrain.data.store import TokenStore
@@ -35,6 +37,7 @@ class Hooks(NamedTuple):
       wrap_loss: wraps the training loss `(params, batch) -> LossSums`; None leaves it as it is.
       wrap_batches: wraps the training batches.
       wrap_step: wraps the compiled train step `(state, batch) -> (state, metrics)`.
+      make_saver: constructs the writer of checkpoints.
       write_report: writes the report when the run ends, and returns its path.
     """
 
@@ -42,6 +45,7 @@ class Hooks(NamedTuple):
     wrap_loss: Callable[[Callable], Callable] | None = None
     wrap_batches: Callable[[Batches], Batches] = _unchanged
     wrap_step: Callable[[Callable], Callable] = _unchanged
+    make_saver: Callable[[CheckpointFolder], Saver] = Saver
     write_report: Callable[[Path], Any] = write_report
 
 
@@ -122,8 +126,8 @@ def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     """
     if not (run.folder / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint in {run.folder}: train first, or give another run directory")
-    with Checkpoints(run.folder / "checkpoints") as checkpoints:
-        return checkpoints.restore_params(run.program.abstract_state.params, step)
+    like = run.program.abstract_state.params
+    return restore.restore_params(CheckpointFolder(run.folder / "checkpoints"), like, step)
 
 
 def start_table(run: Run) -> list[tuple[str, str]]:

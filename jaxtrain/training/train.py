@@ -11,6 +11,7 @@ data and writes records, and before each part they agree that they are about to 
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import jax
 
 from jaxtrain import __version__
 from jaxtrain.checkpoints import warm_start
-from jaxtrain.checkpoints.checkpoints import Checkpoints
-from jaxtrain.checkpoints.saver import Saver
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore
+from jaxtrain.checkpoints.save import Saver
 from jaxtrain.config import Config
 from jaxtrain.data.loader import Prefetcher
 from jaxtrain.data.store import TokenStore
@@ -90,22 +92,21 @@ def train(
             train_batches(run)  # which may find the text too short
         stop = stack.enter_context(Stop().listen())
         recorder = stack.enter_context(_open_recorder(run))
-        checkpoints = stack.enter_context(
-            Checkpoints(
-                folder / "checkpoints",
-                keep=rule.keep,
-                keep_every=rule.keep_every,
-                keep_best=rule.keep_best,
-                report=recorder.event,
-            )
+        checkpoints = CheckpointFolder(
+            folder / "checkpoints",
+            keep=rule.keep,
+            keep_every=rule.keep_every,
+            keep_best=rule.keep_best,
+            report=recorder.event,
         )
+        saver = stack.enter_context(hooks.make_saver(checkpoints))
         recorder.table(f"jaxtrain: {folder}", start_table(run))
         recorder.say(decay_report(run.program.abstract_state.params, decay_mask))
         try:
             state = _start(run, checkpoints, recorder, stop, rewind)
             if processes.is_lead():
                 write_config(folder, config)
-            state, outcome = _loop(run, state, checkpoints, recorder, stop, traced)
+            state, outcome = _loop(run, state, checkpoints, saver, recorder, stop, traced)
             if outcome["reason"] == "finished":
                 outcome |= _finish(run, state, checkpoints, recorder, stop)
         except Stopped:  # while it made no steps: all there were are saved
@@ -159,7 +160,7 @@ def _data(config: Config, folder: Path, stack: contextlib.ExitStack) -> TokenSto
     return store
 
 
-def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, rewind: int | None) -> TrainState:
+def _start(run: Run, checkpoints: CheckpointFolder, recorder: Recorder, stop: Stop, rewind: int | None) -> TrainState:
     about = {"skip": list(run.config.data.skip)} if run.config.data.skip else {}
     about |= {
         "jax": jax.__version__,
@@ -189,7 +190,7 @@ def _start(run: Run, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, r
             )
             recorder.event("init_from", text, **weights)
         return state
-    state, saved = stop.run(lambda: checkpoints.restore(run.program.abstract_state, repair=True))
+    state, saved = stop.run(lambda: restore(checkpoints, run.program.abstract_state, repair=True))
     step = int(state.step)
     for key, now in fingerprint(run).items():
         if key != "config" and saved[key] != now:
@@ -214,7 +215,13 @@ def _fresh(run: Run, stop: Stop) -> tuple[TrainState, dict[str, Any]]:
 
 
 def _loop(
-    run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stop: Stop, traced: range
+    run: Run,
+    state: TrainState,
+    checkpoints: CheckpointFolder,
+    saver: Saver,
+    recorder: Recorder,
+    stop: Stop,
+    traced: range,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Runs the steps that are left; returns the last state and what the `stop` event says."""
     config = run.config.train
@@ -231,12 +238,16 @@ def _loop(
             lambda: stop.run(lambda: run.program.train_step.lower(state, fetch(first)).compile())
         )
     train_step = ReplayChecked(run.config, run.hooks.wrap_step(compiled), run.program.abstract_state)
-    saver = Saver(run, checkpoints, recorder)
 
     def evaluate(state: TrainState) -> None:
         with recorder.pause("evaluating"):
             result = _evaluate(run, state, recorder, stop, config.eval_batches)
         checkpoints.score(int(state.step), result["nll"])
+
+    def last_saved() -> int | None:
+        with contextlib.suppress(Exception):  # the step's own trouble is what is told
+            saver.wait()
+        return checkpoints.latest_step()
 
     done, reason, vote = first, "", processes.StopVote()
     # Where it is alone, a process that is asked to stop waits for no batch; several stop together, after a step.
@@ -257,9 +268,9 @@ def _loop(
     ):
         for done, batch in enumerate(feed, start=first + 1):
             with profiler.step(done):
-                state, metrics = _step(train_step, done, state, batch, checkpoints, recorder)
+                state, metrics = _step(train_step, done, state, batch, last_saved, recorder)
                 recorder.step(done, metrics)
-            saver.look(state)
+            saver.poll()
             if done == config.steps or recorder.give_up:
                 break
             if config.eval_every and done % config.eval_every == 0:
@@ -271,23 +282,23 @@ def _loop(
                 reason = asked or "stop_after"
                 break
             if done % run.config.checkpoint.every == 0:
-                saver.save(state)
+                with recorder.pause():
+                    saver.begin(state, fingerprint(run))
     recorder.flush()
-    saver.finish(state)
+    saver.finish(state, fingerprint(run))
     reason = GAVE_UP if recorder.give_up else reason
     return state, {"step": done, "reason": reason or ("finished" if done == config.steps else stop.reason)}
 
 
 def _step(
-    train_step: ReplayChecked, done: int, state: TrainState, batch: Any, checkpoints: Checkpoints, recorder: Recorder
+    train_step: ReplayChecked,
+    done: int,
+    state: TrainState,
+    batch: Any,
+    last_saved: Callable[[], int | None],
+    recorder: Recorder,
 ) -> tuple[TrainState, PackedMetrics]:
     """One step; a machine that computes it wrongly is put on record before the run ends."""
-
-    def last_saved() -> int | None:
-        with contextlib.suppress(Exception):  # the step's own trouble is what is told
-            checkpoints.wait()
-        return checkpoints.latest_step()
-
     try:
         return train_step(done, state, batch, last_saved)
     except ReplayMismatch as mismatch:
@@ -311,7 +322,9 @@ def _evaluate(
     return result
 
 
-def _finish(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stop: Stop) -> dict[str, Any]:
+def _finish(
+    run: Run, state: TrainState, checkpoints: CheckpointFolder, recorder: Recorder, stop: Stop
+) -> dict[str, Any]:
     """Evaluates on the whole split, sets the result beside plain compressors, and writes a sample."""
     config, split = run.config.train, run.store.validation
     rivals = {}

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from runs import train
 
-from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore
 from jaxtrain.config import (
     CheckpointConfig,
     Config,
@@ -134,8 +135,7 @@ def assert_same_run(folder, expected):
     states = []
     for each in (folder, expected):
         run = open_run(each)
-        with Checkpoints(each / "checkpoints") as checkpoints:
-            states.append(checkpoints.restore(run.program.abstract_state)[0])
+        states.append(restore(CheckpointFolder(each / "checkpoints"), run.program.abstract_state)[0])
     for leaf, other in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=1e-6, atol=1e-6)
 
@@ -219,18 +219,26 @@ def test_a_save_that_fails_ends_all_processes(config, tmp_path):
     """R-C6: process 0 alone writes the manifest, and the other hears of it."""
     run_dir = tmp_path / "run"
     (tmp_path / "script.py").write_text(
-        "import sys, jaxtrain.checkpoints.checkpoints\n"
-        "def full(*arguments): raise OSError(28, 'No space left on device')\n"
-        "jaxtrain.checkpoints.checkpoints.seal = full\n"
-        "from jaxtrain.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))"
+        "import functools, sys\n"
+        "from jaxtrain.checkpoints.save import Saver\n"
+        "from jaxtrain.cli import _report\n"
+        "from jaxtrain.config import load\n"
+        "from jaxtrain.runtime.cluster import session\n"
+        "from jaxtrain.training.run import Hooks\n"
+        "from jaxtrain.training.train import train\n"
+        "def full(stage):\n"
+        "    if stage == 'unsealed': raise OSError(28, 'No space left on device')\n"
+        "with session(_report):\n"
+        "    hooks = Hooks(make_saver=functools.partial(Saver, on_stage=full))\n"
+        "    train(load(sys.argv[1]), sys.argv[2], hooks=hooks)\n"
     )
-    command = [tmp_path / "script.py", *train_command(config, run_dir)[2:]]
+    (tmp_path / "config.json").write_text(to_json(config))
+    command = [tmp_path / "script.py", tmp_path / "config.json", run_dir]
     codes, _, errors = Processes(*[command] * 2).wait()
     assert codes[0] == 1
     assert codes[1] != 0
     assert "the checkpoint of step 3 could not be saved: [Errno 28] No space left on device" in errors[0]
-    assert Checkpoints(run_dir / "checkpoints").steps() == []
+    assert CheckpointFolder(run_dir / "checkpoints").steps() == []
 
 
 def test_processes_that_disagree_on_the_config_say_where(config, tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from runs import train
 
-from jaxtrain.checkpoints.checkpoints import Checkpoints
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama
 from jaxtrain.data.loader import TrainBatches, global_batch
 from jaxtrain.monitoring.metrics import read_metrics
@@ -42,8 +43,7 @@ def whole(config, tmp_path_factory):
 
 def state_of(config, folder, step):
     run = assemble(config, folder, open_run(folder).store)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        return checkpoints.restore(run.program.abstract_state, step)[0]
+    return restore(CheckpointFolder(folder / "checkpoints"), run.program.abstract_state, step)[0]
 
 
 @each_mesh
@@ -70,7 +70,7 @@ def test_what_is_restored_on_another_mesh_is_what_was_saved_and_lies_where_it_be
     saved = state_of(config, whole, 4)
     other = dataclasses.replace(config, mesh=mesh)
     restored = state_of(other, whole, 4)
-    wanted = assemble(other, whole, open_run(whole).store).abstract_state
+    wanted = assemble(other, whole, open_run(whole).store).program.abstract_state
     for a, b, like in zip(*map(jax.tree.leaves, (saved, restored, wanted)), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
         assert b.sharding.is_equivalent_to(like.sharding, b.ndim)

@@ -4,6 +4,8 @@ Real processes and real signals. A driver ends the process, or sends it a signal
 """
 
 import dataclasses
+import errno
+import functools
 import os
 import random
 import re
@@ -11,17 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import absl.logging
 import jax
 import numpy as np
 import pytest
-from runs import train
+from runs import QUICK, train
 
 from jaxtrain import cli
-from jaxtrain.checkpoints import saver
-from jaxtrain.checkpoints.checkpoints import POINTS, Checkpoints
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore, restore_params
+from jaxtrain.checkpoints.save import STAGES, Saver
 from jaxtrain.config import CheckpointConfig, to_json
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.training.folder import held
@@ -33,43 +35,44 @@ LIMIT = 240  # seconds until a test gives up on a process; all of them take a fe
 GRACE = 200
 
 DRIVER = """
-import os, signal, sys, threading, time
+import functools, os, signal, sys, threading, time
 from pathlib import Path
 
-import jaxtrain.checkpoints.checkpoints
 import jaxtrain.training.evaluate
 import jaxtrain.training.run
 import jaxtrain.training.train
+from jaxtrain.checkpoints.save import Saver
 from jaxtrain.cli import main
+from jaxtrain.training.run import Hooks
 
 what, where, *arguments = sys.argv[1:]
 run_dir = Path(arguments[arguments.index("--run-dir") + 1])
 seen = 0
 
 
-def kill_at(point):
+def kill_at(stage):
     global seen
-    seen += point == where
-    if point != where or seen < 2:  # the first save goes well, so that each attempt gets on
+    seen += stage == where
+    if stage != where or seen < 2:  # the first save succeeds, so that each attempt makes progress
         return
     deadline = time.monotonic() + 60
-    while point == "arrays" and not list(run_dir.glob("checkpoints/.*.partial*/*/*")) and time.monotonic() < deadline:
+    while stage == "arrays" and not list(run_dir.glob("checkpoints/.*.partial*/*/*")) and time.monotonic() < deadline:
         pass
-    if point == "deleting":
+    if stage == "deleting":
         next(run_dir.glob("checkpoints/.*.deleting/manifest.json")).unlink()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def terminate_at(point):
+def terminate_at(stage):
     global seen
-    seen += point == where
-    if point == where and seen == 1:
+    seen += stage == where
+    if stage == where and seen == 1:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)  # the loop goes on meanwhile
 
 
-def terminate_twice_at(point):
-    if point == where:
+def terminate_twice_at(stage):
+    if stage == where:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -81,19 +84,17 @@ def stuck(*arguments, **fields):
     time.sleep(1000)
 
 
-if what == "kill":
-    jaxtrain.checkpoints.checkpoints._at = kill_at
-elif what == "terminate":
-    jaxtrain.checkpoints.checkpoints._at = terminate_at
-elif what == "terminate twice":
-    jaxtrain.checkpoints.checkpoints._at = terminate_twice_at
+stages = {"kill": kill_at, "terminate": terminate_at, "terminate twice": terminate_twice_at}
+if what in stages:
+    hooks = Hooks(make_saver=functools.partial(Saver, on_stage=stages[what]))
+    jaxtrain.training.train.train.__kwdefaults__["hooks"] = hooks
 elif where == "compile":
     jaxtrain.training.run.global_batch = stuck  # of the first batch, whose shapes the compiler is told
 elif where == "evaluate":
     batch = jaxtrain.training.evaluate.global_batch
     jaxtrain.training.evaluate.global_batch = lambda batches, i, sharding: stuck() if i else batch(batches, i, sharding)
 elif where == "restore":
-    jaxtrain.checkpoints.checkpoints.Checkpoints.restore = stuck
+    jaxtrain.training.train.restore = stuck
 elif where == "sample":
     jaxtrain.training.train.continue_text = stuck
 sys.exit(main(arguments))
@@ -115,8 +116,7 @@ def events(run_dir, name):
 
 def bits(run_dir):
     run = open_run(run_dir)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        state = checkpoints.restore(run.program.abstract_state)[0]
+    state = restore(CheckpointFolder(run_dir / "checkpoints"), run.program.abstract_state)[0]
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
@@ -182,20 +182,21 @@ class Command:
 def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
     """R-C4: each attempt is killed at its second save; what counts is whole, and litter goes at the next start."""
     command = Command(config, tmp_path)
-    checkpoints = Checkpoints(command.run_dir / "checkpoints")
+    checkpoints = CheckpointFolder(command.run_dir / "checkpoints")
     newest = 0
-    for point in POINTS:
-        assert command("kill", point)[0] == -signal.SIGKILL
+    for point in STAGES:
+        code, errors = command("kill", point)
+        assert code == -signal.SIGKILL, errors
         before, newest = newest, checkpoints.latest_step()
         # The first save of an attempt is there, and the second if it was renamed.
         assert newest == before + (4 if point == "committed" else 2)
-        litter = [path.name for path in checkpoints.folder.iterdir() if path.name.startswith(".")]
+        litter = [path.name for path in checkpoints.path.iterdir() if path.name.startswith(".")]
         wanted = {"begin": 0, "committed": 0}.get(point, 1)
         assert len(litter) == wanted, litter
         if litter:
             name = rf"\.{newest + 2}\.partial.*" if point != "deleting" else rf"\.{newest - 4}\.deleting"
             assert re.fullmatch(name, litter[0])
-            assert (checkpoints.folder / litter[0] / "manifest.json").exists() == (point == "sealed")
+            assert (checkpoints.path / litter[0] / "manifest.json").exists() == (point == "sealed")
     code, errors = command()
     assert code == 0, errors
     assert [event["step"] for event in events(command.run_dir, "resume")] == [2, 4, 6, 8, 12, 14]
@@ -205,7 +206,7 @@ def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
 def test_sigterm_at_any_moment(config, whole, tmp_path):
     """R-C9: before the first step, in an evaluation, in a save, in the last evaluation, in the sample; and twice."""
     command = Command(config, tmp_path)
-    checkpoints = Checkpoints(command.run_dir / "checkpoints")
+    checkpoints = CheckpointFolder(command.run_dir / "checkpoints")
 
     def stopped_at(what, where, step, *flags):
         begin = time.monotonic()
@@ -256,51 +257,41 @@ def test_a_damaged_checkpoint_costs_one_interval(config, whole, tmp_path, capsys
     assert_undisturbed(command.run_dir, whole)
 
 
-def failing(monkeypatch, times):
-    """Makes so many saves fail at their last stage, where the disk is full."""
-    from jaxtrain.checkpoints import checkpoints as checkpoint
+class FullDisk:
+    """`on_stage` of a Saver: the disk is full at the last stage of each save whose turn is in `fails`."""
 
-    left, seal = [times], checkpoint.seal
+    def __init__(self, fails):
+        self.fails, self.turn = fails, 0
 
-    def full(*arguments):
-        if left[0]:
-            left[0] -= 1
-            raise OSError(28, "No space left on device")
-        seal(*arguments)
-
-    monkeypatch.setattr(checkpoint, "seal", full)
-    monkeypatch.setattr(saver, "PAUSES", (0.0, 0.0, 0.0))
-    return left
+    def __call__(self, stage):
+        self.turn += stage == "unsealed"
+        if stage == "unsealed" and self.turn in self.fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_save_that_fails_is_tried_again_with_the_state_of_then(config, whole, tmp_path, monkeypatch):
-    """R-C6."""
-    left = failing(monkeypatch, 3)
-    train(config, tmp_path / "run")
-    assert left == [0]
+def test_the_next_save_is_the_retry_of_a_failed_one(config, whole, tmp_path):
+    """Any number of failed saves, as long as no two follow each other."""
+    hooks = QUICK._replace(make_saver=functools.partial(Saver, on_stage=FullDisk({1, 3, 5})))
+    train(config, tmp_path / "run", hooks=hooks)
     failed = events(tmp_path / "run", "save_failed")
-    assert len(failed) == 3
+    assert [event["step"] for event in failed] == [2, 6, 10]
     assert all("No space left" in event["problem"] for event in failed)
-    assert failed[0]["step"] == 2
     assert_undisturbed(tmp_path / "run", whole)
 
 
-def test_failed_saves_that_went_well_in_between_do_not_add_up(config, tmp_path, monkeypatch):
-    from jaxtrain.checkpoints import checkpoints as checkpoint
-
-    attempts, seal = [], checkpoint.seal
-
-    def every_other(folder, *arguments):
-        attempts.append(folder.name)
-        if len(attempts) % 2:
-            raise OSError(28, "No space left on device")
-        seal(folder, *arguments)
-
-    monkeypatch.setattr(checkpoint, "seal", every_other)
-    monkeypatch.setattr(saver, "PAUSES", (0.0, 0.0, 0.0))
-    config = with_fields(config, "checkpoint", retries=1)
-    train(config, tmp_path / "run")
-    assert len(events(tmp_path / "run", "save_failed")) >= 3
+def test_two_failed_saves_in_a_row_end_the_run(config, tmp_path, capsys):
+    """Exit code 1 with the reason, soon, and with the steps that were made on record; any cause will do."""
+    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(to_json(config))
+    (tmp_path / "run" / "checkpoints").write_text("in the way")
+    assert cli.main(["train", str(tmp_path / "config.json"), "--run-dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "the checkpoint of step 4 could not be saved: " in error
+    assert "free some space or fix the permissions, and start the run again" in error
+    assert [event["step"] for event in events(tmp_path / "run", "save_failed")] == [2, 4]
+    assert events(tmp_path / "run", "stop") == []
+    assert not (tmp_path / "run" / "lock").exists()
 
 
 def test_what_orbax_logs_beside_its_errors_is_for_debug(config, tmp_path, caplog):
@@ -315,41 +306,6 @@ def test_what_orbax_logs_beside_its_errors_is_for_debug(config, tmp_path, caplog
             assert [record.message for record in caplog.records if record.name == "absl"] == shown
     finally:
         absl.logging.set_verbosity(before)
-
-
-@pytest.mark.parametrize("retries", [0, 2])
-def test_saves_that_go_on_failing_end_the_run(config, tmp_path, monkeypatch, capsys, retries):
-    """R-C6: with the reason and exit code 1, soon, and with the steps that were made on record."""
-    failing(monkeypatch, 10**9)
-    (tmp_path / "config.json").write_text(to_json(config))
-    arguments = ["train", str(tmp_path / "config.json"), "--run-dir", str(tmp_path / "run")]
-    assert cli.main([*arguments, "--checkpoint.retries", str(retries)]) == 1
-    error = capsys.readouterr().err
-    assert "could not be saved" in error
-    assert "No space left on device" in error
-    assert len(events(tmp_path / "run", "save_failed")) == retries + 1
-    assert events(tmp_path / "run", "stop") == []
-    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == []
-    assert not (tmp_path / "run" / "lock").exists()
-
-
-def test_pauses_hold_up_no_step(config, tmp_path, monkeypatch):
-    """R-C6: steps and evaluations go on at once, and only the end waits for the next attempt."""
-    failing(monkeypatch, 1)
-    monkeypatch.setattr(saver, "PAUSES", (8.0,))
-    clock, slept = [100.0], []  # which goes on when somebody sleeps
-
-    def sleep(seconds):
-        slept.append(seconds)
-        clock[0] += seconds
-
-    monkeypatch.setattr(saver, "time", types.SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
-    train(config, tmp_path / "run")
-    assert slept == [8.0]
-    told = [event for event in read_metrics(tmp_path / "run" / "metrics.jsonl")[1] if "step" in event]
-    names = [(event["event"], event["step"]) for event in told]
-    order = [("save", 2), ("save_failed", 2), ("eval", 7), ("eval", 14), ("save", 20), ("eval", 20), ("stop", 20)]
-    assert [name for name in names if name[0] != "start"] == order
 
 
 def test_two_runs_in_one_folder_are_refused(config, tmp_path, capsys):
@@ -403,8 +359,7 @@ def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
     (event,) = events(tmp_path / "run", "init_from")
     assert (event["source"], event["source_step"]) == (source, 18)
     run = open_run(whole)
-    with Checkpoints(whole / "checkpoints") as checkpoints:
-        params, _ = checkpoints.restore_params(run.program.abstract_state.params, 18)
+    params, _ = restore_params(CheckpointFolder(whole / "checkpoints"), run.program.abstract_state.params, 18)
     (first,) = numbers(tmp_path / "run")
     plain = with_fields(with_fields(config, "train", stop_after=1), "optim", peak_lr=2e-3)
     train(plain, tmp_path / "plain")
@@ -427,8 +382,7 @@ def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
 
 def _state(run_dir):
     run = open_run(run_dir)
-    with Checkpoints(run_dir / "checkpoints") as checkpoints:
-        return checkpoints.restore(run.program.abstract_state)
+    return restore(CheckpointFolder(run_dir / "checkpoints"), run.program.abstract_state)
 
 
 def test_init_from_refuses_what_it_cannot_take(config, whole, corpus, tmp_path):
@@ -440,7 +394,7 @@ def test_init_from_refuses_what_it_cannot_take(config, whole, corpus, tmp_path):
     for source, message in (
         (tmp_path / "nowhere", "no such checkpoint, it has no checkpoint"),
         (whole / "checkpoints" / "3", r"no such checkpoint, its checkpoints are \[18, 20\]"),
-        (tmp_path / "run", "the run's own folder: to go on with a run leave train.init_from out"),
+        (tmp_path / "run", "the run's own folder: leave train.init_from out to resume the run"),
         (tmp_path / "run" / "checkpoints" / "3", "the run's own folder"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -480,7 +434,7 @@ def test_thirty_kills_at_random_times(config, tmp_path):
         assert process.returncode == -signal.SIGKILL  # it did not end before
         folder = command.run_dir / "checkpoints"
         done = max((line["step"] for line in numbers(command.run_dir)), default=0) if metrics.exists() else 0
-        repeated = done - (Checkpoints(folder).latest_step() or 0)
+        repeated = done - (CheckpointFolder(folder).latest_step() or 0)
         lost, longest = lost + repeated, max(longest, repeated)
         unsaved += bool(list(folder.glob(".*.partial*")))
     code, errors = command()

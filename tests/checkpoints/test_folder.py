@@ -1,0 +1,80 @@
+"""Checkpoint folder: what counts, what stays, what is set aside."""
+
+import json
+import shutil
+
+import pytest
+from checkpoint_helpers import big_file, names, save_steps
+
+from jaxtrain.checkpoints.folder import CheckpointFolder, retained
+
+
+@pytest.fixture
+def copy(three, tmp_path):
+    """A copy of checkpoints 1, 2 and 3."""
+    return shutil.copytree(three, tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("rule", "stay"),
+    [
+        ((1, None, None), {60}),
+        ((2, None, None), {50, 60}),
+        ((9, None, None), {10, 20, 30, 40, 50, 60}),
+        ((1, 30, None), {30, 60}),
+        ((1, 20, None), {20, 40, 60}),
+        ((1, None, 1), {20, 60}),
+        ((2, 40, 2), {20, 30, 40, 50, 60}),
+        ((1, None, 9), {20, 30, 50, 60}),  # NaN has no rank; an unmeasured step has none either
+    ],
+)
+def test_the_newest_the_multiples_and_the_best_stay(rule, stay):
+    """The newest stays although it is the worst."""
+    scores = {20: 1.0, 30: 2.0, 40: float("nan"), 50: 2.5, 60: 9.0, 70: 0.1}
+    keep, keep_every, keep_best = rule
+    kept = retained([10, 20, 30, 40, 50, 60], scores, keep=keep, keep_every=keep_every, keep_best=keep_best)
+    assert kept == stay
+
+
+def test_scores_outlive_the_process(tmp_path):
+    for step, nll in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0), (5, 4.0)):
+        rule = {"keep": 1, "keep_best": 2}
+        CheckpointFolder(tmp_path, **rule).score(step, nll)
+        save_steps(tmp_path, step, **rule)
+    assert CheckpointFolder(tmp_path).steps() == [2, 3, 5]
+
+
+def test_leftovers_of_a_crash_do_not_count_and_are_deleted(copy):
+    for name in (".4.partial", ".4.partial.orbax-checkpoint-tmp", ".1.deleting"):
+        shutil.copytree(copy / "1", copy / name)
+    (copy / "5.rewound").mkdir()
+    folder = CheckpointFolder(copy)
+    assert folder.steps() == [1, 2, 3]
+    folder.clean()
+    assert names(copy) == ["1", "2", "3", "5.rewound"]
+    save_steps(copy, 4)
+    assert folder.latest_step() == 4
+
+
+def test_a_rewind_sets_later_checkpoints_aside(copy):
+    folder = CheckpointFolder(copy, keep_best=1)
+    for _ in range(2):
+        for step in (1, 3):
+            folder.score(step, 4.0 - step)
+        assert folder.rewind(2) == [3]
+        assert folder.rewind(2) == []
+        assert json.loads((copy / "scores.json").read_text()) == {"1": 3.0}
+        shutil.copytree(copy / "3.rewound", copy / "3")
+    assert names(copy) == ["1", "2", "3", "3.rewound", "3.rewound.2", "scores.json"]
+    big_file(copy / "2", "params").write_bytes(b"0123456789")
+    with pytest.raises(ValueError, match=r"2 is damaged: .* has 10 bytes"):
+        folder.rewind(2)
+    with pytest.raises(ValueError, match=r"no checkpoint of step 7 .* there are \[1, 2, 3\]"):
+        folder.rewind(7)
+    assert folder.steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rule", [{"keep": 0}, {"keep_every": -1}, {"keep_best": -1}])
+def test_a_rule_that_keeps_less_than_nothing_is_refused(tmp_path, rule):
+    with pytest.raises(ValueError, match="keep must be 1 or more"):
+        CheckpointFolder(tmp_path, **rule)

@@ -1,0 +1,176 @@
+"""Saves: complete or absent, in the background, and reported when they fail."""
+
+import errno
+import json
+import resource
+import shutil
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_helpers import FINGERPRINT, Events, abstract, assert_same, make_state, names
+
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore
+from jaxtrain.checkpoints.save import Saver
+from jaxtrain.runtime import stop
+
+
+class Disk:
+    """`on_stage` of a Saver: the disk is full at a stage of the saves whose turn is in `fails`."""
+
+    def __init__(self, *fails, stage="unsealed"):
+        self.fails, self.stage, self.turn = fails, stage, 0
+
+    def __call__(self, stage):
+        if stage == "begin":
+            self.turn += 1
+        if stage == self.stage and self.turn in self.fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_newest_stay_and_saving_a_step_again_is_harmless(tmp_path):
+    with Saver(CheckpointFolder(tmp_path, keep=2)) as saver:
+        assert [saver.begin(make_state(step), FINGERPRINT) for step in (1, 2, 3, 3)] == [True, True, True, False]
+    assert names(tmp_path) == ["2", "3"]
+
+
+def test_a_save_is_not_touched_by_the_steps_that_follow_it(tmp_path):
+    """The next step reuses the memory of the state that is still being written."""
+    state = make_state(0, w=jnp.zeros((1000, 1000)))
+    expected = jax.tree.map(np.array, state)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    folder = CheckpointFolder(tmp_path)
+    with Saver(folder) as saver:
+        saver.begin(state, FINGERPRINT)
+        for _ in range(5):
+            state = step(state)
+    restored, _ = restore(folder, abstract(state))
+    assert_same(restored, jax.tree.map(jnp.asarray, expected))
+
+
+def test_the_manifest_lists_every_leaf_and_file(three):
+    manifest = json.loads((three / "2" / "manifest.json").read_text())
+    assert (manifest["format"], manifest["version"], manifest["step"]) == ("jaxtrain-checkpoint", 1, 2)
+    assert manifest["leaves"]["params/w"] == {"shape": [2, 3], "dtype": "float32"}
+    assert manifest["leaves"]["rest/step"] == {"shape": [], "dtype": "int32"}
+    files = {str(path.relative_to(three / "2")): path for path in (three / "2").rglob("*") if path.is_file()}
+    assert manifest["files"].keys() == files.keys() - {"manifest.json"}
+    assert "record/metadata" in files
+    assert all(manifest["files"][name]["bytes"] == files[name].stat().st_size for name in manifest["files"])
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("where", ["params", "opt_state"])
+def test_a_state_that_is_not_finite_is_refused(three, tmp_path, where, value):
+    """The error names the leaf, and the newest checkpoint stays."""
+    shutil.copytree(three, tmp_path, dirs_exist_ok=True)
+    state = make_state(4)
+    if where == "params":
+        state = state.replace(params={**state.params, "w": state.params["w"].at[1, 2].set(value)})
+    else:
+        adam = next(part for part in state.opt_state if hasattr(part, "nu"))
+        broken = adam._replace(nu={**adam.nu, "w": adam.nu["w"].at[0, 0].set(value)})
+        state = state.replace(opt_state=tuple(broken if part is adam else part for part in state.opt_state))
+    with (
+        Saver(CheckpointFolder(tmp_path)) as saver,
+        pytest.raises(ValueError, match=rf"step 4 is not finite and is not saved: {where}/[\w/]*w; .* of step 3$"),
+    ):
+        saver.begin(state, FINGERPRINT)
+    assert names(tmp_path) == ["1", "2", "3"]
+
+
+# Orbax's own writers find their event loop closed by the failure of another one.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_without_room_is_reported_and_leaves_no_litter(tmp_path):
+    """A real limit on the size of files stands for the full disk; the next save is the retry."""
+    big, events = jax.random.normal(jax.random.key(0), (300, 300)), Events()
+    with Saver(CheckpointFolder(tmp_path, report=events)) as saver:
+        saver.begin(make_state(1), FINGERPRINT)
+        saver.wait()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            saver.begin(make_state(2, w=big), FINGERPRINT)
+            saver.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert names(tmp_path) == ["1"]
+        ((text, fields),) = events.named("save_failed")
+        assert "step 2 could not be saved" in text
+        assert "too large" in fields["problem"].lower()
+        assert text.endswith("the next save is the retry")
+        saver.begin(make_state(2), FINGERPRINT)
+    assert names(tmp_path) == ["1", "2"]
+    assert len(events.named("save_failed")) == 1  # reported once
+
+
+def save_all(saver, *steps):
+    for step in steps:
+        saver.begin(make_state(step), FINGERPRINT)
+
+
+@pytest.mark.parametrize("stage", ["begin", "arrays", "unsealed", "sealed"])
+def test_two_failures_in_a_row_are_an_error(tmp_path, stage):
+    """At every stage; a success between two failures starts the count anew."""
+    events = Events()
+    saver = Saver(CheckpointFolder(tmp_path, report=events), on_stage=Disk(1, 3, 4, stage=stage))
+    with pytest.raises(OSError, match=r"step 4 could not be saved: .*No space left.*free some space"), saver:
+        save_all(saver, 1, 2, 3, 4)
+    assert [fields["step"] for _, fields in events.named("save_failed")] == [1, 3, 4]
+    assert [text.rsplit("; ")[-1] for text, _ in events.named("save_failed")] == [
+        *["the next save is the retry"] * 2,
+        "the run ends",
+    ]
+    assert names(tmp_path) == ["2"]
+
+
+def test_a_last_save_that_fails_is_retried_at_once(tmp_path):
+    saver = Saver(CheckpointFolder(tmp_path), on_stage=Disk(1))
+    with saver:
+        saver.finish(make_state(5), FINGERPRINT)
+    assert names(tmp_path) == ["5"]
+    saver = Saver(CheckpointFolder(tmp_path), on_stage=Disk(1, 2))
+    with pytest.raises(OSError, match="step 6 could not be saved"), saver:
+        saver.finish(make_state(6), FINGERPRINT)
+
+
+def test_a_failure_is_reported_without_waiting(tmp_path):
+    begun, released, events = threading.Event(), threading.Event(), Events()
+
+    def full(stage):
+        if stage == "unsealed":
+            begun.set()
+            released.wait(60)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Saver(CheckpointFolder(tmp_path, report=events), on_stage=full) as saver:
+        saver.begin(make_state(1), FINGERPRINT)
+        assert begun.wait(60)
+        saver.poll()
+        assert events.named("save_failed") == []
+        released.set()
+        while not events.named("save_failed"):
+            saver.poll()
+    assert "No space left" in events.named("save_failed")[0][0]
+    assert names(tmp_path) == []
+
+
+def test_a_save_that_hangs_is_given_up_and_named(tmp_path, monkeypatch):
+    released, events = threading.Event(), Events()
+    monkeypatch.setenv("JAXTRAIN_TIMEOUT", "0.5")
+    saver = Saver(
+        CheckpointFolder(tmp_path, report=events),
+        on_stage=lambda stage: stage == "unsealed" and released.wait(60),
+        notice_seconds=0.5,
+    )
+    saver.begin(make_state(1), FINGERPRINT)
+    with pytest.raises(TimeoutError, match=r"step 1 has made no progress for 2 s: check that .* JAXTRAIN_TIMEOUT"):
+        saver.wait()
+    assert "waiting for the checkpoint of step 1" in events.named("save_slow")[0][0]
+    assert stop.is_stuck()
+    released.set()
+    while stop.is_stuck():
+        pass
