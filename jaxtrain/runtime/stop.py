@@ -1,6 +1,7 @@
-"""Ending a run early: signals, work that is left behind when one comes, and leaving in spite of it."""
+"""Early end of a run: signals, abandoned work, and an exit in spite of it."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -12,8 +13,10 @@ import jax
 
 T = TypeVar("T")
 
-_POLL_SECONDS = 0.05  # how soon a signal is heeded while something runs on a thread
-_left_behind: list[threading.Thread] = []
+# Slurm warns with SIGTERM or SIGUSR1, a closed SSH session sends SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_POLL_SECONDS = 0.05  # delay until a signal stops work on a thread
+_abandoned: list[threading.Thread] = []
 
 
 class Stopped(Exception):
@@ -21,45 +24,60 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Remembers that somebody asked the run to stop; the loop looks at each step."""
+    """Request to stop, from a signal. The loop polls it after each step.
 
-    def __init__(self):
-        self.reason: str | None = None  # name of the signal
+    Attributes:
+      reason: name of the first signal, or None.
+    """
+
+    def __init__(self, grace_seconds: float = 1.0):
+        """A signal within `grace_seconds` of the first repeats the request; a later one ends the process at once.
+
+        Launchers and schedulers often send several signals at the same moment, and each would otherwise count.
+        """
+        self.reason: str | None = None
+        self._grace_seconds = grace_seconds
 
     @contextlib.contextmanager
     def listen(self) -> Iterator["Stop"]:
-        """Takes SIGTERM and SIGINT for a polite request, once; a second one ends the process at once."""
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        """Handles `SIGNALS` inside the block, on the main thread only. An ignored SIGHUP (nohup) stays ignored."""
         if threading.current_thread() is not threading.main_thread():
-            yield self  # somebody else's signals
+            yield self
             return
-        previous = {number: signal.getsignal(number) for number in numbers}
+        previous = {number: signal.getsignal(number) for number in SIGNALS}
+        if previous[signal.SIGHUP] == signal.SIG_IGN:
+            del previous[signal.SIGHUP]
+        timer = threading.Timer(self._grace_seconds, _restore_defaults, [list(previous)])
+        timer.daemon = True
 
         def handle(number, frame):
             del frame
-            self.reason = signal.Signals(number).name
-            for each in numbers:  # the system's own way, which needs no interpreter that is free to act
-                signal.signal(each, signal.SIG_DFL)
+            if self.reason is None:
+                self.reason = signal.Signals(number).name
+                timer.start()
 
-        for number in numbers:
+        for number in previous:
             signal.signal(number, handle)
         try:
             yield self
         finally:
+            timer.cancel()
+            if self.reason is not None:
+                timer.join()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """Whether a stop was asked for, of this process."""
+        """Returns True if this process was asked to stop."""
         return self.reason is not None
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Calls a function that may take long and that a signal may interrupt: it is left behind then.
+        """Runs `function` on a thread. On a signal, abandons it and raises `Stopped`.
 
-        Under several processes it runs to its end: they stop together, after a step.
+        With several processes the function runs to its end, because they stop together, after a step.
 
         Raises:
-          Stopped: a stop was asked for; or what the function raises.
+          Stopped: the process was asked to stop. Exceptions of the function pass through.
         """
         if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
             return function(*args)
@@ -87,17 +105,26 @@ class Stop:
 
 
 def leave_behind(thread: threading.Thread) -> None:
-    """Notes a thread that nobody waits for any more, and that may be in the middle of anything."""
-    _left_behind.append(thread)
+    """Records a thread that nobody waits for any more and that may be in any state."""
+    _abandoned.append(thread)
 
 
 def is_stuck() -> bool:
-    """Whether a thread that was left behind is still alive: it would hold up the interpreter's end, or crash in it."""
-    return any(thread.is_alive() for thread in _left_behind)
+    """Returns True if an abandoned thread is alive. It would block the interpreter's exit, or crash in it."""
+    return any(thread.is_alive() for thread in _abandoned)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process here and now."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Exits at once, after flushing the standard streams."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            stream.flush()
     os._exit(code)
+
+
+def _restore_defaults(numbers: list[int]) -> None:
+    # Python sets handlers on the main thread only, which may be the one that hangs.
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    for number in numbers:
+        library.signal(number, None)  # SIG_DFL is the null pointer

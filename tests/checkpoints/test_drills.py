@@ -74,7 +74,7 @@ def terminate_at(stage):
 def terminate_twice_at(stage):
     if stage == where:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
+        time.sleep(2)  # past the grace period of the first
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1000)
 

@@ -44,7 +44,7 @@ def calls(cluster, name):
     file = cluster.folder / "calls" / name
     if not file.exists():
         return []
-    return [call.split("\0")[:-1] for call in file.read_text().split("END\0")[:-1]]
+    return [call.split("\0")[:-1] for call in file.read_bytes().decode().split("END\0")[:-1]]
 
 
 @pytest.mark.parametrize("script", ["launch_tpu_vm", "launch_slurm"])
@@ -62,7 +62,7 @@ def test_help_is_the_head_of_the_script(cluster, script):
         ("launch_tpu_vm", ["me", "--", "c.py"], "give the --zone of me"),
         ("launch_tpu_vm", ["me", "--zone"], "--zone needs a value"),
         ("launch_tpu_vm", ["me", "--zone", "z"], "give a config"),
-        ("launch_tpu_vm", ["me", "--zone", "z", "c.py"], "CONFIG goes behind --"),
+        ("launch_tpu_vm", ["me", "--zone", "z", "c.py"], "CONFIG goes after --"),
         ("launch_tpu_vm", ["me", "--zone", "z", "--train.steps", "3"], "unknown option --train.steps"),
         ("launch_slurm", [], "give a config"),
         ("launch_slurm", ["c.py"], "unknown option c.py"),
@@ -105,7 +105,7 @@ def test_slurm_without_gpus_is_one_process_a_node(cluster):
     assert "#SBATCH --job-name=mine\n" in job
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (143, True), (2, False)])
+@pytest.mark.parametrize(("code", "again"), [(0, False), (143, True), (138, True), (2, False), (129, False)])
 def test_a_slurm_job_queues_itself_again_only_when_it_was_told_to_stop(cluster, code, again):
     cluster("sbatch", f"cat > {cluster.folder}/job")
     cluster("jaxtrain", f"exit {code}")
@@ -212,6 +212,51 @@ def test_tpu_vm_starts_attaches_stops_and_resumes(cluster):
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+HOSTILE = [
+    *("x;touch PWN;", "$(touch PWN)", "`touch PWN`", "x\ntouch PWN\n", "x\rtouch PWN", "x|touch PWN", "x&&touch PWN"),
+    *("x' ; touch PWN ; '", 'x" ; touch PWN ; "', "x\n#SBATCH --output=PWN", "x --output=PWN", "<(touch PWN)", "x>PWN"),
+    *("a[$(touch PWN)]", "\\`touch PWN\\`", "%s%n;touch PWN", "${PATH:=PWN}", "x\nEND\ntouch PWN\n"),
+]
+
+
+def run_hostile(cluster, script, arguments):
+    """Runs a launcher whose programs do what they are told; returns its exit code and the files that must not be."""
+    folder = cluster.folder
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(folder)}
+    for dry in ([], ["--dry-run"]):
+        command = ["bash", SCRIPTS / script, *dry, *arguments]
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+        assert "Traceback" not in done.stderr
+    if script == "launch_slurm" and done.returncode == 0:
+        (folder / "printed").write_text(done.stdout)
+        subprocess.run(["bash", folder / "printed"], env=environment, cwd=folder, timeout=240, check=False)
+    return done.returncode, [path for path in folder.rglob("*PWN*") if path.name.startswith("PWN")]
+
+
+def test_hostile_names_are_never_run(cluster):
+    """In every argument of both scripts, on this machine and on the hosts."""
+    hostile = [text.replace("PWN", str(cluster.folder / "PWN")) for text in HOSTILE]
+    cluster("gcloud", GCLOUD.replace("FOLDER", str(cluster.folder)))
+    venv = "printf '#!/bin/sh\\n' | tee $3/bin/python > $3/bin/jaxtrain"
+    cluster("python3", f"mkdir -p $3/bin; {venv}; chmod +x $3/bin/*")
+    cluster("sbatch", "env SLURM_JOB_ID=7 bash")
+    cluster("srun", 'while [[ "$1" == --* ]]; do shift; done; "$@"')
+    cluster("jaxtrain", "exit 143")
+    cluster("scontrol")
+    for text in hostile:
+        for option in ("nodes", "gpus-per-node", "time", "partition", "account", "name"):
+            assert run_hostile(cluster, "launch_slurm", [f"--{option}", text, *CONFIG]) == (2, [])
+        assert run_hostile(cluster, "launch_slurm", [text, *CONFIG]) == (2, [])
+        assert run_hostile(cluster, "launch_slurm", ["--", text]) == (0, [])  # which names the job
+        assert run_hostile(cluster, "launch_tpu_vm", [text, "--zone", "z", *CONFIG]) == (2, [])
+        assert run_hostile(cluster, "launch_tpu_vm", [text, "--zone", "z", "--stop"]) == (2, [])
+        assert run_hostile(cluster, "launch_tpu_vm", ["me", "--zone", text, "--project", text, "--stop"]) == (0, [])
+        assert text in calls(cluster, "gcloud")[-1]
+    for script, arguments in (("launch_slurm", []), ("launch_tpu_vm", ["me", "--zone", "z"])):
+        assert run_hostile(cluster, script, [*arguments, "--", *hostile]) == (0, [])
+    assert ["train", *hostile] in calls(cluster, "jaxtrain")
 
 
 @pytest.mark.parametrize("script", ["launch_tpu_vm", "launch_slurm"])

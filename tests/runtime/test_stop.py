@@ -1,4 +1,4 @@
-"""Stopping: one signal is a request, the second is not; what takes long is left behind, and nothing else is."""
+"""Stopping: a first signal is a request, a later one is not; work that takes long is abandoned, and nothing else is."""
 
 import os
 import signal
@@ -13,15 +13,62 @@ from jaxtrain.runtime import stop
 from jaxtrain.runtime.stop import Stop, Stopped
 
 
-def test_the_first_signal_is_noted_and_the_second_is_the_systems():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+@pytest.mark.parametrize("number", stop.SIGNALS)
+def test_a_signal_is_a_request(number):
+    before = [signal.getsignal(each) for each in stop.SIGNALS]
     with Stop().listen() as asked:
         assert not asked.asked()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert asked.reason == "SIGINT"
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+        os.kill(os.getpid(), number)
+        assert asked.reason == signal.Signals(number).name
+    assert [signal.getsignal(each) for each in stop.SIGNALS] == before
+
+
+def python(code):
+    """Runs code in a process of its own; returns its exit status and output."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [
+        sys.executable,
+        "-c",
+        "import os, signal, sys, threading, time\nfrom jaxtrain.runtime import stop\n" + code,
+    ]
+    done = subprocess.run(command, env=buffered, capture_output=True, text=True, timeout=240, check=False)
+    return done.returncode, done.stdout
+
+
+def test_signals_at_the_same_moment_are_one_request_and_a_later_one_ends_the_process():
+    """Also while the main thread is in C: the handlers are then the system's."""
+    code = """
+with stop.Stop(grace_seconds=0.3).listen() as asked:
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    time.sleep(0.1)
+    print(asked.reason, flush=True)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("still here", flush=True)
+"""
+    assert python(code) == (-signal.SIGTERM, "SIGTERM\n")
+
+
+def test_handlers_are_restored_when_the_block_ends_before_the_grace_period():
+    code = """
+signal.signal(signal.SIGTERM, lambda *_: print("mine", flush=True))
+with stop.Stop(grace_seconds=0.2).listen():
+    os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    assert python(code) == (0, "mine\n")
+
+
+def test_nohup_is_respected():
+    code = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with stop.Stop().listen() as asked:
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(asked.reason)
+"""
+    assert python(code) == (0, "None\n")
 
 
 def test_a_result_or_an_error_comes_back():
@@ -31,8 +78,7 @@ def test_a_result_or_an_error_comes_back():
             asked.run(lambda: {}["nothing"])
 
 
-def test_a_signal_leaves_work_behind_at_once():
-    """R-C9."""
+def test_a_signal_abandons_work_at_once():
     goes_on = threading.Event()
     with Stop().listen() as asked:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -71,12 +117,10 @@ def test_other_threads_and_several_processes_run_in_place(monkeypatch):
 
 
 def test_leaving_flushes_and_waits_for_nobody():
-    code = (
-        "import threading, sys\nfrom jaxtrain import stop\n"
-        "threading.Thread(target=threading.Event().wait).start()\n"  # no daemon: would hold the interpreter for ever
-        "print('said', end='')\nstop.leave(143)"
-    )
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=buffered, capture_output=True, text=True, timeout=240, check=False)
-    assert (done.returncode, done.stdout) == (143, "said")
+    # No daemon: it would hold up the interpreter for ever.
+    code = "threading.Thread(target=threading.Event().wait).start()\nprint('said', end='')\nstop.leave(143)"
+    assert python(code) == (143, "said")
+
+
+def test_leaving_a_terminal_that_is_gone():
+    assert python("os.close(1)\nprint('lost', end='')\nstop.leave(129)")[0] == 129
