@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Speed of the attention kernels that this machine can run, forward, and forward with backward.
 
-Compared are our "xla", JAX's own XLA form of `jax.nn.dot_product_attention`, and the kernel that "auto" chooses on an
-accelerator: cudnn on NVIDIA GPUs, splash on TPUs. Before they are timed, outputs and gradients must agree. Runs are
-interleaved (one of each form, then again), so that a busy machine slows all alike; the time is the median.
+Compares our "xla" kernel, the XLA form of `jax.nn.dot_product_attention`, and the kernel that "auto" chooses on an
+accelerator: cudnn on NVIDIA GPUs, splash on TPUs. Outputs and gradients must agree before the kernels are timed. Runs
+are interleaved, so that a busy machine slows all kernels alike; the time is the median.
 
-FLOPs are those of the scores that are seen: two products forward and five backward. A form that does not fit in the
-device's memory has no figures.
+FLOPs count the unmasked scores: two products forward and five backward. A kernel that does not fit in the memory of the
+device has no figures.
 
   python scripts/bench_attention.py --shape 8,2048,16,16,128 2,8192,16,16,128 --dtype bfloat16 --json attention.json
 """
@@ -27,7 +27,7 @@ from jaxtrain.models.kernels.attention import attend, choose_kernel
 
 
 class Shape(NamedTuple):
-    """Rows, tokens, query heads, key and value heads, channels a head; `B,T,H,G,K` on the command line."""
+    """Rows, tokens, query heads, key and value heads, channels per head; `B,T,H,G,K` on the command line."""
 
     rows: int
     tokens: int
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     def parse(cls, text: str) -> "Shape":
         sizes = text.split(",")
         if len(sizes) != 5 or not all(size.isdecimal() and int(size) for size in sizes):
-            raise argparse.ArgumentTypeError(f"a shape is B,T,H,G,K, such as 8,2048,16,16,128; got {text}")
+            raise argparse.ArgumentTypeError(f"got {text}: a shape is B,T,H,G,K, such as 8,2048,16,16,128")
         return cls(*map(int, sizes))
 
 
@@ -49,12 +49,12 @@ Form = Callable[..., jax.Array]
 
 
 def forms_for(shape: Shape, dtype: jnp.dtype, window: int | None) -> dict[str, Form]:
-    """What this machine can run, ours by XLA first."""
+    """Returns the kernels that this machine can run; ours by XLA is first."""
     device = jax.devices()[0]
     capability = cudnn.capability(device)
     fastest = choose_kernel(device.platform, dtype, shape.tokens, shape.width, capability=capability)
     forms = {"xla": functools.partial(attend, kernel="xla", window=window)}
-    if device.platform != "cpu" or dtype == jnp.float32:  # it asks for products in 16 bits that CPUs have not
+    if device.platform != "cpu" or dtype == jnp.float32:  # uses 16-bit products that CPUs lack
         local = (window - 1, 0) if window else None
         forms["jax.nn xla"] = functools.partial(
             jax.nn.dot_product_attention, is_causal=True, local_window_size=local, implementation="xla"
@@ -63,7 +63,7 @@ def forms_for(shape: Shape, dtype: jnp.dtype, window: int | None) -> dict[str, F
 
 
 def compile_both(form: Form, arguments: tuple[jax.Array, ...]) -> tuple[Form, Form] | None:
-    """Forward, and forward with backward; None: they do not fit in the device's memory."""
+    """Compiles forward, and forward with backward. Returns None if they do not fit in the memory of the device."""
 
     def both(query, key, value, cotangent):
         output, pullback = jax.vjp(form, query, key, value)
@@ -82,7 +82,7 @@ def compile_both(form: Form, arguments: tuple[jax.Array, ...]) -> tuple[Form, Fo
 
 
 def check(compiled: dict[str, tuple[Form, Form]], arguments: tuple[jax.Array, ...], tolerance: float) -> None:
-    """Ends the program if a form's output or gradients are not those of the first; also warms up."""
+    """Ends the program if the output or a gradient of a kernel differs from that of the first; also warms up."""
     first = None
     for name, (forward, both) in compiled.items():
         jax.block_until_ready(forward(*arguments[:3]))
@@ -90,11 +90,11 @@ def check(compiled: dict[str, tuple[Form, Form]], arguments: tuple[jax.Array, ..
         first = first or results
         worst = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(results, first, strict=True))
         if not worst <= tolerance:
-            raise SystemExit(f"{name} disagrees with {next(iter(compiled))}: by {worst:.2g} of the largest number")
+            raise SystemExit(f"{name} differs from {next(iter(compiled))} by {worst:.2g} of the largest value")
 
 
 def bench(shape: Shape, options: argparse.Namespace) -> Table:
-    """Measures all forms for one shape."""
+    """Measures every kernel for one shape."""
     dtype = jnp.dtype(options.dtype)
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (shape.heads, shape.groups, shape.groups, shape.heads)  # queries, keys, values, cotangent
@@ -105,7 +105,7 @@ def bench(shape: Shape, options: argparse.Namespace) -> Table:
     forms = forms_for(shape, dtype, options.window)
     tried = {name: compile_both(form, arguments) for name, form in forms.items()}
     compiled = {name: pair for name, pair in tried.items() if pair}
-    exact = dtype == jnp.float32 and jax.devices()[0].platform == "cpu"  # accelerators round what they multiply
+    exact = dtype == jnp.float32 and jax.devices()[0].platform == "cpu"  # accelerators round products
     check(compiled, arguments, 1e-5 if exact else 2**-6)
 
     def time(which: int, inputs: tuple[jax.Array, ...]) -> dict[str, float]:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How long a save holds up the loop, written in the background against waited for; and how long a restore takes.
+"""Time that a save blocks the loop, synchronous and asynchronous, and the time of a restore.
 
-The state is that of AdamW: parameters and two moments, a third each. A save that is waited for is the same save: the
-arrays copied, written, flushed, hashed for the manifest and renamed. `Orbax, synchronous` is a plain save of the same
-tree without the manifest. A restore verifies every byte first.
+The state is that of AdamW: parameters and two moments, a third each. A save copies, writes, flushes and hashes the
+arrays and renames the directory; a synchronous save waits for all of it. `Orbax, synchronous` is a plain save of the
+same tree without the manifest. A restore verifies every byte first.
 
   python scripts/bench_checkpoint.py --gigabytes 1 --json checkpoint.json
 """
@@ -29,7 +29,7 @@ _LEAF = 2**24  # float32 numbers of a leaf: 64 MiB
 
 
 def make_state(gigabytes: float) -> TrainState:
-    """A state of about so many bytes that cannot be compressed away."""
+    """Makes an incompressible state of about this size."""
     count = max(1, round(gigabytes * 1e9 / (3 * 4 * _LEAF)))
     keys = jax.random.split(jax.random.key(0), count)
     params = {f"layer_{i}": jax.random.normal(key, (_LEAF // 4096, 4096)) for i, key in enumerate(keys)}
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--gigabytes", type=float, default=1.0)
     arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--folder", type=Path, help="on the disk to measure; without it the temporary folder")
+    arguments.add_argument("--folder", type=Path, help="folder on the disk to measure; default: the temporary folder")
     options = arguments.parse_args()
     state = make_state(options.gigabytes)
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -69,15 +69,15 @@ def main() -> None:
                 save(state)
                 saver.wait()
 
-            timed("save, waited for", save_and_wait)
-            timed("save, in the background: the loop is held", lambda state=second: save(state))
-            timed("  until it is on the disk", saver.wait)
+            timed("save, synchronous", save_and_wait)
+            timed("save, asynchronous: loop blocked", lambda state=second: save(state))
+            timed("  until durable", saver.wait)
             timed("Orbax, synchronous", lambda: plain.save(Path(folder) / "plain", state, force=True))
             timed("restore", lambda: jax.block_until_ready(restore(CheckpointFolder(Path(folder) / "ours"), like)[0]))
-    waited = statistics.median(seconds["save, waited for"][1:])
+    waited = statistics.median(seconds["save, synchronous"][1:])
     table = Table(
         f"Checkpoints of {num_bytes / 1e9:.2f} GB",
-        {"what": "", "seconds": ".3f", "GB/s": ".2f", "/ save, waited for": ".3f"},
+        {"what": "", "seconds": ".3f", "GB/s": ".2f", "/ save, synchronous": ".3f"},
         notes=[f"Medians of {options.repeats} interleaved rounds."],
     )
     for name, values in seconds.items():

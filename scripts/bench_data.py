@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""The loader against a bare numpy gather from the same memory-mapped tokens, and whether prefetching hides it.
+"""Speed of the loader beside a bare numpy gather from the same memory-mapped tokens, and the effect of prefetching.
 
-The gather takes as many windows at random positions that are known beforehand, and makes `inputs` and `labels` of them.
-The loader also shuffles, checks every token and, in the third form, places the batch on the device. The second table
-has a consumer that leaves the processor alone for `--step-ms`, as an accelerator does, and says how long it then waits.
+The gather reads as many windows at precomputed random positions and copies them into `inputs` and `labels`. The loader
+also shuffles, checks every token and, in the third form, places the batch on the device. In the second table a
+consumer sleeps for `--step-ms`, as if an accelerator were busy, and then measures its wait for the next batch.
 
   python scripts/bench_data.py --shapes 8x128 64x1024 512x2048 --json data.json
 """
@@ -28,16 +28,16 @@ _VOCAB = 50_257
 
 
 def make_split(folder: Path, num_tokens: int) -> Split:
-    """Random tokens in a file, as a store has them."""
+    """Writes random tokens to a file, as in a token store."""
     file = folder / "tokens.bin"
     np.random.default_rng(0).integers(0, _VOCAB, num_tokens, np.uint16).tofile(file)
     tokens = np.memmap(file, np.uint16, "r")
-    int(tokens.max())  # read once, so that all forms find it in memory
+    int(tokens.max())  # reads the file, so that every form finds it in memory
     return Split((tokens,), np.zeros(1, np.int64), 4 * num_tokens)
 
 
 def forms_of(split: Split, batch_size: int, seq_len: int, num_batches: int) -> tuple[dict, functools.partial]:
-    """Each form as a function that makes `num_batches` batches, and the loader as a function of the batch's number."""
+    """Returns functions that make `num_batches` batches in each form, and the loader as a function of an index."""
     batches = TrainBatches(split, seed=0, batch_size=batch_size, seq_len=seq_len, vocab_size=_VOCAB)
     (tokens,) = split.shards
     starts = np.random.default_rng(1).integers(0, len(tokens) - seq_len - 1, (num_batches, batch_size))
@@ -62,7 +62,7 @@ def forms_of(split: Split, batch_size: int, seq_len: int, num_batches: int) -> t
 
 
 def wait_seconds(placed: functools.partial, step_seconds: float, steps: int) -> list[float]:
-    """How long each step waits for its batch; the first two find none ready."""
+    """Measures the wait of each step for its batch; drops the first two, which find the queue empty."""
     waits = []
     with Prefetcher(placed, 0, steps + 2, 2) as feed:
         for _ in range(steps + 2):
@@ -75,11 +75,17 @@ def wait_seconds(placed: functools.partial, step_seconds: float, steps: int) -> 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--shapes", nargs="+", default=["8x128", "64x1024", "512x2048"], help="sequences x tokens")
-    arguments.add_argument("--tokens", type=int, default=100_000_000, help="in the store")
+    arguments.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["8x128", "64x1024", "512x2048"],
+        metavar="ROWSxTOKENS",
+        help="shapes of the batch",
+    )
+    arguments.add_argument("--tokens", type=int, default=100_000_000, help="tokens in the store")
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--step-ms", type=float, default=100.0)
-    arguments.add_argument("--steps", type=int, default=20, help="of the consumer")
+    arguments.add_argument("--steps", type=int, default=20, help="steps of the consumer")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tables = bench(make_split(Path(folder), options.tokens), options)
@@ -87,6 +93,7 @@ def main() -> None:
 
 
 def bench(split: Split, options: argparse.Namespace) -> list[Table]:
+    """Measures every shape."""
     rates = Table(
         f"Batches from {split.num_tokens:,} tokens",
         {"batch": "", "form": "", "batches/s": ",.1f", "million tokens/s": ",.2f", "time / gather": ".2f"},

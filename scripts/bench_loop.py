@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What the loop of `jaxtrain train` costs beside the bare train step, the same program over the same batches.
+"""Overhead of the loop of `jaxtrain train` beside the bare train step: the same program over the same batches.
 
-The real loop runs: prefetching, records read one step late, health, the console, looking after saves, the guard's
-verdict. After every chunk of steps it is held while the bare compiled step runs as many, on a state of its own and on
-batches that lie ready, so that a busy machine slows both alike. The ratio is the median over pairs of chunks.
+The real loop runs, with prefetching, metrics read one step late, health rules, console, polled saves and the guard.
+After every chunk of steps it pauses while the bare compiled step runs as many steps on a copy of the state and on
+batches in memory, so that a busy machine slows both alike. The ratio is the median over pairs of chunks.
 
   python scripts/bench_loop.py configs/quickstart.py --chunks 30 --json loop.json
 """
@@ -59,7 +59,7 @@ class Interleaved:
 
 
 def run_loop(config: Config, chunk: int, chunks: int, folder: Path) -> Interleaved:
-    """Trains for `chunks` + 2 chunks, of which the first is left to warm up."""
+    """Trains for `chunks` + 2 chunks; the first warms up."""
     steps = chunk * (chunks + 2)
     config = dataclasses.replace(
         config,
@@ -84,10 +84,10 @@ def run_loop(config: Config, chunk: int, chunks: int, folder: Path) -> Interleav
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("config", nargs="?", default="configs/quickstart.py")
-    arguments.add_argument("--store", default="", help="token store; '': the config's, or Python's standard library")
-    arguments.add_argument("--chunk", type=int, default=10, help="steps at a time")
+    arguments.add_argument("--store", help="token store; default: that of the config, or of its sources")
+    arguments.add_argument("--chunk", type=int, default=10, help="steps per chunk")
     arguments.add_argument("--chunks", type=int, default=20)
-    arguments.add_argument("--log-every", type=int, default=0, help="steps; 0: the config's")
+    arguments.add_argument("--log-every", type=int, help="steps; default: as in the config")
     options = arguments.parse_args()
     config = load(Path(options.config))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Time and memory of the loss head, forward and backward: chunked against dense and against optax.
+"""Time and memory of the loss head, forward and backward: chunked, dense and optax.
 
-The gradients are those of the mean loss with respect to the hidden states and the kernel. Runs are interleaved (one of
-each form, then again), so that a busy machine slows all alike; the time is the median. The memory is what the compiler
-plans for temporary arrays: arguments and results, the same for all forms, are not in it.
+Differentiates the mean loss with respect to the hidden states and the kernel. Runs are interleaved, so that a busy
+machine slows all forms alike; the time is the median. The memory is the compiler's plan for temporary arrays.
+Arguments and results, equal for all forms, are not in it.
 
   python scripts/bench_loss.py --vocab 50304 128256 --chunk-size 512 1024 2048 --json loss.json
 """
@@ -36,7 +36,7 @@ def chunked(chunk_size: int) -> Callable:
 
 
 def measure(forms: dict[str, Callable], arguments: tuple[jax.Array, ...], repeats: int) -> list[dict[str, Any]]:
-    """Compiles every form, checks that they agree, and times them in turn; the first form is the one compared with."""
+    """Compiles every form, checks that its loss equals that of the first, and times the forms in turn."""
     compiled, losses = {}, {}
     for name, loss in forms.items():
         compiled[name] = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
@@ -58,7 +58,7 @@ def measure(forms: dict[str, Callable], arguments: tuple[jax.Array, ...], repeat
 
 
 def bench(vocab: int, options: argparse.Namespace) -> Table:
-    """Measures all forms for one vocabulary."""
+    """Measures every form for one vocabulary."""
     keys = jax.random.split(jax.random.key(0), 3)
     dtype = jnp.dtype(options.dtype)
     hidden = jax.random.normal(keys[0], (options.tokens, options.d_model), dtype)
@@ -85,7 +85,7 @@ def main() -> None:
     arguments.add_argument("--d-model", type=int, default=512)
     arguments.add_argument("--vocab", type=int, nargs="+", default=[50_304, 128_256])
     arguments.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    arguments.add_argument("--chunk-size", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a chunk")
+    arguments.add_argument("--chunk-size", type=int, nargs="+", default=[512, 1024, 2048], help="tokens per chunk")
     arguments.add_argument("--repeats", type=int, default=5)
     options = arguments.parse_args()
     report(options, [bench(vocab, options) for vocab in options.vocab])

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Time to quality: how long until Shakespeare's characters cost 1.914 nats, beside nanoGPT's CPU recipe in PyTorch.
+"""Time to a loss of 1.914 nats per character on Shakespeare's plays, beside nanoGPT's CPU recipe in PyTorch.
 
-Both are whole processes, from their start until the validation loss over the last tenth of the text is known: imports,
-reading the text, compilation and evaluation included. Runs take turns. Ours starts with an empty compile cache.
+Times whole processes, from their start until the validation loss over the last tenth of the text is known: imports,
+reading the text, compilation and evaluation included. Runs are interleaved. Ours starts with an empty compile cache.
 
   python scripts/bench_quality.py tinyshakespeare.txt --peer-python .venv-torch/bin/python
 """
@@ -21,11 +21,11 @@ from typing import Any
 from benchmark import Table, parser, report
 
 ROOT = Path(__file__).parent.parent
-GOAL = 1.914  # nats a character: where nanoGPT's README says that its recipe ends
+GOAL = 1.914  # nats per character: the loss of the CPU recipe in nanoGPT's README
 
 
 def ours(text: Path, config: Path) -> dict[str, Any]:
-    """A run of `jaxtrain train`; its time ends with the line about its last evaluation."""
+    """Runs `jaxtrain train`; the time ends with the event of its last evaluation."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "jaxtrain.cli", "train", str(config), "--run-dir", f"{folder}/run"]
         command += ["--data.sources", str(text.absolute())]
@@ -40,7 +40,7 @@ def ours(text: Path, config: Path) -> dict[str, Any]:
 
 
 def theirs(text: Path, python: Path, steps: int) -> dict[str, Any]:
-    """A run of scripts/peer_quality.py."""
+    """Runs scripts/peer_quality.py."""
     command = [str(python), str(ROOT / "scripts/peer_quality.py"), str(text), str(steps)]
     begin = time.perf_counter()
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -49,7 +49,7 @@ def theirs(text: Path, python: Path, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("text", type=Path, help="tinyshakespeare.txt")
+    arguments.add_argument("text", type=Path, help="path of tinyshakespeare.txt")
     arguments.add_argument("--config", type=Path, default=ROOT / "configs/shakespeare.py")
     arguments.add_argument("--peer-python", type=Path, default=Path(".venv-torch/bin/python"))
     arguments.add_argument("--peer-steps", type=int, default=2000)
@@ -57,7 +57,7 @@ def main() -> None:
     options = arguments.parse_args()
     for path in (options.text, options.peer_python):
         if not path.exists():
-            sys.exit(f"error: there is no {path}: see --help")
+            sys.exit(f"error: {path} does not exist; see --help")
     runs: dict[str, list[dict[str, Any]]] = {"nanoGPT's recipe, torch": [], "jaxtrain": []}
     for _ in range(options.repeats):
         runs["nanoGPT's recipe, torch"].append(theirs(options.text, options.peer_python, options.peer_steps))
@@ -65,9 +65,9 @@ def main() -> None:
     compiling = statistics.median(run["compile_seconds"] for run in runs["jaxtrain"])
     table = Table(
         f"Time to quality: {options.text.name}, the last tenth held out",
-        {"": "", "steps": ",d", "nll": ".3f", "seconds": ".1f", "of the peer's": ".2f"},
+        {"": "", "steps": ",d", "nll": ".3f", "seconds": ".1f", "/ peer": ".2f"},
         notes=[
-            f"The goal is {GOAL} nats a character. Whole processes until the loss over the whole held-out text is "
+            f"The goal is {GOAL} nats per character. Whole processes until the loss over the whole held-out text is "
             f"known; medians of {options.repeats}. Ours compiles for {compiling:.1f} s of it.",
         ],
     )

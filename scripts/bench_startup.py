@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What a start costs: importing the core against JAX and optax alone, and the time to the first step.
+"""Time of a start: importing the core beside JAX and optax alone, and the time to the first step.
 
-The first step is that of the whole command in a process of its own, until it is on record: `cold` in a new run with an
-empty compile cache, `warm` in another new run with what the first has compiled, `resumed` going on with that one.
+The time to the first step is that of the whole command in a new process, until the step is printed: `cold` in a new run
+with an empty compile cache, `warm` in another new run with the cache of the first, `resumed` in that run again.
 
-The processor time says more than the clock where others use the machine.
+On a shared machine the CPU time says more than the wall time.
 
   python scripts/bench_startup.py --repeats 5 --json startup.json
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmark import Table, interleave, parser, report
 
-CORE = ["struct", "losses", "schedules", "precision", "optim", "clipping", "guard", "step"]
+CORE = ["trees", "losses", "schedules", "precision", "optim", "clipping", "guard", "step"]
 IMPORTS = {
     "jax": "import jax",
     "jax, optax": "import jax, optax",
@@ -31,12 +31,12 @@ IMPORTS = {
 
 
 def surroundings(*without: str) -> dict[str, str]:
-    """The environment of a user: what is installed has its bytecode, so where it may be written it is."""
+    """Returns the environment of a user, who imports from bytecode: this process's, without some variables."""
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONDONTWRITEBYTECODE", *without)}
 
 
 def importing(code: str, cpu_seconds: list[float]) -> Callable[[], None]:
-    """Imports in a process of its own, and notes the processor time that it took."""
+    """Returns a function that imports in a new process and appends the CPU time."""
 
     def run() -> None:
         before = os.times()
@@ -49,7 +49,7 @@ def importing(code: str, cpu_seconds: list[float]) -> Callable[[], None]:
 
 
 def first_step(config: str, run: Path, cache: Path, stop_after: int) -> float:
-    """Seconds until `jaxtrain train` shows its first step; waits for its end."""
+    """Returns the seconds until `jaxtrain train` prints its first step; waits for its end."""
     own = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "JAX_ENABLE_COMPILATION_CACHE")
     environment = surroundings(*own)
     environment["XDG_CACHE_HOME"] = str(cache)
@@ -61,12 +61,12 @@ def first_step(config: str, run: Path, cache: Path, stop_after: int) -> float:
         if line.startswith("step ") and seconds is None:
             seconds = time.perf_counter() - begin
     if process.wait() or seconds is None:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode} and no step")
+        raise SystemExit(f"{' '.join(command)} printed no step; exit code {process.returncode}")
     return seconds
 
 
 def starts(config: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds to the first step."""
+    """Returns the seconds to the first step, by kind of start."""
     found: dict[str, list[float]] = {"cold": [], "warm": [], "resumed": []}
     with tempfile.TemporaryDirectory() as folder:
         cache, run = Path(folder) / "cache", Path(folder) / "run"
@@ -95,7 +95,7 @@ def main() -> None:
         "Importing",
         {"what": "", "seconds": ".3f", "CPU seconds": ".3f"},
         notes=[
-            f"Medians of {options.repeats} interleaved processes, the interpreter's start in them.",
+            f"Medians of {options.repeats} interleaved processes, including the start of the interpreter.",
             f"The core on top of jax and optax: {more[0]:+.3f} s, {more[1]:+.3f} s of CPU (medians of differences).",
         ],
     )

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Speed of the train step of a config, and of the same step in PyTorch beside it.
+"""Speed of the train step of a config, beside the same step in PyTorch.
 
-Tokens are random and lie on the device; the loop around the step is bench_loop.py's business. Rounds alternate between
-ours and the peers, so that a busy machine slows all alike; ratios are of one round, and their median is shown.
+Tokens are random and on the device; bench_loop.py measures the loop around the step. Rounds alternate between ours and
+the peers, so that a busy machine slows all alike. A ratio compares two forms in one round; the table shows its median.
 
   python scripts/bench_train.py configs/gpt2_124m.py --train.batch-size 32 --train.accumulate 1 --peer torch
   python scripts/bench_train.py configs/gpt2_124m.py --model.num-layers 2 --peer torch --peer-python ~/torch/bin/python
 
-Flags that are not listed here change the config, as those of `jaxtrain train` do. The peer runs in a Python of its own:
+Other flags change the config, as those of `jaxtrain train` do. The peer runs in another Python:
 
   python -m venv .venv-torch && .venv-torch/bin/pip install torch transformers
 """
@@ -39,7 +39,7 @@ PEERS = {"torch": ("torch eager", "torch compiled"), "eager": ("torch eager",), 
 
 
 class Ours:
-    """The train step of a config on the devices there are."""
+    """Train step of a config on the available devices."""
 
     def __init__(self, config: Config):
         if jax.default_backend() == "cpu":  # as the commands do
@@ -62,7 +62,7 @@ class Ours:
         self.run(2)
 
     def run(self, num_steps: int) -> list[float]:
-        """Seconds of each step; like the loop, it waits for the metrics of the step before."""
+        """Times each step; like the loop, waits for the metrics of the previous step. Returns seconds."""
         seconds, metrics, since = [], self._one(), time.perf_counter()
         metrics.unpack()
         for _ in range(num_steps):
@@ -79,7 +79,7 @@ class Ours:
         return metrics
 
     def peak_bytes(self) -> int:
-        """The most memory so far, of one device; on a CPU what the compiler plans for the step."""
+        """Returns the peak memory of one device; on a CPU, the compiler's plan for the step."""
         stats = jax.local_devices()[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:
             return stats["peak_bytes_in_use"]
@@ -88,7 +88,7 @@ class Ours:
 
 
 class Peer:
-    """scripts/peer_torch.py in a child process."""
+    """Child process that runs scripts/peer_torch.py."""
 
     def __init__(self, python: Path, spec: dict[str, Any]):
         command = [str(python), str(Path(__file__).with_name("peer_torch.py")), json.dumps(spec)]
@@ -98,25 +98,29 @@ class Peer:
         self._peak_bytes = 0
 
     def run(self, num_steps: int) -> list[float]:
-        """Seconds of each step."""
+        """Times each step; returns seconds."""
         print(num_steps, file=self._child.stdin, flush=True)
         answer = self._answer()
         self._peak_bytes = answer["peak_bytes"]
         return answer["seconds"]
 
     def peak_bytes(self) -> int:
-        """The most memory so far."""
+        """Returns the peak memory of the last run."""
         return self._peak_bytes
 
     def _answer(self) -> dict[str, Any]:
         for line in self._child.stdout:
-            if line.startswith("{"):  # libraries print, too
+            if line.startswith("{"):  # libraries print lines as well
                 return json.loads(line)
-        raise SystemExit(f"error: the peer ended with exit code {self._child.wait()}; what it said is above")
+        raise SystemExit(f"error: the peer ended with exit code {self._child.wait()}; its output is above")
 
 
 def peer_spec(config: Config, model: ModelConfig, compiled: bool) -> dict[str, Any]:
-    """What the peer needs to know; a ValueError for a model that transformers does not have."""
+    """Describes the model for the peer.
+
+    Raises:
+      ValueError: transformers has no such model.
+    """
     styles = {
         "gpt2": ("learned", "layernorm", "gelu", True, True),
         "llama": ("rope", "rmsnorm", "swiglu", False, model.tie_embeddings),
@@ -124,7 +128,9 @@ def peer_spec(config: Config, model: ModelConfig, compiled: bool) -> dict[str, A
     ours = (model.positions, model.norm, model.feed_forward, model.use_bias, model.tie_embeddings)
     style = next((name for name, fields in styles.items() if fields == ours), None)
     if style is None or model.qk_norm or model.logit_softcap or config.train.precision == "float16":
-        raise ValueError("the peer has plain GPT-2 and Llama in float32 and bfloat16 only: bench others without --peer")
+        raise ValueError(
+            "the peer has plain GPT-2 and Llama in float32 and bfloat16 only: leave out --peer for other configs"
+        )
     sizes = ("vocab_size", "vocab_rows", "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len", "tie_embeddings")
     return {
         "style": style,
@@ -141,7 +147,7 @@ def peer_spec(config: Config, model: ModelConfig, compiled: bool) -> dict[str, A
 
 
 def bench(config: Config, options: argparse.Namespace) -> tuple[list[Table], dict[str, Any]]:
-    """Runs all forms in turn; the table, and every step's seconds."""
+    """Runs all forms in turn. Returns the table and the seconds of every step."""
     ours = Ours(config)
     forms: dict[str, Ours | Peer] = {"jaxtrain": ours}
     for name in PEERS.get(options.peer, ()):
@@ -176,10 +182,10 @@ def _table(config: Config, model: ModelConfig, forms, rounds, options: argparse.
             "s to start": ".1f",
         },
         notes=[
-            f"{options.rounds} rounds of {options.steps} steps, in turn. 'jaxtrain is faster by': how many times the "
-            "peer's tokens/s ours are, by pairs of rounds, median. GFLOP/s of the causal formula. GiB: the device's "
-            "peak; on a CPU the compiler's plan for ours, the whole process for a peer. s to start: compiling ours, "
-            "or all up to the third step of a peer.",
+            f"{options.rounds} rounds of {options.steps} steps, interleaved. 'jaxtrain is faster by': our tokens/s "
+            "over those of the peer, median over pairs of rounds. GFLOP/s by the causal formula. GiB: peak of the "
+            "device; on a CPU, the compiler's plan for ours and the whole process for a peer. s to start: compilation of "
+            "ours, or the time to the third step of a peer.",
         ],
     )
     own = [statistics.median(seconds) for seconds in rounds["jaxtrain"]]
@@ -198,14 +204,14 @@ def _table(config: Config, model: ModelConfig, forms, rounds, options: argparse.
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("config", type=Path, help="a config file")
-    arguments.add_argument("--steps", type=int, default=10, help="steps a round")
+    arguments.add_argument("config", type=Path, help="config file")
+    arguments.add_argument("--steps", type=int, default=10, help="steps per round")
     arguments.add_argument("--rounds", type=int, default=10)
     arguments.add_argument("--peer", choices=["none", *PEERS], default="none", help="torch: eager and compiled")
     arguments.add_argument("--peer-python", type=Path, default=Path(".venv-torch/bin/python"))
     options, flags = arguments.parse_known_args()
     if options.peer != "none" and not options.peer_python.exists():
-        sys.exit(f"error: no Python at {options.peer_python}: make one, see --help, or name it with --peer-python")
+        sys.exit(f"error: no Python at {options.peer_python}: create one (see --help) or name it with --peer-python")
     options.flags = flags
     config = tyro.cli(Config, args=flags, default=load(options.config), prog="bench_train.py CONFIG")
     try:

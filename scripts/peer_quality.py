@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""nanoGPT's CPU recipe for Shakespeare's characters in PyTorch and transformers: the peer of bench_quality.py.
+"""nanoGPT's CPU recipe for Shakespeare's plays, character by character, in PyTorch: the peer of bench_quality.py.
 
   python scripts/peer_quality.py tinyshakespeare.txt STEPS
 
-4 layers, 4 heads, 128 channels, 64 characters, batches of 12, no dropout; AdamW with b2 0.99, 100 steps up to 1e-3,
-then a cosine down to 1e-4; clipping at 1. Prints one JSON object, with the loss over the last tenth of the text.
+4 layers, 4 heads, 128 channels, 64 characters, batches of 12, no dropout; AdamW with b2 0.99, 100 steps of warmup to
+1e-3, then a cosine to 1e-4; clipping at 1. Prints one JSON object with the loss over the last tenth of the text.
 """
 
 import json
@@ -20,7 +20,7 @@ CONTEXT, BATCH, WARMUP, PEAK, FLOOR = 64, 12, 100, 1e-3, 1e-4
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Of the step with this number, from 0."""
+    """Returns the learning rate of a step, counted from 0."""
     if step < WARMUP:
         return PEAK * (step + 1) / (WARMUP + 1)
     return FLOOR + 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP))) * (PEAK - FLOOR)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""The peer of bench_train.py: the same model and step in PyTorch and transformers, as their users would write them.
+"""Peer of bench_train.py: the same model and step in idiomatic PyTorch and transformers.
 
-Run by bench_train.py in a Python of its own, which needs torch and transformers. Takes the model as JSON, says on
-standard output that it is ready, and then for each number of steps on standard input how many seconds each one took.
+bench_train.py starts this script in a Python with torch and transformers. The argument is the model as JSON. The script
+prints that it is ready; then it reads numbers of steps from standard input and prints the seconds of each step.
 
   SDPA attention, fused AdamW on two groups of parameters, clipping by the global norm, autocast for bfloat16.
 """
@@ -19,7 +19,7 @@ import transformers
 
 
 def make_model(spec: dict[str, Any]) -> torch.nn.Module:
-    """GPT-2 or Llama of the given sizes, without dropout."""
+    """Makes a GPT-2 or Llama of the given sizes, without dropout."""
     sizes = {"vocab_size": spec["vocab_rows"], "bos_token_id": None, "eos_token_id": None, "use_cache": False}
     if spec["style"] == "gpt2":
         config = transformers.GPT2Config(
@@ -52,7 +52,7 @@ def make_model(spec: dict[str, Any]) -> torch.nn.Module:
 
 
 class Trainer:
-    """One training step, and what it works on."""
+    """Training step with its model, optimizer and batch."""
 
     def __init__(self, spec: dict[str, Any]):
         self._spec = spec
@@ -75,7 +75,7 @@ class Trainer:
         self._loss = torch.compile(loss) if spec["compile"] else loss
 
     def step(self) -> torch.Tensor:
-        """Trains on the batch; returns the last micro-batch's loss, which may still be on its way."""
+        """Trains on the batch; returns the loss of the last micro-batch without waiting for it."""
         spec = self._spec
         mixed = torch.autocast(self._device, torch.bfloat16) if spec["bfloat16"] else contextlib.nullcontext()
         self._optimizer.zero_grad(set_to_none=True)
@@ -88,7 +88,7 @@ class Trainer:
         return loss.detach()
 
     def run(self, num_steps: int) -> list[float]:
-        """Seconds of each step; like the loop that it is compared with, it waits for the loss of the step before."""
+        """Times each step; like the loop of jaxtrain, waits for the loss of the previous step. Returns seconds."""
         seconds, before, since = [], self.step(), time.perf_counter()
         before.item()
         for _ in range(num_steps):
@@ -101,7 +101,7 @@ class Trainer:
         return seconds
 
     def peak_bytes(self) -> int:
-        """The most memory so far: of the GPU, or of this process."""
+        """Returns the peak memory of the GPU, or of this process."""
         if self._device == "cuda":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,8 @@
 """Runs the code blocks of pages in one process, as a reader would: python run_blocks.py BLOCKS.json RESULTS.json ROOT.
 
-The blocks of a page share a working directory; a Python block has a namespace of its own. A Python block that starts with a
-comment such as `# mine.py` is written to that file instead of being run. Each line of a bash block is a jaxtrain command.
+The blocks of a page share a working directory; a Python block has a namespace of its own. A Python block that starts
+with a comment such as `# mine.py` is written to that file instead of being run. Each line of a bash block is a
+jaxtrain command.
 """
 
 import contextlib

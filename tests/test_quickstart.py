@@ -1,4 +1,4 @@
-"""The first command that a user runs: it learns, resumes, says nothing while healthy, and reaches the stated figures."""
+"""The first command that a user runs: it learns, resumes, reports no finding, and reaches the stated figures."""
 
 import json
 import os

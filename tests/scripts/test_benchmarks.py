@@ -44,7 +44,7 @@ def test_the_train_step_is_timed_and_recorded(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--peer", "torch", "--peer-python", "nowhere/python"], "error: no Python at nowhere/python: make one"),
+        (["--peer", "torch", "--peer-python", "nowhere/python"], "error: no Python at nowhere/python: create one"),
         (["--peer", "torch", "--peer-python", sys.executable, "--model.logit-softcap=5"], "plain GPT-2 and Llama"),
         (["--model.num-heads=3"], "d_model 16 is not divisible by model.num_heads 3"),
     ],
