@@ -184,8 +184,8 @@ def _table(config: Config, model: ModelConfig, forms, rounds, options: argparse.
         notes=[
             f"{options.rounds} rounds of {options.steps} steps, interleaved. 'jaxtrain is faster by': our tokens/s "
             "over those of the peer, median over pairs of rounds. GFLOP/s by the causal formula. GiB: peak of the "
-            "device; on a CPU, the compiler's plan for ours and the whole process for a peer. s to start: compilation of "
-            "ours, or the time to the third step of a peer.",
+            "device; on a CPU, the compiler's plan for ours and the whole process for a peer. s to start: compilation "
+            "of ours, or the time to the third step of a peer.",
         ],
     )
     own = [statistics.median(seconds) for seconds in rounds["jaxtrain"]]
