@@ -1,19 +1,20 @@
-"""From the numbers of a run to what is wrong with it: findings, each with its evidence and a remedy.
+"""Health of a run: from its numbers to findings, each with its evidence and a remedy.
 
-Pure judgement: nothing here reads a clock, a file or a device. What counts as wrong is in `rules.py`.
+Reads no clock, file or device. The cases are in rules.py.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxtrain.config import Config
-from jaxtrain.monitoring.rules import RULES, Line, Rule, RunFacts, Severity
+from jaxtrain.monitoring.rule import UNKNOWN, Found, Line, Rule, RunFacts, Severity, Verdict
+from jaxtrain.monitoring.rules import RULES
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a run, or worth knowing: what, since which step, by which numbers, what to do."""
+    """One case that is present in a run: its name, the step it began at, the evidence and advice."""
 
     name: str
     severity: Severity
@@ -26,48 +27,65 @@ class Finding:
 
 
 class Health:
-    """Watches one run; small plain state, no files. Feed it every step, in order."""
+    """Judges one run by the rules. Feed it every step, in order."""
 
-    def __init__(self, facts: RunFacts):
-        self._rules = [rule(facts) for rule in RULES]
+    def __init__(self, facts: RunFacts, rules: Sequence[type[Rule]] | None = None):
+        """Starts the rules; None takes `rules.RULES`."""
+        self._rules = [rule(facts) for rule in (RULES if rules is None else rules)]
 
     def observe(self, line: Mapping[str, Any]) -> list[Finding]:
-        """Takes a step's metrics (numbers, arrays or lists, named as in a step line); returns what begins with it."""
+        """Judges a step line (numbers, arrays or lists); returns the cases that begin with it."""
         plain = Line((k, v.tolist() if hasattr(v, "tolist") else v) for k, v in line.items())
-        return self._findings(plain["step"], ((rule, rule.check(plain)) for rule in self._rules))
+        return self._judge(plain["step"], lambda rule: rule.check(plain))
 
     def observe_evaluation(self, event: Mapping[str, Any]) -> list[Finding]:
-        """Takes the fields of an `eval` event."""
-        return self._findings(event["step"], ((rule, rule.check_evaluation(Line(event))) for rule in self._rules))
+        """Judges the fields of an `eval` event; returns the cases that begin with it."""
+        return self._judge(event["step"], lambda rule: rule.check_evaluation(Line(event)))
 
     def restore(self, lines: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]) -> None:
-        """Takes what the run did before it went on; what was found then is not found again."""
-        for line in lines:
-            self.observe(line)
-        for event in evaluations:
-            self.observe_evaluation(event)
+        """Replays earlier records, so that a resumed run does not repeat findings."""
+        for record, observe in _in_order(lines, evaluations):
+            (self.observe_evaluation if observe else self.observe)(record)
 
-    @staticmethod
-    def _findings(step: int, verdicts: Iterable[tuple[Rule, str | bool | None]]) -> list[Finding]:
-        begun = [(rule, verdict) for rule, verdict in verdicts if rule.begins(verdict)]
-        return [Finding(rule.name, rule.severity, int(step), str(evidence), rule.remedy) for rule, evidence in begun]
+    def _judge(self, step: int, check: Callable[[Rule], Verdict]) -> list[Finding]:
+        findings = []
+        for rule in list(self._rules):
+            try:
+                verdict = check(rule)
+                news = rule.is_news(verdict)
+            except Exception as error:  # a rule of a user's own
+                self._rules.remove(rule)
+                verdict, news = UNKNOWN, False
+                evidence = f"{rule.name} raised {type(error).__name__}: {error}"
+                findings.append(Finding("broken_rule", "warning", int(step), evidence, "Mend it; the others go on."))
+            if news and isinstance(verdict, Found):
+                findings.append(Finding(rule.name, rule.severity, int(step), verdict.text, rule.remedy))
+        return findings
+
+
+def _in_order(
+    lines: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
+) -> list[tuple[Mapping[str, Any], bool]]:
+    """Merges steps and evaluations by step; an evaluation follows its step."""
+    records = [(line, False) for line in lines] + [(event, True) for event in evaluations]
+    return sorted(records, key=lambda record: (record[0]["step"], record[1]))
 
 
 def diagnose(lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], config: Config) -> list[Finding]:
-    """Findings of a run from its records, as `read_metrics` returns them, by step.
+    """Returns the findings of a run from its records, as `read_metrics` returns them, by step.
 
-    What the run found itself is in its events: it saw every step. Under other names comes what the lines alone show.
+    The run's own findings, in its events, saw every step. They are complemented by what the logged steps alone show
+    under other names.
     """
-    told = {}  # steps that ran twice, because of a crash, found the same twice
+    own = {}  # steps that ran twice, because of a crash, have the same finding twice
     for event in events:
         if event["event"] == "finding":
-            told[event["name"], event["step"]] = Finding(*(event[field.name] for field in fields(Finding)))
+            own[event["name"], event["step"]] = Finding(*(event[field.name] for field in fields(Finding)))
     begins = [event for event in events if event["event"] in ("start", "resume")]
-    known = {key: begins[-1].get(key, 0) for key in ("vocab_size", "train_tokens")} if begins else {}
+    known = {key: begins[-1].get(key) for key in ("vocab_size", "train_tokens")} if begins else {}
     health = Health(RunFacts(config, **known))
-    seen = [finding for line in lines for finding in health.observe(line)]
-    for event in events:
-        if event["event"] == "eval":
-            seen += health.observe_evaluation(event)
-    names = {name for name, _ in told}
-    return sorted([*told.values(), *(f for f in seen if f.name not in names)], key=lambda f: f.step)
+    found = []
+    for record, is_evaluation in _in_order(lines, [event for event in events if event["event"] == "eval"]):
+        found += health.observe_evaluation(record) if is_evaluation else health.observe(record)
+    names = {name for name, _ in own}
+    return sorted([*own.values(), *(f for f in found if f.name not in names)], key=lambda f: f.step)

@@ -1,0 +1,128 @@
+"""Interface of a health rule: a class with constants, `check` and `remedy`.
+
+To add a rule, subclass `Rule` and append it to `jaxtrain.monitoring.rules.RULES`, for example in a config file.
+"""
+
+import enum
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterator
+from typing import ClassVar, Literal, NamedTuple
+
+from jaxtrain.config import Config
+
+Severity = Literal["info", "warning", "error"]
+WINDOW = 100  # steps of a share or a median: long against noise, short against a run
+
+
+class Found(NamedTuple):
+    """The case of a rule is present.
+
+    Attributes:
+      text: the evidence, with numbers.
+    """
+
+    text: str
+
+
+class _Absent(enum.Enum):
+    CLEAR = "clear"
+    UNKNOWN = "unknown"
+
+
+CLEAR = _Absent.CLEAR  # the case is not present
+UNKNOWN = _Absent.UNKNOWN  # the step does not tell
+Verdict = Found | _Absent
+
+
+class RunFacts(NamedTuple):
+    """Facts of a run that rules need besides the metrics; None is unknown.
+
+    Attributes:
+      config: config of the run.
+      vocab_size: vocabulary of the model, in tokens.
+      train_tokens: tokens in the training split.
+    """
+
+    config: Config
+    vocab_size: int | None = None
+    train_tokens: int | None = None
+
+
+class Line(dict):
+    """Step line in which `line[name]` of an absent metric is NaN, which no comparison accepts."""
+
+    def __missing__(self, key: str) -> float:
+        return math.nan
+
+
+class Window:
+    """The last `size` values."""
+
+    def __init__(self, size: int = WINDOW):
+        self._values: deque[float] = deque(maxlen=size)
+
+    def add(self, value: float) -> None:
+        """Adds a value; the oldest leaves a full window."""
+        self._values.append(value)
+
+    @property
+    def full(self) -> bool:
+        """True once `size` values were added."""
+        return len(self._values) == self._values.maxlen
+
+    def median(self, start: int | None = None, stop: int | None = None) -> float:
+        """Returns the median, of the values `[start:stop]` if given."""
+        return statistics.median(list(self._values)[start:stop])
+
+    def clear(self) -> None:
+        """Removes all values."""
+        self._values.clear()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self._values)
+
+
+class Rule:
+    """One case that may be wrong with a run. An instance watches one run, step by step.
+
+    Attributes:
+      name: name of the finding.
+      severity: how bad the case is.
+      remedy: advice for the user.
+      quiet: number of CLEAR verdicts after which the case may be reported again.
+    """
+
+    name: ClassVar[str]
+    severity: ClassVar[Severity] = "warning"
+    remedy: ClassVar[str]
+    quiet: ClassVar[int] = WINDOW
+
+    def __init__(self, facts: RunFacts):
+        self.facts = facts
+        self._calm = self.quiet
+
+    def check(self, line: Line) -> Verdict:
+        """Judges a step."""
+        return UNKNOWN
+
+    def check_evaluation(self, event: Line) -> Verdict:
+        """Judges an evaluation."""
+        return UNKNOWN
+
+    def is_news(self, verdict: Verdict) -> bool:
+        """Returns True if the verdict begins a case, and counts the quiet time between two cases."""
+        if verdict is UNKNOWN:
+            return False
+        found = isinstance(verdict, Found)
+        news = found and self._calm >= self.quiet
+        self._calm = 0 if found else self._calm + 1
+        return news
+
+    def after_warmup(self, line: Line) -> bool:
+        """Returns True for a step after the learning-rate warm-up, in which gradients and updates are large."""
+        return line["step"] > self.facts.config.optim.warmup_steps
