@@ -291,7 +291,7 @@ def _generate(arguments: list[str]) -> int:
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     with compile_cache(), session(_report):
-        run, params, _ = _trained(options)
+        run, params, _ = _trained(options, data=False)
         text = continue_text(run, params, options.prompt, options.num_tokens, seed=options.seed, sampling=sampling)
     if is_lead():
         print(options.prompt + text)
@@ -323,13 +323,13 @@ def _replay(arguments: list[str]) -> int:
     return 0
 
 
-def _trained(options: Any) -> tuple[Any, Any, int]:
+def _trained(options: Any, data: bool = True) -> tuple[Any, Any, int]:
     """The run that a command names, its parameters and their step; the same on every process."""
     from jaxtrain.runtime.processes import agree
     from jaxtrain.training.run import open_run, restore_params
 
     agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
-    run = open_run(options.run)
+    run = open_run(options.run, data=data)
     params, step = restore_params(run, options.step)
     agree("the checkpoint", {"step": step}, remedy="the run must be on a file system that they share")
     return run, params, step

@@ -43,14 +43,12 @@ def layer_diagnostics(
       float32 arrays: `layer_grad_norm` [L]; `layer_update_ratio` [L], norm of the update over norm of the parameters;
       `adam_frozen_share`, a scalar: of the numbers that have a gradient in this step, the share whose sqrt(nu_hat) is
       below 10 eps, so that the update shrinks with the gradient. Rows of an embedding that the batch does not name have
-      no gradient and no say. NaN where there is no Adam, or it has not yet moved. A tree without layers has L = 0.
+      no gradient and no say. NaN before Adam has moved; absent without Adam. A tree without layers has L = 0.
     """
     norms = [_layer_norms(tree) for tree in (params, grads, updates)]
-    return {
-        "layer_grad_norm": norms[1],
-        "layer_update_ratio": norms[2] / norms[0],
-        "adam_frozen_share": _frozen_share(grads, opt_state, b2, eps),
-    }
+    share = _frozen_share(grads, opt_state, b2, eps)
+    metrics = {"layer_grad_norm": norms[1], "layer_update_ratio": norms[2] / norms[0]}
+    return metrics if share is None else metrics | {"adam_frozen_share": share}
 
 
 def _layer_norms(tree: Any) -> jax.Array:
@@ -59,17 +57,22 @@ def _layer_norms(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(squares[1:], squares[0])) if squares else jnp.zeros((0,), jnp.float32)
 
 
-def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) -> jax.Array:
+def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) -> jax.Array | None:
+    """Returns `adam_frozen_share` over all parameters that some Adam moves; None without Adam."""
     is_adam = lambda node: hasattr(node, "nu") and hasattr(node, "count")  # noqa: E731
     states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(node)]
     if not states:
-        return jnp.full((), jnp.nan, jnp.float32)
+        return None
+    by_path = dict(jax.tree_util.tree_leaves_with_path(grads))
     correction = -jnp.expm1(states[0].count.astype(jnp.float32) * (math.log(b2) if b2 else -math.inf))
     frozen = moved = jnp.zeros((), jnp.float32)
-    for grad, nu in zip(jax.tree.leaves(grads), jax.tree.leaves(states[0].nu), strict=True):
-        has_gradient = grad != 0
-        moved += _count(has_gradient)
-        frozen += _count(has_gradient & (jnp.sqrt(nu / correction) < _NEAR_EPS * eps))
+    for state in states:  # one, or one for each part of a partitioned optimizer
+        for path, nu in jax.tree_util.tree_leaves_with_path(state.nu):
+            if path not in by_path:  # a state that is flattened
+                continue
+            has_gradient = by_path[path] != 0
+            moved += _count(has_gradient)
+            frozen += _count(has_gradient & (jnp.sqrt(nu / correction) < _NEAR_EPS * eps))
     return jnp.where((moved > 0) & (states[0].count > 0), frozen / jnp.maximum(moved, 1), jnp.nan)
 
 

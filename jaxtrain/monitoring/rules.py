@@ -230,7 +230,7 @@ class AdamFrozen(Rule):
     )
 
     def check(self, line: Line) -> Verdict:
-        share = line["adam_frozen_share"]
+        share = line.get("adam_frozen_share", math.nan)
         if math.isnan(share):
             return UNKNOWN
         if share <= self.SHARE:

@@ -1,75 +1,54 @@
-"""From a config to the pieces of a run: schedule, optimizer, model, data."""
+"""The gears of a run, made from its config: schedule, optimizer behind the guard, loss scaling, diagnostics."""
 
+import difflib
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from jaxtrain import schedules
-from jaxtrain.clipping import clip_adaptively, zclip
+from jaxtrain.clipping import clip_adaptively, clip_by_global_norm, zclip
 from jaxtrain.config import Config
-from jaxtrain.data.prepare.prepare import prepare
-from jaxtrain.data.store import TokenStore, open_store
 from jaxtrain.guard import skip_bad_steps
 from jaxtrain.monitoring.layers import layer_diagnostics
-from jaxtrain.optim import clipped_adamw
-from jaxtrain.precision import LossScaling, Policy
+from jaxtrain.optim import OPTIMIZERS
+from jaxtrain.precision import LossScaling
+from jaxtrain.schedules import SCHEDULES, Schedule
 
 
-def make_schedule(config: Config) -> schedules.Schedule:
-    """The learning-rate schedule over `train.steps`."""
-    optim, steps = config.optim, config.train.steps
-    match optim.schedule:
-        case "cosine":
-            return schedules.warmup_cosine(optim.peak_lr, steps, optim.warmup_steps, optim.floor)
-        case "linear":
-            return schedules.warmup_linear(optim.peak_lr, steps, optim.warmup_steps, optim.floor)
-        case "wsd":
-            return schedules.warmup_stable_decay(
-                optim.peak_lr, steps, optim.warmup_steps, optim.decay_steps, optim.floor
-            )
-        case "sgdr":
-            cycle_steps = steps // optim.cycles
-            return schedules.sgdr(
-                optim.peak_lr, cycle_steps, optim.warmup_steps, optim.cycles, optim.cycle_decay, optim.floor
-            )
-        case "constant":
-            return schedules.warmup_constant(optim.peak_lr, optim.warmup_steps)
+def make_schedule(config: Config) -> Schedule:
+    """Returns the learning-rate schedule over `train.steps`."""
+    return SCHEDULES[config.optim.schedule].make(config.optim, config.train.steps)
 
 
 def describe_schedule(config: Config) -> str:
-    """The schedule in one line."""
+    """Describes the schedule in one line."""
     optim, schedule = config.optim, make_schedule(config)
-    last = float(jax.jit(schedule)(config.train.steps - 1))  # one small program rather than sixteen
-    shape = {
-        "cosine": "cosine",
-        "linear": "linear decay",
-        "wsd": f"held, then linear decay over the last {optim.decay_steps} steps",
-        "sgdr": f"{optim.cycles} cosine cycles, each peak {optim.cycle_decay:g} x the one before",
-        "constant": "held",
-    }[optim.schedule]
+    last = float(jax.jit(schedule)(config.train.steps - 1))  # compiles one small program instead of sixteen
+    shape = SCHEDULES[optim.schedule].description.format_map(vars(optim))
     return f"{optim.warmup_steps} steps up to {optim.peak_lr:g}, {shape}, {last:g} at step {config.train.steps}"
 
 
+def check_optimizer(config: Config) -> None:
+    """Raises a ValueError if `optim.name` is not in the table, or if the optimizer rejects its settings."""
+    name = getattr(config.optim, "name", "adamw")
+    if name not in OPTIMIZERS:
+        near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "add an entry to jaxtrain.optim.OPTIMIZERS in the config file"
+        raise ValueError(f"optim.name {name!r} is none of {', '.join(OPTIMIZERS)}: {hint}")
+    if check := OPTIMIZERS[name].check:
+        check(config.optim)
+
+
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Clipped AdamW under the schedule, behind the guard."""
-    optim, guard = config.optim, config.guard
-    clipped = clipped_adamw(
-        make_schedule(config),
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        clip_norm=optim.clip_norm,
-        clip=_make_clip(config),
-        mu_dtype=jnp.dtype(optim.mu_dtype),
-    )
+    """Returns the optimizer of the config under the schedule, behind the guard."""
+    check_optimizer(config)
+    guard = config.guard
     return skip_bad_steps(
-        clipped,
+        OPTIMIZERS[getattr(config.optim, "name", "adamw")].make(
+            config.optim, make_schedule(config), _make_clip(config)
+        ),
         window=guard.window,
         sigmas=guard.sigmas,
         max_consecutive=guard.max_consecutive,
@@ -77,18 +56,18 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def _make_clip(config: Config) -> optax.GradientTransformation | None:
+def _make_clip(config: Config) -> optax.GradientTransformation:
     match config.optim.clipping:
-        case "global_norm":
-            return None
         case "zclip":
             return zclip(max_norm=config.optim.clip_norm)
         case "adaptive":
             return clip_adaptively(config.optim.clip_norm)
+        case _:
+            return clip_by_global_norm(config.optim.clip_norm)
 
 
 def make_loss_scaling(config: Config, num_row_shards: int) -> LossScaling | None:
-    """Loss scaling where `train.precision` needs it, for batches in so many parts."""
+    """Returns loss scaling if `train.precision` needs it, for micro-batches in `num_row_shards` shards."""
     if config.train.precision != "float16":
         return None
     train, scale = config.train, config.loss_scale
@@ -103,33 +82,9 @@ def make_loss_scaling(config: Config, num_row_shards: int) -> LossScaling | None
 
 
 def make_diagnose(config: Config) -> Callable:
-    """What the train step measures of its layers, in every step, whether it is logged or not.
+    """Returns the layer diagnostics of the train step. They are computed in every step, logged or not.
 
-    A program that did not would have other fusions around the gradients and the moments, and with them other last bits:
-    looking into a run would change it.
+    Without them the compiler would fuse the gradients and moments differently, which changes the last bits: observing a
+    run would change it.
     """
     return functools.partial(layer_diagnostics, b2=config.optim.b2, eps=config.optim.eps)
-
-
-def make_policy(config: Config) -> Policy:
-    """Float32 masters that compute in `train.precision`."""
-    return Policy(compute=config.train.precision)
-
-
-def prepare_data(config: Config, run_dir: str | Path) -> None:
-    """Makes the run's token store from `data.sources`, if that is what the config says."""
-    data = config.data
-    # Once the run has begun the text is no longer needed.
-    if not data.store and not (Path(run_dir) / "metrics.jsonl").exists():
-        prepare(
-            data.sources,
-            Path(run_dir) / "data",
-            tokenizer=data.tokenizer,
-            validation_fraction=data.validation_fraction,
-            text_field=data.text_field,
-        )
-
-
-def open_data(config: Config, run_dir: str | Path) -> TokenStore:
-    """Opens the run's token store."""
-    return open_store(config.data.store or Path(run_dir) / "data", verify=config.data.verify)

@@ -15,7 +15,7 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class ReplayMismatch(OSError):
-    """Two runs of one step differ, so the machine computed one of them wrongly. `leaves` names the arrays that differ."""
+    """Two runs of one step differ: the machine computed one of them wrongly. `leaves` names the arrays that differ."""
 
     def __init__(self, step: int, leaves: list[str], last_checkpoint: int | None):
         listed = ", ".join(leaves[:5]) + (f" and {len(leaves) - 5} more" if len(leaves) > 5 else "")

@@ -1,29 +1,49 @@
-"""A run's folder: who may train in it, and which config it is of."""
+"""Run directory: its lock, its config.json, and which of its settings a resumed run may change."""
 
 import contextlib
+import dataclasses
 import fcntl
+import json
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from jaxtrain.config import Config, differences, from_json, to_json
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.config import Config, from_json, parse_ranges, to_json
+from jaxtrain.data.order import skip_to
 from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.runtime.files import write_text
+from jaxtrain.training import components
 
-# Fields that change neither the parameters nor the order of the data, so that a run may go on with other values.
-# `data.skip` does, but `check_past` sees to it that what was trained keeps its order.
+Changes = dict[str, tuple[Any, Any]]  # field -> old and new value
+
+# Fields that change neither the parameters nor the order of the data. The data is compared by its fingerprint when a
+# checkpoint is restored, so its path is free; `check_skip` guards data.skip.
 _FREE = ("data.prefetch", "data.skip", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
 _FREE += ("train.sample_", "train.replay_check", "train.diagnose_every", "checkpoint.")
+# Fields that select the data: free where data.store is given.
+_DATA = ("data.store", "data.sources", "data.tokenizer", "data.validation_fraction", "data.text_field")
+_PATHS = ("data.store", "data.sources", "train.init_from")
+# Fields that keep the shapes of the state, so that a run can go on with other values if the user says so.
+_CHANGEABLE = ("train.", "optim.", "guard.", "loss_scale.", "model.attention", "model.remat", "model.scan_unroll")
+_LENGTH = {"train.steps", "optim.decay_steps"}
 
-_LOCK = "lock"  # while somebody trains in the folder
+_LOCK = "lock"
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Makes a run's folder and keeps other processes from training in it; the end of this process frees it too.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Creates a run directory if it is missing, and keeps other processes from training in it.
+
+    The lock ends with the block or with the process. Directories created here are removed if they are still empty.
 
     Raises:
-      ValueError: another process holds it, or it is the folder of something else; nothing was touched.
+      ValueError: another process trains there, or the directory holds something else; nothing was touched.
     """
     _refuse_foreign(folder)
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -34,12 +54,12 @@ def held(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            who = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+            owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise ValueError(
-                f"{folder} is being trained in by {who}: wait for it or stop it, or give another --run-dir"
+                f"{folder} is being trained in by {owner}: wait for it or stop it, or give another --run-dir"
             ) from None
-        # The one who held it before may have deleted the file meanwhile: what counts is the one with the name.
+        # The previous owner may have deleted the file after it was opened here: then lock the new file of that name.
         if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
             break
         os.close(descriptor)
@@ -50,7 +70,7 @@ def held(folder: Path) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # not empty: there is a run in it now
+        with contextlib.suppress(OSError):  # not empty: it holds a run
             for path in absent:
                 path.rmdir()
 
@@ -59,48 +79,116 @@ def _refuse_foreign(folder: Path) -> None:
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
         raise ValueError(f"{folder} is a file or lies below one: give another --run-dir")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = {"data", ".data.partial", "config.json.tmp", _LOCK}
-    if "config.json" not in names and (foreign := sorted(names - ours)):
+    ours = {"data", ".data.partial", _LOCK}
+    foreign = sorted(name for name in names - ours if not name.startswith(("config.json", ".config.json")))
+    if "config.json" not in names and foreign:
         raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
 
 
+def absolute_paths(config: Config, run_dir: str | Path) -> Config:
+    """Returns the config with absolute paths, so that config.json serves from any working directory.
+
+    Raises:
+      ValueError: a path with a scheme, such as gs://bucket/run.
+    """
+    paths = {"--run-dir": run_dir, "data.store": config.data.store, "train.init_from": config.train.init_from}
+    for name, path in paths.items():
+        if path is not None and re.match(r"[a-zA-Z][\w+.-]*:/", str(path)):  # a Path has joined the two slashes
+            raise ValueError(f"{name} {path} is remote: give a path of a mounted file system")
+    store, init_from = (_normalized(paths[name]) for name in ("data.store", "train.init_from"))
+    data, settings = (
+        dataclasses.replace(config.data, store=store),
+        dataclasses.replace(config.train, init_from=init_from),
+    )
+    return dataclasses.replace(config, data=data, train=settings)
+
+
 def has_begun(folder: Path) -> bool:
-    """Whether a run has anything to lose there by another config: a step that was logged, or a checkpoint."""
+    """Returns True if the directory holds a logged step or a checkpoint, which another config would invalidate."""
     metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
     saved = checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
     return saved or (metrics.exists() and bool(read_metrics(metrics)[0]))
 
 
-def claim(folder: Path, config: Config) -> None:
-    """Gives a folder its config, or checks that the run in it is this one, which may still refuse to go on like this.
+def check_or_write_config(folder: Path, config: Config, step: int, *, allow_change: bool = False) -> Changes:
+    """Writes config.json into a new run directory. In an existing run, rejects a config that would change its results.
+
+    Args:
+      folder: the run directory; the caller holds its lock.
+      config: what the run is to do.
+      step: last step that the run keeps; the config must have the same effect up to there.
+      allow_change: accept other values after that step, where the state keeps its shapes.
+
+    Returns:
+      Fields that change the results after `step`, with old and new value.
 
     Raises:
-      ValueError: a folder of something else, or of a run that has begun with another config.
+      ValueError: the fields that differ, and the remedy.
     """
     _refuse_foreign(folder)
     file = folder / "config.json"
     if not (file.exists() and has_begun(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, config)
-        return
-    changed = [line for line in differences(from_json(file.read_text()), config) if not line.startswith(_FREE)]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run with another config: repeat that one's, or give another --run-dir\n  "
-            + "\n  ".join(changed)
+        return {}
+    old = from_json(file.read_text())
+    changed = _changes(old, config)
+    fixed = {k: v for k, v in changed.items() if not k.startswith(_CHANGEABLE) or k == "train.init_from"}
+    extends = set(changed) <= _LENGTH and config.train.steps >= step and _same_rates(old, config, step)
+    if fixed or not (allow_change or extends or not changed):
+        lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in (fixed or changed).items()]
+        remedy = (
+            "repeat its config, or start another run in another --run-dir (from its weights: --train.init-from)"
+            if fixed
+            else "repeat its config, change it from this step on with --allow-change, or start another run from its "
+            "weights with --train.init-from"
         )
+        raise ValueError(f"{folder} holds a run with another config: {remedy}\n  " + "\n  ".join(lines))
+    return changed
+
+
+def _changes(old: Config, new: Config) -> Changes:
+    """Returns the fields that differ, without those that a resumed run is free to change."""
+    before, after = (_flatten(json.loads(to_json(config))) for config in (old, new))
+    free = _FREE + (_DATA if new.data.store else ())
+    changed = {}
+    for key in sorted(before.keys() | after.keys()):
+        values = before.get(key), after.get(key)
+        compared = [_normalized(value) if key in _PATHS else value for value in values]
+        if compared[0] != compared[1] and not key.startswith(free):
+            changed[key] = values
+    return changed
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _normalized(path: Any) -> Any:
+    """Returns an absolute path without `.` and `..`, for one path or a list of them."""
+    if isinstance(path, list):
+        return [_normalized(each) for each in path]
+    return os.path.abspath(os.path.expanduser(path)) if path else path
+
+
+def _same_rates(old: Config, new: Config, step: int) -> bool:
+    """Returns True if two configs have equal learning rates in the first `step` steps."""
+    steps = jnp.arange(max(step, 1))
+    before, after = (jax.device_get(jax.vmap(components.make_schedule(config))(steps)) for config in (old, new))
+    return bool((before == after).all())
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Writes a run's `config.json`, whole."""
-    temporary = folder / "config.json.tmp"  # a power cut may not leave half a config
-    temporary.write_text(to_json(config))
-    os.replace(temporary, folder / "config.json")
+    """Writes config.json."""
+    write_text(folder / "config.json", to_json(config))
 
 
 @contextlib.contextmanager
-def restored_if_refused(folder: Path) -> Iterator[None]:
-    """Takes back what `claim` did to the config if what follows fails; a store that was prepared there stays."""
+def rollback_config(folder: Path) -> Iterator[None]:
+    """Restores config.json if the block fails; a token store that was prepared meanwhile stays."""
     file = folder / "config.json"
     before = file.read_bytes() if file.is_file() else None
     try:
@@ -112,3 +200,20 @@ def restored_if_refused(folder: Path) -> Iterator[None]:
             elif file.read_bytes() != before:
                 file.write_bytes(before)
         raise
+
+
+def check_skip(old: Sequence[str], new: Sequence[str], step: int) -> None:
+    """Checks that other ranges in data.skip leave the first `step` steps of a run as they were.
+
+    Raises:
+      ValueError: the steps would have read other batches.
+    """
+    before, after = parse_ranges(old), parse_ranges(new)
+    end = skip_to(step - 1, before) + 1 if step else 0  # batches read or skipped so far
+    if [(a, min(b, end)) for a, b in before if a < end] == [(a, min(b, end)) for a, b in after if a < end]:
+        return
+    show = lambda texts: " ".join(texts) or "(nothing)"  # noqa: E731
+    raise ValueError(
+        f"data.skip {show(old)} -> {show(new)} changes what the first {step} steps have read: only batches from "
+        f"{skip_to(step, before)} on can be left out now; for others go back first, with --rewind STEP"
+    )

@@ -31,7 +31,7 @@ def continue_text(
       num_tokens, seed, sampling: see `decode.generate`.
       stop: ends at the end-of-text token.
     """
-    tokenizer = run.store.tokenizer
+    tokenizer = run.tokenizer
     tokens = np.concatenate([[tokenizer.eot_id], tokenizer.encode(prompt)])
     if jax.process_count() > 1:  # shards of other processes arrive only by replication
         params = jax.jit(lambda tree: tree, out_shardings=replicated(run.program.mesh))(params)

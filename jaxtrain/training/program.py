@@ -1,7 +1,6 @@
 """Jitted train and eval steps of a config on a mesh, with the abstract state. Allocates and compiles nothing."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,7 +10,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain.config import Config, ModelConfig
-from jaxtrain.losses import LossSums
 from jaxtrain.models.kernels import cudnn
 from jaxtrain.models.kernels.attention import check_kernel, choose_kernel
 from jaxtrain.models.masters import cast_per_layer
@@ -108,6 +106,7 @@ def make_program(
         accumulate=settings.accumulate,
         policy=None if losses.cast_per_layer else policy,
         loss_scaling=scaling,
+        seed=config.seed,
         map_gradients=losses.map_gradients,
         diagnose=diagnose or components.make_diagnose(config),
         micro_batch_terms=micro_batch_terms,
@@ -191,7 +190,7 @@ def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, specs: 
 
 
 def _global_losses(config: Config, model: Model, params: Any, shardings: Any) -> _Losses:
-    """Losses of a user's model: written for whole arrays, sharded by XLA. Evaluation passes None as the key.
+    """Losses of a user's model: written for whole arrays, sharded by XLA.
 
     Raises:
       ValueError: a setting that only the built-in transformer heeds, or a parameter that its axes do not divide.
@@ -211,13 +210,7 @@ def _global_losses(config: Config, model: Model, params: Any, shardings: Any) ->
         raise ValueError(
             f"train.{changed[0]} has no effect on {type(model).__name__}, which computes its own loss: leave it out"
         )
-    with_key = len(inspect.signature(model.loss).parameters) > 2
-
-    def evaluate(params: Any, batch: Batch) -> LossSums:
-        result = model.loss(params, batch, None) if with_key else model.loss(params, batch)
-        return result[0] if isinstance(result, tuple) else result
-
-    return _Losses(model.loss, evaluate)
+    return _Losses(model.loss, model.loss)
 
 
 def _model(config: Config, mesh: Mesh, vocab_size: int) -> Model:

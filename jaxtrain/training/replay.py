@@ -111,11 +111,11 @@ def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[Tr
         return restore(checkpoints, run.program.abstract_state, saved)[0], saved
     state, source = run.program.init_state(), run.config.train.init_from
     if source:
-        begun = [event for event in events if event["event"] == "init_from"][-1]
+        begun = [event for event in events if "source_step" in event][-1]
         path, _ = warm_start.find(source, run.folder)
         path = path / "checkpoints" / str(begun["source_step"])  # the source may have newer checkpoints by now
         like = run.program.abstract_state.params
-        state = state.replace(params=warm_start.read(str(path), run.folder, like, tokenizer_hash(run.store))[0])
+        state = state.replace(params=warm_start.read(str(path), run.folder, like, tokenizer_hash(run))[0])
     return state, 0
 
 

@@ -2,25 +2,30 @@
 
 import dataclasses
 import functools
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from jaxtrain.checkpoints import restore
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.save import Saver
-from jaxtrain.config import Config, MeshConfig, load, parse_ranges
+from jaxtrain.config import Config, MeshConfig, ModelConfig, load, parse_ranges, to_json
 from jaxtrain.data.loader import Batches, TrainBatches, global_batch
-from jaxtrain.data.store import TokenStore
+from jaxtrain.data.store import TokenStore, open_store
 from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
+from jaxtrain.data.tokenizer import Tokenizer, load_tokenizer
 from jaxtrain.monitoring.report import write_report
+from jaxtrain.monitoring.sinks import Sink
 from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.optim import decay_mask
-from jaxtrain.runtime.files import sha256_file
+from jaxtrain.runtime.files import sha256_file, write_bytes
 from jaxtrain.runtime.mesh import by_rows, check_batch, make_mesh
+from jaxtrain.step import TrainState
 from jaxtrain.training import components
 from jaxtrain.training.program import Program, make_program
 
@@ -39,6 +44,7 @@ class Hooks(NamedTuple):
       wrap_step: wraps the compiled train step `(state, batch) -> (state, metrics)`.
       make_saver: constructs the writer of checkpoints.
       write_report: writes the report when the run ends, and returns its path.
+      sinks: further receivers of steps and events.
     """
 
     make_program: Callable[..., Program] = make_program
@@ -47,6 +53,7 @@ class Hooks(NamedTuple):
     wrap_step: Callable[[Callable], Callable] = _unchanged
     make_saver: Callable[[CheckpointFolder], Saver] = Saver
     write_report: Callable[[Path], Any] = write_report
+    sinks: Sequence[Sink] = ()
 
 
 NO_HOOKS = Hooks()
@@ -57,9 +64,14 @@ class Run(NamedTuple):
 
     config: Config
     folder: Path
-    store: TokenStore
+    store: TokenStore | None  # None: opened without its data
     program: Program
     hooks: Hooks
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the data; the run directory has a copy."""
+        return self.store.tokenizer if self.store is not None else load_tokenizer(self.folder)
 
 
 def assemble(config: Config, folder: Path, store: TokenStore, hooks: Hooks = NO_HOOKS) -> Run:
@@ -68,22 +80,56 @@ def assemble(config: Config, folder: Path, store: TokenStore, hooks: Hooks = NO_
     Raises:
       ValueError: sizes that do not divide over the mesh, or a vocabulary that does not fit.
     """
-    program = hooks.make_program(config, make_mesh(config.mesh), store.vocab_size, wrap_loss=hooks.wrap_loss)
-    return Run(config, folder, store, program, hooks)
+    return Run(config, folder, store, _make_program(config, store.vocab_size, hooks), hooks)
 
 
-def open_run(folder: str | Path, hooks: Hooks = NO_HOOKS) -> Run:
+def _make_program(config: Config, vocab_size: int, hooks: Hooks) -> Program:
+    return hooks.make_program(config, make_mesh(config.mesh), vocab_size, wrap_loss=hooks.wrap_loss)
+
+
+def open_run(
+    folder: str | Path, hooks: Hooks = NO_HOOKS, *, store: str | None = None, model: Any = None, data: bool = True
+) -> Run:
     """Opens an existing run on the devices of this machine, which need not be those of the training.
 
+    Args:
+      folder: the run directory.
+      hooks: replaces parts of the run.
+      store: path of the token store; None takes that of the config.
+      model: the model of a run whose model is not the built-in transformer.
+      data: False opens no token store where the run directory has the tokenizer.
+
     Raises:
-      ValueError: no run in the folder.
+      ValueError: no run in the folder, or no token store where the config says.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
     config = load(folder / "config.json")
+    if store is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
+    if model is not None:
+        config = dataclasses.replace(config, model=model)
     config = dataclasses.replace(config, mesh=_mesh_for(config, len(jax.devices())))
-    return assemble(config, folder, components.open_data(config, folder), hooks)
+    if not data and (folder / TOKENIZER_FILE).is_file():
+        program = _make_program(config, load_tokenizer(folder).vocab_size, hooks)
+        return Run(config, folder, None, program, hooks)
+    return assemble(config, folder, open_data(config, folder), hooks)
+
+
+def open_data(config: Config, folder: Path) -> TokenStore:
+    """Opens the token store of a run: `data.store`, or the one in the run directory."""
+    path = Path(config.data.store or folder / "data").expanduser()
+    if config.data.store and not path.exists():
+        raise ValueError(f"no token store at {path.absolute()}: if it was moved, give its path with --data.store")
+    return open_store(path, verify=config.data.verify)
+
+
+def save_tokenizer(run: Run) -> None:
+    """Copies the tokenizer into the run directory, so that generating text needs no token store."""
+    source, copy = run.store.path / TOKENIZER_FILE, run.folder / TOKENIZER_FILE
+    if not copy.is_file() or copy.read_bytes() != source.read_bytes():
+        write_bytes(copy, source.read_bytes())
 
 
 def _mesh_for(config: Config, num_devices: int) -> MeshConfig:
@@ -94,9 +140,8 @@ def _mesh_for(config: Config, num_devices: int) -> MeshConfig:
         return config.mesh
     except ValueError:
         num_rows = math.gcd(config.train.batch_size // config.train.accumulate, num_devices)
-        if config.mesh.fsdp == 1 or config.model.d_model % num_rows:
-            return MeshConfig(data=num_rows)
-        return MeshConfig(data=1, fsdp=num_rows)
+        divisible = isinstance(config.model, ModelConfig) and config.model.d_model % num_rows == 0
+        return MeshConfig(data=1, fsdp=num_rows) if config.mesh.fsdp != 1 and divisible else MeshConfig(data=num_rows)
 
 
 def train_batches(run: Run) -> TrainBatches:
@@ -126,15 +171,21 @@ def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     """
     if not (run.folder / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint in {run.folder}: train first, or give another run directory")
-    like = run.program.abstract_state.params
-    return restore.restore_params(CheckpointFolder(run.folder / "checkpoints"), like, step)
+    checkpoints = CheckpointFolder(run.folder / "checkpoints")
+    params, step = restore.restore_params(checkpoints, run.program.abstract_state.params, step)
+    check_fingerprint(run, restore.read_fingerprint(checkpoints, step)[0], step)
+    return params, step
 
 
 def start_table(run: Run) -> list[tuple[str, str]]:
     """Returns the rows of the table that a run prints when it starts."""
-    config, c, split = run.config, run.program.model.config, run.store.train
+    config, model, split = run.config, run.program.model, run.store.train
     state, mesh, settings = run.program.abstract_state, run.program.mesh, config.train
     devices = mesh.devices.flatten()
+    name = type(model).__name__
+    if isinstance(config.model, ModelConfig):
+        c = model.config
+        name = f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     tokens = settings.batch_size * settings.seq_len
     batch = f"{tokens:,} = {settings.batch_size} sequences x {settings.seq_len}"
@@ -145,7 +196,7 @@ def start_table(run: Run) -> list[tuple[str, str]]:
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     skipped = [("skipped batches", " ".join(config.data.skip))] if config.data.skip else []
     return [
-        ("model", f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"),
+        ("model", name),
         ("parameters", f"{num_params:,}, computing in {settings.precision}"),
         ("memory per device", memory),
         ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {axes}" if axes else "")),
@@ -162,17 +213,35 @@ def _bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def tokenizer_hash(store: TokenStore) -> str:
-    """Returns the SHA-256 (hex) of the tokenizer of a store."""
-    return sha256_file(store.path / TOKENIZER_FILE)
+def tokenizer_hash(run: Run) -> str:
+    """Returns the SHA-256 (hex) of the tokenizer of a run."""
+    return sha256_file((run.store.path if run.store is not None else run.folder) / TOKENIZER_FILE)
 
 
-def fingerprint(run: Run) -> dict[str, Any]:
-    """Returns what a resumed run must share with its checkpoint: config, data, tokenizer and decay mask."""
+def fingerprint(run: Run, state: TrainState | None = None) -> dict[str, Any]:
+    """Returns what a resumed run must share with its checkpoint: data, tokenizer and decay mask.
+
+    The config and, given a state, its number of skipped steps are stored with it.
+    """
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.program.abstract_state.params))
-    return {
-        "config": dataclasses.asdict(run.config),
-        "data": run.store.fingerprint,
-        "tokenizer": tokenizer_hash(run.store),
+    values = {
+        "config": json.loads(to_json(run.config)),
+        "data": run.store.fingerprint if run.store is not None else None,
+        "tokenizer": tokenizer_hash(run),
         "decay_mask": [jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays],
     }
+    accepted = None if state is None else optax.tree_utils.tree_get(state.opt_state, "accepted")
+    return values if accepted is None else values | {"skipped_steps": int(state.step) - int(accepted)}
+
+
+def check_fingerprint(run: Run, saved: dict[str, Any], step: int) -> None:
+    """Raises a ValueError if a checkpoint was made with other data, another tokenizer or another decay mask."""
+    now = fingerprint(run)
+    for key in ("data", "tokenizer", "decay_mask"):
+        if now[key] is not None and saved.get(key) != now[key]:
+            remedy = "use the code that it was made with" if key == "decay_mask" else "give its own with --data.store"
+            where = "" if key == "decay_mask" or run.store is None else f" than that in {run.store.path}"
+            raise ValueError(
+                f"the checkpoint of step {step} was made with another {key.replace('_', ' ')}{where} "
+                f"({saved.get(key)}, not {now[key]}): {remedy}"
+            )

@@ -1,30 +1,188 @@
-"""Checks of a run that goes on."""
+"""Start of a run: its data, then its state, which is resumed, warm-started or fresh."""
 
-from collections.abc import Sequence
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from jaxtrain.config import Ranges, parse_ranges
-from jaxtrain.data.order import skip_to
+import jax
+
+from jaxtrain import __version__
+from jaxtrain.checkpoints import warm_start as weights
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore
+from jaxtrain.checkpoints.save import Saver
+from jaxtrain.config import Config, to_json
+from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.store import TokenStore
+from jaxtrain.monitoring.recorder import Recorder
+from jaxtrain.runtime import processes
+from jaxtrain.runtime.stop import Stop
+from jaxtrain.step import TrainState
+from jaxtrain.training.folder import (
+    Changes,
+    check_or_write_config,
+    check_skip,
+    has_begun,
+    run_lock,
+)
+from jaxtrain.training.run import Run, check_fingerprint, open_data, tokenizer_hash
 
 
-def check_past(old: Sequence[str], new: Sequence[str], step: int) -> None:
-    """Checks that other ranges leave a run's first `step` steps as they were.
+class Session(NamedTuple):
+    """An opened run, with what its loop works with."""
+
+    run: Run
+    recorder: Recorder
+    stop: Stop
+    checkpoints: CheckpointFolder
+    saver: Saver
+    changes: Changes  # fields whose value differs from that of the earlier steps
+
+
+class Event(NamedTuple):
+    """An event of metrics.jsonl, with the text that the console shows."""
+
+    name: str
+    text: str
+    fields: dict[str, Any]
+
+
+def prepare_data(
+    config: Config, folder: Path, stack: contextlib.ExitStack, *, rewind: int | None, allow_change: bool
+) -> tuple[TokenStore, Changes]:
+    """Opens the token store of a run. Before that, the lead process locks and prepares the run directory.
+
+    Args:
+      config: the run.
+      folder: the run directory.
+      stack: releases the lock when it closes.
+      rewind: step that the run goes back to; None keeps all steps.
+      allow_change: see `check_or_write_config`.
+
+    Returns:
+      The store, and the fields that differ from those of the earlier steps (on the lead process).
 
     Raises:
-      ValueError: they would have read other batches.
+      ValueError: a config that does not fit the run, text that cannot be read, or processes that disagree.
     """
-    before, after = parse_ranges(old), parse_ranges(new)
-    end = skip_to(step - 1, before) + 1 if step else 0  # of what was read
-    if _until(before, end) == _until(after, end):
-        return
-    raise ValueError(
-        f"data.skip {_show(old)} -> {_show(new)} changes what the first {step} steps have read: only batches from "
-        f"{skip_to(step, before)} on can be left out now; for others go back first, with --rewind STEP"
+    processes.agree(
+        "the run",
+        json.loads(to_json(config)) | {"jax": jax.__version__, "jaxtrain": __version__, "allow_change": allow_change},
+        remedy="start them with the same command and the same versions",
     )
 
+    def begin() -> Changes:
+        if config.train.init_from and not has_begun(folder):
+            weights.find(config.train.init_from, folder)
+        stack.enter_context(run_lock(folder))
+        step = rewind or CheckpointFolder(folder / "checkpoints").latest_step() or 0
+        changes = check_or_write_config(folder, config, step, allow_change=allow_change)
+        if config.data.store is None and not (folder / "metrics.jsonl").exists():  # later the text may be gone
+            prepare(
+                config.data.sources,
+                folder / "data",
+                tokenizer=config.data.tokenizer,
+                validation_fraction=config.data.validation_fraction,
+                text_field=config.data.text_field,
+            )
+        return changes
 
-def _until(ranges: Ranges, end: int) -> Ranges:
-    return tuple((start, min(stop, end)) for start, stop in ranges if start < end)
+    changes = processes.run_on_lead("prepare the data", begin) or {}
+    processes.agree(
+        "the run directory",
+        {"config.json": "exists" if (folder / "config.json").exists() else "is missing"},
+        remedy="--run-dir must be on a file system that they share",
+    )
+    store = open_data(config, folder)
+    processes.agree(
+        "the data", {"fingerprint": store.fingerprint}, remedy="give each the same store, or one that they share"
+    )
+    return store, changes
 
 
-def _show(texts: Sequence[str]) -> str:
-    return " ".join(texts) or "(nothing)"
+def start(session: Session, rewind: int | None) -> TrainState:
+    """Makes the state of the first step of this attempt, and records how.
+
+    1. A run with checkpoints resumes from the newest valid one, as if it had never stopped.
+    2. Otherwise `train.init_from` gives the weights.
+    3. Otherwise they come from the seed.
+    """
+    checkpoints, recorder = session.checkpoints, session.recorder
+    processes.agree(
+        "the checkpoint to resume from",
+        {"newest step": checkpoints.latest_step(), "rewind": rewind},
+        remedy="--run-dir must be on a file system that they share, and the command the same",
+    )
+    processes.run_on_lead("clean the checkpoints", checkpoints.clean)
+    if rewind is not None:
+        later = processes.broadcast_from_lead("rewind", lambda: checkpoints.rewind(rewind))
+        text = f"rewinding to step {rewind}: set aside the checkpoints of steps {later}"
+        recorder.event("rewind", text, step=rewind, set_aside=later)
+    state, event = resume(session) or warm_start(session) or fresh(session)
+    recorder.event(event.name, event.text, step=int(state.step), **event.fields, **_about(session))
+    if session.changes:
+        _record_changes(session, int(state.step))
+    return state
+
+
+def resume(session: Session) -> tuple[TrainState, Event] | None:
+    """Restores the newest valid checkpoint; returns None if there is no checkpoint.
+
+    Raises:
+      ValueError: the checkpoint was made with other data, another tokenizer or another decay mask.
+    """
+    run, checkpoints = session.run, session.checkpoints
+    # The lead decides: a rewind that others do not see yet may have set checkpoints aside.
+    if processes.broadcast_from_lead("look for checkpoints", checkpoints.latest_step) is None:
+        return None
+    with session.recorder.pause("restoring"):
+        state, saved = session.stop.run(lambda: restore(checkpoints, run.program.abstract_state, repair=True))
+    step = int(state.step)
+    check_fingerprint(run, saved, step)
+    check_skip(saved["config"]["data"].get("skip", ()), run.config.data.skip, step)
+    return state, Event("resume", f"resumed from step {step}", {})
+
+
+def warm_start(session: Session) -> tuple[TrainState, Event] | None:
+    """Initializes a state and takes the weights from the run in `train.init_from`; returns None without that option."""
+    run, source = session.run, session.run.config.train.init_from
+    if not source:
+        return None
+    state = session.stop.run(run.program.init_state)
+    like, tokenizer = run.program.abstract_state.params, tokenizer_hash(run)
+    params, step = session.stop.run(lambda: weights.read(source, run.folder, like, tokenizer))
+    text = f"starting from the weights of {source}, step {step}, with fresh moments"
+    return state.replace(params=params), Event("start", text, {"source": source, "source_step": step})
+
+
+def fresh(session: Session) -> tuple[TrainState, Event]:
+    """Initializes a state from the seed."""
+    return session.stop.run(session.run.program.init_state), Event("start", "", {})
+
+
+def _about(session: Session) -> dict[str, Any]:
+    """Returns facts of this attempt for its first event."""
+    run = session.run
+    skip = {"skip": list(run.config.data.skip)} if run.config.data.skip else {}
+    return skip | {
+        "attempt": session.recorder.attempt,
+        "jax": jax.__version__,
+        "processes": jax.process_count(),
+        "devices": run.program.mesh.size,
+        "device": run.program.mesh.devices.flat[0].device_kind,
+        "vocab_size": run.program.vocab_size,
+        "train_tokens": run.store.train.num_tokens,
+    }
+
+
+def _record_changes(session: Session, step: int) -> None:
+    lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in session.changes.items()]
+    if "train.batch_size" in session.changes or "train.seq_len" in session.changes:
+        lines.append("step i reads the batch that it would have read with the new size from the start")
+    session.recorder.event(
+        "config_change",
+        f"changed from step {step + 1} on: " + "; ".join(lines),
+        step=step,
+        changes={key: {"old": before, "new": after} for key, (before, after) in session.changes.items()},
+    )

@@ -26,7 +26,7 @@ from jaxtrain.checkpoints.restore import restore, restore_params
 from jaxtrain.checkpoints.save import STAGES, Saver
 from jaxtrain.config import CheckpointConfig, to_json
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.training.folder import held
+from jaxtrain.training.folder import run_lock
 from jaxtrain.training.run import open_run
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
@@ -314,7 +314,7 @@ def test_two_runs_in_one_folder_are_refused(config, tmp_path, capsys):
     train(with_fields(config, "train", stop_after=2), run_dir)
     (tmp_path / "config.json").write_text(to_json(config))
     arguments = ["train", str(tmp_path / "config.json"), "--run-dir", str(run_dir)]
-    with held(run_dir):
+    with run_lock(run_dir):
         before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run_dir.rglob("*")}
         capsys.readouterr()
         assert cli.main(arguments) == 2
@@ -324,11 +324,11 @@ def test_two_runs_in_one_folder_are_refused(config, tmp_path, capsys):
         assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in run_dir.rglob("*")} == before
         assert cli.main(["eval", str(run_dir)]) == 0  # reading is free
     assert not (run_dir / "lock").exists()
-    with held(run_dir):
+    with run_lock(run_dir):
         pass
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mother.txt").write_text("")
-    with pytest.raises(ValueError, match=r"no run directory, it holds mother\.txt"), held(tmp_path / "letters"):
+    with pytest.raises(ValueError, match=r"no run directory, it holds mother\.txt"), run_lock(tmp_path / "letters"):
         pass
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mother.txt"]
 
@@ -356,7 +356,7 @@ def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
     source = f"{whole}/checkpoints/18"
     begun = with_fields(with_fields(config, "train", init_from=source, stop_after=1), "optim", peak_lr=2e-3)
     train(begun, tmp_path / "run")
-    (event,) = events(tmp_path / "run", "init_from")
+    (event,) = events(tmp_path / "run", "start")
     assert (event["source"], event["source_step"]) == (source, 18)
     run = open_run(whole)
     params, _ = restore_params(CheckpointFolder(whole / "checkpoints"), run.program.abstract_state.params, 18)

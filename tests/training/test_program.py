@@ -13,7 +13,7 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, OptimConfig, TrainCo
 from jaxtrain.losses import LossSums
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.models.transformer import Transformer, make_loss_fn
-from jaxtrain.runtime.mesh import by_rows, make_mesh, map_loss
+from jaxtrain.runtime.mesh import by_rows, make_mesh, map_loss, replicated
 from jaxtrain.step import TrainState, pmap_train_step, replicate
 from jaxtrain.training import components
 from jaxtrain.training.program import make_program
@@ -216,6 +216,53 @@ def test_state_takes_twelve_bytes_a_parameter_over_the_devices(sizes):
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     np.testing.assert_allclose(held, 12 * num_params / (sizes[1] * sizes[2]), rtol=0.01)
+
+
+def by_rank(params):
+    return jax.tree.map(lambda leaf: "matrix" if len(leaf.shape) > 2 else "other", params)
+
+
+OPTIMIZERS = {
+    "lion": optax.lion(1e-3),
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=8),
+    "partitioned": optax.partition({"matrix": optax.adam(1e-3), "other": optax.sgd(1e-3, momentum=0.9)}, by_rank),
+    "in steps": optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation(),
+    "with hyperparameters": optax.inject_hyperparams(optax.adam)(1e-3),
+    "schedule-free": optax.contrib.schedule_free_adamw(1e-3),
+    "a flat vector": optax.flatten(optax.adam(1e-3)),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_any_state_of_an_optimizer_is_sharded_like_the_parameters_it_repeats(optimizer):
+    config = make_config("llama", (2, 2, 2))
+    program = make_program(config, make_mesh(config.mesh), VOCAB, optimizer=optimizer)
+    params = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state.params)
+    }
+    for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state.opt_state):
+        name = jax.tree_util.keystr(path)
+        repeated = [p for suffix, p in params.items() if name.endswith(suffix) and p.shape == leaf.shape]
+        expected = repeated[0].sharding if repeated else replicated(program.mesh)
+        assert leaf.sharding == expected, name
+
+
+def test_a_partitioned_optimizer_trains_on_a_mesh():
+    """The same step as on one device, and every leaf keeps its sharding."""
+    states = {}
+    for sizes in (ONE, (2, 2, 2)):
+        config = make_config("llama", sizes)
+        program = make_program(config, make_mesh(config.mesh), VOCAB, optimizer=OPTIMIZERS["partitioned"])
+        put = lambda leaf, like: jax.device_put(np.copy(leaf), like.sharding)  # noqa: E731
+        state = program.init_state()
+        state = state.replace(params=jax.tree.map(put, host_state("llama").params, program.abstract_state.params))
+        with jax.numpy_dtype_promotion("standard"):  # optax is not written for the strict mode of the tests
+            states[sizes], _ = program.train_step(state, batch_of(program))
+        assert jax.tree.map(lambda leaf: leaf.sharding, states[sizes]) == jax.tree.map(
+            lambda leaf: leaf.sharding, program.abstract_state
+        )
+    assert relative(jax.device_get(states[2, 2, 2].params), jax.device_get(states[ONE].params)) < 1e-5
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def whole_run(tiny_config, tmp_path_factory):
 def test_a_run_writes_what_it_promises(whole_run):
     folder, config, outcome = whole_run
     assert {path.name for path in folder.iterdir()} == {
-        *("config.json", "metrics.jsonl", "checkpoints", "report.html", "report.png", "sample.txt")
+        *("config.json", "tokenizer.json", "metrics.jsonl", "checkpoints", "report.html", "report.png", "sample.txt")
     }
     assert from_json((folder / "config.json").read_text()) == config
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["30", "40"]
@@ -52,7 +52,7 @@ def test_a_run_writes_what_it_promises(whole_run):
     assert steps[-1]["tokens_seen"] == 40 * 8 * 16
     kinds = [event["event"] for event in events]
     assert kinds == ["start", "compile", "save", "eval", "save", "save", "eval", "stop"]
-    assert outcome["reason"] == "finished"
+    assert (outcome["reason"], outcome["skipped_steps"]) == ("finished", 0)
     assert (folder / "sample.txt").read_text().startswith("1 +")
 
 
@@ -88,7 +88,7 @@ def test_starting_a_finished_run_again_trains_no_further(whole_run):
 def test_the_same_command_again_stops_where_it_stopped(tiny_config, tmp_path):
     config = with_train(tiny_config, stop_after=2)
     for _ in range(2):
-        assert train(config, tmp_path / "run") == {"step": 2, "reason": "stop_after"}
+        assert train(config, tmp_path / "run") == {"step": 2, "reason": "stop_after", "skipped_steps": 0}
     assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2]
 
 
@@ -101,20 +101,15 @@ def environment(num_devices):
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONWARNINGS": "default"}
 
 
-def test_stopping_twice_in_an_epoch_and_going_on_gives_the_same_bits(tiny_config, tmp_path):
-    """R-C1, R-C2: every leaf of the state, every number of every line, each part in a process of its own.
+def test_stopping_twice_in_an_epoch_and_resuming_gives_the_same_bits(tiny_config, tmp_path):
+    """Every leaf of the state and every number of every line, on four devices.
 
-    On four devices; the drills of test_survive.py do it on one.
+    The drills of tests/checkpoints resume in a process of its own.
     """
-    num_devices = 4
-    config = on_devices(with_train(tiny_config, batch_size=32), num_devices)
-    file = tmp_path / "config.json"
-    file.write_text(to_json(config))
-    for folder, stops in (("whole", [0]), ("parts", [4, 9, 0])):
+    config = on_devices(with_train(tiny_config, batch_size=32), 4)
+    for folder, stops in (("whole", [None]), ("parts", [4, 9, None])):
         for stop in stops:
-            arguments = command(file, tmp_path / folder, "--train.stop-after", str(stop))
-            done = subprocess.run(arguments, env=environment(num_devices), capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
+            train(with_train(config, stop_after=stop), tmp_path / folder)
     tokens_seen = [line["tokens_seen"] for line in numbers(tmp_path / "parts")]
     epoch = open_run(tmp_path / "parts").store.train.num_tokens
     assert tokens_seen[8] < epoch  # both restarts lie inside the first
@@ -197,18 +192,6 @@ def test_a_store_made_in_the_run_directory_serves_when_the_text_is_gone(tiny_con
     train(with_train(config, stop_after=1), tmp_path / "run")
     text.unlink()
     assert train(with_train(config, stop_after=2), tmp_path / "run")["step"] == 2
-
-
-def test_another_store_is_refused_on_resume(tiny_config, corpus, tmp_path):
-    from jaxtrain.data.prepare.prepare import prepare
-
-    prepare([str(corpus)], tmp_path / "store", validation_fraction=0.2, progress=False)
-    config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, store=str(tmp_path / "store")))
-    train(with_train(config, stop_after=2), tmp_path / "run")
-    (tmp_path / "store").rename(tmp_path / "moved")
-    prepare([str(corpus)], tmp_path / "store", validation_fraction=0.5, progress=False)
-    with pytest.raises(ValueError, match="another data"):
-        train(config, tmp_path / "run")
 
 
 def test_a_batch_that_does_not_divide_is_an_error_with_the_arithmetic(tiny_config, tmp_path):

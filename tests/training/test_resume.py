@@ -1,0 +1,170 @@
+"""Resuming with other settings and from other places: what a run may change, and what it says about it."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from runs import assert_same_bits, change, numbers, state_of, train
+
+import jaxtrain
+from jaxtrain.cli import main
+from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.training.run import open_run, restore_params
+
+
+@pytest.fixture(scope="module")
+def begun(tiny_config, tmp_path_factory):
+    """A run stopped after 6 of 12 steps; tests work on copies."""
+    folder = tmp_path_factory.mktemp("resume") / "run"
+    train(change(tiny_config, train={"stop_after": 6}), folder)
+    return folder
+
+
+@pytest.fixture
+def run_dir(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def events_of(run_dir, name):
+    return [event for event in read_metrics(run_dir / "metrics.jsonl")[1] if event["event"] == name]
+
+
+CHANGES = {
+    "a longer cosine": ({"train": {"steps": 20}}, {"train.steps": (12, 20)}),
+    "the learning rate": ({"optim": {"peak_lr": 0.005}}, {"optim.peak_lr": (0.01, 0.005)}),
+    "the schedule": ({"optim": {"schedule": "constant"}}, {"optim.schedule": ("cosine", "constant")}),
+    "the batch": ({"train": {"batch_size": 16}}, {"train.batch_size": (8, 16)}),
+    "micro-batches": ({"train": {"accumulate": 1}}, {"train.accumulate": (2, 1)}),
+    "clipping and the guard": (
+        {"optim": {"clip_norm": 0.5}, "guard": {"sigmas": None}},
+        {"optim.clip_norm": (1.0, 0.5), "guard.sigmas": (6.0, None)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("sections", "expected"), CHANGES.values(), ids=CHANGES)
+def test_settings_change_on_resume_with_the_flag_alone(sections, expected, run_dir, tiny_config):
+    config, before = change(tiny_config, **sections), (run_dir / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"--allow-change.*--train\.init-from") as error:
+        train(config, run_dir)
+    assert all(f"{key}: {old!r} -> {new!r}" in str(error.value) for key, (old, new) in expected.items())
+    assert (run_dir / "config.json").read_bytes() == before
+    lines = numbers(run_dir)
+    train(config, run_dir, allow_change=True)
+    (event,) = events_of(run_dir, "config_change")
+    assert event["step"] == 6
+    assert {key: (value["old"], value["new"]) for key, value in event["changes"].items()} == expected
+    assert numbers(run_dir)[:6] == lines
+    assert numbers(run_dir)[-1]["step"] == config.train.steps
+    assert open_run(run_dir).config.optim == config.optim
+    train(config, run_dir)  # from now on this is the config of the run
+    assert len(events_of(run_dir, "config_change")) == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"model": {"d_model": 32}}, "model.d_model: 16 -> 32"),
+        ({"model": {"logit_softcap": 5.0}}, "model.logit_softcap: None -> 5.0"),
+    ],
+)
+def test_what_the_state_depends_on_never_changes(sections, line, run_dir, tiny_config):
+    for allow in (False, True):
+        with pytest.raises(ValueError, match=r"--train\.init-from") as error:
+            train(change(tiny_config, **sections), run_dir, allow_change=allow)
+        assert line in str(error.value)
+        assert "--allow-change" not in str(error.value)
+
+
+CONSTANT = {"schedule": "constant"}
+WSD = {"schedule": "wsd", "decay_steps": 4}
+EXTENSIONS = {
+    "constant": (CONSTANT, 12, CONSTANT, True),
+    "constant, after its end": (CONSTANT, None, CONSTANT, True),
+    "the plateau of wsd": (WSD, 6, WSD, True),
+    "the plateau of wsd, with a longer decay": (WSD, 6, WSD | {"decay_steps": 9}, True),
+    "the decay of wsd": (WSD, 10, WSD, False),
+    "cosine": ({}, 6, {}, False),
+}
+
+
+@pytest.mark.parametrize(("optim", "stop", "later", "allowed"), EXTENSIONS.values(), ids=EXTENSIONS)
+def test_extending_needs_no_flag_where_past_learning_rates_stay(optim, stop, later, allowed, tiny_config, tmp_path):
+    first = change(tiny_config, optim=optim, train={"stop_after": stop})
+    longer = change(tiny_config, optim=later, train={"steps": 18})
+    train(first, tmp_path / "run")
+    if not allowed:
+        with pytest.raises(ValueError, match=r"train\.steps: 12 -> 18"):
+            train(longer, tmp_path / "run")
+        return
+    train(longer, tmp_path / "run")
+    train(longer, tmp_path / "straight")
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "straight")
+    assert_same_bits(state_of(tmp_path / "run"), state_of(tmp_path / "straight"))
+    assert events_of(tmp_path / "run", "config_change")
+
+
+def test_paths_are_compared_by_what_they_name(run_dir, tiny_config, store, tmp_path, monkeypatch):
+    """By another spelling, from another working directory, and after the store was moved."""
+    train(change(tiny_config, data={"store": f"{store}/../{store.name}/"}, train={"stop_after": 7}), run_dir)
+    shutil.copytree(store, tmp_path / "elsewhere" / "tok")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(change(tiny_config, data={"store": "./tok/"}, train={"stop_after": 8}), run_dir)
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", str(run_dir), "--batches", "1"]) == 0  # from another working directory
+    (tmp_path / "elsewhere" / "tok").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"no token store at .*tok.*--data\.store"):
+        open_run(run_dir)
+    assert open_run(run_dir, store=str(tmp_path / "moved")).store.vocab_size == 257
+    assert train(change(tiny_config, data={"store": "moved"}), run_dir)["reason"] == "finished"
+
+
+def test_other_data_is_refused(run_dir, tiny_config, corpus, tmp_path):
+    prepare([str(corpus)], tmp_path / "other", validation_fraction=0.5, progress=False)
+    with pytest.raises(ValueError, match=r"another data .*other"):
+        train(change(tiny_config, data={"store": str(tmp_path / "other")}), run_dir)
+    assert open_run(run_dir).config.data.store != str(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"another data .*other"):
+        restore_params(open_run(run_dir, store=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    ("field", "path"), [("run_dir", "gs://bucket/run"), ("store", "s3://bucket/tok"), ("init_from", "gs://bucket/run")]
+)
+def test_remote_paths_are_refused(field, path, tiny_config, tmp_path):
+    config = tiny_config
+    if field == "store":
+        config = change(config, data={"store": path})
+    if field == "init_from":
+        config = change(config, train={"init_from": path})
+    with pytest.raises(ValueError, match="is remote: give a path of a mounted file system"):
+        train(config, path if field == "run_dir" else tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_directory_is_all_that_a_loaded_model_needs(run_dir, tiny_config, store, tmp_path, monkeypatch):
+    """`jaxtrain.load` of a run whose store is gone: parameters, logits, loss and text."""
+    config = (run_dir / "config.json").read_text()
+    (run_dir / "config.json").write_text(config.replace(str(store), str(tmp_path / "gone")))
+    model = jaxtrain.load(run_dir)
+    assert (model.step, model.config.train.steps) == (6, 12)
+    tokens = np.array([model.tokenizer.encode("1 + 2 = 3")], np.int32)
+    logits = model.logits(tokens)
+    assert logits.shape == (1, tokens.shape[1], 257)
+    labels = np.roll(tokens, -1, axis=1)
+    sums = model.loss({"inputs": tokens, "labels": labels, "where": np.ones(tokens.shape, bool)})
+    expected = -jax.nn.log_softmax(logits)[0, np.arange(tokens.shape[1]), labels[0]].sum()
+    np.testing.assert_allclose(sums.nll, expected, rtol=1e-5)
+    assert model.generate("1 + 2", 5, seed=3) == model.generate("1 + 2", 5, seed=3)
+    assert main(["generate", str(run_dir), "--prompt", "1 +", "--num-tokens", "4"]) == 0
+
+
+def test_the_package_names_its_parts_lazily():
+    assert set(jaxtrain.__all__) <= set(dir(jaxtrain))
+    assert all(getattr(jaxtrain, name) for name in jaxtrain.__all__)
+    assert jaxtrain.__version__.count(".") == 2
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        jaxtrain.lode  # noqa: B018
