@@ -204,11 +204,13 @@ def _prepare(arguments: list[str]) -> int:
 
     @dataclasses.dataclass(frozen=True)
     class Options:
-        sources: tyro.conf.Positional[tuple[str, ...]]  # files, folders, globs, .gz, .jsonl, or python-stdlib
+        sources: tyro.conf.Positional[tuple[str, ...]]  # files, folders, globs, or python-stdlib
         out: str  # folder of the token store
         tokenizer: str = "byte"  # byte | bpe:VOCAB | hf:PATH
         validation_fraction: float = 0.02  # of the documents, chosen by hash
-        text_field: str = "text"  # key of the document in a .jsonl line
+        eot: str | None = None  # text of the end-of-text token of hf:PATH; None looks for the usual names
+        text_field: str = "text"  # field or column that holds the text of a record
+        formats: str | None = None  # Python file that adds to jaxtrain.data.prepare.formats.FORMATS
         num_workers: int | None = None  # processes; None starts one per core
 
     options = _parse(Options, "prepare", arguments)
@@ -221,7 +223,9 @@ def _prepare(arguments: list[str]) -> int:
         options.out,
         tokenizer=options.tokenizer,
         validation_fraction=options.validation_fraction,
+        eot=options.eot,
         text_field=options.text_field,
+        formats=options.formats,
         num_workers=options.num_workers,
     )
     for name, split in (("train", store.train), ("validation", store.validation)):

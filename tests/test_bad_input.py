@@ -480,7 +480,7 @@ INTERRUPTED = {
     "eval": ("eval {run}", "jaxtrain.training.run.open_run"),
     "generate": ("generate {run}", "jaxtrain.training.run.open_run"),
     "replay": ("replay {run} --step 3", "jaxtrain.training.replay.open_run"),
-    "prepare": ("prepare {corpus} --out {out}", "jaxtrain.data.prepare.prepare.build_store"),
+    "prepare": ("prepare {corpus} --out {out}", "jaxtrain.data.prepare.prepare.write_store"),
     "plan": ("plan {config}", "jaxtrain.plan.view.make_plan"),
     "schedule": ("schedule {config}", "jaxtrain.monitoring.plots.draw_curve"),
 }

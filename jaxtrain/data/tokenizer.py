@@ -4,7 +4,9 @@ A document's text never yields the end-of-text token, even where it spells that 
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +14,20 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from jaxtrain.runtime.files import sha256_file, write_bytes, write_text
+
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>")
 FILE_NAME = "tokenizer.json"
-BYTE_FILE = '{"type": "byte"}\n'
+_EOT_ENTRY = '{"eot": '
+BYTE_FILE_TEXT = '{"type": "byte"}\n'
 MIN_BPE_VOCAB = 257  # every byte and the end-of-text token
+MAX_RUN = 1024  # characters without a word end: BPE training takes quadratic time in a run's length
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{MAX_RUN + 1},}}|(?<!\s)\s{{{MAX_RUN + 1},}}")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package needs of a tokenizer; `ByteTokenizer` and `BPETokenizer` have it."""
+    """Interface of a tokenizer; `ByteTokenizer` and `BPETokenizer` implement it."""
 
     @property
     def vocab_size(self) -> int:
@@ -32,23 +39,38 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file `save` writes."""
+        """SHA-256 (hex) of the file that `save` writes."""
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Token ids (int32, 1-D) of a text."""
+        """Returns the token ids (int32, 1-D) of a text."""
+        return self.encode_batch([text if isinstance(text, str) else text.decode("utf-8")])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text."""
+        """Returns the token ids of each text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids."""
+        """Returns the text of token ids."""
+
+    def has_ids(self, size: int) -> np.ndarray:
+        """Returns bool [size]: True for the ids that have a token. Sampling must mask the others."""
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` into a folder."""
 
+    def continuation(self, prompt_ids: Iterable[int], new_ids: Iterable[int]) -> str:
+        """Returns the text that `new_ids` add to the text of `prompt_ids`.
+
+        Decoding `new_ids` alone would drop a leading space of many tokenizers and break characters whose bytes begin in
+        the prompt.
+        """
+        prompt = [int(token_id) for token_id in prompt_ids]
+        before, whole = self.decode(prompt), self.decode([*prompt, *(int(token_id) for token_id in new_ids)])
+        same = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        return whole[same:]
+
 
 @dataclass(frozen=True)
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One token a byte, ids 0 to 255; 256 is the end-of-text token."""
 
     vocab_size: ClassVar[int] = 257
@@ -56,20 +78,24 @@ class ByteTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file `save` writes."""
-        return _sha256(BYTE_FILE)
+        """SHA-256 (hex) of the file that `save` writes."""
+        return _sha256(BYTE_FILE_TEXT)
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Token ids (int32 [num_bytes]) of a text (its UTF-8 bytes) or of any bytes."""
+        """Returns the token ids (int32 [num_bytes]) of a text's UTF-8 bytes, or of any bytes."""
         data = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text."""
+        """Returns the token ids of each text."""
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of token ids; the end-of-text token is spelled `<|endoftext|>`. An id above 256 is a ValueError."""
+        """Returns the bytes of token ids; the end-of-text token is spelled `<|endoftext|>`.
+
+        Raises:
+          ValueError: an id below 0 or above 256.
+        """
         array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
         bad = array[(array < 0) | (array > self.eot_id)]
         if bad.size:
@@ -80,70 +106,116 @@ class ByteTokenizer:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` into a folder."""
-        Path(folder, FILE_NAME).write_bytes(BYTE_FILE.encode())
+        write_text(Path(folder, FILE_NAME), BYTE_FILE_TEXT)
+
+    def has_ids(self, size: int) -> np.ndarray:
+        """Returns bool [size]: True for the ids that have a token."""
+        return np.arange(size) < self.vocab_size
 
 
 @dataclass(frozen=True)
-class BPETokenizer:
-    """A tokenizer of the `tokenizers` library, given as the text of its `tokenizer.json`."""
+class BPETokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library, given as the text of its `tokenizer.json`.
+
+    The text may begin with an `eot` entry, which the library does not know: the end-of-text token's text.
+    """
 
     json_text: str
 
     @cached_property
     def _library(self) -> Any:
-        library = _import_tokenizers().Tokenizer.from_str(self.json_text)
+        text = self.json_text
+        if text.startswith(_EOT_ENTRY):
+            text = json.dumps({key: value for key, value in json.loads(text).items() if key != "eot"})
+        library = _import_tokenizers().Tokenizer.from_str(text)
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # special tokens spelled out in a text are encoded as plain text
         return library
 
     @cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest token id."""
-        return max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+    def _ids(self) -> dict[str, int]:
+        return self._library.get_vocab(with_added_tokens=True)
 
     @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self._ids.values()) + 1
+
+    def has_ids(self, size: int) -> np.ndarray:
+        """Returns bool [size]: True for the ids that have a token."""
+        return np.isin(np.arange(size), list(self._ids.values()))
+
+    @cached_property
+    def eot_text(self) -> str:
+        """Text of the end-of-text token: the `eot` entry, or the first of the usual names in the vocabulary.
+
+        Raises:
+          ValueError: the vocabulary has none of them.
+        """
+        names = END_OF_TEXT_NAMES
+        if self.json_text.startswith(_EOT_ENTRY):
+            names = (json.loads(self.json_text)["eot"],)
+        for name in names:
+            if name in self._ids:
+                return name
+        added = [token.content for token in self._library.get_added_tokens_decoder().values()]
+        raise ValueError(
+            f"the tokenizer has no end-of-text token: looked for {', '.join(names)}; name one of its tokens with "
+            f"--eot TEXT (eot in Python), such as one of {', '.join(added[:8]) or 'its vocabulary'}"
+        )
+
+    @property
     def eot_id(self) -> int:
-        """Id of the first of the usual end-of-text names that the vocabulary has; a ValueError if it has none."""
-        for name in END_OF_TEXT_NAMES:
-            token_id = self._library.token_to_id(name)
-            if token_id is not None:
-                return token_id
-        raise ValueError(f"the tokenizer has no end-of-text token: looked for {', '.join(END_OF_TEXT_NAMES)}")
+        """Id of the end-of-text token; a ValueError if there is none."""
+        return self._ids[self.eot_text]
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file `save` writes."""
+        """SHA-256 (hex) of the file that `save` writes."""
         return _sha256(self.json_text)
 
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """Token ids (int32, 1-D) of a text or of its UTF-8 bytes, without any token the tokenizer adds around it."""
-        return self.encode_batch([text if isinstance(text, str) else text.decode("utf-8")])[0]
-
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, on the library's threads."""
+        """Returns the token ids of each text, without the end-of-text token and tokens added around a text."""
         encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encoded]
+        ids = [np.array(encoding.ids, np.int32) for encoding in encoded]
+        return [
+            self._encode_cut(text) if self.eot_id in found else found for text, found in zip(texts, ids, strict=True)
+        ]
+
+    def _encode_cut(self, text: str) -> np.ndarray:
+        """Encodes a text that spells the end-of-text token, cut inside every such spelling."""
+        encoding = self._library.encode(text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        cuts = [start + 1 for token_id, (start, stop) in spans if token_id == self.eot_id and stop - start > 1]
+        if self.eot_id in encoding.ids and not cuts:
+            raise ValueError(f"the text spells the end-of-text token {self.eot_text!r}: name another with --eot TEXT")
+        if not cuts:
+            return np.array(encoding.ids, np.int32)
+        return np.concatenate(
+            [self._encode_cut(text[start:stop]) for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens spelled out."""
+        """Returns the text of token ids, special tokens spelled out."""
         return self._library.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` into a folder."""
-        Path(folder, FILE_NAME).write_bytes(self.json_text.encode())
+        write_text(Path(folder, FILE_NAME), self.json_text)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Trains byte-level BPE on a stream of texts.
 
     Args:
-      texts: read once; very long ones are best cut into blocks.
+      texts: read once; very long ones are best cut into blocks. Runs without a word end are cut every MAX_RUN
+        characters.
       vocab_size: tokens, with the 256 bytes and `<|endoftext|>` among them.
 
     Raises:
@@ -162,7 +234,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator(texts, trainer=trainer)
+    library.train_from_iterator((piece for text in texts for piece in _cut_runs(text)), trainer=trainer)
     tokenizer = BPETokenizer(library.to_str())
     if tokenizer.vocab_size < vocab_size:
         raise ValueError(
@@ -172,28 +244,41 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     return tokenizer
 
 
-def read_hf(path: str | Path) -> BPETokenizer:
-    """Reads a local `tokenizer.json`, or the one in a folder; a ValueError if it cannot serve."""
+def _cut_runs(text: str) -> Iterator[str]:
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+def read_hf(path: str | Path, eot: str | None = None) -> BPETokenizer:
+    """Reads a local `tokenizer.json`, or the one in a folder.
+
+    Args:
+      path: the file or its folder.
+      eot: text of the end-of-text token; None looks for the usual names.
+
+    Raises:
+      ValueError: not a tokenizer file, or one without a usable end-of-text token.
+    """
     path = Path(path).expanduser()
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no tokenizer file {file}: hf:PATH is a local {FILE_NAME}, or a folder that holds one")
     tokenizer = _bpe_from_file(file)
+    if eot is not None:
+        tokenizer = BPETokenizer(json.dumps({"eot": eot} | json.loads(tokenizer.json_text) | {"eot": eot}))
     try:
-        eot_id = tokenizer.eot_id
+        tokenizer.encode(f"a{tokenizer.eot_text}b {tokenizer.eot_text}")
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    name = next(name for name in END_OF_TEXT_NAMES if tokenizer._library.token_to_id(name) == eot_id)
-    if eot_id in tokenizer.encode(name):
-        raise ValueError(
-            f"{file}: text that spells {name} out encodes to the end-of-text token {eot_id}, so a document could "
-            f'forge it: list {name} under "added_tokens" with "special": true'
-        )
     return tokenizer
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
-    """Splits a tokenizer spec into its kind and argument: `byte`, `bpe:VOCAB` or `hf:PATH`; else a ValueError."""
+    """Splits `byte`, `bpe:VOCAB` or `hf:PATH` into kind and argument; any other spec is a ValueError."""
     kind, _, argument = spec.partition(":")
     number = kind == "bpe" and argument.isascii() and argument.isdigit() and int(argument) >= MIN_BPE_VOCAB
     if spec == "byte" or number or (kind == "hf" and argument):
@@ -206,10 +291,25 @@ def parse_spec(spec: str) -> tuple[str, str]:
 
 def load_tokenizer(folder: str | Path) -> ByteTokenizer | BPETokenizer:
     """Reads the tokenizer that `save` wrote into a folder; a ValueError if it is missing or is not one."""
+    file = _tokenizer_file(folder)
+    return ByteTokenizer() if file.read_bytes() == BYTE_FILE_TEXT.encode() else _bpe_from_file(file)
+
+
+def copy_tokenizer(source: str | Path, target: str | Path) -> str:
+    """Copies the tokenizer of one folder into another; returns its fingerprint.
+
+    `load_tokenizer(target).fingerprint` is the same hash. A ValueError if the source has no tokenizer.
+    """
+    file = _tokenizer_file(source)
+    write_bytes(Path(target, FILE_NAME), file.read_bytes())
+    return sha256_file(Path(target, FILE_NAME))
+
+
+def _tokenizer_file(folder: str | Path) -> Path:
     file = Path(folder, FILE_NAME)
     if not file.is_file():
         raise ValueError(f"no tokenizer file {file}: the folder is not a token store, or is damaged")
-    return ByteTokenizer() if file.read_bytes() == BYTE_FILE.encode() else _bpe_from_file(file)
+    return file
 
 
 def _bpe_from_file(file: Path) -> BPETokenizer:

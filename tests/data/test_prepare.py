@@ -3,22 +3,26 @@ import io
 import json
 import os
 import string
-import sys
 import sysconfig
+import threading
 
 import numpy as np
 import pytest
 
-from jaxtrain.data.prepare import passes, units
-from jaxtrain.data.prepare import prepare as prepare_module
-from jaxtrain.data.prepare.documents import hash_fraction, plan_units, read_documents
+from jaxtrain.data.prepare import formats
+from jaxtrain.data.prepare.documents import hash_fraction, plan_units, read_documents, split_blocks
+from jaxtrain.data.prepare.passes import Limits
 from jaxtrain.data.prepare.prepare import prepare
-from jaxtrain.data.prepare.progress import progress_bar
+from jaxtrain.data.prepare.progress import show_progress
 from jaxtrain.data.prepare.sources import find_sources
+from jaxtrain.data.prepare.tasks import worker_pool
+from jaxtrain.data.prepare.units import token_dtype
 from jaxtrain.data.store import Split, open_store
 from jaxtrain.data.tokenizer import train_bpe
 from jaxtrain.runtime.files import locked
 
+SMALL_BYTES = 2000
+SMALL = Limits(unit_bytes=SMALL_BYTES)
 DOCUMENTS = [f"document {number}: " + "the quick brown fox, é and 漢字\n" * (number % 7 + 1) for number in range(60)]
 
 
@@ -46,9 +50,28 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def small_units(monkeypatch, unit_bytes=700, shard_tokens=1 << 29):
-    monkeypatch.setattr(prepare_module, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", shard_tokens)
+class Interrupted(Exception):
+    pass
+
+
+class CountedLines:
+    """Format of files `*.counted`: JSON lines; counts the units that are read and raises after `limit` of them."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.limit, self.before = 0, 10**9, lambda: None
+        monkeypatch.setitem(formats.FORMATS, ".counted", formats.Format(self.documents, splittable=True))
+
+    def documents(self, path, start, stop, text_field):
+        if self.calls == self.limit:
+            raise Interrupted
+        self.calls += 1
+        self.before()
+        yield from formats.FORMATS[".jsonl"].documents(path, start, stop, text_field)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    return CountedLines(monkeypatch)
 
 
 def test_single_text_is_split_as_nanogpt_splits_it(tmp_path):
@@ -72,13 +95,12 @@ def test_tail_is_cut_between_characters(tmp_path):
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 100, 1 << 25])
-def test_tail_of_several_documents(tmp_path, monkeypatch, unit_bytes):
-    small_units(monkeypatch, unit_bytes)
+def test_tail_of_several_documents(tmp_path, unit_bytes):
     names = [letter for letter in string.ascii_letters if hash_fraction(letter * 100) > 0.35][:4]  # none is held out
     for name in names:
         (tmp_path / name).write_text(name * 100)
     sources = [str(tmp_path / name) for name in names]
-    store = prepare(sources, tmp_path / "store", validation_fraction=0.3025, num_workers=1)
+    store = prepare(sources, tmp_path / "store", validation_fraction=0.3025, num_workers=1, limits=Limits(unit_bytes))
     assert store.manifest["split"] == "tail"
     a, b, c, d = names
     assert texts_of(store, store.train) == [a * 100, b * 100, c * 79]
@@ -140,7 +162,7 @@ def test_line_ranges_have_each_line_once(tmp_path, unit_bytes, end):
     file = tmp_path / "corpus.jsonl"
     lines = [json.dumps({"text": text}) for text in ("one", "two" * 30, "é", "four", "five" * 9)]
     file.write_text("\n\n".join(lines) + end)
-    planned = plan_units(find_sources([str(file)]), unit_bytes)
+    planned = plan_units(find_sources([str(file)])[0], unit_bytes)
     texts = [text for unit in planned for _, text in read_documents(unit, "text")]
     assert texts == ["one", "two" * 30, "é", "four", "five" * 9]
     assert len(planned) == -(-file.stat().st_size // unit_bytes)
@@ -149,43 +171,15 @@ def test_line_ranges_have_each_line_once(tmp_path, unit_bytes, end):
 def test_small_files_share_units(tmp_path):
     for number in range(10):
         (tmp_path / f"{number}.txt").write_text("x" * 30)
-    planned = plan_units(find_sources([str(tmp_path)]), 100)
+    planned = plan_units(find_sources([str(tmp_path)])[0], 100)
     assert [len(unit) for unit in planned] == [3, 3, 3, 1]
-    assert [len(unit) for unit in plan_units(find_sources([str(tmp_path)]), 10)] == [1] * 10
+    assert [len(unit) for unit in plan_units(find_sources([str(tmp_path)])[0], 10)] == [1] * 10
 
 
-BAD = {
-    "latin.txt": (b"caf\xe9", r"latin\.txt is not UTF-8 text \(byte 3\): convert it"),
-    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"latin\.jsonl line 2 cannot be used: .*utf-8"),
-    "broken.jsonl": (b'{"text": "a"}\n\n{"text": \n', r"broken\.jsonl line 3 cannot be used: .*remove the line"),
-    "field.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n', r"line 2 .*no field 'text' \(it has: body, id\)"),
-    "list.jsonl": (b'["text"]\n', r"line 1 .*no field 'text' \(it has: list, not an object\)"),
-    "number.jsonl": (b'{"text": 7}\n', r"line 1 .*field 'text' is int, not text"),
-    "surrogate.jsonl": (b'{"text": "\\ud800"}\n', r"line 1 .*surrogate"),
-    "damaged.txt.gz": (gzip.compress(b"hello" * 100)[:-9], r"damaged\.txt\.gz cannot be read: .*replace the file"),
-    "damaged.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 9)[:-9], r"damaged\.jsonl\.gz cannot be read"),
-    "plain.gz": (b"not packed", r"plain\.gz cannot be read: Not a gzipped file"),
-    "empty.txt": (b"", "hold no text"),
-    "blank.jsonl": (b'\n{"text": ""}\n', "hold no text"),
-    "tiny.txt": (b"a", "1 bytes of text are too few to hold out 0.02"),
-    "character.txt": ("漢".encode(), "the train split has no document; add text"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_text_is_named(tmp_path, name):
-    data, message = BAD[name]
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        prepare([str(tmp_path / name)], tmp_path / "store")
-    assert [path.name for path in tmp_path.iterdir()] == [name]  # nothing is left behind
-
-
-def test_line_number_in_a_later_unit(tmp_path, monkeypatch):
-    small_units(monkeypatch, 50)
+def test_line_number_in_a_later_unit(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "abcdefg"}\n' * 30 + "oops\n")
     with pytest.raises(ValueError, match=r"x\.jsonl line 31 cannot be used"):
-        prepare([str(tmp_path / "x.jsonl")], tmp_path / "store", num_workers=1)
+        prepare([str(tmp_path / "x.jsonl")], tmp_path / "store", num_workers=1, limits=Limits(unit_bytes=50))
 
 
 def test_bad_requests(tmp_path):
@@ -202,7 +196,7 @@ def test_bad_requests(tmp_path):
         ([str(file)], {"tokenizer": "bpe:9000"}, "too small for bpe:9000"),
         ([str(file)], {"validation_fraction": 0.0}, "between 0 and 1, got 0.0"),
         ([str(file)], {"validation_fraction": 1.0}, "between 0 and 1, got 1.0"),
-        ([str(file)], {"num_workers": -1}, "num_workers must be 0"),
+        ([str(file)], {"num_workers": -1}, "num_workers must be 1 or more"),
         ([str(tmp_path)], {}, "would lie in its own source folder"),
     ]
     for sources, options, message in cases:
@@ -211,122 +205,137 @@ def test_bad_requests(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "none"]
 
 
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe:290"])
-def test_store_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch, tokenizer):
-    small_units(monkeypatch, 1500)
+def test_store_is_the_same_for_any_number_of_workers(tmp_path):
     source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
-    stores = [
-        prepare([source], tmp_path / f"store{number}", tokenizer=tokenizer, validation_fraction=0.2, num_workers=number)
-        for number in (1, 2)
-    ]
+    options = {"tokenizer": "bpe:290", "validation_fraction": 0.2, "limits": Limits(unit_bytes=1500)}
+    stores = [prepare([source], tmp_path / f"store{number}", num_workers=number, **options) for number in (1, 2)]
     assert contents(tmp_path / "store1") == contents(tmp_path / "store2")
     assert stores[0].fingerprint == stores[1].fingerprint
     assert texts_of(stores[1], stores[1].train) == [text for text in DOCUMENTS if hash_fraction(text) >= 0.2]
 
 
-def test_small_corpora_start_no_pool(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxtrain.data.prepare.tasks.ProcessPoolExecutor", None)
-    prepare([write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)], tmp_path / "store", num_workers=8)
+def test_small_corpora_start_no_pool():
+    for num_workers, num_tasks in ((8, 1), (1, 8), (None, 1)):
+        with worker_pool(num_workers, num_tasks) as pool:
+            assert pool is None
 
 
-def test_units_and_shards_do_not_change_the_tokens(tmp_path, monkeypatch):
+def test_units_and_shards_do_not_change_the_tokens(tmp_path):
     source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
     whole = prepare([source], tmp_path / "whole")
-    small_units(monkeypatch, 700, shard_tokens=501)
-    cut = prepare([source], tmp_path / "cut", num_workers=1)
+    cut = prepare([source], tmp_path / "cut", num_workers=1, limits=Limits(unit_bytes=700, shard_tokens=501))
     assert len(cut.train.shards) > 5
     assert {len(shard) for shard in cut.train.shards[:-1]} == {501}
     for split in ("train", "validation"):
         assert documents_of(getattr(cut, split)) == documents_of(getattr(whole, split))
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_after(monkeypatch, name, num_calls):
-    """Makes the given function of `build` raise after some calls; returns the list of its calls."""
-    function, calls = getattr(units, name), []
-
-    def counted(task):
-        if len(calls) == num_calls:
-            raise Interrupted
-        calls.append(task)
-        return function(task)
-
-    monkeypatch.setattr(passes, name, counted)
-    return calls
-
-
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:290"])
-def test_interrupted_work_is_taken_up(tmp_path, monkeypatch, tokenizer):
-    small_units(monkeypatch)
-    source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
-    options = {"tokenizer": tokenizer, "validation_fraction": 0.2, "num_workers": 1}
+@pytest.mark.parametrize("stage", ["reading", "tokenizing"])
+def test_interrupted_work_is_resumed(tmp_path, counted, tokenizer, stage):
+    source = write_jsonl(tmp_path / "corpus.counted", DOCUMENTS)
+    options = {"tokenizer": tokenizer, "validation_fraction": 0.2, "num_workers": 1, "limits": SMALL}
     prepare([source], tmp_path / "whole", **options)
-    num_units = len(plan_units(find_sources([source]), 700))
-    for name in ("scan_unit", "encode_unit"):
-        out = tmp_path / name
-        interrupt_after(monkeypatch, name, 3)
-        with pytest.raises(Interrupted):
-            prepare([source], out, **options)
-        assert not out.exists()
-        with pytest.raises(ValueError, match="is unfinished: run `jaxtrain prepare` again"):
-            open_store(out)
-        calls = interrupt_after(monkeypatch, name, 10**9)
-        with monkeypatch.context() as patch:
-            if name == "encode_unit":  # the tokenizer is there already
-                patch.setattr(passes, "train_bpe", None)
-            prepare([source], out, **options)
-        assert len(calls) == num_units - 3
-        assert contents(out) == contents(tmp_path / "whole")
-        assert not (tmp_path / f".{name}.partial").exists()
+    num_units = len(plan_units(find_sources([source])[0], SMALL_BYTES))
+    num_passes = 3 if tokenizer != "byte" else 2  # BPE training reads the units once more
+    assert counted.calls == num_passes * num_units
+    counted.calls, counted.limit = 0, 3 if stage == "reading" else (num_passes - 1) * num_units + 3
+    out = tmp_path / "store"
+    with pytest.raises(Interrupted):
+        prepare([source], out, **options)
+    assert not out.exists()
+    with pytest.raises(ValueError, match="is unfinished: run `jaxtrain prepare` again"):
+        open_store(out)
+    left = num_passes * num_units - counted.limit
+    counted.calls, counted.limit = 0, 10**9
+    prepare([source], out, **options)
+    assert counted.calls == left
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not (tmp_path / ".store.partial").exists()
 
 
-def test_finished_store_only_has_to_be_renamed(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
+def test_finished_store_only_has_to_be_renamed(tmp_path, counted, monkeypatch):
+    source = write_jsonl(tmp_path / "corpus.counted", DOCUMENTS)
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
-            prepare([source], tmp_path / "store")
+            prepare([source], tmp_path / "store", num_workers=1)
     with pytest.raises(ValueError, match="unfinished"):
         open_store(tmp_path / ".store.partial")
-    for name in ("scan_unit", "encode_unit"):
-        interrupt_after(monkeypatch, name, 0)
-    assert prepare([source], tmp_path / "store").train.num_documents > 50
+    counted.limit = counted.calls
+    assert prepare([source], tmp_path / "store", num_workers=1).train.num_documents > 50
 
 
-def test_unfinished_work_on_another_request_is_discarded(tmp_path, monkeypatch, capfd):
-    small_units(monkeypatch)
-    source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
-    interrupt_after(monkeypatch, "encode_unit", 3)
+def test_unfinished_work_on_another_request_is_discarded(tmp_path, counted, capfd):
+    source = write_jsonl(tmp_path / "corpus.counted", DOCUMENTS)
+    num_units = len(plan_units(find_sources([source])[0], SMALL_BYTES))
+    counted.limit = num_units + 3
     with pytest.raises(Interrupted):
-        prepare([source], tmp_path / "store", num_workers=1)
+        prepare([source], tmp_path / "store", num_workers=1, limits=SMALL)
     assert capfd.readouterr().err == ""
-    calls = interrupt_after(monkeypatch, "encode_unit", 10**9)
-    store = prepare([source], tmp_path / "store", validation_fraction=0.3, num_workers=1)
-    assert len(calls) == len(plan_units(find_sources([source]), 700))
+    counted.calls, counted.limit = 0, 10**9
+    store = prepare([source], tmp_path / "store", validation_fraction=0.3, num_workers=1, limits=SMALL)
+    assert counted.calls == 2 * num_units
     error = capfd.readouterr().err
     assert error.count("\n") == 1
     assert "discarding" in error
     assert texts_of(store, store.validation) == [text for text in DOCUMENTS if hash_fraction(text) < 0.3]
 
 
-def test_changed_source_is_another_request(tmp_path, monkeypatch):
+def test_sources_that_change_while_they_are_read(tmp_path, counted):
+    source = write_jsonl(tmp_path / "corpus.counted", DOCUMENTS)
+
+    def touch():
+        os.utime(source, ns=(counted.calls, counted.calls))
+
+    def change():
+        if counted.calls > 1:  # after the scan
+            write_jsonl(tmp_path / "corpus.counted", [*DOCUMENTS[:-1], DOCUMENTS[-1].upper()])
+
+    counted.before = touch
+    prepare([source], tmp_path / "touched", num_workers=1)
+    counted.calls, counted.before = 0, change
+    with pytest.raises(ValueError, match=r"corpus\.counted changed while it was being read"):
+        prepare([source], tmp_path / "changed", num_workers=1)
+
+
+def test_a_store_is_that_of_the_same_bytes_wherever_they_lie(tmp_path):
+    tokenizer = train_bpe(DOCUMENTS, 280)
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "corpus.jsonl", DOCUMENTS)
+        tokenizer.save(tmp_path / name)
+    options = {"tokenizer": f"hf:{tmp_path / 'here'}"}
+    first = prepare([str(tmp_path / "here" / "*.jsonl")], tmp_path / "store", **options)
+    os.utime(tmp_path / "here" / "corpus.jsonl", ns=(0, 0))
+    again = {"tokenizer": f"hf:{tmp_path / 'there'}"}
+    for source in ("here", "there"):
+        store = prepare([str(tmp_path / source / "corpus.jsonl")], tmp_path / "store", **again)
+        assert store.fingerprint == first.fingerprint
+    (tmp_path / "store").rename(tmp_path / "moved")
+    assert open_store(tmp_path / "moved").fingerprint == first.fingerprint
+    assert open_store(tmp_path / "moved").tokenizer == tokenizer
+    write_jsonl(tmp_path / "there" / "corpus.jsonl", [*DOCUMENTS[:-1], DOCUMENTS[-1].upper()])
+    train_bpe(DOCUMENTS, 279).save(tmp_path / "here")
+    for source, spec in (("there", again), ("here", options)):
+        with pytest.raises(ValueError, match="exists and is not the token store of this request"):
+            prepare([str(tmp_path / source / "corpus.jsonl")], tmp_path / "moved", **spec)
+
+
+def test_a_store_made_by_an_older_version_is_opened(tmp_path):
     source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
     prepare([source], tmp_path / "store")
-    os.utime(source, ns=(0, 0))
-    with pytest.raises(ValueError, match="exists and is not the token store of this request"):
-        prepare([source], tmp_path / "store")
-    encode = units.encode_unit
-
-    def changing(task):
-        write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS[:-1])
-        return encode(task)
-
-    monkeypatch.setattr(passes, "encode_unit", changing)
-    with pytest.raises(ValueError, match=r"corpus\.jsonl changed while it was being read"):
-        prepare([source], tmp_path / "other")
+    file = tmp_path / "store" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["left_out"]
+    manifest["request"] |= {"code_version": 1, "files": [entry[:4] for entry in manifest["request"]["files"]]}
+    file.write_text(json.dumps(manifest))
+    assert prepare([source], tmp_path / "store").train.num_documents > 50
+    same = manifest["request"]
+    for request in (None, [], {}, {"files": 3}, same | {"files": [[1]]}, same | {"files": []}, same | {"files": None}):
+        file.write_text(json.dumps(manifest | {"request": request}))
+        with pytest.raises(ValueError, match="exists and is not the token store of this request"):
+            prepare([source], tmp_path / "store")
 
 
 def test_existing_folder_is_left_alone(tmp_path, monkeypatch):
@@ -361,7 +370,7 @@ def test_partial_folder_of_someone_else(tmp_path):
     assert (partial / "notes.txt").read_text() == "keep"
 
 
-def test_bpe_is_trained_on_the_training_split_only(tmp_path, monkeypatch):
+def test_bpe_is_trained_on_the_training_split_only(tmp_path):
     texts = [f"shared words {number} " + f"only{number}here " * 20 for number in range(40)]
     source = write_jsonl(tmp_path / "corpus.jsonl", texts)
     store = prepare([source], tmp_path / "store", tokenizer="bpe:278", validation_fraction=0.3)
@@ -370,28 +379,37 @@ def test_bpe_is_trained_on_the_training_split_only(tmp_path, monkeypatch):
     assert store.tokenizer != train_bpe(texts, 278)
     assert [store.tokenizer.encode(text).tolist() for text in train] == [d[1:] for d in documents_of(store.train)]
     # A sample is spread over the whole split.
-    monkeypatch.setattr(passes, "BPE_SAMPLE_BYTES", store.train.num_bytes // 2)
-    sampled = prepare([source], tmp_path / "sampled", tokenizer="bpe:278", validation_fraction=0.3)
+    limits = Limits(bpe_sample_bytes=store.train.num_bytes // 2)
+    sampled = prepare([source], tmp_path / "sampled", tokenizer="bpe:278", validation_fraction=0.3, limits=limits)
     half = [text for number, text in enumerate(train) if int((number + 1) * 0.4999) > int(number * 0.4999)]
     assert sampled.tokenizer == train_bpe(half, 278)
 
 
-def test_long_documents_are_encoded_in_blocks(tmp_path, monkeypatch):
+def test_long_documents_are_encoded_in_blocks(tmp_path):
     text = "".join(f"word{number % 89} isn't, {number}:\n" + " \n\t x" * (number % 5) for number in range(900))
     (tmp_path / "long.txt").write_text(text)
     tokenizer = train_bpe([text], 370)
     tokenizer.save(tmp_path)
     whole = tokenizer.encode(text[: int(len(text) * 0.9)]).tolist()
-    for size in (1, 37, 1000):
-        monkeypatch.setattr(units, "BLOCK_CHARACTERS", size)
-        blocks = list(units.split_blocks(text, size))
+    options = {"tokenizer": f"hf:{tmp_path}", "validation_fraction": 0.1}
+    for size in (40, 1000):
+        blocks = list(split_blocks([text], size))
         assert "".join(blocks) == text
-        assert len(blocks) > 10
-        store = prepare(
-            [str(tmp_path / "long.txt")], tmp_path / str(size), tokenizer=f"hf:{tmp_path}", validation_fraction=0.1
-        )
+        assert len(blocks) > 5
+        assert max(map(len, blocks)) <= 2 * size + 1
+        for parts in (1, 7, 300, 5000):
+            assert list(split_blocks((text[i : i + parts] for i in range(0, len(text), parts)), size)) == blocks
+        limits = Limits(block_characters=size)
+        store = prepare([str(tmp_path / "long.txt")], tmp_path / str(size), limits=limits, **options)
         assert documents_of(store.train) == [[tokenizer.eot_id, *whole]]
-    assert list(units.split_blocks("nospacesatall" * 9, 5)) == ["nospacesatall" * 9]
+
+
+@pytest.mark.parametrize("text", ["nospacesatall" * 90, " " * 900, "漢" * 900, "\n" * 900, "a " * 450])
+def test_blocks_are_bounded_in_any_text(text):
+    blocks = list(split_blocks([text], 50))
+    assert "".join(blocks) == text
+    assert max(map(len, blocks)) <= 101
+    assert list(split_blocks([], 50)) == list(split_blocks([""], 50)) == []
 
 
 def test_large_vocabulary_is_stored_in_uint32(tmp_path):
@@ -405,7 +423,7 @@ def test_large_vocabulary_is_stored_in_uint32(tmp_path):
     store = prepare(source, tmp_path / "store", tokenizer=spec, validation_fraction=0.5)
     assert (store.vocab_size, store.manifest["dtype"], store.train.shards[0].dtype) == (70_000, "uint32", np.uint32)
     assert texts_of(store, store.train) + texts_of(store, store.validation) == ["hello world " * 25] * 2
-    assert [units.token_dtype(size) for size in (257, 65536, 65537)] == ["uint16", "uint16", "uint32"]
+    assert [token_dtype(size) for size in (257, 65536, 65537)] == ["uint16", "uint16", "uint32"]
 
 
 def test_manifest_says_where_the_tokens_came_from(tmp_path):
@@ -414,7 +432,7 @@ def test_manifest_says_where_the_tokens_came_from(tmp_path):
     path = str(tmp_path / "a.txt")
     assert store.manifest["sources"] == [path]
     assert store.manifest["source_sha256"] == {path: "d9f5aeb06abebb3be3f38adec9a2e3b94228d52193be923eb4e24c9b56ee0930"}
-    assert store.manifest["request"]["files"] == [[path, "", 300, (tmp_path / "a.txt").stat().st_mtime_ns]]
+    assert store.manifest["request"]["files"] == [[path, "", 300, (tmp_path / "a.txt").stat().st_mtime_ns, ""]]
 
 
 def test_python_stdlib(tmp_path):
@@ -451,7 +469,7 @@ def test_python_stdlib_leaves_out_tests_and_copies(tmp_path, monkeypatch):
     (tmp_path / "copy_of_a.py").write_text("# a.py\n")
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
-    assert [file.key for file in find_sources(["python-stdlib"])] == kept
+    assert [file.key for file in find_sources(["python-stdlib"])[0]] == kept
     for name in kept:
         (tmp_path / name).unlink()
     (tmp_path / "copy_of_a.py").unlink()
@@ -459,16 +477,53 @@ def test_python_stdlib_leaves_out_tests_and_copies(tmp_path, monkeypatch):
         find_sources(["python-stdlib"])
 
 
-def test_progress_is_drawn_on_a_terminal_only(tmp_path, monkeypatch, capfd):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    stream = Terminal()
+    with show_progress(True, stream) as stages:
+        stages("tokenizing", [30, 10])(0)
+        stages("training bpe:290", None)(0)
+    assert "tokenizing" in stream.getvalue()
+    assert "75%" in stream.getvalue()
+    assert "training bpe:290" in stream.getvalue()
+
+
+def test_progress_is_lines_off_a_terminal(tmp_path, capfd):
+    class Lines(io.StringIO):
+        def write(self, text):
+            written.set()
+            return super().write(text)
+
+    written, stream = threading.Event(), Lines()
+    with show_progress(True, stream, line_seconds=0.01) as stages:
+        for sizes in ([30, 10], None):
+            written.clear()
+            advance = stages("tokenizing" if sizes else "training bpe:290", sizes)
+            advance(0)
+            assert written.wait(20)
+            written.clear()
+            assert written.wait(20)
+    assert "tokenizing: 75%, 0 s" in stream.getvalue()
+    assert "training bpe:290: 0 s" in stream.getvalue()
+    written.clear()
+    assert not written.wait(0.1)  # it ends with the block
     source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
     prepare([source], tmp_path / "store", tokenizer="bpe:290")
-    assert capfd.readouterr() == ("", "")
-    for terminal, shown in ((True, True), (False, False)):
-        stream = io.StringIO()
-        stream.isatty = lambda terminal=terminal: terminal
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", stream)
-            with progress_bar(True) as bar:
-                advance = bar("tokenizing", [30, 10])
-                advance(0)
-        assert ("tokenizing" in stream.getvalue() and "75%" in stream.getvalue()) == shown
+    assert capfd.readouterr() == ("", "")  # short stages print nothing
+
+
+def test_every_stage_shows_progress(tmp_path):
+    done: dict[str, list[int]] = {}
+
+    def stages(description, sizes):
+        return done.setdefault(description, []).append
+
+    source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
+    prepare([source], tmp_path / "store", tokenizer="bpe:290", num_workers=1, limits=SMALL, progress=stages)
+    units = list(range(len(plan_units(find_sources([source])[0], SMALL_BYTES))))
+    assert list(done) == ["reading", "training bpe:290", "tokenizing", "writing train", "writing validation"]
+    assert [done.pop("training bpe:290"), *done.values()] == [[0], units, units, units, units]

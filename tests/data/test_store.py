@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from jaxtrain.data.prepare import prepare as prepare_module
+from jaxtrain.data.prepare.passes import Limits
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import Split, manifest_fingerprint, open_store
 
@@ -16,9 +16,8 @@ TEXT = "".join(f"line {number}\n" for number in range(400))
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "input.txt").write_text(TEXT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "SHARD_TOKENS", 1000)
-        prepare([str(folder / "input.txt")], folder / "store", validation_fraction=0.1)
+    limits = Limits(shard_tokens=1000)
+    prepare([str(folder / "input.txt")], folder / "store", validation_fraction=0.1, limits=limits)
     return folder / "store"
 
 
@@ -70,12 +69,10 @@ def test_fingerprint_follows_the_tokens_only(store, tmp_path):
         assert manifest_fingerprint({**manifest, key: value}) != fingerprint
     (tmp_path / "moved.txt").write_text(TEXT)
     (tmp_path / "other.txt").write_text(TEXT.replace("line 7\n", "line_7\n"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "SHARD_TOKENS", 1000)
-        stores = [
-            prepare([str(tmp_path / name)], tmp_path / name[:3], validation_fraction=0.1)
-            for name in ("moved.txt", "other.txt")
-        ]
+    stores = [
+        prepare([str(tmp_path / name)], tmp_path / name[:3], validation_fraction=0.1, limits=Limits(shard_tokens=1000))
+        for name in ("moved.txt", "other.txt")
+    ]
     assert [opened.fingerprint == fingerprint for opened in stores] == [True, False]
 
 

@@ -1,15 +1,21 @@
 import hashlib
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxtrain.data.tokenizer import (
+    MAX_RUN,
     BPETokenizer,
     ByteTokenizer,
+    _cut_runs,
+    copy_tokenizer,
     load_tokenizer,
     parse_spec,
     read_hf,
@@ -133,11 +139,121 @@ def test_hf_refusals(bpe, tmp_path):
         read_hf(tmp_path)
     file = tmp_path / "tokenizer.json"
     file.write_text(hf_json(bpe, new="<end>"))
-    with pytest.raises(ValueError, match=r"looked for <\|endoftext\|>, </s>, <\|end_of_text\|>, <\|eot_id\|>, <eos>"):
+    with pytest.raises(
+        ValueError,
+        match=r"looked for <\|endoftext\|>, </s>, <\|end_of_text\|>, <\|eot_id\|>, <eos>; .*--eot TEXT .* one of <end>",
+    ):
         read_hf(file)
-    file.write_text(hf_json(bpe, special=False))
-    with pytest.raises(ValueError, match="could forge it"):
-        read_hf(file)
+    with pytest.raises(ValueError, match=r"looked for <fin>; .*--eot TEXT"):
+        read_hf(file, "<fin>")
+    with pytest.raises(ValueError, match=r"spells the end-of-text token 'a': name another with --eot TEXT"):
+        read_hf(file, "a")
+    assert read_hf(file, "<end>").eot_id == 0
+
+
+def trained(kind: str) -> tokenizers.Tokenizer:
+    """A tiny tokenizer as other projects make them, with its end-of-text token."""
+    if kind == "wordpiece":
+        library = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        library.normalizer, library.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        library.decoder = decoders.WordPiece()
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=special, show_progress=False)
+    else:
+        library = tokenizers.Tokenizer(models.Unigram())
+        library.normalizer = normalizers.NFKC()
+        scheme = "always" if kind == "unigram" else "first"
+        library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        library.decoder = decoders.Metaspace(prepend_scheme=scheme)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=["<unk>", "</s>", "<0>"], unk_token="<unk>", show_progress=False
+        )
+    library.train_from_iterator(TEXTS, trainer)
+    return library
+
+
+@pytest.mark.parametrize(
+    ("kind", "eot"), [("unigram", None), ("unigram", "<0>"), ("metaspace", "</s>"), ("wordpiece", "[SEP]")]
+)
+def test_hf_tokenizers_of_other_kinds(kind, eot, tmp_path):
+    library = trained(kind)
+    library.save(str(tmp_path / "tokenizer.json"))
+    if kind == "wordpiece":
+        with pytest.raises(ValueError, match=r"name one of its tokens with --eot TEXT .*\[SEP\]"):
+            read_hf(tmp_path)
+    tokenizer = read_hf(tmp_path, eot)
+    name = eot or "</s>"
+    assert tokenizer.eot_id == library.token_to_id(name)
+    assert tokenizer.encode("the cat sat").tolist() == library.encode("the cat sat", add_special_tokens=False).ids
+    # A document cannot forge the token, in no spelling that the normalizer turns into it.
+    for text in (name, f"a{name}b", f"{name}{name} {name}", "a\uff1c/s\uff1eb", f"the{name}cat " * 50):
+        assert tokenizer.eot_id not in tokenizer.encode(text)
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert (again, again.eot_id, again.fingerprint) == (tokenizer, tokenizer.eot_id, tokenizer.fingerprint)
+    assert copy_tokenizer(tmp_path, tmp_path.parent) == tokenizer.fingerprint
+    assert load_tokenizer(tmp_path.parent) == tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "unigram", "metaspace", "wordpiece"])
+def test_a_continuation_is_what_it_adds_to_the_prompt(kind, bpe, tmp_path):
+    if kind in ("byte", "bpe"):
+        tokenizer = ByteTokenizer() if kind == "byte" else bpe
+    else:
+        trained(kind).save(str(tmp_path / "tokenizer.json"))
+        tokenizer = read_hf(tmp_path, "[SEP]" if kind == "wordpiece" else None)
+    ids = tokenizer.encode("the cat sat on the mat")
+    for cut in range(len(ids) + 1):
+        text = tokenizer.decode(ids[:cut]) + tokenizer.continuation(ids[:cut], ids[cut:])
+        assert text == "the cat sat on the mat"
+    assert tokenizer.continuation(ids, []) == ""
+    assert tokenizer.continuation([], ids) == "the cat sat on the mat"
+
+
+@pytest.mark.parametrize("text", ["漢字", "é", "a👍b"])
+def test_a_continuation_completes_a_character_of_the_prompt(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    for cut in range(len(ids)):
+        whole = len(ids[:cut].astype(np.uint8).tobytes().decode(errors="ignore"))
+        assert tokenizer.continuation(ids[:cut], ids[cut:]) == text[whole:]
+
+
+def test_ids_without_a_token(bpe):
+    assert ByteTokenizer().has_ids(260).tolist() == [True] * 257 + [False] * 3
+    assert bpe.has_ids(300).tolist() == [True] * 270 + [False] * 30
+    assert bpe.has_ids(9).tolist() == [True] * 9
+    data = json.loads(bpe.json_text)
+    largest = max(data["model"]["vocab"], key=data["model"]["vocab"].get)
+    data["model"]["vocab"][largest] = 299
+    holes = BPETokenizer(json.dumps(data))
+    assert (holes.vocab_size, holes.has_ids(300).sum(), holes.has_ids(300)[269]) == (300, 270, False)
+
+
+RUNS = {
+    "letters": "ab" * 10_000,
+    "no spaces": "".join(chr(97 + n * n % 26) for n in range(20_000)),
+    "ideographs": "".join(chr(0x4E00 + n * n % 2000) for n in range(20_000)),
+    "digits": "31415" * 4_000,
+    "punctuation": "-=" * 10_000,
+    "white space": " \t" * 10_000,
+    "base64": "".join(chr(65 + n * 7 % 57) for n in range(20_000)),
+    "in between": "a word " + "x" * 20_000 + " and more",
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bpe_learns_from_runs_in_pieces_of_bounded_size(name):
+    pieces = list(_cut_runs(RUNS[name]))
+    assert "".join(pieces) == RUNS[name]
+    assert max(len(run) for piece in pieces for run in re.findall(r"\S+|\s+", piece)) <= MAX_RUN
+    train_bpe([RUNS[name]], 258)
+
+
+def test_ordinary_text_is_one_piece():
+    text = "".join(f"word{n} " for n in range(9_000))
+    assert list(_cut_runs(text)) == [text]
+    assert list(_cut_runs("x" * MAX_RUN)) == ["x" * MAX_RUN]
 
 
 def test_specs():

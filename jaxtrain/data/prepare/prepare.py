@@ -1,22 +1,25 @@
-"""Makes a token store from text. A run that is cut off is taken up where it stopped; a store appears whole or not."""
+"""Makes a token store from text. An interrupted run is resumed; a store appears whole or not at all."""
 
 import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.data.prepare.passes import SHARD_TOKENS, UNIT_BYTES, build_store
-from jaxtrain.data.prepare.progress import progress_bar
-from jaxtrain.data.prepare.sources import PYTHON_STDLIB, SourceFile, find_sources
+from jaxtrain.data.prepare.formats import FORMATS
+from jaxtrain.data.prepare.passes import DEFAULT_LIMITS, Corpus, Limits, write_store
+from jaxtrain.data.prepare.progress import Stages, show_progress
+from jaxtrain.data.prepare.sources import PYTHON_STDLIB, SourceFile, describe_left_out, find_sources
+from jaxtrain.data.prepare.tasks import run_format_file
 from jaxtrain.data.store import FORMAT, MANIFEST, TokenStore, open_store, partial_folder
 from jaxtrain.data.tokenizer import parse_spec, read_hf
-from jaxtrain.runtime.files import locked, read_json, sync_folder, write_json
+from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder, write_json
 
-CODE_VERSION = 1  # raise when the tokens made from the same request change
+CODE_VERSION = 2  # raise when the tokens made from the same request change
 
 
 def prepare(
@@ -24,24 +27,29 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: str = "byte",
+    eot: str | None = None,
     validation_fraction: float = 0.02,
     text_field: str = "text",
+    formats: str | Path | None = None,
     num_workers: int | None = None,
-    progress: bool = True,
+    progress: bool | Stages = True,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> TokenStore:
     """Tokenizes text into a new token store and opens it.
 
-    A text file is one document and is held in memory whole, at up to 10 bytes a byte: give larger ones as .jsonl.
-
     Args:
-      sources: files, folders, globs (text or .jsonl, also .gz), or `python-stdlib`.
-      out: folder to make. One that the same call made before is left as it is and opened.
+      sources: files, folders, globs, or `python-stdlib`. Each file is read by its format: JSON lines, JSON, CSV, TSV,
+        Parquet, or else one document of UTF-8 text; any of them compressed with gzip, bzip2, xz or Zstandard.
+      out: folder of the store. A finished store of the same bytes and options is opened.
       tokenizer: `byte`, `bpe:VOCAB` (trained on the training split) or `hf:PATH`.
+      eot: text of the end-of-text token of an `hf:PATH` tokenizer; None looks for the usual names.
       validation_fraction: of the documents, chosen by hash; if that leaves a split empty, the last such fraction of
         the text.
-      text_field: key of the document in a .jsonl line.
-      num_workers: processes; None starts one per core. The store is the same for any number.
-      progress: show a bar where stderr is a terminal.
+      text_field: field or column that holds the text of a record.
+      formats: Python file that adds to `formats.FORMATS`; None keeps the formats as they are.
+      num_workers: processes; None is one a core. The store is the same for any number.
+      progress: show progress on stderr, or a function that starts a stage, see `progress.Stages`.
+      limits: sizes of the work.
 
     Raises:
       ValueError: sources that cannot be read or are too small, a bad option, or `out` taken; says what to do.
@@ -49,44 +57,74 @@ def prepare(
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
     if num_workers is not None and num_workers < 1:
-        raise ValueError(f"num_workers must be above 0, or None for one per core; got {num_workers}")
+        raise ValueError(f"num_workers must be 1 or more, or None for one a core; got {num_workers}")
+    if formats is not None:
+        _register_formats(Path(formats).expanduser())
     out = Path(os.path.abspath(Path(out).expanduser()))
-    files = find_sources(sources)
+    files, left_out = find_sources(sources)
     _refuse_inside_source(sources, out)
-    request = _request(files, tokenizer, validation_fraction, text_field)
+    options = {"validation_fraction": validation_fraction, "text_field": text_field}
+    request = _make_request(files, {**_tokenizer_request(tokenizer, eot), **options}, limits)
     if os.path.lexists(out):
-        return _existing(out, request)
+        return _open_existing(out, request)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_folder(out)
     with locked(partial):
-        _claim(partial, request)
+        _discard_other_work(partial, request)
         if not (partial / MANIFEST).exists():
-            try:
-                with progress_bar(progress) as bar:
-                    build_store(partial, list(sources), files, request, num_workers, bar)
-            except ValueError:  # the request itself is at fault: nothing here can serve another
-                shutil.rmtree(partial)
-                raise
+            corpus = Corpus(tuple(sources), files, left_out)
+            shown = show_progress(progress) if isinstance(progress, bool) else nullcontext(progress)
+            with _deleted_if_refused(partial), shown as stages:
+                write_store(partial, corpus, request, limits=limits, num_workers=num_workers, stages=stages)
         shutil.rmtree(partial / "units", ignore_errors=True)
         os.rename(partial, out)
         sync_folder(out.parent)
-    return open_store(out, verify=False)
+    store = open_store(out, verify=False)
+    if line := describe_left_out(store.manifest.get("left_out", {}), left_out):
+        print(line, file=sys.stderr)
+    return store
 
 
-def _request(files: list[SourceFile], tokenizer: str, fraction: float, text_field: str) -> dict[str, Any]:
-    """All that determines the store's tokens, as JSON holds it."""
-    kind, argument = parse_spec(tokenizer)
+def _register_formats(file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"no file {file}: formats is a Python file that adds to FORMATS")
+    run_format_file(str(file))
+
+
+def _make_request(files: Sequence[SourceFile], options: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """Returns all that determines the store's tokens, as JSON holds it."""
     request = {
+        **options,
         "code_version": CODE_VERSION,
-        "tokenizer": f"hf:{Path(argument).expanduser().absolute()}" if kind == "hf" else tokenizer,
-        "hf_sha256": read_hf(argument).fingerprint if kind == "hf" else None,
-        "validation_fraction": fraction,
-        "text_field": text_field,
-        "unit_bytes": UNIT_BYTES,
-        "shard_tokens": SHARD_TOKENS,
+        "unit_bytes": limits.unit_bytes,
+        "shard_tokens": limits.shard_tokens,
         "files": [astuple(file) for file in files],
     }
+    if custom := {FORMATS[file.format].file for file in files} - {None}:
+        request["format_files"] = sorted(sha256_file(Path(file)) for file in custom)
     return json.loads(json.dumps(request))
+
+
+@contextmanager
+def _deleted_if_refused(partial: Path) -> Iterator[None]:
+    """Deletes the partial folder on a ValueError: the request itself is at fault, and no other can use the work."""
+    try:
+        yield
+    except ValueError:
+        shutil.rmtree(partial)
+        raise
+
+
+def _tokenizer_request(spec: str, eot: str | None) -> dict[str, Any]:
+    """Returns the part of a request that determines the tokenizer."""
+    kind, argument = parse_spec(spec)
+    if kind != "hf":
+        if eot is not None:
+            raise ValueError(f"eot names the end-of-text token of an hf:PATH tokenizer, not of {spec}: leave it out")
+        return {"tokenizer": spec, "hf_sha256": None}
+    fingerprint = read_hf(argument, eot).fingerprint
+    path = f"hf:{Path(argument).expanduser().absolute()}"
+    return {"tokenizer": path, "hf_sha256": fingerprint, **({"eot": eot} if eot else {})}
 
 
 def _refuse_inside_source(sources: Sequence[str], out: Path) -> None:
@@ -96,18 +134,39 @@ def _refuse_inside_source(sources: Sequence[str], out: Path) -> None:
             raise ValueError(f"the store {out} would lie in its own source folder {folder}: put it elsewhere")
 
 
-def _existing(out: Path, request: dict[str, Any]) -> TokenStore:
+def _open_existing(out: Path, request: dict[str, Any]) -> TokenStore:
     manifest = read_json(out / MANIFEST)
-    if isinstance(manifest, dict) and manifest.get("format") == FORMAT and manifest.get("request") == request:
+    if isinstance(manifest, dict) and manifest.get("format") == FORMAT and _is_same_request(manifest, request):
         return open_store(out, verify=False)
     raise ValueError(
-        f"{out} exists and is not the token store of this request (same sources, tokenizer and options): "
+        f"{out} exists and is not the token store of this request (same text, tokenizer and options): "
         "choose another folder, or delete it"
     )
 
 
-def _claim(partial: Path, request: dict[str, Any]) -> None:
-    """Leaves the partial folder with work on this request only."""
+def _is_same_request(manifest: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Compares bytes and options; where the sources and the tokenizer lie, and the dates of files, are free."""
+    free = {"code_version", "files"} | ({"tokenizer"} if request["hf_sha256"] else set())
+    try:
+        recorded = manifest["request"]
+        if any(recorded.get(name) != request.get(name) for name in (recorded.keys() | request.keys()) - free):
+            return False
+        pairs = zip(*(_non_empty(files) for files in (recorded["files"], request["files"])), strict=True)
+        return all(_is_same_file(old, new, manifest["source_sha256"]) for old, new in pairs)
+    except (AttributeError, LookupError, TypeError, ValueError):  # not a manifest that `prepare` wrote
+        return False
+
+
+def _is_same_file(old: list, new: list, hashes: dict[str, str]) -> bool:
+    return old[1:3] == new[1:3] and (old[:4] == new[:4] or hashes[old[0]] == sha256_file(Path(new[0])))
+
+
+def _non_empty(files: list[list]) -> list[list]:
+    return [file for file in files if file[2] > 0]
+
+
+def _discard_other_work(partial: Path, request: dict[str, Any]) -> None:
+    """Empties the partial folder unless its work is on this request."""
     manifest = read_json(partial / MANIFEST)
     recorded = manifest.get("request") if isinstance(manifest, dict) else read_json(partial / "units" / "request.json")
     if recorded == request:

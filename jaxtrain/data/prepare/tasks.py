@@ -1,11 +1,16 @@
-"""Runs the tasks of a pass in this process or in a pool, keeping each result in a file so that none runs twice."""
+"""Runs the tasks of a pass in this process or in a pool; each result goes to a file, so that no task runs twice."""
 
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +18,41 @@ from jaxtrain.runtime.files import read_json, write_json
 
 
 @contextmanager
-def worker_pool(num_workers: int | None, num_tasks: int) -> Iterator[Executor | None]:
-    """A pool of `num_workers` processes (None: one per core), or None where one process would do."""
+def worker_pool(num_workers: int | None, num_tasks: int, format_files: Sequence[str] = ()) -> Iterator[Executor | None]:
+    """Yields a pool of worker processes, or None where one process would do.
+
+    The workers end with this process, however it ends. An error inside the block terminates them.
+
+    Args:
+      num_workers: processes; None is one a core.
+      num_tasks: upper bound of the processes.
+      format_files: Python files that each worker runs first: they register formats.
+    """
     num_workers = min(num_workers or len(os.sched_getaffinity(0)), num_tasks)
     if num_workers <= 1:
         yield None
         return
+    others = set(multiprocessing.active_children())
     # Spawned, not forked: the parent may have threads (JAX has).
-    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_limit_threads)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(tuple(format_files),))
     try:
         yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def run_format_file(file: str) -> None:
+    """Runs a Python file that registers formats, with its folder on the path."""
+    folder = os.path.dirname(os.path.abspath(file))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    runpy.run_path(file)
 
 
 def run_tasks(
@@ -37,11 +65,11 @@ def run_tasks(
     """Calls `function` on each task whose result file is missing; returns the results in the order of the tasks.
 
     Args:
-      function: importable by a worker; returns what JSON can hold.
+      function: importable by a worker; returns a JSON value.
       tasks: its arguments.
-      results: one JSON file a task; what is there already is taken as it is.
-      pool: where to run; None: here.
-      advance: told the index of each task that is done.
+      results: one JSON file a task; an existing file is taken as the result.
+      pool: where to run; None is this process.
+      advance: called with the index of each finished task.
     """
     found = [read_json(path) for path in results]
     for index, result in enumerate(found):
@@ -72,6 +100,15 @@ def _outcomes(
         ) from None
 
 
-def _limit_threads() -> None:
+def _start_worker(format_files: tuple[str, ...]) -> None:
     # As many processes as cores run: the tokenizers library's threads would only fight over them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    for file in format_files:
+        run_format_file(file)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

@@ -1,69 +1,78 @@
-"""The two passes over one unit of a corpus: `scan_unit` counts and checks it, `encode_unit` writes its tokens."""
+"""The passes over one unit of a corpus, `scan_unit` and `encode_unit`, and the join of all units into shards."""
 
-import re
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.prepare.documents import SPLITS, TRAIN, SplitRule, Unit, assign_splits, read_documents
-from jaxtrain.data.store import DTYPES
+from jaxtrain.data.prepare.documents import SPLITS, TRAIN, SplitRule, Unit, read_blocks, read_documents
+from jaxtrain.data.store import DTYPES, documents_file, shard_file
 from jaxtrain.data.tokenizer import load_tokenizer
 from jaxtrain.runtime.files import sha256_file, sync
 
-# The tokenizers library needs some 100 bytes of memory a byte of text: long documents are encoded block by block.
-BLOCK_CHARACTERS = 1 << 18
 BATCH_CHARACTERS = 1 << 21
-# Between two words: after a lone line end, or before a lone space. Byte-level BPE never merges across either.
-_WORD_END = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
+COPY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class EncodeTask:
-    """One unit to encode, and all that a worker needs to know for it."""
+class UnitTask:
+    """One unit to scan or to encode, with all that a worker needs to know."""
 
     unit: Unit
     number: int  # of the unit in the corpus
-    offset: int  # UTF-8 bytes of document text before the unit
     rule: SplitRule
     text_field: str
     folder: str  # of the unfinished store: has the tokenizer, and `units`, where the unit's files go
+    block_characters: int
+    offset: int = 0  # UTF-8 bytes of document text before the unit
     dtype: str = "uint16"
 
-
-@dataclass(frozen=True)
-class ScanTask:
-    """One unit to scan."""
-
-    unit: Unit
-    rule: SplitRule
-    text_field: str
+    def blocks(self) -> Iterator[tuple[str, bool, str]]:
+        """Yields the unit's blocks of text as `read_blocks` does."""
+        documents = read_documents(self.unit, self.text_field)
+        return read_blocks(documents, self.rule, self.offset, self.block_characters)
 
 
 def unit_file(folder: Path, number: int, split: str, suffix: str) -> Path:
-    """Path of a unit's token file (`bin`) or of its document starts (`npy`)."""
+    """Returns the path of a unit's token file (`bin`) or of its document starts (`npy`)."""
     return folder / f"{number:06d}.{split}.{suffix}"
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Name of the smallest dtype that stores the ids of a vocabulary: uint16 or uint32."""
+    """Returns the smallest dtype that stores the ids of a vocabulary: uint16 or uint32."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def scan_unit(task: ScanTask) -> dict[str, Any]:
-    """Reads a unit once: `num_bytes` and `num_documents` of each split, and `sha256` of each file that starts in it."""
+def scan_unit(task: UnitTask) -> dict[str, Any]:
+    """Reads a unit once.
+
+    Returns:
+      `num_bytes` and `num_documents` of each split, `num_empty` documents, and `sha256` of each file that starts in
+      the unit.
+    """
     counts = {split: {"num_bytes": 0, "num_documents": 0} for split in SPLITS}
-    for split, text in assign_splits(read_documents(task.unit, task.text_field), task.rule, 0):
+    num_read = 0
+
+    def documents():
+        nonlocal num_read
+        for document in read_documents(task.unit, task.text_field):
+            num_read += 1
+            yield document
+
+    for split, first, text in read_blocks(documents(), task.rule, 0, task.block_characters):
         counts[split]["num_bytes"] += len(text.encode("utf-8"))
-        counts[split]["num_documents"] += 1
+        counts[split]["num_documents"] += first
     paths = [piece.file.path for piece in task.unit if piece.start == 0]
-    return {**counts, "sha256": {path: sha256_file(Path(path)) for path in paths}}
+    num_empty = num_read - sum(count["num_documents"] for count in counts.values())
+    return {**counts, "num_empty": num_empty, "sha256": {path: sha256_file(Path(path)) for path in paths}}
 
 
-def encode_unit(task: EncodeTask) -> dict[str, Any]:
+def encode_unit(task: UnitTask) -> dict[str, Any]:
     """Writes a unit's tokens and document starts, one file a split; returns `num_tokens`, `num_bytes`, ... of each.
 
     Each document is the end-of-text token and then its tokens. Starts are in tokens from the unit's first.
@@ -73,11 +82,10 @@ def encode_unit(task: EncodeTask) -> dict[str, Any]:
     starts: dict[str, list[int]] = {split: [] for split in SPLITS}
     dtype = DTYPES[task.dtype]
     boundary = np.array([tokenizer.eot_id], dtype).tobytes()
-    documents = assign_splits(read_documents(task.unit, task.text_field), task.rule, task.offset)
     files = {split: unit_file(folder, task.number, split, "bin") for split in SPLITS}
     with ExitStack() as stack:
         streams = {split: stack.enter_context(open(file, "wb")) for split, file in files.items()}
-        for batch in _batches(documents):
+        for batch in _batches(task.blocks()):
             for (split, first, text), ids in zip(batch, tokenizer.encode_batch([b[2] for b in batch]), strict=True):
                 count = counts[split]
                 if first:
@@ -97,42 +105,83 @@ def encode_unit(task: EncodeTask) -> dict[str, Any]:
     return counts
 
 
-def training_texts(tasks: Iterable[EncodeTask], rate: float) -> Iterator[str]:
+def training_texts(tasks: Iterable[UnitTask], rate: float) -> Iterator[str]:
     """Yields blocks of the training split's text: an evenly spread share `rate` of them."""
-    number = 0
-    for task in tasks:
-        for split, text in assign_splits(read_documents(task.unit, task.text_field), task.rule, task.offset):
-            for block in split_blocks(text, BLOCK_CHARACTERS) if split == TRAIN else ():
-                number += 1
-                if int(number * rate) > int((number - 1) * rate):
-                    yield block
+    blocks = (text for task in tasks for split, _, text in task.blocks() if split == TRAIN)
+    for number, text in enumerate(blocks, 1):
+        if int(number * rate) > int((number - 1) * rate):
+            yield text
 
 
-def split_blocks(text: str, size: int) -> Iterator[str]:
-    """Cuts a text into blocks of `size` characters or a little more, each ending between two words; at least one.
-
-    Byte-level BPE as `train_bpe` makes it gives the blocks the ids it gives the whole text; a tokenizer whose tokens
-    span words may differ by a token at a cut.
-    """
-    start = 0
-    while len(text) - start > size:
-        end = _WORD_END.search(text, start + size)
-        if end is None:
-            break
-        yield text[start : end.end()]
-        start = end.end()
-    yield text[start:]
-
-
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, bool, str]]]:
-    """Groups (split, text) into lists of (split, whether a document starts here, block of text)."""
+def _batches(blocks: Iterable[tuple[str, bool, str]]) -> Iterator[list[tuple[str, bool, str]]]:
+    """Groups blocks into lists of about BATCH_CHARACTERS."""
     batch, size = [], 0
-    for split, text in documents:
-        for number, block in enumerate(split_blocks(text, BLOCK_CHARACTERS)):
-            batch.append((split, number == 0, block))
-            size += len(block)
-            if size >= BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
+    for block in blocks:
+        batch.append(block)
+        size += len(block[2])
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
     if batch:
         yield batch
+
+
+def join_units(
+    folder: Path, split: str, counts: Sequence[dict], dtype: str, shard_tokens: int, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Joins the units' files of a split into shards and one file of document starts.
+
+    Args:
+      folder: of the store.
+      split: its name.
+      counts: results of `encode_unit`, in order.
+      dtype: of the tokens.
+      shard_tokens: tokens of every shard but the last.
+      advance: called with the number of each unit that is copied.
+
+    Returns:
+      The split's part of the manifest.
+    """
+    starts, num_tokens = [], 0
+    for number, count in enumerate(counts):
+        starts.append(np.load(unit_file(folder / "units", number, split, "npy"), allow_pickle=False) + num_tokens)
+        num_tokens += count[split]["num_tokens"]
+    if num_tokens == 0:  # the whole text is less than a character each
+        raise ValueError(f"the text is too small to split: the {split} split has no document; add text")
+    with open(folder / documents_file(split), "wb") as stream:
+        np.save(stream, np.concatenate(starts), allow_pickle=False)
+        sync(stream)
+    return {
+        "num_tokens": num_tokens,
+        "num_bytes": sum(count[split]["num_bytes"] for count in counts),
+        "num_documents": sum(count[split]["num_documents"] for count in counts),
+        "shards": _write_shards(folder, split, len(counts), DTYPES[dtype].itemsize, shard_tokens, advance),
+        "documents_sha256": sha256_file(folder / documents_file(split)),
+    }
+
+
+def _write_shards(
+    folder: Path, split: str, num_units: int, itemsize: int, shard_tokens: int, advance: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Writes a split's shards; returns `num_tokens` and `sha256` of each."""
+
+    def chunks() -> Iterator[tuple[int, bytes]]:  # shard number, bytes; no bytes span two shards
+        position, shard_bytes = 0, shard_tokens * itemsize
+        for number in range(num_units):
+            with open(unit_file(folder / "units", number, split, "bin"), "rb") as stream:
+                while data := stream.read(min(COPY_BYTES, shard_bytes - position % shard_bytes)):
+                    yield position // shard_bytes, data
+                    position += len(data)
+            advance(number)
+
+    shards = []
+    for shard, parts in groupby(chunks(), key=lambda chunk: chunk[0]):
+        digest, size = hashlib.sha256(), 0
+        with open(folder / shard_file(split, shard), "wb") as stream:
+            for _, data in parts:
+                stream.write(data)
+                digest.update(data)
+                size += len(data)
+            sync(stream)
+        shards.append({"num_tokens": size // itemsize, "sha256": digest.hexdigest()})
+    return shards

@@ -1,0 +1,299 @@
+"""Formats of source files: which reader a file gets, and the readers themselves.
+
+To add a format, write a Python file that fills `FORMATS` and give it to `jaxtrain prepare --formats FILE`:
+
+    from jaxtrain.data.prepare.formats import FORMATS, Format
+    from jaxtrain.data.prepare.streams import open_stream
+
+    def pages(path, start, stop, text_field):
+        with open_stream(path) as stream:
+            yield from stream.read().decode().split("\\f")
+
+    FORMATS[".pages"] = Format(pages, file=__file__)
+
+Every worker process runs that file before its first task, so the reader needs no pickling. The top of a config file
+with `data.sources` may fill `FORMATS` in the same way.
+"""
+
+import codecs
+import csv
+import functools
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from jaxtrain.data.prepare.streams import (
+    CHUNK_BYTES,
+    COMPRESSIONS,
+    MAX_RECORD_BYTES,
+    JsonReader,
+    TextReader,
+    import_extra,
+    open_stream,
+)
+
+HEAD_BYTES = 1 << 16  # read to tell formats apart
+
+
+@dataclass(frozen=True)
+class Format:
+    """Reader of one kind of file.
+
+    Attributes:
+      documents: called as `documents(path, start, stop, text_field)`; yields the documents that begin at the bytes
+        [start, stop) of the decompressed file, as texts or, above memory's size, as re-iterable sequences of texts. A
+        ValueError says what is wrong with the file; its path is put in front.
+      splittable: `documents` accepts any byte range; otherwise it is called once with `start` 0 and `stop` None. A
+        compressed file is never split.
+      file: `__file__` of the Python file that registers the format, for worker processes; None for built-in formats.
+    """
+
+    documents: Callable[[str, int, int | None, str], Iterator[str | Iterable[str]]]
+    splittable: bool = False
+    file: str | None = None
+
+
+def find_format(path: str) -> str:
+    """Returns the key in `FORMATS` of a file's format.
+
+    The longest suffix in `FORMATS` decides, in any case and before a compression's suffix. Content tells JSON lines
+    from other JSON, and a file with another suffix is one text unless its content is known to be something else.
+
+    Raises:
+      ValueError: an archive, an image or another file without text.
+    """
+    name = os.path.basename(path).lower()
+    name = next((name.removesuffix(suffix) for suffix in COMPRESSIONS if name.endswith(suffix)), name)
+    suffix = max((key for key in FORMATS if name.endswith(key)), key=len)
+    if FORMATS[suffix] not in BUILT_IN:
+        return suffix
+    with open_stream(path) as stream:
+        head = stream.read(HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
+    if head.startswith(b"PAR1"):
+        return ".parquet"
+    for magic, offset, what, remedy in _FOREIGN:
+        if head[offset:].startswith(magic):
+            raise ValueError(f"is {what}: {remedy}, or leave it out")
+    first_line = head.lstrip().split(b"\n")[0].strip()
+    if FORMATS[suffix].documents is _json_documents:
+        return ".json" if first_line.startswith(b"[") or not _is_json(head, first_line) else ".jsonl"
+    if FORMATS[suffix].documents is _line_documents:
+        return ".json" if first_line.startswith(b"[") or first_line == b"{" else ".jsonl"
+    if suffix == "" and "." not in name and first_line.startswith(b"{") and _is_json(head, first_line):
+        return ".jsonl"
+    return suffix
+
+
+@dataclass(frozen=True)
+class _StreamedText:
+    """Text of a file too large to hold; every iteration reads the file again."""
+
+    path: str
+
+    def __iter__(self) -> Iterator[str]:
+        with open_stream(self.path) as stream:
+            reader = TextReader(stream)
+            while text := reader.read(CHUNK_BYTES):
+                yield text
+
+
+def _text_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str | Iterable[str]]:
+    """Yields the whole file as one document."""
+    with open_stream(path) as stream:
+        reader = TextReader(stream)
+        text = reader.read(CHUNK_BYTES)
+        whole = reader.read(1) == ""
+    yield text if whole else _StreamedText(path)
+
+
+def _line_documents(
+    path: str, start: int, stop: int | None, text_field: str, limit: int = MAX_RECORD_BYTES
+) -> Iterator[str]:
+    """Yields the documents of the JSON lines that begin in [start, stop)."""
+    with open_stream(path) as stream:
+        position = start
+        if start > 0:  # a line belongs to the range that has its first byte
+            stream.seek(start - 1)
+            position += _skip_line(stream) - 1
+        while stop is None or position < stop:
+            line = stream.readline(limit + 1)
+            if not line:
+                return
+            if line.strip():
+                try:
+                    yield _parse_line(line, text_field, limit)
+                except (ValueError, RecursionError) as error:
+                    number = _count_lines(path, position) + 1
+                    raise ValueError(f"line {number} cannot be used: {error}; correct or remove the line") from None
+            position += len(line)
+
+
+def _parse_line(line: bytes, text_field: str, limit: int) -> str:
+    if len(line) > limit:
+        raise ValueError(f"it has more than {limit:,} bytes")
+    return _record_text(json.loads(line.decode("utf-8-sig")), text_field)
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    size = 0
+    while data := stream.readline(CHUNK_BYTES):
+        size += len(data)
+        if data.endswith(b"\n"):
+            break
+    return size
+
+
+def _count_lines(path: str, position: int) -> int:
+    """Returns the number of line ends before a byte position."""
+    number = 0
+    with open_stream(path) as stream:
+        while data := stream.read(min(position, CHUNK_BYTES)):
+            number += data.count(b"\n")
+            position -= len(data)
+    return number
+
+
+def _json_documents(
+    path: str, start: int, stop: int | None, text_field: str, limit: int = MAX_RECORD_BYTES
+) -> Iterator[str]:
+    """Yields the documents of a JSON array, or of JSON values one after another, whatever their line breaks."""
+    for number, value in enumerate(_json_values(path, limit), 1):
+        try:
+            yield _record_text(value, text_field)
+        except ValueError as error:
+            raise ValueError(f"record {number} cannot be used: {error}; correct or remove the record") from None
+
+
+def _json_values(path: str, limit: int) -> Iterator[Any]:
+    with open_stream(path) as stream:
+        reader = JsonReader(stream, limit)
+        if reader.take("["):
+            while not reader.take("]"):
+                yield reader.value()
+                if not reader.take(",") and reader.peek() != "]":
+                    raise ValueError(f"is not JSON: no ',' or ']' after record {reader.number}; correct the file")
+            if reader.peek():
+                raise ValueError("is not JSON: text after the array; correct the file")
+        while reader.peek():
+            yield reader.value()
+
+
+def _record_text(record: Any, text_field: str) -> str:
+    """Returns the text of a parsed record: the record itself if it is a string, else its field."""
+    text = record
+    if not isinstance(record, str):
+        if not isinstance(record, dict) or text_field not in record:
+            fields = ", ".join(record) if isinstance(record, dict) else f"{type(record).__name__}, not an object"
+            raise ValueError(f"it has no field {text_field!r} (it has: {fields}); set text_field")
+        text = record[text_field]
+        if not isinstance(text, str):
+            raise ValueError(f"its field {text_field!r} is {type(text).__name__}, not text; set text_field")
+    text.encode("utf-8")  # an escaped half of a surrogate pair is JSON, but not text
+    return text
+
+
+def _table_documents(
+    delimiter: str, path: str, start: int, stop: int | None, text_field: str, limit: int = MAX_RECORD_BYTES
+) -> Iterator[str]:
+    """Yields one column of a table with a header line, quoted as in RFC 4180."""
+    csv.field_size_limit(limit)
+    with open_stream(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        rows = csv.reader(_table_lines(text, limit), delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, [])
+            if text_field not in header:
+                raise ValueError(f"has no column {text_field!r} (it has: {', '.join(header)}); set text_field")
+            column = header.index(text_field)
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise ValueError(
+                        f"line {rows.line_num} has {len(row)} columns, the header {len(header)}: correct the line"
+                    )
+                if row:
+                    yield row[column]
+        except csv.Error as error:
+            raise ValueError(f"line {rows.line_num} cannot be used: {error}; correct the line") from None
+
+
+def _table_lines(text: io.TextIOWrapper, limit: int) -> Iterator[str]:
+    number = 1
+    try:
+        while line := text.readline(limit + 1):
+            if len(line) > limit:
+                raise ValueError(f"line {number} has more than {limit:,} characters: cut it")
+            yield line
+            number += 1
+    except UnicodeDecodeError:
+        raise ValueError(f"is not UTF-8 text (line {number} or later): convert it (iconv -t utf-8)") from None
+
+
+def _parquet_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
+    """Yields one column of a Parquet file: the row groups whose first byte lies in [start, stop)."""
+    file = import_extra("pyarrow.parquet", "Parquet", "parquet").ParquetFile(path)
+    if text_field not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names)
+        raise ValueError(f"has no column {text_field!r} (it has: {names}); set text_field")
+    for group in range(file.num_row_groups):
+        first = file.metadata.row_group(group).column(0).data_page_offset
+        if start <= first and (stop is None or first < stop):
+            for batch in file.iter_batches(1024, row_groups=[group], columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    yield "" if text is None else _record_text({text_field: text}, text_field)
+
+
+def _is_json(head: bytes, first_line: bytes) -> bool:
+    """Returns True if a file's first line is JSON, or too long to tell from the file's head."""
+    if len(head) == HEAD_BYTES and b"\n" not in head.lstrip():
+        return True
+    try:
+        json.loads(first_line)
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+# Magic bytes, offset, description, remedy.
+_FOREIGN = [
+    (codecs.BOM_UTF32_LE, 0, "UTF-32 text", "convert it (iconv -f utf-32 -t utf-8)"),
+    (codecs.BOM_UTF32_BE, 0, "UTF-32 text", "convert it (iconv -f utf-32 -t utf-8)"),
+    (codecs.BOM_UTF16_LE, 0, "UTF-16 text", "convert it (iconv -f utf-16 -t utf-8)"),
+    (codecs.BOM_UTF16_BE, 0, "UTF-16 text", "convert it (iconv -f utf-16 -t utf-8)"),
+    *(
+        (magic, 0, f"a {name} archive", "unpack it")
+        for magic, name in (
+            (b"PK\x03\x04", "zip"),
+            (b"7z\xbc\xaf\x27\x1c", "7z"),
+            (b"Rar!\x1a", "rar"),
+            (b"\x04\x22\x4d\x18", "lz4"),
+        )
+    ),
+    (b"ustar", 257, "a tar archive", "unpack it"),
+    *(
+        (magic, 0, what, "extract its text")
+        for magic, what in (
+            (b"%PDF-", "a PDF"),
+            (b"SQLite format 3\0", "an SQLite database"),
+            (b"\x89HDF", "an HDF5 file"),
+            (b"ARROW1", "an Arrow file"),
+            (b"\x93NUMPY", "a numpy file"),
+            (b"Obj\x01", "an Avro file"),
+            (b"\x89PNG", "an image"),
+            (b"\xff\xd8\xff", "an image"),
+            (b"GIF8", "an image"),
+            (b"\x7fELF", "a program"),
+        )
+    ),
+]
+
+FORMATS: dict[str, Format] = {
+    "": Format(_text_documents),  # one document
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), Format(_line_documents, splittable=True)),
+    ".json": Format(_json_documents),
+    ".csv": Format(functools.partial(_table_documents, ",")),
+    ".tsv": Format(functools.partial(_table_documents, "\t")),
+    ".parquet": Format(_parquet_documents, splittable=True),
+}
+BUILT_IN = frozenset(FORMATS.values())
