@@ -1,4 +1,4 @@
-"""Curves of a run and of a schedule: PNG pictures with matplotlib, and plain text for the terminal."""
+"""Curves of a run and of a schedule: PNG files drawn with matplotlib, and text for the terminal."""
 
 import math
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ Records = list[dict[str, Any]]
 _BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # a character cell filled by 0 to 8 eighths
 
 
-def plot_metrics(run_dir: str | Path, *, clip_norm: float) -> Path:
-    """Draws `report.png` in a run's folder: loss, learning rate and gradient norm over the steps.
+def plot_metrics(run_dir: str | Path, *, clip_norm: float | None) -> Path:
+    """Draws `report.png` in a run directory: loss, learning rate and gradient norm over the steps.
 
     Args:
-      run_dir: folder with a `metrics.jsonl` of `MetricsWriter`.
-      clip_norm: threshold of the gradient norm.
+      run_dir: run directory with a `metrics.jsonl`.
+      clip_norm: threshold of the gradient norm; None draws no threshold.
 
     Returns:
-      Path of the picture.
+      Path of the PNG file.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -37,6 +37,13 @@ def plot_metrics(run_dir: str | Path, *, clip_norm: float) -> Path:
     steps, events = read_metrics(run_dir / "metrics.jsonl")
     if not steps:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no logged step: train past train.log_every steps first")
+    path = run_dir / "report.png"
+    metrics_figure(steps, events, clip_norm).savefig(path, format="png")
+    return path
+
+
+def metrics_figure(steps: Records, events: Records, clip_norm: float | None) -> "Figure":
+    """Draws the records of a run, as `read_metrics` returns them; see `plot_metrics`."""
     figure = _new_figure(height=9.0)
     loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.5, 2))
     _draw_loss(loss, steps, [event for event in events if event["event"] == "eval"])
@@ -44,48 +51,56 @@ def plot_metrics(run_dir: str | Path, *, clip_norm: float) -> Path:
     rate.set_ylabel("learning rate")
     rate.set_ylim(bottom=0)
     _draw_grad_norm(norm, steps, clip_norm)
-    norm.set_xlabel("optimizer steps done")
-    return _save(figure, run_dir / "report.png")
+    norm.set_xlabel("completed optimizer steps")
+    _style(figure)
+    return figure
 
 
 def plot_schedule(schedule: Schedule, total_steps: int, path: str | Path) -> Path:
-    """Draws a learning-rate schedule over steps 0 to `total_steps - 1` with its first, highest and last rate.
+    """Draws the learning rate of steps 1 to `total_steps` to a PNG file, and names the first, highest and last rate.
 
     Raises:
       ImportError: matplotlib is not installed.
       ValueError: total_steps below 1.
     """
+    schedule_figure(schedule, total_steps).savefig(path, format="png")
+    return Path(path)
+
+
+def schedule_figure(schedule: Schedule, total_steps: int) -> "Figure":
+    """Draws a learning-rate schedule; see `plot_schedule`."""
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")
     rates = np.asarray(schedule(np.arange(total_steps, dtype=np.int32)))
     figure = _new_figure(height=4.0)
     axes = figure.subplots()
-    axes.plot(rates, color="C2", marker=_marker(rates))
+    axes.plot(np.arange(1, total_steps + 1), rates, color="C2", marker=_marker(rates))
     peak = float(rates.max()) or 1.0
     axes.set_ylim(-0.15 * peak, 1.2 * peak)  # room for text above the highest point and below the lowest
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 1.2 * peak])
     named: dict[int, list[str]] = {}  # steps that coincide share one text
-    for name, step in (("first", 0), ("peak", int(rates.argmax())), ("last", total_steps - 1)):
-        named.setdefault(step, []).append(name)
-    for step, names in named.items():
-        _annotate(axes, step, float(rates[step]), names, total_steps)
-    axes.set_xlabel("optimizer step (the first is 0)")
+    for name, index in (("first", 0), ("peak", int(rates.argmax())), ("last", total_steps - 1)):
+        named.setdefault(index, []).append(name)
+    for index, names in named.items():
+        _annotate(axes, index + 1, float(rates[index]), names, total_steps)
+    axes.set_xlabel("optimizer step (the first is 1)")
     axes.set_ylabel("learning rate")
-    return _save(figure, Path(path))
+    _style(figure)
+    return figure
 
 
 def draw_curve(values: Sequence[float], *, width: int = 72, height: int = 12, label: str = "") -> str:
     """Draws a curve as text, with block characters.
 
     Args:
-      values: one or more numbers at x = 0, 1, ...; where there are more than columns, a column is the mean of several.
-        A column without a finite value stays empty.
-      width: characters a line, the y axis included.
-      height: lines of the curve; the x axis is one more, the label another.
-      label: what is above the curve.
+      values: one or more numbers, at x = 1, 2, ...; if there are more values than columns, a column shows the mean of
+        several. A column without a finite value stays empty.
+      width: characters per line, the y axis included.
+      height: lines of the curve; the x axis and the label take one more each.
+      label: title above the curve.
 
     Returns:
-      Lines joined by newlines; the y axis says the highest and lowest value, the x axis the first and last index.
+      Lines joined by newlines. The y axis names the highest and lowest value, the x axis the first and last x.
 
     Raises:
       ValueError: no finite value, or a size too small to draw in.
@@ -97,7 +112,7 @@ def draw_curve(values: Sequence[float], *, width: int = 72, height: int = 12, la
     low, high = float(finite.min()), float(finite.max())
     names = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}" if low < high else ""]
     margin = max(len(name) for name in names)
-    columns, last = width - margin - 2, str(array.size - 1)
+    columns, last = width - margin - 2, str(array.size)
     if height < 2 or columns < len(last) + 2:
         raise ValueError(f"width {width} and height {height} are too small for a curve: use at least 24 by 2")
     means = _column_means(array, columns)
@@ -108,7 +123,7 @@ def draw_curve(values: Sequence[float], *, width: int = 72, height: int = 12, la
     for row, name in enumerate(names):
         cells = np.clip(eighths - 8 * (height - 1 - row), 0, 8)
         lines.append(f"{name:>{margin}} |" + "".join(_BLOCKS[cell] for cell in cells).rstrip())
-    lines.append(" " * (margin + 2) + "0" + last.rjust(columns - 1) if array.size > 1 else " " * (margin + 2) + "0")
+    lines.append(" " * (margin + 2) + "1" + (last.rjust(columns - 1) if array.size > 1 else ""))
     return "\n".join(lines)
 
 
@@ -117,20 +132,18 @@ def _new_figure(height: float) -> "Figure":
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'jaxtrain[plot]'") from error
-    # Not pyplot: that keeps figures in global state and picks a backend that may want a display.
+        raise ImportError("plots need matplotlib: pip install 'jaxtrain[plot]'") from error
+    # Not pyplot, which keeps figures in global state and may choose a backend that needs a display.
     figure = Figure(figsize=(9.0, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def _style(figure: "Figure") -> None:
     for axes in figure.axes:
         axes.grid(True, alpha=0.25)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
-    return path
 
 
 def _column(records: Records, key: str) -> np.ndarray:
@@ -138,7 +151,7 @@ def _column(records: Records, key: str) -> np.ndarray:
 
 
 def _marker(points: Sequence) -> str:
-    return "o" if len(points) < 3 else ""  # a line through one point cannot be seen
+    return "o" if len(points) < 3 else ""  # a line through one point is invisible
 
 
 def _draw_loss(axes: "Axes", steps: Records, evals: Records) -> None:
@@ -154,26 +167,37 @@ def _draw_loss(axes: "Axes", steps: Records, evals: Records) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_grad_norm(axes: "Axes", steps: Records, clip_norm: float) -> None:
+def _draw_grad_norm(axes: "Axes", steps: Records, clip_norm: float | None) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    norms = _column(steps, "grad_norm")
-    norms[norms <= 0] = math.nan  # a logarithmic axis has no place for them
-    axes.plot(_column(steps, "step"), norms, color="C4", linewidth=0.9, marker=_marker(norms))
-    axes.axhline(clip_norm, color="black", linestyle="--", linewidth=1, label=f"clipping threshold {clip_norm:g}")
+    x, norms = _column(steps, "step"), _column(steps, "grad_norm")
+    skipped = _column(steps, "skipped") == 1
+    clipped = (_column(steps, "clip_factor") < 1) & ~skipped
+    norms[~(norms > 0)] = math.nan  # a logarithmic axis has no place for them
+    axes.plot(x, np.where(skipped, math.nan, norms), color="C4", linewidth=0.9, marker=_marker(norms))
+    if clip_norm is not None:
+        axes.axhline(clip_norm, color="black", linestyle="--", linewidth=1, label=f"clipping threshold {clip_norm:g}")
+    if skipped.any():
+        # A skipped step without a finite norm is drawn at the lower edge.
+        finite = np.isfinite(norms)
+        edge = np.nanmin(norms[finite]) if finite.any() else 1.0
+        heights = np.where(finite, norms, edge)[skipped]
+        axes.plot(x[skipped], heights, "x", color="C3", markersize=6, label="skipped")
     axes.set_yscale("log")
     bottom, top = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 1e4 * bottom else (1,)))
+    subs = range(1, 10) if top < 5 * bottom else (1, 2, 5) if top < 1e4 * bottom else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 0.5 rather than 5 times a power of ten
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("gradient norm\nbefore clipping")
-    clipped = np.mean(norms > clip_norm)
-    axes.set_title(f"{clipped:.1%} of {len(norms)} logged steps clipped", fontsize="medium", loc="left")
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98))  # above the panel: inside it hides points
+    title = f"{clipped.mean():.1%} of {len(norms)} logged steps clipped"
+    axes.set_title(title + (f", {skipped.sum()} skipped" if skipped.any() else ""), fontsize="medium", loc="left")
+    if axes.get_legend_handles_labels()[0]:  # above the panel: inside, it would hide points
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
 
 
 def _annotate(axes: "Axes", step: int, rate: float, names: list[str], total_steps: int) -> None:
-    """Writes above the highest point and below the others, and always towards the middle: texts cannot meet."""
+    """Names a point: above the peak, below any other, and towards the middle, so that texts do not overlap."""
     above = "peak" in names
     side = "left" if step <= (total_steps - 1) / 2 else "right"
     axes.plot([step], [rate], "o", color="C2", markersize=5)
@@ -189,7 +213,7 @@ def _annotate(axes: "Axes", step: int, rate: float, names: list[str], total_step
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values in an odd window around each; the window shrinks, on both sides, towards the ends."""
+    """Returns the mean of the finite values in an odd window around each value; the window shrinks towards the ends."""
     index = np.arange(len(values))
     half = np.minimum(np.minimum(index, index[::-1]), window // 2)
     finite = np.isfinite(values)
@@ -201,7 +225,7 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _column_means(values: np.ndarray, columns: int) -> np.ndarray:
-    """Mean of the finite values that fall in each column; fewer values than columns are repeated."""
+    """Returns the mean of the finite values in each column; fewer values than columns are repeated."""
     edges = np.linspace(0, len(values), columns + 1)
     means = np.full(columns, math.nan)
     for column in range(columns):

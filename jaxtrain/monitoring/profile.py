@@ -1,17 +1,17 @@
-"""Traces some steps of a run for TensorBoard, xprof or Perfetto: `jaxtrain train CONFIG --profile 10:13`.
+"""Profiler of training steps, for TensorBoard, xprof and Perfetto: `jaxtrain train CONFIG --profile 10:13`.
 
-They are written to RUN/profile/plugins/profile/steps_10-12/, where TensorBoard looks for them, by each process its own:
+Each process writes its trace to RUN/profile/plugins/profile/steps_10-12/, where TensorBoard expects it:
 
   process0.xplane.pb       for TensorBoard and xprof
   process0.trace.json.gz   for ui.perfetto.dev
-  process0.scopes.json     which scope each instruction of the program comes from, for `jaxtrain report`
+  process0.scopes.json     scope of each instruction of the program, for `jaxtrain report`
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,26 @@ import jax
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.monitoring.recorder import Recorder
-from jaxtrain.monitoring.trace import scopes_of
+from jaxtrain.monitoring.trace import SCOPES
+from jaxtrain.runtime.files import write_json
+from jaxtrain.runtime.hlo import Program
 
 
 def parse_profile(text: str | None, config: TrainConfig) -> range:
     """Reads `--profile START:STOP`: steps START to STOP - 1, counted from 1; None is an empty range.
 
     Raises:
-      ValueError: not two whole numbers, an empty range, or steps that the run does not make.
+      ValueError: not two whole numbers, an empty range, or steps outside the run.
     """
     if text is None:
         return range(0)
     parts = text.split(":")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
-        raise ValueError(f"--profile {text!r} is no range of steps: write START:STOP, such as 10:13")
+        raise ValueError(f"--profile {text!r} is not a range of steps: write START:STOP, such as 10:13")
     steps = range(int(parts[0]), int(parts[1]))
     if not steps or steps.start < 1:
         raise ValueError(
-            f"--profile {text!r} has no step or one before the first: it traces steps START to STOP - 1, from 1"
+            f"--profile {text!r} is empty or starts before step 1: it traces steps START to STOP - 1, counted from 1"
         )
     last, name = min((config.steps, "train.steps"), (config.stop_after or config.steps, "train.stop_after"))
     if steps[-1] > last:
@@ -46,16 +48,19 @@ def parse_profile(text: str | None, config: TrainConfig) -> range:
 
 
 def steps_left(steps: range, first: int, say: Callable[[str], None]) -> range:
-    """What a run that goes on after step `first` still can trace: all of the range or, which is said, nothing."""
+    """Returns the steps that a run resumed at step `first` can trace: all, or none with a message."""
     if steps and steps.start <= first:
-        say(f"no profile: the run goes on after step {first}, and --profile begins with step {steps.start}")
+        say(f"no profile: the run resumes after step {first}, and --profile begins with step {steps.start}")
         return range(0)
     return steps
 
 
 @contextlib.contextmanager
 def named_as_now(steps: range) -> Iterator[None]:
-    """Compiles without what the cache has of a program that differs in its names alone, if steps are to be traced."""
+    """Makes the compilation cache tell programs apart by their names too, if steps are to be traced.
+
+    Otherwise a cached program with older names would be loaded, and the trace could not be mapped to scopes.
+    """
     if not steps:
         yield
         return
@@ -68,22 +73,42 @@ def named_as_now(steps: range) -> Iterator[None]:
         jax.config.update(flag, before)
 
 
+def scopes_of(text: str) -> dict[str, str]:
+    """Maps the instructions of a compiled program (`compiled.as_text()`) to their scopes."""
+    computations = Program(text).computations
+    own = {name: [scope for line in lines if (scope := _scope(line.source))] for name, lines in computations.items()}
+    scopes = {}
+    for line in (line for lines in computations.values() for line in lines):
+        inside = [scope for name in line.called for scope in own.get(name, ())]  # of a fusion without a source
+        if scope := _scope(line.source) or (Counter(inside).most_common(1)[0][0] if inside else ""):
+            scopes[line.name] = scope
+    return scopes
+
+
+def _scope(source: str) -> str:
+    """Returns the innermost scope of a path such as `jit(train_step)/transpose(jvp(head))/while/body/dot_general`."""
+    names = [part.rstrip(")").rpartition("(")[2] for part in source.split("/")]
+    return next((name for name in reversed(names) if name in SCOPES), "")
+
+
 class Profiler:
-    """Traces the steps of a range while the loop runs; a context manager.
+    """Profiles a range of steps while the loop runs; a context manager.
 
-    Nothing that goes wrong with it ends the run: it is said, and training goes on.
-
-    Args:
-      steps: which; an empty range traces nothing.
-      folder: of the run.
-      program: the compiled train step.
-      recorder: waits for a step to be done, and is told of the trace.
+    A failure of the profiler is reported, and training goes on.
     """
 
     def __init__(self, steps: range, folder: Path, program: jax.stages.Compiled, recorder: Recorder):
+        """Prepares the profiler.
+
+        Args:
+          steps: steps to trace; an empty range traces nothing.
+          folder: run directory.
+          program: the compiled train step.
+          recorder: flushed before and after the traced steps, and receives the event.
+        """
         self._steps, self._program, self._recorder = steps, program, recorder
         self._folder = folder / "profile"
-        self._first = self._last = 0  # traced so far; first is 0 unless it is tracing
+        self._first = self._last = 0  # traced steps so far; first is 0 while no trace is running
         self._partial = self._folder / f".process{jax.process_index()}.partial"
 
     def __enter__(self) -> "Profiler":
@@ -96,12 +121,12 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, done: int) -> Iterator[None]:
-        """Goes around step `done`, counted from 1."""
+        """Surrounds the step number `done`, counted from 1."""
         if done not in self._steps:
             yield
             return
         if done == self._steps[0]:
-            self._recorder.flush()  # the step before is not to be in it
+            self._recorder.flush()  # keeps the step before out of the trace
             self._attempt(lambda: self._start(done))
         with jax.profiler.StepTraceAnnotation("train", step_num=done):
             yield
@@ -112,7 +137,7 @@ class Profiler:
 
     def _start(self, done: int) -> None:
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # every call of every function: slow, and then hard to read
+        options.python_tracer_level = 0  # it would record every function call: slow, and hard to read
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
         jax.profiler.start_trace(self._partial, create_perfetto_trace=True, profiler_options=options)
@@ -123,11 +148,11 @@ class Profiler:
         if first:
             self._attempt(jax.profiler.stop_trace)
             if self._last >= first:
-                self._attempt(lambda: self._keep(first))
+                self._attempt(lambda: self._store(first))
             shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _keep(self, first: int) -> None:
-        """Gives the files of steps `first` to `_last` their names, and adds the scopes."""
+    def _store(self, first: int) -> None:
+        """Moves the files of steps `first` to `_last` to their place, and writes the scopes."""
         (for_xprof,) = self._partial.rglob("*.xplane.pb")
         (for_perfetto,) = self._partial.rglob("perfetto_trace.json.gz")
         hlo = self._program.as_text()
@@ -137,14 +162,14 @@ class Profiler:
         folder.mkdir(parents=True, exist_ok=True)
         os.replace(for_xprof, folder / f"{name}.xplane.pb")
         os.replace(for_perfetto, folder / f"{name}.trace.json.gz")
-        (folder / f"{name}.scopes.json").write_text(json.dumps(about))
+        write_json(folder / f"{name}.scopes.json", about)
         text = f"profiled steps {first} to {self._last}: {folder}"
         self._recorder.event("profile", text, first=first, last=self._last)
 
     def _attempt(self, function: Callable[[], None]) -> None:
-        """Calls a function outside of the steps' time; what goes wrong is said."""
+        """Calls a function outside the steps' time, and reports its failure."""
         with self._recorder.pause():
             try:
                 function()
-            except (OSError, RuntimeError, ValueError) as error:  # a full disk, another profiler that is at work
+            except (OSError, RuntimeError, ValueError) as error:  # a full disk, another profiler that is running
                 self._recorder.say(f"no profile: {error}")

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing beside it."""
+"""Report of a run: one HTML file without dependencies."""
 
 import base64
 import dataclasses
@@ -26,10 +26,9 @@ img { max-width: 100%; }
 pre { white-space: pre-wrap; background: #f6f6f6; padding: 1rem; }
 """
 
-# Units of the fields whose names do not say them.
+# Units of fields whose names do not tell them.
 _UNITS = {"nll": "nats per token", "loss": "nats per token", "z_loss": "nats per token"}
-
-
+# Config fields that are shown even at their default: most runs differ in these.
 _HIGHLIGHTS = {
     *("tokenizer", "num_layers", "num_heads", "d_model", "d_ff", "positions", "norm", "feed_forward"),
     *("peak_lr", "schedule", "warmup_steps", "weight_decay", "clip_norm"),
@@ -38,10 +37,10 @@ _HIGHLIGHTS = {
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes `report.html` (and the `report.png` in it) to a run's folder.
+    """Writes `report.html`, and the `report.png` in it, to a run directory.
 
     Args:
-      run_dir: folder with a `config.json` and a `metrics.jsonl`. A sample named by a `stop` event is shown too.
+      run_dir: run directory with `config.json` and `metrics.jsonl`. The sample named by the last `stop` event is shown.
 
     Returns:
       Path of the HTML file.
@@ -52,14 +51,14 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     config = load(run_dir / "config.json")
-    picture = plot_metrics(run_dir, clip_norm=config.optim.clip_norm)
+    picture = plot_metrics(run_dir, clip_norm=norm_threshold(config))
     steps, events = read_metrics(run_dir / "metrics.jsonl")
     name = html.escape(run_dir.resolve().name)
     encoded = base64.b64encode(picture.read_bytes()).decode("ascii")
     evals = [event for event in events if event["event"] == "eval"]
     sections = [
         ("Health", _health_table(diagnose(steps, events, config), len(steps))),
-        ("Last step", _table(_last_step_rows(steps[-1], config))),
+        ("Last step", _table(_last_step_rows(steps, config))),
         ("Last evaluation", _table(_eval_rows(evals[-1]))) if evals else None,
         ("Time by scope", _times_table(run_dir)),
         ("Curves", f'<img alt="loss, learning rate and gradient norm" src="data:image/png;base64,{encoded}">'),
@@ -77,19 +76,26 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def _last_step_rows(step: dict[str, Any], config: Config) -> Rows:
+def norm_threshold(config: Config) -> float | None:
+    """Returns the threshold of the global gradient norm; None under adaptive clipping, which has one per unit."""
+    return None if config.optim.clipping == "adaptive" else config.optim.clip_norm
+
+
+def _last_step_rows(steps: list[dict[str, Any]], config: Config) -> Rows:
+    step, skipped = steps[-1], sum(line.get("skipped") == 1 for line in steps)
     rows = [("step", f"{step['step']:,} of {config.train.steps:,}")]
+    rows += [("skipped steps", f"{skipped:,}")] if skipped else []
     shown = ("nll", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "mfu", "attempt")
     return rows + [(_label(key), _format(key, step[key])) for key in shown if key in step]
 
 
 def _eval_rows(event: dict[str, Any]) -> Rows:
-    """Every field of the event, so that what an evaluation adds is shown without a change here."""
+    """Returns every field of an `eval` event, those of future evaluations included."""
     return [(_label(key), _format(key, value)) for key, value in event.items() if key not in ("event", "time")]
 
 
 def _config_rows(config: Config) -> Rows:
-    """What most runs are told apart by, and all that is not at its default; the rest is in `config.json`."""
+    """Returns the highlighted fields and all that differ from their default; `config.json` has the rest."""
     rows = []
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
@@ -111,7 +117,7 @@ def _sample(run_dir: Path, events: list[dict[str, Any]]) -> str:
 
 
 def read_findings(run_dir: str | Path) -> tuple[list[Finding], str]:
-    """What a run's records say about its health, and how far it has come, as a line of text.
+    """Returns the findings of a run, and its progress as a line of text.
 
     Raises:
       ValueError: config or metrics are missing.
@@ -124,17 +130,17 @@ def read_findings(run_dir: str | Path) -> tuple[list[Finding], str]:
 
 
 def describe_times(run_dir: str | Path) -> tuple[str, list[tuple[str, str, str]]]:
-    """What a run's newest trace says: a heading, and by scope its share and milliseconds a step; empty: no trace."""
+    """Returns a heading and rows (scope, share, milliseconds a step) of the newest trace; empty without one."""
     folder = newest_trace(run_dir)
     if folder is None:
         return "", []
     try:
-        times = read_times(folder)
+        steps, times = read_times(folder)
     except ValueError as error:
         return str(error), []
-    shares = times.shares()
-    rows = [(scope, f"{shares[scope]:.1%}", f"{value:.3g}") for scope, value in times.milliseconds.items()]
-    return f"steps {times.first:,} to {times.last:,}, from {folder.relative_to(run_dir)}", rows
+    total = sum(times.values())
+    rows = [(scope, f"{value / total:.1%}", f"{value:.3g}") for scope, value in times.items()]
+    return f"steps {steps[0]:,} to {steps[-1]:,}, from {folder.relative_to(run_dir)}", rows
 
 
 def _times_table(run_dir: Path) -> str:
@@ -151,7 +157,7 @@ def _health_table(findings: list[Finding], num_steps: int) -> str:
 
 
 def _events_table(events: list[dict[str, Any]]) -> str:
-    """All but the findings, which have a table of their own."""
+    """Formats all events but the findings, which have a table of their own."""
     rows = []
     for event in events:
         if event["event"] == "finding":
@@ -163,7 +169,7 @@ def _events_table(events: list[dict[str, Any]]) -> str:
 
 
 def _columns(titles: tuple[str, ...], rows: list[tuple[str, ...]], num_short: int) -> str:
-    """A table with a head; the first columns, `num_short` of them, are never broken into lines."""
+    """Formats a table with a head; the first `num_short` columns are never wrapped."""
     lines = ["".join(f"<th>{html.escape(title)}</th>" for title in titles)]
     for row in rows:
         starts = ['<td class="short">'] * num_short + ["<td>"] * (len(row) - num_short)

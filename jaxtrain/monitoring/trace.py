@@ -1,94 +1,34 @@
-"""Reads the traces that `--profile` writes: where the time of a step goes, by the named scopes of the program.
+"""Reads the traces that `--profile` writes: the time of a step by the named scopes of the program.
 
-A trace has spans named after instructions of the compiled program, which its compiler has fused and renamed; the file
-of scopes beside it says which scope each comes from. On CPUs an instruction may leave its work to a pool of threads:
-what a task of the pool does counts for the instruction that has scheduled it.
+A trace has spans named after instructions of the compiled program; a file beside it maps these to scopes. On CPUs an
+instruction may leave its work to a thread pool: the time of a task counts for the instruction that scheduled it.
 """
 
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from jaxtrain.runtime.hlo import Program
+from typing import Any
 
 SCOPES = ("embed", "attention", "mlp", "head", "optimizer")
-OTHER = "other"  # what is between them: norms for the record, slices of stacked weights, copies
+OTHER = "other"  # between the scopes: norms for the record, slices of stacked weights, copies
 
-_WAITS = ("ThunkExecutor::", "SlinkyThreadPool::Await")  # of CPUs: a thread that looks after others
-_OPS_LINE = "XLA Ops"  # where a device has this line, the others say the same again
-
-
-class Times(NamedTuple):
-    """Where the time of some steps went.
-
-    Attributes:
-      first, last: the steps, counted from 1.
-      milliseconds: by scope (SCOPES, then OTHER): time a step in which a thread or a stream worked on it, added over
-        threads, devices and processes.
-    """
-
-    first: int
-    last: int
-    milliseconds: dict[str, float]
-
-    def shares(self) -> dict[str, float]:
-        """The fraction of each scope; they add up to 1."""
-        whole = sum(self.milliseconds.values())
-        return {scope: value / whole for scope, value in self.milliseconds.items()}
-
-
-class _Span(NamedTuple):
-    start: float  # ns
-    end: float
-    kind: str  # "op", "task" or "wait"
-    name: str  # of the instruction, or the number under which the task was scheduled
-
-
-class _Line(NamedTuple):
-    """A thread or a stream: its spans, and the tasks that it has scheduled, with when."""
-
-    spans: list[_Span]
-    scheduled: list[tuple[float, str]]
-
-
-def scopes_of(text: str) -> dict[str, str]:
-    """Maps the instructions of a compiled program (`compiled.as_text()`) to the scopes that they come from."""
-    program = Program(text)
-    own: dict[str, list[str]] = {
-        name: [scope for line in lines if (scope := _scope(line.source))]
-        for name, lines in program.computations.items()
-    }
-    found = {}
-    for lines in program.computations.values():
-        for line in lines:
-            # A fusion without a name of its own is what most of it is.
-            inside = [scope for name in line.called for scope in own.get(name, ())]
-            scope = _scope(line.source) or (Counter(inside).most_common(1)[0][0] if inside else "")
-            if scope:
-                found[line.name] = scope
-    return found
-
-
-def _scope(source: str) -> str:
-    """The innermost scope in a path such as `jit(train_step)/transpose(jvp(head))/while/body/dot_general`."""
-    for part in reversed(source.split("/")):
-        name = part.rstrip(")").rpartition("(")[2]
-        if name in SCOPES:
-            return name
-    return ""
+_WAITS = ("ThunkExecutor::", "SlinkyThreadPool::Await")  # spans of a CPU thread that waits for others
+Span = tuple[float, float, str, str]  # start and end in ns; "op", "task" or "wait"; instruction or task number
 
 
 def newest_trace(run_dir: str | Path) -> Path | None:
-    """The folder of a run's newest trace; None: there is none."""
+    """Returns the folder of a run's newest trace; None if there is none."""
     folders = {path.parent for path in Path(run_dir).glob("profile/plugins/profile/*/*.scopes.json")}
     return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
-def read_times(folder: Path) -> Times:
+def read_times(folder: Path) -> tuple[range, dict[str, float]]:
     """Reads the traces of all processes in a folder.
+
+    Returns:
+      The traced steps, and by scope the milliseconds per step, summed over threads, devices and processes.
 
     Raises:
       ValueError: a file is missing or damaged, or the trace has no instruction of the step.
@@ -97,87 +37,75 @@ def read_times(folder: Path) -> Times:
     for file in sorted(folder.glob("*.scopes.json")):
         try:
             about = json.loads(file.read_text())
-            first, last, scopes, module = about["first"], about["last"], about["scopes"], about["module"]
-            planes = _planes(file.with_name(file.name.replace(".scopes.json", ".xplane.pb")))
+            steps, scopes = range(about["first"], about["last"] + 1), about["scopes"]
+            lines = list(_lines(file.with_name(file.name.replace(".scopes.json", ".xplane.pb")), about["module"]))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ValueError(f"the trace in {folder} cannot be read: {error}") from None
-        for name, nanoseconds in _busy(_lines(planes, module)).items():
+        for name, nanoseconds in busy_times(lines).items():
             busy[scopes.get(name, OTHER)] += nanoseconds
-    if not sum(busy.values()):
+    if not busy.total():
         raise ValueError(f"the trace in {folder} has no instruction of the train step")
-    per_step = {scope: busy[scope] / 1e6 / (last - first + 1) for scope in (*SCOPES, OTHER)}
-    return Times(first, last, per_step)
+    return steps, {scope: busy[scope] / 1e6 / len(steps) for scope in (*SCOPES, OTHER)}
 
 
-def _planes(file: Path) -> list[Any]:
-    from jax.profiler import ProfileData  # a second to import, and only reports of runs with a trace need it
+def _lines(file: Path, module: str) -> Iterator[tuple[list[Span], list[tuple[float, str]]]]:
+    from jax.profiler import ProfileData  # takes a second to import
 
     if not file.is_file():
         raise ValueError(f"no file {file.name}")
     planes = list(ProfileData.from_file(str(file)).planes)
-    devices = [plane for plane in planes if plane.name.startswith("/device:")]
-    return devices or planes  # beside a device, the host's threads show who has called for what
-
-
-def _lines(planes: Iterable[Any], module: str) -> Iterator[_Line]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # nanobind's, about its own iterators
-        for plane in planes:
+        for plane in [plane for plane in planes if plane.name.startswith("/device:")] or planes:
             lines = list(plane.lines)
-            ops = [line for line in lines if line.name == _OPS_LINE]
-            for line in ops or lines:
-                yield _read_line(line, module, bool(ops))
+            ops = [line for line in lines if line.name == "XLA Ops"]  # the other lines of a TPU repeat these
+            yield from (read_line(line, module, bool(ops)) for line in ops or lines)
 
 
-def _read_line(line: Any, module: str, only_ops: bool) -> _Line:
+def read_line(line: Any, module: str, only_ops: bool) -> tuple[list[Span], list[tuple[float, str]]]:
+    """Returns the spans of a thread or stream, and when it scheduled which task."""
     spans, scheduled, begun = [], [], []
     for event in line.events:
-        name, start = event.name, event.start_ns
-        if name.startswith("$"):
-            continue  # a Python function
-        stats = dict(event.stats)
-        if only_ops or "hlo_op" in stats:
+        name, start, end = event.name, event.start_ns, event.start_ns + event.duration_ns
+        stats = {} if name.startswith("$") else dict(event.stats)  # "$": a Python function
+        if (only_ops or "hlo_op" in stats) and not name.startswith("$"):
             if str(stats.get("hlo_module", module)).split("(")[0] == module:
-                op = str(stats.get("hlo_op") or name.split(" = ")[0].lstrip("%"))
-                spans.append(_Span(start, start + event.duration_ns, "op", op))
+                spans.append((start, end, "op", str(stats.get("hlo_op") or name.split(" = ")[0].lstrip("%"))))
         elif name.startswith(_WAITS):
-            spans.append(_Span(start, start + event.duration_ns, "wait", ""))
+            spans.append((start, end, "wait", ""))
         elif name == "ThreadpoolListener::Record":
             scheduled.append((start, str(stats.get("_p"))))
         elif name == "ThreadpoolListener::StartRegion":
             begun.append((start, str(stats.get("_c"))))
         elif name == "ThreadpoolListener::StopRegion" and begun:
             begin, number = begun.pop()
-            spans.append(_Span(begin, start, "task", number))
-    return _Line(spans, scheduled)
+            spans.append((begin, start, "task", number))
+    return spans, scheduled
 
 
-def _busy(lines: Iterable[_Line]) -> Counter[str]:
-    """Nanoseconds by instruction: of each moment of a thread, for the innermost span around it."""
-    own_time: list[tuple[_Span, float]] = []
-    scheduled_in: dict[str, _Span] = {}  # task -> the innermost span at that moment
-    for line in lines:
-        moments = [(span.start, -span.end, span, "") for span in line.spans]
-        moments += [(time, 0.0, None, number) for time, number in line.scheduled]
-        inner: dict[_Span, float] = {}
-        stack: list[_Span] = []
-        for time, _, span, number in sorted(moments, key=lambda moment: moment[:2]):
-            while stack and stack[-1].end <= time:
+def busy_times(lines: list[tuple[list[Span], list[tuple[float, str]]]]) -> Counter[str]:
+    """Returns nanoseconds by instruction; each moment of a thread counts for the innermost span around it."""
+    own: Counter[Span] = Counter()
+    scheduled_in: dict[str, Span] = {}  # task number: the innermost span that scheduled it
+    for spans, scheduled in lines:
+        stack: list[Span] = []
+        moments = [(span[0], -span[1], span, "") for span in spans] + [(at, 0.0, None, n) for at, n in scheduled]
+        for start, _, span, number in sorted(moments, key=lambda moment: moment[:2]):
+            while stack and stack[-1][1] <= start:
                 stack.pop()
             if span is None:
-                if stack:
-                    scheduled_in[number] = stack[-1]
+                scheduled_in |= {number: stack[-1]} if stack else {}
                 continue
+            own[span] += span[1] - span[0]
             if stack:
-                inner[stack[-1]] = inner.get(stack[-1], 0.0) + span.end - span.start
+                own[stack[-1]] -= span[1] - span[0]
             stack.append(span)
-        own_time += [(span, max(0.0, span.end - span.start - inner.get(span, 0.0))) for span in line.spans]
     busy: Counter[str] = Counter()
-    for span, nanoseconds in own_time:
+    for span, nanoseconds in own.items():
         seen = {span}
-        while span.kind == "task" and (earlier := scheduled_in.get(span.name)) and earlier not in seen:
+        while span[2] == "task" and (earlier := scheduled_in.get(span[3])) and earlier not in seen:
             span = earlier
             seen.add(span)
-        if span.kind == "op":
-            busy[span.name] += nanoseconds
+        if span[2] == "op":
+            busy[span[3]] += max(0.0, nanoseconds)
     return busy

@@ -7,7 +7,7 @@ import pytest
 
 from jaxtrain.config import Config, DataConfig, OptimConfig, TrainConfig, to_json
 from jaxtrain.monitoring.metrics import JsonLines
-from jaxtrain.monitoring.report import write_report
+from jaxtrain.monitoring.report import norm_threshold, write_report
 
 EVAL = {
     "nll": 1.25,
@@ -96,13 +96,19 @@ def test_report_of_one_step_without_events(tmp_path):
     assert len(page.images) == 1
 
 
-def test_clip_norm_comes_from_the_config(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "jaxtrain.monitoring.report.plot_metrics", lambda run, clip_norm: seen.append(clip_norm) or run / "config.json"
-    )
-    write_report(make_run(tmp_path / "run", 1))
-    assert seen == [0.25]
+@pytest.mark.parametrize(("clipping", "threshold"), [("global_norm", 0.25), ("zclip", 0.25), ("adaptive", None)])
+def test_the_threshold_comes_from_the_config(clipping, threshold):
+    config = Config(data=DataConfig(store="any"), optim=OptimConfig(clip_norm=0.25, clipping=clipping))
+    assert norm_threshold(config) == threshold
+
+
+def test_skipped_steps_are_counted(tmp_path):
+    run = make_run(tmp_path / "run", 3)
+    assert "skipped steps" not in Page(write_report(run).read_text()).words
+    with JsonLines(run / "metrics.jsonl") as writer:
+        for step in (4, 5):
+            writer.step(step, {"nll": 1.0, "grad_norm": 1e3, "learning_rate": 1e-3, "skipped": 1.0})
+    assert Page(write_report(run).read_text()).cell("skipped steps") == "2"
 
 
 def test_a_sample_stays_inside_the_run(tmp_path):
