@@ -9,6 +9,7 @@ Names below `checkpoints/`:
   scores.json        validation loss by step, for `keep_best`
 """
 
+import datetime
 import math
 import os
 import re
@@ -16,7 +17,9 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxtrain.checkpoints.manifest import Damaged, verify
 from jaxtrain.runtime import processes
@@ -33,6 +36,14 @@ def report_to_stderr(event: str, text: str, **fields: Any) -> None:
         print(text, file=sys.stderr)
 
 
+class _Checkpoint(NamedTuple):
+    """Checkpoint as Orbax's policies see it."""
+
+    step: int
+    metrics: float | None = None  # validation loss
+    time: datetime.datetime | None = None  # read by no policy that is used here
+
+
 def retained(
     steps: list[int], scores: dict[int, float], *, keep: int, keep_every: int | None, keep_best: int | None
 ) -> set[int]:
@@ -45,12 +56,20 @@ def retained(
       keep_every: multiples of this many steps stay for good. None disables this set.
       keep_best: number of checkpoints with the least finite validation loss that stay. None disables this set.
     """
-    stay = set(sorted(steps)[-keep:])
+
+    def chosen(policy: policies.PreservationPolicy, checkpoints: list[_Checkpoint]) -> set[int]:
+        stays = policy.should_preserve(checkpoints, context=policies.PreservationContext())
+        return {checkpoint.step for checkpoint, stay in zip(checkpoints, stays, strict=True) if stay}
+
+    every = [_Checkpoint(step) for step in sorted(steps)]
+    # Later steps first: of equal losses the last in BestN's order stay, which are the earlier steps.
+    scored = [_Checkpoint(step, scores[step]) for step in sorted(steps, reverse=True) if step in scores]
+    scored = [checkpoint for checkpoint in scored if math.isfinite(checkpoint.metrics)]
+    stay = chosen(policies.LatestN(keep), every)
     if keep_every:
-        stay |= {step for step in steps if step % keep_every == 0}
+        stay |= chosen(policies.EveryNSteps(keep_every), every)
     if keep_best:
-        ranked = sorted((scores[step], step) for step in steps if step in scores and math.isfinite(scores[step]))
-        stay |= {step for _, step in ranked[:keep_best]}
+        stay |= chosen(policies.BestN(get_metric_fn=float, reverse=True, n=keep_best), scored)
     return stay
 
 
@@ -58,9 +77,10 @@ class CheckpointFolder:
     """Checkpoints of one run on disk. Reads names and deletes; saving and restoring are in save.py and restore.py.
 
     Args:
-      path: the folder; the first save creates it.
+      path: the folder, in the run directory; the first save creates it.
       keep, keep_every, keep_best: which checkpoints stay, see `retained`.
       report: `(event, text, **fields)`, called with everything that a user should know.
+      delete: deletes a folder with all that is in it.
     """
 
     def __init__(
@@ -71,11 +91,13 @@ class CheckpointFolder:
         keep_every: int | None = None,
         keep_best: int | None = None,
         report: Callable[..., None] = report_to_stderr,
+        delete: Callable[[Path], None] = shutil.rmtree,
     ):
         if keep < 1 or (keep_every or 0) < 0 or (keep_best or 0) < 0:
             raise ValueError(f"keep must be 1 or more, the others 0 or more: {keep}, {keep_every}, {keep_best}")
         self.path = Path(path).absolute()
-        self.report = report
+        self.report, self._delete_folder = report, delete
+        self._warned: set[Path] = set()
         self._rule = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
 
     def steps(self) -> list[int]:
@@ -108,11 +130,17 @@ class CheckpointFolder:
         """Returns the path that a checkpoint has while it is written."""
         return self.path / f".{step}.partial"
 
+    def warn(self, path: Path, problem: object) -> None:
+        """Reports a file or folder that could not be written, read or deleted, once for each path."""
+        if path not in self._warned:
+            self._warned.add(path)
+            self.report("checkpoint_warning", f"{path}: {problem}", path=str(path), problem=str(problem))
+
     def clean(self) -> None:
         """Deletes the leftovers of a crash (`.STEP.partial`, `.STEP.deleting`). The caller must hold the run's lock."""
         for path in list(self.path.iterdir()) if self.path.is_dir() else []:
             if _LEFTOVER.match(path.name):
-                shutil.rmtree(path)
+                self._delete(path, self.warn)
 
     def set_aside(self, step: int, suffix: str) -> None:
         """Renames a checkpoint to STEP.suffix (or STEP.suffix.2, ...), so that its step can be saved again."""
@@ -137,26 +165,59 @@ class CheckpointFolder:
         later = [other for other in self.steps() if other > step]
         for other in reversed(later):  # so that a crash leaves no gap
             self.set_aside(other, "rewound")
-        if scores := self._scores():
-            write_json(self.path / _SCORES, {other: nll for other, nll in scores.items() if other <= step})
+        if scores := self._scores(self.warn):
+            self._write_scores({other: nll for other, nll in scores.items() if other <= step})
         return later
 
     def score(self, step: int, nll: float) -> None:
         """Records the validation loss of a step, for `keep_best`."""
         if self._rule["keep_best"] and processes.is_lead():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / _SCORES, {**self._scores(), step: float(nll)})
+            self._write_scores({**self._scores(self.warn), step: float(nll)})
 
-    def prune(self, before_delete: Callable[[], None] = lambda: None) -> None:
-        """Deletes the checkpoints that need not stay; calls `before_delete` once a checkpoint has lost its name."""
+    def prune(
+        self, *, before_delete: Callable[[], None] = lambda: None, warn: Callable[[Path, object], None] | None = None
+    ) -> None:
+        """Deletes the checkpoints that need not stay. One that can't be deleted is a warning.
+
+        Args:
+          before_delete: called once a checkpoint has lost its name.
+          warn: takes the warnings; None reports them.
+        """
+        warn = warn or self.warn
         steps = self.steps()
-        stay = retained(steps, self._scores(), **self._rule)
+        stay = retained(steps, self._scores(warn), **self._rule)
         for step in steps:
             if step not in stay:
                 doomed = self.path / f".{step}.deleting"
-                os.rename(self.checkpoint(step), doomed)
+                try:
+                    os.rename(self.checkpoint(step), doomed)
+                except OSError as error:
+                    warn(self.checkpoint(step), f"this old checkpoint could not be deleted: {error}")
+                    continue
                 before_delete()
-                shutil.rmtree(doomed)
+                self._delete(doomed, warn)
 
-    def _scores(self) -> dict[int, float]:
-        return {int(step): nll for step, nll in (read_json(self.path / _SCORES) or {}).items()}
+    def _write_scores(self, scores: dict[int, float]) -> None:
+        file = self.path / _SCORES
+        try:
+            self.path.mkdir(exist_ok=True)
+            write_json(file, scores)
+        except OSError as error:
+            self.warn(file, f"the validation losses for checkpoint.keep_best could not be written: {error}")
+
+    def _scores(self, warn: Callable[[Path, object], None]) -> dict[int, float]:
+        file = self.path / _SCORES
+        if not os.path.lexists(file):
+            return {}
+        try:
+            found = read_json(file) if file.is_file() else None
+            return {int(step): float(nll) for step, nll in found.items()}
+        except (AttributeError, TypeError, ValueError, OverflowError):
+            warn(file, "this is not a record of validation losses, and is ignored: checkpoint.keep_best starts anew")
+            return {}
+
+    def _delete(self, path: Path, warn: Callable[[Path, object], None]) -> None:
+        try:
+            self._delete_folder(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError as error:
+            warn(path, f"this leftover could not be deleted, and takes room: {error}")

@@ -7,16 +7,18 @@ manifest.json: `format`, `version`, `step`, `leaves` {path: {shape, dtype}}, `fi
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtrain.runtime.files import read_json, sha256_file, sync_folder, write_json
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "record/metadata"  # JSON; the name is that of Orbax's JSON handler, which wrote earlier checkpoints
+_WRITTEN_BY = re.compile(r"ocdbt\.process_(\d+)/")
 _FORMAT, _VERSION = "jaxtrain-checkpoint", 1
 _NUM_THREADS = 8  # hashing releases the interpreter lock, and reading waits for the disk
 
@@ -25,28 +27,44 @@ class Damaged(ValueError):
     """A checkpoint differs from what was written; the message names the file."""
 
 
-def seal(folder: Path, step: int, leaves: dict[str, dict[str, Any]], progress: Callable[[], None]) -> None:
-    """Flushes all files of a checkpoint to the disk and writes its manifest.
+class Verified(NamedTuple):
+    """Result of a verification: the description of the leaves (`leaves.describe`) and the number of bytes hashed."""
+
+    leaves: dict[str, dict[str, Any]]
+    num_bytes: int
+
+
+def list_files(folder: Path) -> list[str]:
+    """Returns the names of all files of a checkpoint that a manifest lists, in order."""
+    paths = sorted(folder.rglob("*"))
+    return [str(p.relative_to(folder)) for p in paths if p.is_file() and p.name not in (MANIFEST, f"{MANIFEST}.tmp")]
+
+
+def hash_files(folder: Path, names: Iterable[str], progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Flushes files to the disk and returns their entries of the manifest; calls `progress` after each file."""
+
+    def entry(name: str) -> dict[str, Any]:
+        with open(folder / name, "rb") as stream:
+            os.fsync(stream.fileno())
+        found = {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+        progress()
+        return found
+
+    names = list(names)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return dict(zip(names, pool.map(entry, names), strict=True))
+
+
+def seal(folder: Path, step: int, leaves: dict[str, dict[str, Any]], files: dict[str, Any]) -> None:
+    """Flushes the folders of a checkpoint to the disk and writes its manifest.
 
     Args:
       folder: the checkpoint.
       step: step of the state in it.
       leaves: the result of `leaves.describe`.
-      progress: called after each file.
+      files: the result of `hash_files`; files that it lacks are hashed here.
     """
-
-    def entry(path: Path) -> dict[str, Any]:
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
-        found = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        progress()
-        return found
-
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != f"{MANIFEST}.tmp"]
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        files = {
-            str(path.relative_to(folder)): found for path, found in zip(paths, pool.map(entry, paths), strict=True)
-        }
+    files = files | hash_files(folder, [name for name in list_files(folder) if name not in files])
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_folder(path)
@@ -54,30 +72,41 @@ def seal(folder: Path, step: int, leaves: dict[str, dict[str, Any]], progress: C
     write_json(folder / MANIFEST, manifest | {"checksum": _checksum(manifest)})
 
 
-def verify(folder: Path, parts: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Reads every byte of a checkpoint and compares it with the manifest.
+def share_of(names: Iterable[str], process: int, count: int) -> list[str]:
+    """Returns the files that one of `count` processes hashes: those that it wrote, and an even part of the others.
+
+    Orbax writes the data of process N to folders named ocdbt.process_N.
+    """
+
+    def owner(index: int, name: str) -> int:
+        written_by = _WRITTEN_BY.search(name)
+        return (int(written_by[1]) if written_by else index) % count
+
+    return [name for index, name in enumerate(sorted(names)) if owner(index, name) == process]
+
+
+def verify(folder: Path, parts: tuple[str, ...] = (), *, process: int = 0, count: int = 1) -> Verified:
+    """Compares the files of a checkpoint with its manifest, byte for byte.
 
     Args:
       folder: the checkpoint.
       parts: subfolders to verify; files beside them and the fingerprint are always verified. () verifies all.
-
-    Returns:
-      The manifest.
+      process, count: verify the share of one of `count` processes.
 
     Raises:
       Damaged: the first file that differs from what was written, and how.
     """
     manifest = _read_manifest(folder)
-    names = [
-        name for name in manifest["files"] if not parts or "/" not in name or name.split("/")[0] in (*parts, "record")
-    ]
+    tops = (*parts, FINGERPRINT.split("/")[0])
+    files = {n: f for n, f in manifest["files"].items() if not parts or "/" not in n or n.split("/")[0] in tops}
+    names = share_of(files, process, count)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for problem in pool.map(lambda name: _problem(folder / name, name, manifest["files"][name]), names):
+        for problem in pool.map(lambda name: _problem(folder / name, name, files[name]), names):
             if problem:
                 raise Damaged(problem)
-    if FINGERPRINT not in names:
+    if FINGERPRINT not in files:
         raise Damaged(f"{FINGERPRINT} is not listed in {MANIFEST}")
-    return manifest
+    return Verified(manifest["leaves"], sum(files[name]["bytes"] for name in names))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """Restores checkpoints: chooses the newest whole one, verifies its bytes and its leaves, reads it onto the devices."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
-from jaxtrain.checkpoints.leaves import compare, describe
-from jaxtrain.checkpoints.manifest import FINGERPRINT, Damaged, verify
+from jaxtrain.checkpoints.leaves import NotFinite, compare, describe, not_finite
+from jaxtrain.checkpoints.manifest import FINGERPRINT, Damaged, Verified, verify
 from jaxtrain.runtime import processes
 from jaxtrain.step import TrainState
 
@@ -28,19 +30,22 @@ def restore(
 
     Raises:
       ValueError: the checkpoint is missing or damaged, or no checkpoint is whole, or the checkpoint has missing, extra,
-        misshapen or mistyped leaves (named by path).
+        misshapen, mistyped or non-finite leaves (named by path).
     """
     rest = like.replace(params=None)
     step = choose(folder, {"params": like.params, "rest": rest}, step, repair=repair)
     restored = _read(folder.checkpoint(step), {"params": like.params, "rest": rest})
     state = restored["rest"].replace(params=restored["params"])
+    _require_finite(folder.checkpoint(step), {"params": state.params, "opt_state": state.opt_state})
     return state, _fingerprint(folder.checkpoint(step))
 
 
 def restore_params(folder: CheckpointFolder, like: Any, step: int | None = None) -> tuple[Any, int]:
     """Reads the parameters alone; returns them and the step. Arguments and errors are those of `restore`."""
     step = choose(folder, {"params": like}, step)
-    return _read(folder.checkpoint(step), {"params": like})["params"], step
+    params = _read(folder.checkpoint(step), {"params": like})["params"]
+    _require_finite(folder.checkpoint(step), {"params": params})
+    return params, step
 
 
 def read_fingerprint(folder: CheckpointFolder, step: int | None = None) -> tuple[dict[str, Any], int]:
@@ -57,41 +62,72 @@ def read_fingerprint(folder: CheckpointFolder, step: int | None = None) -> tuple
     return _fingerprint(folder.checkpoint(step)), step
 
 
-def choose(folder: CheckpointFolder, like: dict[str, Any], step: int | None = None, *, repair: bool = False) -> int:
-    """Returns the step of the newest whole checkpoint, chosen by the lead process for all processes.
+def choose(
+    folder: CheckpointFolder,
+    like: dict[str, Any],
+    step: int | None = None,
+    *,
+    repair: bool = False,
+    gather: Callable[[str, Any], list | None] = processes.gather_on_lead,
+) -> int:
+    """Returns the step of the newest whole checkpoint. Each process verifies a share of the files.
 
     Args:
       folder: the run's checkpoints.
       like: trees that the checkpoint's parts must fit, by name of the part; other parts need not be whole.
       step: the only candidate. None tries all, from the newest on.
       repair: set aside damaged checkpoints that are newer than the chosen one.
+      gather: returns the values of all processes on the lead.
 
     Raises:
       ValueError: as for `restore`.
     """
+    steps = processes.broadcast_from_lead("look for checkpoints", lambda: folder.require(step))
+    damaged: dict[int, str] = {}
+    for candidate in reversed(steps) if step is None else [step]:
+        problem, leaves, num_bytes = _verify_all(folder.checkpoint(candidate), tuple(like) or ("record",), gather)
+        if problem:
+            damaged[candidate] = problem
+            continue
+        _require_fit(folder.checkpoint(candidate), leaves, like)
+        processes.run_on_lead(
+            "report damaged checkpoints", lambda c=candidate: _report_damaged(folder, damaged, c, repair)
+        )
+        folder.report("verified", "", step=candidate, bytes_hashed=num_bytes)
+        return candidate
+    listed = "; ".join(f"checkpoint {number} is damaged: {problem}" for number, problem in damaged.items())
+    others = [other for other in steps if other != step] if step is not None else []
+    remedy = f"try another step: there are {others}" if others else "restore the files from a copy"
+    raise ValueError(f"{listed} (in {folder.path}): {remedy}")
 
-    def chosen() -> int:
-        steps = folder.require(step)
-        damaged: dict[int, Damaged] = {}
-        for candidate in reversed(steps) if step is None else [step]:
+
+def _verify_all(path: Path, parts: tuple[str, ...], gather: Callable) -> tuple[str, dict[str, Any], list[int]]:
+    """Returns the first problem ("" if whole), the leaves, and the bytes hashed by each process."""
+    problem, verified = "", Verified({}, 0)
+    try:
+        verified = verify(path, parts, process=jax.process_index(), count=jax.process_count())
+    except Damaged as error:
+        problem = str(error)
+    shares = gather("verify the checkpoint", [problem, verified.num_bytes])
+    shares = processes.broadcast_from_lead("verify the checkpoint", lambda: shares)
+    problem = next((problem for problem, _ in shares if problem), "")
+    return problem, verified.leaves, [num_bytes for _, num_bytes in shares]
+
+
+def _report_damaged(folder: CheckpointFolder, damaged: dict[int, str], chosen: int, repair: bool) -> None:
+    for number, problem in damaged.items():
+        text = f"checkpoint {number} is damaged: {problem}; going back to step {chosen}"
+        folder.report("checkpoint_damaged", text, step=number, problem=problem, back_to=chosen)
+        if repair:
             try:
-                manifest = verify(folder.checkpoint(candidate), tuple(like) or ("record",))
-            except Damaged as problem:
-                damaged[candidate] = problem
-                continue
-            _require_fit(folder.checkpoint(candidate), manifest["leaves"], like)
-            for number, problem in damaged.items():
-                text = f"checkpoint {number} is damaged: {problem}; going back to step {candidate}"
-                folder.report("checkpoint_damaged", text, step=number, problem=str(problem), back_to=candidate)
-                if repair:
-                    folder.set_aside(number, "damaged")
-            return candidate
-        listed = "; ".join(f"checkpoint {number} is damaged: {problem}" for number, problem in damaged.items())
-        others = [other for other in steps if other != step] if step is not None else []
-        remedy = f"try another step: there are {others}" if others else "restore the files from a copy"
-        raise ValueError(f"{listed} (in {folder.path}): {remedy}")
+                folder.set_aside(number, "damaged")
+            except OSError as error:
+                folder.warn(folder.checkpoint(number), f"this damaged checkpoint could not be renamed: {error}")
 
-    return processes.broadcast_from_lead("verify the checkpoint", chosen)
+
+def _require_finite(path: Path, tree: dict[str, Any]) -> None:
+    if bad := not_finite(tree):
+        raise NotFinite(f"checkpoint {path} holds NaN or infinities in {bad}: use an earlier checkpoint")
 
 
 def _require_fit(path: Path, leaves: dict[str, Any], like: dict[str, Any]) -> None:

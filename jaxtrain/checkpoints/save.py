@@ -9,9 +9,11 @@ byte is checked (manifest.py). A save writes `.STEP.partial`, flushes it, seals 
 import contextlib
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.leaves import NotFinite, describe, not_finite
-from jaxtrain.checkpoints.manifest import FINGERPRINT, seal
+from jaxtrain.checkpoints.manifest import FINGERPRINT, hash_files, list_files, seal, share_of
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.files import sync_folder, write_json
 from jaxtrain.runtime.stop import leave_behind
@@ -32,6 +34,10 @@ STAGES = ("begin", "arrays", "unsealed", "sealed", "committed", "deleting")
 _MAX_FAILURES = 2  # in a row
 _CLEAR_SECONDS = 5.0  # for the threads of a failed save to end
 _PATIENCE = 4  # times the time-out for other processes: a file system may pause for longer
+
+
+class RunDirectoryGone(OSError):
+    """The run directory was moved or deleted while the run was training."""
 
 
 def require_finite(state: TrainState, folder: CheckpointFolder) -> None:
@@ -54,8 +60,12 @@ class Saver:
     A failed save is reported (event `save_failed`), and the next save is the retry. Two failures in a row are an
     OSError. Under several processes the first failure is an OSError, because the other processes do not know of it.
 
+    Events: `save` when a save begins, `saved` with the bytes that each process hashed, `save_failed`, `save_slow`.
+
     Args:
-      folder: where checkpoints go. Its `report` gets the events `save`, `save_failed` and `save_slow`.
+      folder: where checkpoints go, in a run directory that exists.
+      log: the run's log, flushed to the disk before a checkpoint counts, so that it covers the checkpoint's steps.
+      fsync: flushes the log, given as a file descriptor.
       on_stage: called with each of STAGES as a save reaches it (most of them on the writing thread). Tests kill the
         process, raise or wait there.
       notice_seconds: how often waiting for a save is reported.
@@ -65,10 +75,14 @@ class Saver:
         self,
         folder: CheckpointFolder,
         *,
+        log: Path | None = None,
+        fsync: Callable[[int], None] = os.fsync,
         on_stage: Callable[[str], None] = lambda stage: None,
         notice_seconds: float = 30.0,
     ):
-        self._folder, self._on_stage, self._notice_seconds = folder, on_stage, notice_seconds
+        self._folder, self._log, self._on_stage, self._notice_seconds = folder, log, on_stage, notice_seconds
+        self._fsync = fsync
+        self._run_directory = _identity(folder.path.parent)
         self._limit = _PATIENCE * processes.time_limit()
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -78,11 +92,14 @@ class Saver:
         )
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None  # of the save on the thread
+        self._warnings: list[tuple[Path, object]] = []  # of the thread, which reports nothing itself
+        self._saved: dict[str, Any] = {}  # fields of the event `saved`
         self._step: int | None = None  # saved last, or being saved
         self._failures = 0  # since the last save that succeeded
         self._progress_at = 0.0  # time.monotonic() of the last sign of progress
 
     def __enter__(self) -> "Saver":
+        _drop_closed_loop_errors()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
@@ -122,8 +139,9 @@ class Saver:
         self._progress()
         try:
             self._on_stage("begin")
+            self._require_run_directory()
             if processes.is_lead():
-                self._folder.path.mkdir(parents=True, exist_ok=True)
+                self._folder.path.mkdir(exist_ok=True)
             self._writer.save(self._folder.partial(step), args=args)
         except Exception as error:  # TensorStore has exceptions of its own for a full disk
             self._clear(step)
@@ -146,8 +164,12 @@ class Saver:
             return
         self._thread = None
         error, self._error = self._error, None
+        warnings, self._warnings = self._warnings, []
+        for path, problem in warnings:
+            self._folder.warn(path, problem)
         if error is None:
             self._failures = 0
+            self._folder.report("saved", "", step=self._step, **self._saved)
         else:
             self._failed(error)
 
@@ -194,12 +216,14 @@ class Saver:
         """
         text = f"the checkpoint of step {self._step} could not be saved: {error}"
         self._failures += 1
-        last = self._failures >= _MAX_FAILURES or jax.process_count() > 1
+        gone = isinstance(error, RunDirectoryGone)
+        last = gone or self._failures >= _MAX_FAILURES or jax.process_count() > 1
         after = "the run ends" if last else "the next save is the retry"
         self._folder.report("save_failed", f"{text}; {after}", step=self._step, problem=str(error))
         self._step = None
         if last:
-            raise OSError(f"{text}: free some space or fix the permissions, and start the run again") from error
+            remedy = "move it back" if gone else "free some space or fix the permissions"
+            raise OSError(f"{text}: {remedy}, and start the run again") from error
 
     def _commit(self, step: int, leaves: dict[str, Any], fingerprint: dict[str, Any]) -> None:
         """Runs on the thread: waits for Orbax, seals the folder, renames it and deletes old checkpoints."""
@@ -210,19 +234,54 @@ class Saver:
             self._progress()
             if processes.is_lead():
                 self._on_stage("unsealed")
-                (partial / FINGERPRINT).parent.mkdir()
-                write_json(partial / FINGERPRINT, fingerprint)
-                seal(partial, step, leaves, self._progress)
+            shares = self._hash(step, fingerprint)
+            if processes.is_lead():
+                seal(partial, step, leaves, {name: entry for share in shares for name, entry in share.items()})
                 self._on_stage("sealed")
+                self._require_run_directory()
+                self._flush_log()
                 os.rename(partial, folder.checkpoint(step))
                 sync_folder(folder.path)
+                self._saved = {"bytes_hashed": [sum(entry["bytes"] for entry in share.values()) for share in shares]}
                 self._on_stage("committed")
-                folder.prune(lambda: self._on_stage("deleting"))
+                folder.prune(
+                    before_delete=lambda: self._on_stage("deleting"),
+                    warn=lambda path, problem: self._warnings.append((path, problem)),
+                )
         except Exception as error:
             with contextlib.suppress(Exception):  # threads of Orbax may still be writing
                 self._writer.wait_until_finished()
             self._clear(step)
             self._error = error
+
+    def _hash(self, step: int, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
+        """Hashes the files that this process wrote; returns the entries of every process on the lead, else []."""
+        partial, share, problem = self._folder.partial(step), {}, ""
+        try:
+            if processes.is_lead():
+                (partial / FINGERPRINT).parent.mkdir()
+                write_json(partial / FINGERPRINT, fingerprint)
+            names = share_of(list_files(partial), jax.process_index(), jax.process_count())
+            share = hash_files(partial, names, self._progress)
+        except OSError as error:
+            problem = f"{error}"
+        shares = processes.gather_on_lead("seal the checkpoint", [problem, share], key=f"seal/{step}") or []
+        if problem := problem or next((problem for problem, _ in shares if problem), ""):
+            raise OSError(problem)
+        return [share for _, share in shares]
+
+    def _flush_log(self) -> None:
+        if self._log is not None:
+            try:
+                with open(self._log, "rb") as stream:
+                    self._fsync(stream.fileno())
+            except OSError as error:
+                self._warnings.append((self._log, f"the log could not be flushed to the disk: {error}"))
+
+    def _require_run_directory(self) -> None:
+        path = self._folder.path.parent
+        if processes.is_lead() and (self._run_directory is None or _identity(path) != self._run_directory):
+            raise RunDirectoryGone(f"the run directory {path} was moved or deleted")
 
     def _clear(self, step: int) -> None:
         """Deletes what a failed save has written. Under several processes the next start deletes it."""
@@ -233,6 +292,36 @@ class Saver:
             for path in left:  # a thread of Orbax may still be writing there
                 shutil.rmtree(path, ignore_errors=True)
             time.sleep(0.01)
+        if _identity(self._folder.path.parent) != self._run_directory:  # Orbax has made it again
+            with contextlib.suppress(OSError):
+                self._folder.path.rmdir()
+                self._folder.path.parent.rmdir()
 
     def _progress(self) -> None:
         self._progress_at = time.monotonic()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Returns the device and inode of a folder; None if there is no folder."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _drop_closed_loop_errors() -> None:
+    """Keeps quiet about the writes that a failed save abandons.
+
+    Orbax closes its event loop after the first error; TensorStore then shows a traceback for each other pending write.
+    """
+    hook = sys.unraisablehook
+    if getattr(hook, "drops_closed_loop_errors", False):
+        return
+
+    def filtered(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and "Event loop is closed" in str(unraisable.exc_value)):
+            hook(unraisable)
+
+    filtered.drops_closed_loop_errors = True
+    sys.unraisablehook = filtered

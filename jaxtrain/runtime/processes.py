@@ -123,6 +123,32 @@ def broadcast_from_lead(task: str, function: Callable[[], T]) -> T:
     return json.loads(text)
 
 
+def gather_on_lead(task: str, value: Any, *, key: str | None = None, timeout: float = _LONG_SECONDS) -> list | None:
+    """Returns the values of all processes on the lead process, in the order of the processes, and None elsewhere.
+
+    Args:
+      task: verb phrase that the error names.
+      value: JSON value of this process.
+      key: name of the message, used once. None numbers the message, which only the main thread may do.
+      timeout: seconds that the lead waits.
+
+    Raises:
+      ValueError: on the lead, if a process is missing.
+    """
+    if is_alone():
+        return [value]
+    state = _state()
+    key = f"jaxtrain/gather/{next(_counter) if key is None else key}"
+    state.client.key_value_set(f"{key}/{state.process_id}", json.dumps(value))
+    if state.process_id != 0:
+        return None
+    deadline = time.monotonic() + timeout
+    texts = [wait_for(state.client, f"{key}/{process}", deadline) for process in range(state.num_processes)]
+    if missing := [process for process, text in enumerate(texts) if text is None]:
+        raise ValueError(_missing(missing, task, timeout))
+    return [json.loads(text) for text in texts]
+
+
 class StopVote:
     """Stop of all processes after the same step, as soon as one of them receives a signal.
 

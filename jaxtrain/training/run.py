@@ -51,7 +51,7 @@ class Hooks(NamedTuple):
     wrap_loss: Callable[[Callable], Callable] | None = None
     wrap_batches: Callable[[Batches], Batches] = _unchanged
     wrap_step: Callable[[Callable], Callable] = _unchanged
-    make_saver: Callable[[CheckpointFolder], Saver] = Saver
+    make_saver: Callable[..., Saver] = Saver
     write_report: Callable[[Path], Any] = write_report
     sinks: Sequence[Sink] = ()
 

@@ -119,7 +119,8 @@ def _open_session(
         keep_best=rule.keep_best,
         report=recorder.event,
     )
-    return Session(run, recorder, stop, checkpoints, stack.enter_context(hooks.make_saver(checkpoints)), changes)
+    saver = stack.enter_context(hooks.make_saver(checkpoints, log=folder / "metrics.jsonl"))
+    return Session(run, recorder, stop, checkpoints, saver, changes)
 
 
 def _open_recorder(run: Run) -> Recorder:
@@ -200,6 +201,7 @@ def _due_actions(session: Session) -> Callable[[int], list[Callable[[TrainState]
     config = run.config.train
 
     def save(state: TrainState) -> None:
+        recorder.flush()  # the log then covers the checkpoint
         with recorder.pause():
             saver.begin(state, fingerprint(run, state))
 

@@ -179,6 +179,7 @@ class Command:
         return process.returncode, errors
 
 
+@pytest.mark.slow
 def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
     """R-C4: each attempt is killed at its second save; what counts is whole, and litter goes at the next start."""
     command = Command(config, tmp_path)
@@ -203,6 +204,7 @@ def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
     assert_undisturbed(command.run_dir, whole)
 
 
+@pytest.mark.slow
 def test_sigterm_at_any_moment(config, whole, tmp_path):
     """R-C9: before the first step, in an evaluation, in a save, in the last evaluation, in the sample; and twice."""
     command = Command(config, tmp_path)
@@ -233,6 +235,24 @@ def test_sigterm_at_any_moment(config, whole, tmp_path):
     code, errors = command()
     assert code == 0, errors
     assert_undisturbed(command.run_dir, whole)
+
+
+def test_sigterm_during_a_save_lets_it_end(config, whole, tmp_path):
+    """The quick sibling of the drill: in this process, and the run resumes as if nothing had been."""
+    turns = []
+
+    def terminate(stage):
+        turns.append(stage)
+        if stage == "unsealed" and turns.count(stage) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hooks = QUICK._replace(make_saver=functools.partial(Saver, on_stage=terminate))
+    outcome = train(config, tmp_path / "run", hooks=hooks)
+    assert outcome["reason"] == "SIGTERM"
+    assert CheckpointFolder(tmp_path / "run" / "checkpoints").latest_step() == outcome["step"]
+    assert outcome["step"] < 20
+    train(config, tmp_path / "run")
+    assert_undisturbed(tmp_path / "run", whole)
 
 
 def test_a_damaged_checkpoint_costs_one_interval(config, whole, tmp_path, capsys):

@@ -1,10 +1,11 @@
 """Checkpoint folder: what counts, what stays, what is set aside."""
 
 import json
+import os
 import shutil
 
 import pytest
-from checkpoint_helpers import big_file, names, save_steps
+from checkpoint_helpers import Events, big_file, names, save_steps
 
 from jaxtrain.checkpoints.folder import CheckpointFolder, retained
 
@@ -78,3 +79,73 @@ def test_a_rewind_sets_later_checkpoints_aside(copy):
 def test_a_rule_that_keeps_less_than_nothing_is_refused(tmp_path, rule):
     with pytest.raises(ValueError, match="keep must be 1 or more"):
         CheckpointFolder(tmp_path, **rule)
+
+
+SCORES = ["", "{", "[1, 2]", "null", "3", '{"a": 1}', '{"1": "b"}', '{"1": [2]}', '{"1": null}', "\0\0", "[" * 200_000]
+SCORES += ['{"' + "9" * 5000 + '": 1}', '{"1": 1' + "0" * 4000 + "}"]
+
+
+@pytest.mark.parametrize("text", SCORES, ids=lambda text: text[:10])
+def test_malformed_scores_are_a_warning(copy, text):
+    """One that names the file, once; the record starts anew."""
+    events = Events()
+    folder = CheckpointFolder(copy, keep=3, keep_best=1, report=events)
+    (copy / "scores.json").write_text(text)
+    folder.prune()
+    folder.prune()
+    folder.score(2, 0.5)
+    folder.rewind(3)
+    ((warning, fields),) = events.named("checkpoint_warning")
+    assert warning.startswith(f"{copy / 'scores.json'}: ")
+    assert fields["path"] == str(copy / "scores.json")
+    assert folder.steps() == [1, 2, 3]
+    assert json.loads((copy / "scores.json").read_text()) == {"2": 0.5}
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to(path)], ids=["folder", "FIFO", "loop"]
+)
+def test_scores_that_are_no_file_are_a_warning(copy, make):
+    events = Events()
+    folder = CheckpointFolder(copy, keep=3, keep_best=1, report=events)
+    make(copy / "scores.json")
+    folder.score(2, 0.5)
+    folder.prune()
+    assert len(events.named("checkpoint_warning")) == 1
+    assert folder.steps() == [1, 2, 3]
+
+
+def test_scores_that_cannot_be_written_are_a_warning(copy):
+    events = Events()
+    folder = CheckpointFolder(copy, keep_best=1, report=events)
+    (copy / "scores.json.tmp").mkdir()
+    folder.score(1, 0.5)
+    folder.score(2, 0.5)
+    ((warning, _),) = events.named("checkpoint_warning")
+    assert warning.startswith(f"{copy / 'scores.json'}: the validation losses for checkpoint.keep_best could not be")
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(copy):
+    """A name that is taken, and a folder that refuses, stand for an immutable file and for NFS."""
+    events = Events()
+    folder = CheckpointFolder(copy, keep=1, report=events)
+    (copy / ".1.deleting").mkdir()
+    (copy / ".1.deleting" / "x").touch()
+    folder.prune()
+    assert folder.steps() == [1, 3]
+    folder.prune()
+    ((warning, _),) = events.named("checkpoint_warning")
+    assert warning.startswith(f"{copy / '1'}: this old checkpoint could not be deleted")
+
+    def refuse(path):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    events.clear()
+    folder = CheckpointFolder(copy, keep=1, report=events, delete=refuse)
+    folder.clean()
+    shutil.rmtree(copy / ".1.deleting")
+    folder.prune()
+    assert folder.steps() == [3]
+    assert [fields["path"] for _, fields in events.named("checkpoint_warning")] == [str(copy / ".1.deleting")]
+    CheckpointFolder(copy).clean()
+    assert names(copy) == ["3"]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import resource
 import shutil
 import threading
@@ -14,7 +15,7 @@ from checkpoint_helpers import FINGERPRINT, Events, abstract, assert_same, make_
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore
-from jaxtrain.checkpoints.save import Saver
+from jaxtrain.checkpoints.save import STAGES, Saver
 from jaxtrain.runtime import stop
 
 
@@ -82,8 +83,6 @@ def test_a_state_that_is_not_finite_is_refused(three, tmp_path, where, value):
     assert names(tmp_path) == ["1", "2", "3"]
 
 
-# Orbax's own writers find their event loop closed by the failure of another one.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_without_room_is_reported_and_leaves_no_litter(tmp_path):
     """A real limit on the size of files stands for the full disk; the next save is the retry."""
     big, events = jax.random.normal(jax.random.key(0), (300, 300)), Events()
@@ -174,3 +173,93 @@ def test_a_save_that_hangs_is_given_up_and_named(tmp_path, monkeypatch):
     released.set()
     while stop.is_stuck():
         pass
+
+
+class Crash(BaseException):
+    """Ends the writing thread where it is, as the end of the process does."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(("stage", "newest"), [(stage, 3 if stage in STAGES[4:] else 2) for stage in STAGES[1:]])
+def test_a_crash_at_any_stage_leaves_whole_checkpoints_and_litter(tmp_path, stage, newest):
+    """The quick sibling of the drill with kill -9."""
+
+    def crash(reached):
+        if reached == stage and saver is not None:
+            raise Crash
+
+    saver = None
+    folder = CheckpointFolder(tmp_path, keep=1, keep_every=2)
+    with Saver(folder) as before:
+        save_all(before, 1, 2)
+    saver = Saver(folder, on_stage=crash)
+    saver.begin(make_state(3), FINGERPRINT)
+    saver.wait()
+    litter = [name for name in names(tmp_path) if name.startswith(".")]
+    assert litter == {"committed": [], "deleting": []}.get(stage, litter[:1])
+    folder = CheckpointFolder(tmp_path)
+    folder.clean()
+    assert folder.latest_step() == newest
+    assert_same(restore(folder, abstract(make_state()))[0], make_state(newest))
+    with Saver(folder) as after:
+        save_all(after, 3, 4)
+    assert folder.steps()[-2:] == [3, 4]
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_counts(tmp_path):
+    """Seen from inside: at the last stage before the rename the log has been opened for its fsync."""
+    events, log = Events(), tmp_path / "metrics.jsonl"
+    with Saver(CheckpointFolder(tmp_path / "checkpoints", report=events), log=log) as saver:
+        save_all(saver, 1)  # there is no log: a warning that names it, and the checkpoint counts
+    ((text, _),) = events.named("checkpoint_warning")
+    assert text.startswith(f"{log}: the log could not be flushed to the disk")
+    synced, log_inode = [], log.touch() or log.stat().st_ino
+
+    def fsync(descriptor):
+        steps = CheckpointFolder(tmp_path / "checkpoints").steps()
+        synced.append((os.fstat(descriptor).st_ino == log_inode, steps))
+        os.fsync(descriptor)
+
+    with Saver(CheckpointFolder(tmp_path / "checkpoints"), log=log, fsync=fsync) as saver:
+        save_all(saver, 2)
+    assert synced == [(True, [1])]
+
+
+@pytest.mark.parametrize("what", ["deleted", "renamed", "another in its place"])
+@pytest.mark.parametrize("stage", ["begin", "arrays", "sealed"])
+def test_a_run_directory_that_disappears_is_an_error_and_no_ghost(tmp_path, what, stage):
+    run, events, turn = tmp_path / "run", Events(), []
+    run.mkdir()
+
+    def vanish(reached):
+        turn.append(reached)
+        if reached != stage or turn.count(stage) < 2:
+            return
+        if stage == "arrays":
+            saver._writer.wait_until_finished()
+        shutil.rmtree(run) if what == "deleted" else run.rename(tmp_path / "elsewhere")
+        if what == "another in its place":
+            run.mkdir()
+
+    saver = Saver(CheckpointFolder(run / "checkpoints", report=events), on_stage=vanish)
+    with pytest.raises(OSError, match=r"step 2 could not be saved"), saver:
+        finish_all(saver, 1, 2)
+    assert events.named("save_failed")
+    assert not (run / "checkpoints").exists()
+    assert run.exists() == (what == "another in its place")
+    if what != "deleted":
+        assert (tmp_path / "elsewhere" / "checkpoints" / "1" / "manifest.json").exists() or what != "renamed"
+
+
+def finish_all(saver, *steps):
+    for step in steps:
+        saver.finish(make_state(step), FINGERPRINT)
+
+
+def test_the_bytes_that_each_process_hashed_are_reported(tmp_path):
+    events = Events()
+    with Saver(CheckpointFolder(tmp_path, report=events)) as saver:
+        save_all(saver, 1)
+    ((_, fields),) = events.named("saved")
+    files = json.loads((tmp_path / "1" / "manifest.json").read_text())["files"]
+    assert fields == {"step": 1, "bytes_hashed": [sum(entry["bytes"] for entry in files.values())]}
