@@ -1,7 +1,7 @@
 """Batches of tokens: a pure function of (seed, step), so that a resumed run needs only its step number.
 
 A batch is a dict of numpy arrays [batch_size, seq_len]: `inputs` int32, `labels` int32 (the token after each input) and
-`where` bool (which labels count).
+`where` bool (True for the labels that count).
 """
 
 import queue
@@ -23,33 +23,32 @@ from jaxtrain.data.store import Split
 
 T = TypeVar("T")
 
-_POLL_SECONDS = 0.2  # how soon a stop is noticed while a batch is waited for
-_PARTING_SECONDS = 10.0  # for the thread to finish the batch that it is at
+_POLL_SECONDS = 0.2  # between polls for a stop while a batch is awaited
 
-Batch = dict[str, np.ndarray]
+TokenBatch = dict[str, np.ndarray]
 
 
 class Batches(Protocol):
-    """What `global_batch` needs; `TrainBatches` and `EvalBatches` have it."""
+    """Interface that `global_batch` reads from; `TrainBatches` and `EvalBatches` implement it."""
 
     @property
     def batch_size(self) -> int:
-        """Sequences."""
+        """Sequences per batch."""
 
-    def rows(self, index: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of batch `index`."""
+    def rows(self, index: int, start: int, stop: int) -> TokenBatch:
+        """Returns rows [start, stop) of batch `index`."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainBatches:
-    """Endless shuffled training batches: every epoch has each window of the split once, in an order of its own."""
+    """Endless shuffled training batches; every epoch covers each window of the split once, in a new order."""
 
     split: Split
     seed: int
     batch_size: int  # sequences
     seq_len: int  # tokens
     vocab_size: int
-    skip: Ranges = ()  # batches left out, see `data.skip`
+    skip: Ranges = ()  # batches left out, see `config.data.skip`
 
     def __post_init__(self):
         _require_sizes(self.batch_size, self.seq_len)
@@ -61,25 +60,28 @@ class TrainBatches:
 
     @property
     def num_windows(self) -> int:
-        """Windows an epoch: seq_len tokens apart, each with the token that follows it."""
+        """Windows per epoch: seq_len tokens apart, each with the token that follows it."""
         return (self.split.num_tokens - 1) // self.seq_len
 
-    def rows(self, step: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of the batch of a step, `where` all True; a ValueError if a token is out of range."""
+    def rows(self, step: int, start: int, stop: int) -> TokenBatch:
+        """Returns rows [start, stop) of a step's batch, `where` all True; a ValueError if a token is out of range."""
         windows = np.empty((stop - start, self.seq_len + 1), np.int32)
         for row, position in enumerate(self.positions(step, start, stop).tolist()):
             windows[row] = _read(self.split, position, self.seq_len + 1, self.vocab_size)
         return _batch(windows, np.ones((stop - start, self.seq_len), bool))
 
     def positions(self, step: int, start: int, stop: int) -> np.ndarray:
-        """Where in the split rows [start, stop) of the batch of a step begin, in tokens; int64. Steps count from 0."""
+        """Returns the first token of rows [start, stop) of a step's batch: int64 positions in the split.
+
+        Steps count from 0 here: 0 is the step that users see as 1.
+        """
         _require_rows(start, stop, self.batch_size)
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
         first = skip_to(step, self.skip) * self.batch_size
         windows = np.empty(stop - start, np.int64)
         position = first + start
-        while position < first + stop:  # a turn an epoch
+        while position < first + stop:  # one pass per epoch
             epoch, offset = divmod(position, self.num_windows)
             count = min(first + stop - position, self.num_windows - offset)
             order = permute(np.arange(offset, offset + count), self.num_windows, (self.seed, epoch))
@@ -87,14 +89,17 @@ class TrainBatches:
             position += count
         return windows * self.seq_len
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step."""
+    def batch(self, step: int) -> TokenBatch:
+        """Returns the batch of a step."""
         return self.rows(step, 0, self.batch_size)
 
 
 @dataclass(frozen=True, eq=False)
 class EvalBatches:
-    """A split once, in order: each token but the very first is predicted once; what pads the end is not `where`."""
+    """Covers a split once, in order.
+
+    Every token but the first is a label exactly once; padding has `where` False.
+    """
 
     split: Split
     batch_size: int  # sequences
@@ -104,7 +109,7 @@ class EvalBatches:
     def __post_init__(self):
         _require_sizes(self.batch_size, self.seq_len)
         if self.split.num_tokens < 2:
-            raise ValueError(f"the split has {self.split.num_tokens} tokens, none of them to predict: add text")
+            raise ValueError(f"the split has {self.split.num_tokens} tokens, and a label needs two: add text")
 
     @property
     def num_batches(self) -> int:
@@ -115,13 +120,13 @@ class EvalBatches:
     def _num_windows(self) -> int:
         return -(-(self.split.num_tokens - 1) // self.seq_len)
 
-    def rows(self, index: int, start: int, stop: int) -> Batch:
-        """Rows [start, stop) of a batch; inputs and labels are 0 where `where` is False."""
+    def rows(self, index: int, start: int, stop: int) -> TokenBatch:
+        """Returns rows [start, stop) of a batch; inputs and labels are 0 where `where` is False."""
         _require_rows(start, stop, self.batch_size)
         if not 0 <= index < self.num_batches:
             raise ValueError(f"batch {index} is not among the {self.num_batches} of the split")
         windows = np.zeros((stop - start, self.seq_len + 1), np.int32)
-        lengths = np.zeros(stop - start, np.int64)  # labels a row
+        lengths = np.zeros(stop - start, np.int64)  # labels per row
         first = index * self.batch_size + start
         for row, window in enumerate(range(first, min(first + stop - start, self._num_windows))):
             begin = window * self.seq_len
@@ -133,17 +138,17 @@ class EvalBatches:
         # The last token of a ragged window has no label: as an input it would be padding with a value.
         return {**batch, "inputs": np.where(where, batch["inputs"], 0)}
 
-    def batch(self, index: int) -> Batch:
-        """A whole batch."""
+    def batch(self, index: int) -> TokenBatch:
+        """Returns a whole batch."""
         return self.rows(index, 0, self.batch_size)
 
 
 def global_batch(batches: Batches, index: int, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """Places a batch on devices: its arrays, [batch_size, ...] each, with `sharding`.
+    """Returns a batch as global arrays [batch_size, seq_len] with a sharding.
 
-    Each process builds only the rows that its own devices hold, and no row range twice.
+    Each process reads only the rows of its own devices, and each range of rows once.
     """
-    built: dict[tuple[int, int], Batch] = {}
+    built: dict[tuple[int, int], TokenBatch] = {}
 
     def part(name: str, where: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = where[0].indices(batches.batch_size)
@@ -160,16 +165,17 @@ def global_batch(batches: Batches, index: int, sharding: jax.sharding.Sharding) 
 
 
 class Prefetcher(Generic[T]):
-    """Iterates over function(start), ..., function(stop - 1), computed in order on a thread, `depth` ahead at most.
+    """Iterator over function(start), ..., function(stop - 1), computed in order on a thread.
 
-    A context manager; leaving it stops the thread. What the function raises is raised to the consumer at that item.
+    Use it as a context manager; leaving the block stops the thread. An exception of `function` is raised at its item.
 
     Args:
-      function: makes an item from its number.
-      start, stop: the numbers.
-      depth: items held ready.
-      time_limit: seconds to wait for an item, then a TimeoutError says where the thread hangs.
-      asked_to_stop: looked at while waiting: ends the iteration.
+      function: returns the item of a number.
+      start, stop: range of the numbers.
+      depth: largest number of items computed ahead.
+      time_limit: seconds to wait for an item before a TimeoutError that says where the thread hangs.
+      asked_to_stop: polled while waiting; True ends the iteration.
+      join_seconds: time for the thread to finish its item when the block is left; a thread that hangs is abandoned.
     """
 
     def __init__(
@@ -181,10 +187,12 @@ class Prefetcher(Generic[T]):
         *,
         time_limit: float = 300.0,
         asked_to_stop: Callable[[], bool] = lambda: False,
+        join_seconds: float = 10.0,
     ):
         if depth < 1:
             raise ValueError(f"prefetch depth must be 1 or more, got {depth}")
         self._time_limit, self._asked_to_stop, self._stop = time_limit, asked_to_stop, stop
+        self._join_seconds = join_seconds
         self._function, self._indices, self._left = function, range(start, stop), max(stop - start, 0)
         self._room = threading.Semaphore(depth)
         self._ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
@@ -200,7 +208,7 @@ class Prefetcher(Generic[T]):
     ) -> None:
         self._stopping.set()
         self._room.release()
-        self._thread.join(_PARTING_SECONDS)  # a daemon: one that hangs is left behind
+        self._thread.join(self._join_seconds)
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -222,7 +230,7 @@ class Prefetcher(Generic[T]):
         return item
 
     def _wait(self) -> tuple[T | None, BaseException | None] | None:
-        """The next item or error; None: it did not come before a stop was asked for."""
+        """Waits for the next item or error; returns None if a stop was requested first."""
         deadline = time.monotonic() + self._time_limit
         while True:
             try:
@@ -265,7 +273,7 @@ def _read(split: Split, start: int, length: int, vocab_size: int) -> np.ndarray:
     return tokens
 
 
-def _batch(windows: np.ndarray, where: np.ndarray) -> Batch:
+def _batch(windows: np.ndarray, where: np.ndarray) -> TokenBatch:
     return {"inputs": windows[:, :-1].copy(), "labels": windows[:, 1:].copy(), "where": where}
 
 

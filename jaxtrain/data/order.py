@@ -1,4 +1,4 @@
-"""The order of the training data: a keyed shuffle of range(size) that needs no table and no state."""
+"""Order of the training data: a keyed permutation of range(size) without a table or a state."""
 
 import numpy as np
 
@@ -10,11 +10,11 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, as in splitmi
 
 
 def permute(index: np.ndarray | int, size: int, key: tuple[int, int]) -> np.ndarray:
-    """Maps indices through a bijection of range(size) that depends on the key, in constant time an index.
+    """Maps indices through a keyed bijection of range(size), in constant time per index.
 
-    A Feistel network shuffles the smallest 2^(2k) >= size; what lands outside range(size) is sent through it again,
-    which keeps the map a bijection and takes 4 passes at most on average. The arithmetic is on whole 64-bit numbers,
-    so that the order is the same on every machine and with every version of numpy.
+    A Feistel network permutes the smallest range(2^(2k)) that holds `size`. Results outside range(size) pass through it
+    again (cycle walking), at most 4 times on average, so the map stays a bijection. All arithmetic is on 64-bit
+    integers: the order is the same on every machine and with every version of numpy.
 
     Args:
       index: integers in range(size), any shape.
@@ -49,14 +49,14 @@ def _feistel(values: np.ndarray, half_bits: int, round_keys: list[int]) -> np.nd
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The output function of splitmix64 (Steele et al., 2014): every input bit reaches every output bit."""
+    """Returns the output function of splitmix64 (Steele et al., 2014): every input bit reaches every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def _round_keys(key: tuple[int, int]) -> list[int]:
-    """One 64-bit number a round, from both numbers of the key."""
+    """Derives one 64-bit number per round from both numbers of the key."""
     first, second = (np.array([number & _MASK], np.uint64) for number in key)
     state = int(_mix(_mix(first + np.uint64(_GOLDEN)) ^ second)[0])
     states = np.array([(state + (number + 1) * _GOLDEN) & _MASK for number in range(NUM_ROUNDS)], np.uint64)
@@ -64,7 +64,7 @@ def _round_keys(key: tuple[int, int]) -> list[int]:
 
 
 def skip_to(index: int, ranges: Ranges) -> int:
-    """The batch that step `index` reads: number `index` (from 0) of those that no range leaves out."""
+    """Returns the batch that step `index` reads: the one at `index` (from 0) among the batches outside the ranges."""
     for start, stop in ranges:
         if index < start:
             break

@@ -1,9 +1,9 @@
-"""Opens a token store: the folder `prepare` makes. Everything in it is checked, and no pickle is ever loaded.
+"""Reads token stores, the folders that `prepare` writes. All files are checked, and no pickle is ever loaded.
 
-manifest.json              what follows, with sizes and SHA-256, and where it came from
+manifest.json              sizes and SHA-256 of the files, and the request that made them
 tokenizer.json
 train-00000.bin ...        tokens, raw little-endian uint16 or uint32
-train-documents.npy        int64: where each document starts, in tokens
+train-documents.npy        int64: first token of each document
 validation-...             the same
 """
 
@@ -16,21 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from jaxtrain.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
+from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, load_tokenizer
 from jaxtrain.runtime.files import sha256_file
 
-FORMAT = "jaxtrain-tokens"
-VERSION = 1
-MANIFEST = "manifest.json"
+STORE_FORMAT = "jaxtrain-tokens"
+STORE_VERSION = 1
+STORE_MANIFEST = "manifest.json"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The tokens of one split, in the order of its documents: each is the end-of-text token and then its own."""
+    """Tokens of one split, in the order of its documents; each document begins with the end-of-text token."""
 
-    shards: tuple[np.ndarray, ...]  # 1-D, unsigned; memory-mapped where they come from a store
+    shards: tuple[np.ndarray, ...]  # 1-D, unsigned; memory-mapped if they come from a store
     document_starts: np.ndarray  # int64 [num_documents], in tokens
     num_bytes: int  # UTF-8 bytes of the documents' text
 
@@ -49,7 +48,7 @@ class Split:
         return np.cumsum([0, *(len(shard) for shard in self.shards)])
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """A copy of tokens [start, start + length), in the store's dtype; a ValueError if the split is shorter."""
+        """Returns a copy of tokens [start, start + length), in the store's dtype; a ValueError beyond the split."""
         stop = start + length
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) are not in a split of {self.num_tokens} tokens")
@@ -64,34 +63,34 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class TokenStore:
-    """An opened token store."""
+    """An open token store. Its identity is the fingerprint; the path may change."""
 
     path: Path
     vocab_size: int
     eot_id: int
-    fingerprint: str  # SHA-256 (hex) of all that determines the tokens; file names, dates and sources do not
+    fingerprint: str  # SHA-256 (hex) of the tokens, their dtype and the tokenizer
     train: Split
     validation: Split
     manifest: dict[str, Any]  # as read
 
     @cached_property
     def tokenizer(self) -> ByteTokenizer | BPETokenizer:
-        """The tokenizer the tokens were made with."""
+        """The tokenizer of the tokens."""
         return load_tokenizer(self.path)
 
 
 def shard_file(split: str, number: int) -> str:
-    """File name of a shard."""
+    """Returns the file name of a shard."""
     return f"{split}-{number:05d}.bin"
 
 
 def documents_file(split: str) -> str:
-    """File name of a split's document starts."""
+    """Returns the file name of a split's document starts."""
     return f"{split}-documents.npy"
 
 
 def partial_folder(path: Path) -> Path:
-    """Where a store is while it is being made."""
+    """Returns the folder of the unfinished store."""
     return path.parent / f".{path.name}.partial"
 
 
@@ -100,22 +99,22 @@ def open_store(path: str | Path, *, verify: bool = True) -> TokenStore:
 
     Args:
       path: the folder.
-      verify: also read every shard and compare its SHA-256 with the manifest's (about a second a gigabyte). Sizes and
-        the tokenizer are always checked.
+      verify: compares the SHA-256 of every shard with the manifest, at about a gigabyte per second. Sizes and the
+        tokenizer are always checked.
 
     Raises:
-      ValueError: not a finished store of this format, or a damaged one; says which and what to do.
+      ValueError: the folder is no finished store of this format, or a damaged one.
     """
     path = Path(path).expanduser().absolute()
     manifest = _read_manifest(path)
     try:
         found = (manifest["format"], manifest["version"])
     except (KeyError, TypeError):
-        raise _damaged(path, f"{MANIFEST} does not name its format") from None
-    if found != (FORMAT, VERSION):
+        raise _damaged(path, f"{STORE_MANIFEST} does not name its format") from None
+    if found != (STORE_FORMAT, STORE_VERSION):
         raise ValueError(
-            f"{path} has format {found[0]!r} version {found[1]!r}; this jaxtrain reads {FORMAT!r} version {VERSION}: "
-            "make the store again with `jaxtrain prepare`"
+            f"{path} has format {found[0]!r} version {found[1]!r}; this jaxtrain reads {STORE_FORMAT!r} version "
+            f"{STORE_VERSION}: make the store again with `jaxtrain prepare`"
         )
     try:
         dtype = DTYPES[manifest["dtype"]]
@@ -128,14 +127,14 @@ def open_store(path: str | Path, *, verify: bool = True) -> TokenStore:
             _open_split(path, name, manifest["splits"][name], dtype, verify) for name in ("train", "validation")
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"{MANIFEST} lacks a key or holds a wrong value: {error!r}") from None
+        raise _damaged(path, f"{STORE_MANIFEST} lacks a key or holds a wrong value: {error!r}") from None
     if not (path / TOKENIZER_FILE).is_file() or sha256_file(path / TOKENIZER_FILE) != tokenizer_sha256:
-        raise _damaged(path, f"{TOKENIZER_FILE} is missing or is not the tokenizer the tokens were made with")
+        raise _damaged(path, f"{TOKENIZER_FILE} is missing or is not the tokenizer of the tokens")
     return TokenStore(path, vocab_size, eot_id, fingerprint, train, validation, manifest)
 
 
 def manifest_fingerprint(manifest: dict[str, Any]) -> str:
-    """SHA-256 (hex) over what a manifest says of the tokens themselves; a KeyError if it does not say it."""
+    """Returns the SHA-256 (hex) of a manifest's entries about the tokens; a KeyError if one is missing."""
     splits = {
         name: [[(shard["num_tokens"], shard["sha256"]) for shard in split["shards"]], split["documents_sha256"]]
         for name, split in sorted(manifest["splits"].items())
@@ -152,12 +151,12 @@ def _read_manifest(path: Path) -> Any:
         if partial_folder(path).is_dir():
             raise ValueError(f"the token store {path} is unfinished: run `jaxtrain prepare` again to finish it")
         raise ValueError(f"{path} is not a folder: make a token store there with `jaxtrain prepare`")
-    if not (path / MANIFEST).is_file():
-        raise ValueError(f"{path} is not a token store: it has no {MANIFEST}; make one with `jaxtrain prepare`")
+    if not (path / STORE_MANIFEST).is_file():
+        raise ValueError(f"{path} is not a token store: it has no {STORE_MANIFEST}; make one with `jaxtrain prepare`")
     try:
-        return json.loads((path / MANIFEST).read_bytes())
+        return json.loads((path / STORE_MANIFEST).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"{MANIFEST} is not JSON: {error}") from None
+        raise _damaged(path, f"{STORE_MANIFEST} is not JSON: {error}") from None
 
 
 def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, verify: bool) -> Split:
@@ -171,7 +170,7 @@ def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, v
             raise _damaged(path, f"{file.name} has {file.stat().st_size} bytes, its manifest says {size}")
         if verify and sha256_file(file) != shard["sha256"]:
             raise _damaged(path, f"the checksum of {file.name} is not the manifest's")
-        # A plain view: slicing a np.memmap costs more than copying a window out of it.
+        # A plain view: slicing an np.memmap costs more than copying a window.
         shards.append(np.memmap(file, dtype, "r").view(np.ndarray))
     file = path / documents_file(name)
     try:

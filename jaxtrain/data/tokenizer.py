@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from jaxtrain.runtime.files import sha256_file, write_bytes, write_text
+from jaxtrain.runtime.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>")
-FILE_NAME = "tokenizer.json"
+TOKENIZER_FILE = "tokenizer.json"
 _EOT_ENTRY = '{"eot": '
 BYTE_FILE_TEXT = '{"type": "byte"}\n'
 MIN_BPE_VOCAB = 257  # every byte and the end-of-text token
@@ -50,9 +50,6 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids."""
-
-    def has_ids(self, size: int) -> np.ndarray:
-        """Returns bool [size]: True for the ids that have a token. Sampling must mask the others."""
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` into a folder."""
@@ -111,11 +108,7 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` into a folder."""
-        write_text(Path(folder, FILE_NAME), BYTE_FILE_TEXT)
-
-    def has_ids(self, size: int) -> np.ndarray:
-        """Returns bool [size]: True for the ids that have a token."""
-        return np.arange(size) < self.vocab_size
+        write_text(Path(folder, TOKENIZER_FILE), BYTE_FILE_TEXT)
 
 
 @dataclass(frozen=True)
@@ -146,10 +139,6 @@ class BPETokenizer(Tokenizer):
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return max(self._ids.values()) + 1
-
-    def has_ids(self, size: int) -> np.ndarray:
-        """Returns bool [size]: True for the ids that have a token."""
-        return np.isin(np.arange(size), list(self._ids.values()))
 
     @cached_property
     def eot_text(self) -> str:
@@ -207,7 +196,7 @@ class BPETokenizer(Tokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` into a folder."""
-        write_text(Path(folder, FILE_NAME), self.json_text)
+        write_text(Path(folder, TOKENIZER_FILE), self.json_text)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
@@ -264,9 +253,9 @@ def read_hf(path: str | Path, eot: str | None = None) -> BPETokenizer:
       ValueError: not a tokenizer file, or one without a usable end-of-text token.
     """
     path = Path(path).expanduser()
-    file = path / FILE_NAME if path.is_dir() else path
+    file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"no tokenizer file {file}: hf:PATH is a local {FILE_NAME}, or a folder that holds one")
+        raise ValueError(f"no tokenizer file {file}: hf:PATH is a local {TOKENIZER_FILE}, or a folder that holds one")
     tokenizer = _bpe_from_file(file)
     if eot is not None:
         tokenizer = BPETokenizer(json.dumps({"eot": eot} | json.loads(tokenizer.json_text) | {"eot": eot}))
@@ -285,31 +274,16 @@ def parse_spec(spec: str) -> tuple[str, str]:
         return kind, argument
     raise ValueError(
         f"unknown tokenizer {spec!r}: use byte, bpe:VOCAB (train one; VOCAB of {MIN_BPE_VOCAB} or more, such as "
-        f"bpe:32000) or hf:PATH (a local {FILE_NAME})"
+        f"bpe:32000) or hf:PATH (a local {TOKENIZER_FILE})"
     )
 
 
 def load_tokenizer(folder: str | Path) -> ByteTokenizer | BPETokenizer:
     """Reads the tokenizer that `save` wrote into a folder; a ValueError if it is missing or is not one."""
-    file = _tokenizer_file(folder)
-    return ByteTokenizer() if file.read_bytes() == BYTE_FILE_TEXT.encode() else _bpe_from_file(file)
-
-
-def copy_tokenizer(source: str | Path, target: str | Path) -> str:
-    """Copies the tokenizer of one folder into another; returns its fingerprint.
-
-    `load_tokenizer(target).fingerprint` is the same hash. A ValueError if the source has no tokenizer.
-    """
-    file = _tokenizer_file(source)
-    write_bytes(Path(target, FILE_NAME), file.read_bytes())
-    return sha256_file(Path(target, FILE_NAME))
-
-
-def _tokenizer_file(folder: str | Path) -> Path:
-    file = Path(folder, FILE_NAME)
+    file = Path(folder, TOKENIZER_FILE)
     if not file.is_file():
         raise ValueError(f"no tokenizer file {file}: the folder is not a token store, or is damaged")
-    return file
+    return ByteTokenizer() if file.read_bytes() == BYTE_FILE_TEXT.encode() else _bpe_from_file(file)
 
 
 def _bpe_from_file(file: Path) -> BPETokenizer:

@@ -1,12 +1,10 @@
 """Text from the model of a run."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtrain.data.tokenizer import Tokenizer
 from jaxtrain.models.decode import Sampling, generate
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.training.run import Run
@@ -50,17 +48,4 @@ def continue_text(
     )[0]
     if stop and new[-1] == tokenizer.eot_id:
         new = new[:-1]
-    return decode_continuation(tokenizer, tokens[1:], new)
-
-
-def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """Returns the text that `new` adds to `prompt`.
-
-    Decoded alone, `new` would lose the space before its first word with SentencePiece-like tokenizers, or the first
-    bytes of a character that the prompt begins.
-    """
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *new])
-    common = next(
-        (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
-    )
-    return whole[common:]
+    return tokenizer.continuation(tokens[1:], new)

@@ -17,8 +17,7 @@ from jaxtrain.checkpoints.save import Saver
 from jaxtrain.config import Config, MeshConfig, ModelConfig, load, parse_ranges, to_json
 from jaxtrain.data.loader import Batches, TrainBatches, global_batch
 from jaxtrain.data.store import TokenStore, open_store
-from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from jaxtrain.data.tokenizer import Tokenizer, load_tokenizer
+from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
 from jaxtrain.monitoring.tables import format_bytes

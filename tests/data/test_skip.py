@@ -37,7 +37,7 @@ def losses(folder):
 
 @given(RANGES)
 def test_steps_read_what_is_left_in_order(ranges):
-    """R-D6: absolute, in any order, overlapping or given twice."""
+    """Ranges are absolute, in any order; they may overlap or repeat."""
     left_out = {index for start, length in ranges for index in range(start, start + length)}
     left = [index for index in range(200) if index not in left_out][:60]
     parsed = parse_ranges(texts(ranges))
@@ -76,7 +76,7 @@ def test_batches_leave_the_range_out_whichever_rows_are_asked_for():
 
 
 def test_a_run_that_skips_from_the_start_or_from_a_stop_on_gives_the_same_numbers(tiny_config, tmp_path):
-    """R-D6: recorded, idempotent over restarts, and without effect on what was trained."""
+    """Ranges are recorded, hold over restarts, and leave earlier steps as they were."""
     whole = skipping(tiny_config, "6:9")
     train(whole, tmp_path / "whole")
     train(skipping(tiny_config, stop_after=4), tmp_path / "parts")

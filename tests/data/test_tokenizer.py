@@ -15,7 +15,6 @@ from jaxtrain.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     _cut_runs,
-    copy_tokenizer,
     load_tokenizer,
     parse_spec,
     read_hf,
@@ -191,8 +190,6 @@ def test_hf_tokenizers_of_other_kinds(kind, eot, tmp_path):
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert (again, again.eot_id, again.fingerprint) == (tokenizer, tokenizer.eot_id, tokenizer.fingerprint)
-    assert copy_tokenizer(tmp_path, tmp_path.parent) == tokenizer.fingerprint
-    assert load_tokenizer(tmp_path.parent) == tokenizer
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "unigram", "metaspace", "wordpiece"])
@@ -219,15 +216,10 @@ def test_a_continuation_completes_a_character_of_the_prompt(text):
         assert tokenizer.continuation(ids[:cut], ids[cut:]) == text[whole:]
 
 
-def test_ids_without_a_token(bpe):
-    assert ByteTokenizer().has_ids(260).tolist() == [True] * 257 + [False] * 3
-    assert bpe.has_ids(300).tolist() == [True] * 270 + [False] * 30
-    assert bpe.has_ids(9).tolist() == [True] * 9
+def test_a_vocabulary_may_have_holes(bpe):
     data = json.loads(bpe.json_text)
-    largest = max(data["model"]["vocab"], key=data["model"]["vocab"].get)
-    data["model"]["vocab"][largest] = 299
-    holes = BPETokenizer(json.dumps(data))
-    assert (holes.vocab_size, holes.has_ids(300).sum(), holes.has_ids(300)[269]) == (300, 270, False)
+    data["model"]["vocab"][max(data["model"]["vocab"], key=data["model"]["vocab"].get)] = 299
+    assert BPETokenizer(json.dumps(data)).vocab_size == 300
 
 
 RUNS = {

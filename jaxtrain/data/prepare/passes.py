@@ -13,9 +13,16 @@ from jaxtrain.data.prepare.progress import Stages
 from jaxtrain.data.prepare.sources import LeftOut, SourceFile
 from jaxtrain.data.prepare.tasks import run_tasks, worker_pool
 from jaxtrain.data.prepare.units import UnitTask, encode_unit, join_units, scan_unit, token_dtype, training_texts
-from jaxtrain.data.store import FORMAT, MANIFEST, VERSION
-from jaxtrain.data.tokenizer import FILE_NAME as TOKENIZER_FILE
-from jaxtrain.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, parse_spec, read_hf, train_bpe
+from jaxtrain.data.store import STORE_FORMAT, STORE_MANIFEST, STORE_VERSION
+from jaxtrain.data.tokenizer import (
+    TOKENIZER_FILE,
+    BPETokenizer,
+    ByteTokenizer,
+    load_tokenizer,
+    parse_spec,
+    read_hf,
+    train_bpe,
+)
 from jaxtrain.runtime.files import sha256_file, write_json
 
 
@@ -91,7 +98,7 @@ def write_store(
         split: join_units(folder, split, counts, dtype, limits.shard_tokens, stages(f"writing {split}", sizes))
         for split in SPLITS
     }
-    write_json(folder / MANIFEST, _make_manifest(corpus, request, rule, tokenizer, splits, scans, hashes))
+    write_json(folder / STORE_MANIFEST, _make_manifest(corpus, request, rule, tokenizer, splits, scans, hashes))
 
 
 def _make_manifest(
@@ -107,8 +114,8 @@ def _make_manifest(
     if num_empty := sum(scan["num_empty"] for scan in scans):
         left_out["empty documents"] = num_empty
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": STORE_FORMAT,
+        "version": STORE_VERSION,
         "split": "documents" if rule.tail_start is None else "tail",
         "dtype": token_dtype(tokenizer.vocab_size),
         "vocab_size": tokenizer.vocab_size,

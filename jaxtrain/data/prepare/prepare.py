@@ -15,7 +15,7 @@ from jaxtrain.data.prepare.passes import DEFAULT_LIMITS, Corpus, Limits, write_s
 from jaxtrain.data.prepare.progress import Stages, show_progress
 from jaxtrain.data.prepare.sources import PYTHON_STDLIB, SourceFile, describe_left_out, find_sources
 from jaxtrain.data.prepare.tasks import run_format_file
-from jaxtrain.data.store import FORMAT, MANIFEST, TokenStore, open_store, partial_folder
+from jaxtrain.data.store import STORE_FORMAT, STORE_MANIFEST, TokenStore, open_store, partial_folder
 from jaxtrain.data.tokenizer import parse_spec, read_hf
 from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder, write_json
 
@@ -71,7 +71,7 @@ def prepare(
     partial = partial_folder(out)
     with locked(partial):
         _discard_other_work(partial, request)
-        if not (partial / MANIFEST).exists():
+        if not (partial / STORE_MANIFEST).exists():
             corpus = Corpus(tuple(sources), files, left_out)
             shown = show_progress(progress) if isinstance(progress, bool) else nullcontext(progress)
             with _deleted_if_refused(partial), shown as stages:
@@ -135,8 +135,8 @@ def _refuse_inside_source(sources: Sequence[str], out: Path) -> None:
 
 
 def _open_existing(out: Path, request: dict[str, Any]) -> TokenStore:
-    manifest = read_json(out / MANIFEST)
-    if isinstance(manifest, dict) and manifest.get("format") == FORMAT and _is_same_request(manifest, request):
+    manifest = read_json(out / STORE_MANIFEST)
+    if isinstance(manifest, dict) and manifest.get("format") == STORE_FORMAT and _is_same_request(manifest, request):
         return open_store(out, verify=False)
     raise ValueError(
         f"{out} exists and is not the token store of this request (same text, tokenizer and options): "
@@ -167,7 +167,7 @@ def _non_empty(files: list[list]) -> list[list]:
 
 def _discard_other_work(partial: Path, request: dict[str, Any]) -> None:
     """Empties the partial folder unless its work is on this request."""
-    manifest = read_json(partial / MANIFEST)
+    manifest = read_json(partial / STORE_MANIFEST)
     recorded = manifest.get("request") if isinstance(manifest, dict) else read_json(partial / "units" / "request.json")
     if recorded == request:
         return
