@@ -15,7 +15,7 @@ def config() -> Config:
     return Config(
         data=DataConfig(sources=("python-stdlib",)),
         model=llama(num_layers=4, num_heads=4, d_model=128, d_ff=384, max_seq_len=128, qk_norm=True),
-        optim=OptimConfig(peak_lr=5e-3, schedule="linear", warmup_steps=50, b2=0.99, floor=0.0),
+        optim=OptimConfig(peak_lr=5e-3, schedule="linear", warmup_fraction=1 / 18, b2=0.99, floor=0.0),
         train=TrainConfig(
             steps=900,
             batch_size=8,

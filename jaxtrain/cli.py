@@ -1,125 +1,125 @@
-"""The command line: `jaxtrain train | report | eval | generate | replay | prepare | plan | schedule`.
+"""The commands of `jaxtrain`.
 
-Errors that a user can mend are one line on standard error: exit code 2 for a wrong command or argument, and for what
-jaxtrain refuses with a ValueError; 1 for what goes wrong outside of it (a missing package, a full disk); 128 + n for
-a run that signal n stopped, after it saved; 130 for any command that Ctrl-C broke off. `--debug` shows the traceback.
+Errors that a user can correct are one line on standard error. Exit codes: 2 for a wrong command, argument or input
+(ValueError), 1 for trouble outside of jaxtrain (a missing package, a full disk), 128 + n for a run that signal n
+stopped after it saved, 130 after Ctrl-C, 141 if standard output was closed. `--debug` shows the traceback.
 """
 
-import contextlib
-import dataclasses
-import difflib
-import errno
-import io
 import json
-import os
-import re
 import signal
 import sys
-import traceback
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal
 
 import absl.logging
-import tyro
 
-from jaxtrain.config import Config, load
+from jaxtrain import __version__
+from jaxtrain.config import Config
+from jaxtrain.fields import (
+    Bounds,
+    Folder,
+    Fraction,
+    LocalPath,
+    NotNegative,
+    Positive,
+    RunFolder,
+    Section,
+    Source,
+    Tokenizer,
+    nearest,
+)
+from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.flag_help import show_help
+from jaxtrain.runtime.flags import Command, parse
+from jaxtrain.runtime.terminal import report_error, tolerant_output
 
-T = TypeVar("T")
+_HELP = {"-h", "--help"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    name, rest = (arguments[0] if arguments else "--help"), arguments[1:]
-    if name in ("-h", "--help"):
-        print(_usage())
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    with tolerant_output() as output:
+        try:
+            code = _run(words, debug)
+            output.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            if debug:
+                raise
+            code = report_error(error)
+        # Training does not depend on its output: a run whose `| tee log` has died continues.
+        trains = words[:1] == ["train"] and not _HELP & set(words)
+        return 128 + signal.SIGPIPE if output.closed_early and not code and not trains else code
+
+
+def _run(words: list[str], debug: bool) -> int:
+    name, rest = (words[0] if words else "--help"), words[1:]
+    if name in _HELP or name == "help":
+        print(_overview())
         return 0
-    try:
-        if name not in _COMMANDS:
-            near = difflib.get_close_matches(name, _COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_COMMANDS)}"
-            raise ValueError(f"unknown command {name!r}: {hint}")
-        if not debug:  # Orbax shows tracebacks of what it raises as well, and what is then said in a line
-            absl.logging.set_verbosity(absl.logging.FATAL)
-        return _COMMANDS[name](rest)
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            raise
-        return _report(error)
+    if name in ("-V", "--version"):
+        print(f"jaxtrain {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = nearest(name, COMMANDS)
+        hint = f"did you mean {near}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise ValueError(f"unknown command {name!r}: {hint}")
+    command = COMMANDS[name]
+    if _HELP & set(rest):
+        print(show_help(command, rest))
+        return 0
+    options = parse(command, rest)
+    if not debug:  # Orbax logs the tracebacks of errors that are reported here in one line
+        absl.logging.set_verbosity(absl.logging.FATAL)
+    return command.run(options)
 
 
-# What to do about the usual troubles outside of jaxtrain.
-_REMEDIES = {
-    errno.ENOSPC: "free some space and give the same command again",
-    errno.EDQUOT: "free some space and give the same command again",
-    errno.EACCES: "give a path that this user may use",
-    errno.EPERM: "give a path that this user may use",
-    errno.EROFS: "the file system is read-only: give a path on another",
-    errno.ENOTDIR: "a part of the path is a file: give another path",
-    errno.EISDIR: "it is a folder: give the path of a file",
-    errno.EEXIST: "something else has this name: give another path",
-    errno.ENOENT: "give a path that exists",
-    errno.ENAMETOOLONG: "give a shorter name",
-    errno.ELOOP: "its links go round in a circle: give another path",
-}
+def _overview() -> str:
+    lines = [f"  {name:10}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "usage: jaxtrain COMMAND ...\n\n" + "\n".join(lines) + "\n\n" + _OVERVIEW_END
 
 
-def _report(error: BaseException) -> int:
-    """Shows an error; returns the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    text = str(error)
-    if isinstance(error, UnicodeEncodeError):  # half of a surrogate pair: bytes of an argument that are not UTF-8
-        text = f"{error.object!r} is not Unicode text: give it as UTF-8"
-    elif isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and "EXHAUSTED" in text):
-        text = f"out of memory: {text.splitlines()[0] if text else 'the host has no more'}\n"
-        text += "lower train.batch_size or raise train.accumulate; `jaxtrain plan` says what a run needs"
-    elif isinstance(error, OSError) and error.errno in _REMEDIES:
-        text += f": {_REMEDIES[error.errno]}"
-    elif not isinstance(error, ValueError | ImportError | OSError):
-        traceback.print_exception(error)
-        return 1
-    print(f"error: {text}".encode(errors="backslashreplace").decode(), file=sys.stderr)
-    return 2 if isinstance(error, ValueError) else 1
+_OVERVIEW_END = """`jaxtrain COMMAND --help` lists the options of a command.
+`jaxtrain --version` prints the version. `--debug` shows the traceback of an error."""
 
 
-def _usage() -> str:
-    lines = [f"  {name:10}{command.__doc__.splitlines()[0]}" for name, command in _COMMANDS.items()]
-    return "usage: jaxtrain COMMAND ...\n\n" + "\n".join(lines) + "\n\n`jaxtrain COMMAND --help` lists its options."
+@dataclass(frozen=True)
+class TrainOptions(Section):
+    """Options of `jaxtrain train`."""
+
+    positional = "config"
+    config: Config  # config file: .py with a function config(), or .json
+    run_dir: RunFolder | None = None  # run directory; an existing run is resumed; none: runs/NAME for NAME.py
+    allow_change: bool = False  # resume with a changed config, such as more steps; the change is recorded
+    rewind: Positive[int] | None = None  # resume from the checkpoint of this step and set aside later ones, once
+    profile: Annotated[str, "START:STOP"] | None = None  # steps to trace into RUN/profile, without STOP, such as 10:13
 
 
-def _train(arguments: list[str]) -> int:
-    """Trains a config, or goes on with the run in --run-dir: `train CONFIG [--run-dir DIR] [--train.steps N] ...`."""
-    file, default, rest = _config_argument("train", arguments)
+def _train(options: TrainOptions) -> int:
+    """Trains a config, or resumes the run in --run-dir.
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        config: Annotated[Config, tyro.conf.arg(name="")]
-        run_dir: str = f"runs/{file.stem}"  # where the run is kept, and gone on with
-        rewind: int | None = None  # resume from the checkpoint of this step and set aside later ones, this once
-        profile: str | None = None  # START:STOP, as in 10:13: trace these steps (without STOP) into RUN/profile
-
-    options = _parse(Options, f"train {file}", rest, Options(default))
-    if not options.run_dir:
-        raise ValueError("--run-dir is '': give the folder of the run")
+    Every field of the config is a flag. `none` switches off an option that may be absent: --train.eval-every none.
+    """
     from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.stop import is_stuck, leave
     from jaxtrain.training.train import GAVE_UP, train
 
-    if options.rewind is not None and options.rewind < 0:
-        raise ValueError(f"--rewind must be the step of a checkpoint, got {options.rewind}")
     try:
-        with compile_cache(), session(_report):
-            outcome = train(options.config, options.run_dir, rewind=options.rewind, profile=options.profile)
+        with compile_cache(), session(report_error):
+            outcome = train(
+                options.config,
+                options.run_dir,
+                rewind=options.rewind,
+                profile=options.profile,
+                allow_change=options.allow_change,
+            )
     except OSError as error:
         if is_stuck():
-            leave(_report(error))
+            leave(report_error(error))
         raise
     code, reason = 0, outcome["reason"]
     if reason == GAVE_UP:
@@ -134,40 +134,46 @@ def _train(arguments: list[str]) -> int:
     return leave(code) if is_stuck() else code
 
 
-def _health(arguments: list[str]) -> int:
-    """Says what is wrong with a run and rewrites its report.html: `report RUN`; the run may still be going."""
+@dataclass(frozen=True)
+class ReportOptions(Section):
+    """Options of `jaxtrain report`."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        run: tyro.conf.Positional[str]  # run directory
+    positional = "run"
+    run: RunFolder  # run directory
 
-    run = _parse(Options, "report", arguments).run
+
+def _write_report(options: ReportOptions) -> int:
+    """Diagnoses a run, finished or not, and rewrites its report.html."""
     from jaxtrain.monitoring.report import describe_times, read_findings, write_report
 
-    findings, progress = read_findings(run)
+    findings, progress = read_findings(options.run)
     print(progress)
     print("\n".join(map(str, findings)) or "no findings")
-    heading, rows = describe_times(run)
+    heading, rows = describe_times(options.run)
     if heading:
         print(f"time by scope: {heading}")
     for scope, share, milliseconds in rows:
         print(f"  {scope:10}{share:>7}{milliseconds:>9} ms a step")
-    print(f"report: {write_report(run)}")
+    print(f"report: {write_report(options.run)}")
     return 0
 
 
-def _schedule(arguments: list[str]) -> int:
-    """Draws a config's learning rate: `schedule CONFIG [--png FILE] [--optim.peak-lr X] ...`."""
-    file, default, rest = _config_argument("schedule", arguments)
+@dataclass(frozen=True)
+class ScheduleOptions(Section):
+    """Options of `jaxtrain schedule`."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        config: Annotated[Config, tyro.conf.arg(name="")]
-        png: str | None = None  # also draw to this file
+    positional = "config"
+    config: Config  # config file: .py with a function config(), or .json
+    png: Annotated[str, LocalPath("FILE.png")] | None = None  # picture to draw as well
 
-    options = _parse(Options, f"schedule {file}", rest, Options(default))
-    if options.png is not None and not options.png.endswith(".png"):
-        raise ValueError(f"--png {options.png!r} must end in .png")
+    def __post_init__(self):
+        super().__post_init__()
+        if self.png is not None and not self.png.endswith(".png"):
+            raise ValueError(f"--png {self.png!r} must end in .png")
+
+
+def _schedule(options: ScheduleOptions) -> int:
+    """Draws the learning rate of a config."""
     import jax
     import jax.numpy as jnp
 
@@ -184,38 +190,49 @@ def _schedule(arguments: list[str]) -> int:
     return 0
 
 
-def _plan(arguments: list[str]) -> int:
-    """Says what a config needs before it runs: `plan CONFIG [--topology v5p:2x2x2] [--max-batch] [--json] ...`."""
-    file, default, rest = _config_argument("plan", arguments)
+@dataclass(frozen=True)
+class PlanOptions(Section):
+    """Options of `jaxtrain plan`."""
+
+    positional = "config"
+    config: Config  # config file: .py with a function config(), or .json
+    topology: Annotated[str, "CHIP:SHAPE"] | None = None  # TPU slice to compile for: v5p:2x2x2, v5e:4x4, v6e:4x4 ...
+    devices: Positive[int] | None = None  # number of devices without --topology; None takes the product of the mesh
+    chip: Annotated[str, "CHIP"] | None = None  # v5e, v5p, v6e, a100, h100 or h200, without --topology
+    mfu: Annotated[float, Bounds("above 0 and at most 1", 0, 1, includes_high=True)] = 0.4  # assumed share of the peak
+    price: NotNegative[float] | None = None  # of one chip for one hour, in any currency
+    max_batch: bool = False  # search for the largest train.batch_size that fits; needs --topology
+    timeout: Positive[float] = 3600.0  # seconds that one compilation may take
+    json: bool = False  # print one JSON object
+
+
+def _plan(options: PlanOptions) -> int:
+    """Estimates memory, traffic, time and cost of a config before it runs."""
     from jaxtrain.plan.view import Question, plan
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        config: Annotated[Config, tyro.conf.arg(name="")]
-        question: Annotated[Question, tyro.conf.arg(name="")] = Question()  # noqa: RUF009 (frozen)
-
-    options = _parse(Options, f"plan {file}", rest, Options(default))
-    plan(options.config, options.question)
+    question = {item.name: getattr(options, item.name) for item in fields(options) if item.name != "config"}
+    plan(options.config, Question(**question))
     return 0
 
 
-def _prepare(arguments: list[str]) -> int:
-    """Tokenises text into a store: `prepare SOURCE... --out DIR [--tokenizer byte|bpe:VOCAB|hf:PATH] ...`."""
+@dataclass(frozen=True)
+class PrepareOptions(Section):
+    """Options of `jaxtrain prepare`."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        sources: tyro.conf.Positional[tuple[str, ...]]  # files, folders, globs, or python-stdlib
-        out: str  # folder of the token store
-        tokenizer: str = "byte"  # byte | bpe:VOCAB | hf:PATH
-        validation_fraction: float = 0.02  # of the documents, chosen by hash
-        eot: str | None = None  # text of the end-of-text token of hf:PATH; None looks for the usual names
-        text_field: str = "text"  # field or column that holds the text of a record
-        formats: str | None = None  # Python file that adds to jaxtrain.data.prepare.formats.FORMATS
-        num_workers: int | None = None  # processes; None starts one per core
+    positional = "sources"
+    sources: tuple[Source, ...]  # files, folders or globs of text or records, or python-stdlib
+    out: Folder  # folder of the new token store
+    tokenizer: Tokenizer = "byte"  # byte, bpe:VOCAB (trained on the sources) or hf:FILE
+    validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash
+    eot: str | None = None  # end-of-text token of hf:FILE; none looks for the usual names
+    text_field: str = "text"  # field or column that holds the text of a record
+    # Python file that adds to jaxtrain.data.prepare.formats.FORMATS
+    formats: Annotated[str, LocalPath("FILE.py")] | None = None
+    num_workers: Positive[int] | None = None  # processes; none starts one per core
 
-    options = _parse(Options, "prepare", arguments)
-    if not options.out:
-        raise ValueError("--out is '': give the folder of the token store")
+
+def _prepare(options: PrepareOptions) -> int:
+    """Tokenizes text into a token store, which `--data.store` of a config names."""
     from jaxtrain.data.prepare.prepare import prepare
 
     store = prepare(
@@ -237,25 +254,35 @@ def _prepare(arguments: list[str]) -> int:
     return 0
 
 
-def _eval(arguments: list[str]) -> int:
-    """Measures a run on a whole split: `eval RUN [--split validation|train] [--step N] [--json]`."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Section):
+    """Options of the commands that open a run."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        run: tyro.conf.Positional[str]  # run directory
-        split: Literal["validation", "train"] = "validation"
-        step: int | None = None  # of the checkpoint; None takes the newest
-        batches: int | None = None  # from the start of the split; None takes all
-        compare: bool = False  # compress the same text with gzip -9 and xz -9 too
-        json: bool = False  # print one JSON object
+    positional = "run"
+    run: RunFolder  # run directory
+    config: Annotated[str, LocalPath("CONFIG.py")] | None = None  # config file of the run, if its model is your own
+    data_store: Folder | None = None  # path of the token store, if it has moved
 
-    options = _parse(Options, "eval", arguments)
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(RunOptions):
+    """Options of `jaxtrain eval`."""
+
+    split: Literal["validation", "train"] = "validation"  # part of the token store
+    step: NotNegative[int] | None = None  # checkpoint; none takes the newest
+    batches: Positive[int] | None = None  # batches from the start of the split; none takes all
+    compare: bool = False  # compress the same text with gzip -9 and xz -9
+    json: bool = False  # print one JSON object
+
+
+def _eval(options: EvalOptions) -> int:
+    """Evaluates a run on a split of its data: loss, perplexity, bits per byte."""
     from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.processes import is_lead
     from jaxtrain.training.evaluate import compressor_bits_per_byte, evaluate_split, split_text
 
-    with compile_cache(), session(_report):
+    with compile_cache(), session(report_error):
         run, params, step = _trained(options)
         split = run.store.train if options.split == "train" else run.store.validation
         result = {"step": step, "split": options.split}
@@ -273,28 +300,30 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
-def _generate(arguments: list[str]) -> int:
-    """Continues a text with a run's model: `generate RUN --prompt TEXT [--num-tokens N] [--temperature T] ...`."""
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(RunOptions):
+    """Options of `jaxtrain generate`."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        run: tyro.conf.Positional[str]  # run directory
-        prompt: Annotated[str, tyro.conf.arg(help="text to continue")] = ""
-        num_tokens: int = 256  # how many to add
-        temperature: float = 0.8  # 0: always the likeliest token
-        top_k: int | None = None  # draw among the k likeliest; None draws among all
-        top_p: float = 1.0  # draw among the likeliest that hold this share of the probability
-        seed: int = 0
-        step: int | None = None  # of the checkpoint; None takes the newest
+    prompt: str = ""  # text to continue
+    num_tokens: Positive[int] = 256  # tokens to add
+    temperature: NotNegative[float] = 0.8  # divides the logits; 0 takes the likeliest token
+    top_k: Positive[int] | None = None  # draws among the k likeliest tokens; none draws among all
+    # draws among the likeliest tokens that hold this share of the probability
+    top_p: Annotated[float, Bounds("in (0, 1]", 0, 1, includes_high=True)] = 1.0
+    seed: NotNegative[int] = 0  # of the random numbers
+    step: NotNegative[int] | None = None  # checkpoint; none takes the newest
 
-    options = _parse(Options, "generate", arguments)
+
+def _generate(options: GenerateOptions) -> int:
+    """Continues a text with the model of a run."""
+    from jaxtrain.models.decode import Sampling
     from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.processes import is_lead
-    from jaxtrain.training.generate import Sampling, continue_text
+    from jaxtrain.training.generate import continue_text
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    with compile_cache(), session(_report):
+    with compile_cache(), session(report_error):
         run, params, _ = _trained(options, data=False)
         text = continue_text(run, params, options.prompt, options.num_tokens, seed=options.seed, sampling=sampling)
     if is_lead():
@@ -302,16 +331,16 @@ def _generate(arguments: list[str]) -> int:
     return 0
 
 
-def _replay(arguments: list[str]) -> int:
-    """Runs a step of a run again and looks into it: `replay RUN --step S [--json]`."""
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions(RunOptions):
+    """Options of `jaxtrain replay`."""
 
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        run: tyro.conf.Positional[str]  # run directory
-        step: int  # counted from 1, as in metrics.jsonl
-        json: bool = False  # print one JSON object, with all rows
+    step: NotNegative[int]  # step, counted from 1 as in metrics.jsonl
+    json: bool = False  # print one JSON object with all rows
 
-    options = _parse(Options, "replay", arguments)
+
+def _replay(options: ReplayOptions) -> int:
+    """Runs a step of a run again, and shows it by micro-batch, layer and row."""
     from jaxtrain.monitoring.metrics import encode
     from jaxtrain.monitoring.replay_view import show
     from jaxtrain.runtime.cluster import session
@@ -319,100 +348,42 @@ def _replay(arguments: list[str]) -> int:
     from jaxtrain.runtime.processes import agree, is_lead
     from jaxtrain.training.replay import replay
 
-    with compile_cache(), session(_report):
-        agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
-        result = replay(options.run, options.step)
+    with compile_cache(), session(report_error):
+        agree("the command", asdict(options), remedy="start them with the same one")
+        result = replay(options.run, options.step, store=options.data_store, model=_model(options))
     if is_lead():
         print(json.dumps(encode(result))) if options.json else show(result)
     return 0
 
 
-def _trained(options: Any, data: bool = True) -> tuple[Any, Any, int]:
-    """The run that a command names, its parameters and their step; the same on every process."""
+def _model(options: RunOptions) -> Any:
+    return load(options.config).model if options.config else None
+
+
+def _trained(options: EvalOptions | GenerateOptions, data: bool = True) -> tuple[Any, Any, int]:
+    """Opens a run; returns it with the parameters of a checkpoint and its step, the same on every process."""
     from jaxtrain.runtime.processes import agree
     from jaxtrain.training.run import open_run, restore_params
 
-    agree("the command", dataclasses.asdict(options), remedy="start them with the same one")
-    run = open_run(options.run, data=data)
+    agree("the command", asdict(options), remedy="start them with the same one")
+    run = open_run(options.run, store=options.data_store, model=_model(options), data=data)
     params, step = restore_params(run, options.step)
     agree("the checkpoint", {"step": step}, remedy="the run must be on a file system that they share")
     return run, params, step
 
 
-def _parse(options: type[T], command: str, arguments: list[str], default: T | None = None) -> T:
-    """Reads the flags of a command; an unknown one is a ValueError that names the nearest."""
-    known = [*_flags(options, ""), "--help"]
-    for argument in arguments:
-        flag = argument.split("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"`jaxtrain {command} --help` lists the flags"
-            raise ValueError(f"unknown flag {argument.split('=')[0]}: {hint}")
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--") and argument.endswith("=none"):
-            arguments[i] = argument.removesuffix("none") + "None"
-        elif argument == "none" and i and arguments[i - 1].startswith("--") and not arguments[i - 1].endswith("remat"):
-            arguments[i] = "None"
-    if {"--help", "-h"} & set(arguments):
-        return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
-    printed, columns = io.StringIO(), os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"  # tyro draws a box around its errors, whose lines are broken at this width
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(options, prog=f"jaxtrain {command}", args=arguments, default=default)
-    except SystemExit:
-        text = _without_box(printed.getvalue())
-        of_config = re.match(r"Error parsing [a-z.]+: ", text)  # which says itself what is wrong
-        if of_config:
-            raise ValueError(text[of_config.end() :]) from None
-        raise ValueError(
-            f"{text.removeprefix('Error parsing ')}; `jaxtrain {command} --help` lists the flags"
-        ) from None
-    finally:
-        os.environ.pop("COLUMNS")
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
-
-
-def _without_box(text: str) -> str:
-    """The first paragraph in a box of tyro's, as one line."""
-    words = []
-    for line in text.splitlines()[1:]:
-        line = line.strip("│╰╯ ")  # where the output is ASCII the box has rules only
-        if not line.startswith(("─", "---")):
-            words += line.split()
-        elif words:
-            break
-    return " ".join(words)
-
-
-def _flags(cls: type, prefix: str) -> Iterator[str]:
-    for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _flags(hint, prefix if name in ("config", "question") else f"{prefix}{name}.")
-        else:
-            yield f"--{prefix}{name}".replace("_", "-")
-            if hint is bool:
-                yield f"--{prefix}no-{name}".replace("_", "-")
-
-
-def _config_argument(command: str, arguments: list[str]) -> tuple[Path, Config, list[str]]:
-    """Takes the CONFIG that other flags change: its path, what it says, and the rest."""
-    if not arguments or arguments[0].startswith("-"):
-        raise ValueError(f"give a config first: jaxtrain {command} CONFIG [flags], such as configs/quickstart.py")
-    file = Path(arguments[0])
-    return file, load(file), arguments[1:]
-
-
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": _train,
-    "report": _health,
-    "eval": _eval,
-    "generate": _generate,
-    "replay": _replay,
-    "prepare": _prepare,
-    "plan": _plan,
-    "schedule": _schedule,
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("train", TrainOptions, _train, "train configs/quickstart.py --run-dir runs/first --train.steps 300"),
+        Command("report", ReportOptions, _write_report, "report runs/first"),
+        Command("eval", EvalOptions, _eval, "eval runs/first --compare"),
+        Command("generate", GenerateOptions, _generate, 'generate runs/first --prompt "def " --temperature 0.5'),
+        Command("replay", ReplayOptions, _replay, "replay runs/first --step 120"),
+        Command("prepare", PrepareOptions, _prepare, "prepare texts/ --tokenizer bpe:8192 --out stores/texts"),
+        Command("plan", PlanOptions, _plan, "plan configs/llama2_7b.py --topology v5p:2x2x2"),
+        Command("schedule", ScheduleOptions, _schedule, "schedule configs/quickstart.py --optim.schedule cosine"),
+    )
 }
 
 

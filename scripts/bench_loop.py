@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from benchmark import Table, parser, report
 
-from jaxtrain.config import CheckpointConfig, Config, DataConfig, load
+from jaxtrain.config import CheckpointConfig, Config, DataConfig
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import open_store
+from jaxtrain.runtime.config_files import load
 from jaxtrain.training.run import Hooks, assemble, batch_source
 from jaxtrain.training.train import train
 

@@ -23,14 +23,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from benchmark import Table, parser, report
 
-from jaxtrain.config import Config, ModelConfig, load
+from jaxtrain.config import Config, ModelConfig
 from jaxtrain.models.size import flops_per_token, num_params
 from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.plan.formulas import plan_vocab
 from jaxtrain.runtime.chips import peak_flops
+from jaxtrain.runtime.flags import parse_config
 from jaxtrain.runtime.host_memory import keep_freed_memory
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training.program import make_program
@@ -213,8 +213,8 @@ def main() -> None:
     if options.peer != "none" and not options.peer_python.exists():
         sys.exit(f"error: no Python at {options.peer_python}: create one (see --help) or name it with --peer-python")
     options.flags = flags
-    config = tyro.cli(Config, args=flags, default=load(options.config), prog="bench_train.py CONFIG")
     try:
+        config = parse_config([str(options.config), *flags])
         tables, more = bench(config, options)
     except ValueError as error:
         sys.exit(f"error: {error}")

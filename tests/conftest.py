@@ -1,12 +1,9 @@
 """Eight simulated devices and JAX's strict modes for every test; set before jax is imported."""
 
-import ast
 import atexit
-import gc
 import importlib.metadata
 import os
 import shutil
-import sys
 import tempfile
 
 NUM_DEVICES = 8
@@ -29,22 +26,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
-
-if sys.version_info < (3, 11, 8):
-    # python/cpython#106905: collecting amid `ast.parse` lets another thread or a finalizer reset its depth counter, and
-    # it raises SystemError. tyro parses the sources of what it reads; in a test process it is not alone.
-    real_parse = ast.parse
-
-    def parse(*arguments, **options):
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            return real_parse(*arguments, **options)
-        finally:
-            if collects:
-                gc.enable()
-
-    ast.parse = parse
 
 # An example takes as long as the machine makes it wait.
 hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -18,8 +18,8 @@ import pytest
 from runs import train
 
 from jaxtrain.cli import main
-from jaxtrain.config import to_json
 from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.runtime.config_files import to_json
 
 ROOT = Path(__file__).parents[1]
 WITHIN = "from jaxtrain.config import *\n"
@@ -155,12 +155,12 @@ COMMANDS = {
     "command in another script": bad("тrain {config}", "'тrain'", "did you mean train?"),
     "no config": bad("train", "give a config first", "configs/quickstart.py"),
     "unknown flag": bad("train {config} --optim.peek-lr 1", "--optim.peek-lr", "did you mean --optim.peak-lr?"),
-    "flag without a value": bad("train {config} --train.steps", "--train.steps", "--help` lists"),
-    "a word where a number goes": bad(TRAIN + " --train.steps ten", "ten", "--help` lists"),
-    "a fraction where a whole number goes": bad(TRAIN + " --train.steps 1.5", "1.5", "--help` lists"),
+    "flag without a value": bad("train {config} --train.steps", "--train.steps", "needs a value, N"),
+    "a word where a number goes": bad(TRAIN + " --train.steps ten", "'ten'", "expected a whole number"),
+    "a fraction where a whole number goes": bad(TRAIN + " --train.steps 1.5", "'1.5'", "expected a whole number"),
     "a number where a choice goes": bad(TRAIN + " --model.norm 3", "3", "rmsnorm"),
     "one argument too many": bad(TRAIN + " more", "more", "--help` lists"),
-    "no run directory": bad("train {config} --run-dir ''", "''", "give the folder"),
+    "no run directory": bad("train {config} --run-dir ''", "is ''", "give a path"),
     "run directory is a file": bad(
         "train {config} --run-dir f", "f is a file", "another --run-dir", make=text("f", "x")
     ),
@@ -187,11 +187,11 @@ COMMANDS = {
     ),
     "eval of no run": bad("eval nowhere", "nowhere is no run directory", "--run-dir of `jaxtrain train`"),
     "eval of a file": bad("eval {config}", "config.json is no run directory", "give the --run-dir"),
-    "eval of a negative step": bad("eval {run} --step -1", "-1", "there are [5, 10, 12]"),
+    "eval of a negative step": bad("eval {run} --step -1", "got -1", "0 or more"),
     "eval of a step that was not saved": bad("eval {run} --step 7", "no checkpoint of step 7", "there are [5, 10, 12]"),
     "eval of no batch": bad("eval {run} --batches 0", "got 0", "above 0"),
     "eval of an unknown split": bad("eval {run} --split test", "test", "validation"),
-    "generate nothing": bad("generate {run} --num-tokens 0", "got 0", "at least 1"),
+    "generate nothing": bad("generate {run} --num-tokens 0", "got 0", "above 0"),
     "generate at NaN": bad("generate {run} --temperature nan", "got nan", "0 or more"),
     "generate at infinity": bad("generate {run} --temperature inf", "got inf", "0 or more"),
     "generate from none": bad("generate {run} --top-p 0", "got 0", "(0, 1]"),
@@ -199,12 +199,12 @@ COMMANDS = {
     "generate with a negative seed": bad("generate {run} --seed -1", "-1", "0"),
     "generate with a huge seed": bad("generate {run} --seed 99999999999999999999", "99999999999999999999", "2^31"),
     "generate from bytes that are no text": bad("generate {run} --prompt \udcff", r"\udcff", "UTF-8"),
-    "replay without a step": bad("replay {run}", "--step", "--help` lists"),
+    "replay without a step": bad("replay {run}", "--step N is missing", "counted from 1"),
     "replay of step 0": bad("replay {run} --step 0", "no step 0", "give --step 1 to 12"),
     "replay of a step to come": bad("replay {run} --step 13", "no step 13", "give --step 1 to 12"),
     "plan for an unknown chip": bad("plan {config} --chip h9000", "h9000", "v5p"),
     "plan for an unknown topology": bad("plan {config} --topology v5p:2x", "'v5p:2x'", "as v5p:4x4x4"),
-    "plan for negative devices": bad("plan {config} --devices -8", "-8", "1"),
+    "plan for negative devices": bad("plan {config} --devices -8", "got -8", "above 0"),
     "plan at a price of NaN": bad("plan {config} --chip v5p --price nan", "nan", "0"),
 }
 
@@ -213,18 +213,20 @@ CONFIGS = {
     "a folder": bad("train .", "no config file .", "give a .py file"),
     "another kind of file": bad("train c.yaml", "c.yaml", ".py or .json", make=text("c.yaml", "a: 1")),
     "py: empty": bad("train c.py", "c.py", "config() that returns a Config", make=py("")),
-    "py: a syntax error": bad("train c.py", "c.py line 2: SyntaxError", "mend", make=py("x = 1\ndef config(:\n")),
-    "py: an unknown name": bad("train c.py", "c.py line 2: NameError: name 'nope'", "mend", make=py("\nnope\n")),
+    "py: a syntax error": bad("train c.py", "c.py line 2: SyntaxError", "correct", make=py("x = 1\ndef config(:\n")),
+    "py: an unknown name": bad("train c.py", "c.py line 2: NameError: name 'nope'", "correct", make=py("\nnope\n")),
     "py: an error inside": bad(
-        "train c.py", "c.py line 3: ZeroDivisionError", "mend", make=py("\ndef config():\n    return 1 / 0\n")
+        "train c.py", "c.py line 3: ZeroDivisionError", "correct", make=py("\ndef config():\n    return 1 / 0\n")
     ),
     "py: a missing module": bad("train c.py", "c.py line 1", "'torch_xyz'", make=py("import torch_xyz\n")),
-    "py: it exits": bad("train c.py", "c.py line 1: SystemExit: 3", "mend", make=py("raise SystemExit(3)\n")),
+    "py: it exits": bad("train c.py", "c.py line 1: SystemExit: 3", "correct", make=py("raise SystemExit(3)\n")),
     "py: it returns another thing": bad(
-        "train c.py", "config() returned dict, not a Config", "mend", make=py("def config():\n    return {}\n")
+        "train c.py", "config() returned dict, not a Config", "correct", make=py("def config():\n    return {}\n")
     ),
     "py: config is no function": bad("train c.py", "config()", "returns a Config", make=py("config = 3\n")),
-    "py: it wants arguments": bad("train c.py", "TypeError", "mend", make=py("def config(size):\n    return size\n")),
+    "py: it wants arguments": bad(
+        "train c.py", "TypeError", "correct", make=py("def config(size):\n    return size\n")
+    ),
     "py: a wrong type": bad(
         "train c.py",
         "c.py line 3",
@@ -233,27 +235,30 @@ CONFIGS = {
     ),
     "py: a wrong section": bad(
         "train c.py",
-        "train: expected an object, got 3",
-        "mend",
+        "train: expected a TrainConfig, got 3",
+        "correct",
         make=py(WITHIN + "def config():\n    return Config(DataConfig('s'), train=3)\n"),
     ),
-    "py: not UTF-8": bad("train c.py", "c.py", "mend", make=text("c.py", b"x = '\xff\xfe'\n")),
-    "py: NUL bytes": bad("train c.py", "c.py", "mend", make=text("c.py", b"x = 1\0\n")),
+    "py: not UTF-8": bad("train c.py", "c.py", "correct", make=text("c.py", b"x = '\xff\xfe'\n")),
+    "py: NUL bytes": bad("train c.py", "c.py", "correct", make=text("c.py", b"x = 1\0\n")),
     "json: empty": bad("train c.json", "c.json", "not valid JSON", make=raw("")),
     "json: truncated": bad("train c.json", "c.json", "not valid JSON", make=raw('{"data": {"store": "s"')),
     "json: a list": bad("train c.json", "c.json", "expected an object, got []", make=raw("[]")),
-    "json: not UTF-8": bad("train c.json", "c.json", "mend", make=raw(b'{"seed": "\xff"}')),
-    "json: too deep": bad("train c.json", "c.json", "mend", make=raw("[" * 100_000)),
+    "json: not UTF-8": bad("train c.json", "c.json", "correct", make=raw(b'{"seed": "\xff"}')),
+    "json: too deep": bad("train c.json", "c.json", "correct", make=raw("[" * 100_000)),
     "json: nothing": bad("train c.json", "c.json", "data", make=raw("{}")),
     "json: an unknown key": bad(
         "train c.json", "optim.peek_lr", "did you mean optim.peak_lr?", make=values(optim={"peek_lr": 1})
     ),
     "json: null": bad(
-        "train c.json", "train.steps: expected int, got None", "mend", make=values(train={"steps": None})
+        "train c.json", "train.steps: expected int, got None", "correct", make=values(train={"steps": None})
     ),
-    "json: a bool for a number": bad("train c.json", "seed: expected int, got True", "mend", make=values(seed=True)),
+    "json: a bool for a number": bad("train c.json", "seed: expected int, got True", "correct", make=values(seed=True)),
     "json: text for a list": bad(
-        "train c.json", "data.sources: expected a list of strings, got 'a'", "mend", make=values(data={"sources": "a"})
+        "train c.json",
+        "data.sources: expected a list of strings, got 'a'",
+        "correct",
+        make=values(data={"sources": "a"}),
     ),
     "json: NaN": bad("train c.json", "optim.peak_lr must be above 0", "nan", make=values(optim={"peak_lr": np.nan})),
     "json: infinity": bad("train c.json", "above 0 and finite", "inf", make=values(optim={"peak_lr": np.inf})),
@@ -277,7 +282,7 @@ CONFIGS = {
         TRAIN + " --train.batch-size 2000000000", "out of memory", "lower train.batch_size", code=1, starts=True
     ),
     "skip: no range": bad(TRAIN + " --data.skip 12000", "'12000'", "write START:STOP"),
-    "skip: backwards": bad(TRAIN + " --data.skip 9:3", "'9:3'", "STOP is larger"),
+    "skip: backwards": bad(TRAIN + " --data.skip 9:3", "'9:3'", "STOP must be larger"),
     "skip: negative": bad(TRAIN + " --data.skip=-3:4", "'-3:4'", "write START:STOP"),
     "mesh: more devices than there are": bad(TRAIN + " --mesh.data 99", "takes 99 devices", "there are 8"),
     "mesh: 0": bad(TRAIN + " --mesh.fsdp 0", "got 0", "above 0"),
@@ -290,8 +295,8 @@ CONFIGS = {
 PREPARE = "prepare {corpus} --out {out}"
 
 DATA = {
-    "no source": bad("prepare --out {out}", "sources must be a list of files", "got ()"),
-    "no folder to make": bad("prepare {corpus}", "--out", "--help` lists"),
+    "no source": bad("prepare --out {out}", "SOURCE... is missing", "jaxtrain prepare SOURCE"),
+    "no folder to make": bad("prepare {corpus}", "--out DIR is missing", "folder"),
     "an absent source": bad("prepare no.txt --out {out}", "no.txt", "check the path"),
     "a glob without a match": bad("prepare *.nope --out {out}", "'*.nope'", "check it"),
     "an empty folder": bad("prepare {tmp} --out {out}", "work", "name a folder with text"),
@@ -321,7 +326,7 @@ DATA = {
     "a folder below a file": bad(
         "prepare {corpus} --out f/s", "work/f", "give another path", make=text("f", "x"), code=1
     ),
-    "a folder without a name": bad("prepare {corpus} --out ''", "''", "give the folder"),
+    "a folder without a name": bad("prepare {corpus} --out ''", "is ''", "give a path"),
     "a folder among its sources": bad(
         "prepare {tmp} --out {tmp}/s", "work/s would lie in its own source", "elsewhere", make=text("a.txt", "text")
     ),
@@ -339,7 +344,7 @@ DATA = {
     ),
     "all for validation": bad(PREPARE + " --validation-fraction 1", "got 1.0", "between 0 and 1"),
     "NaN for validation": bad(PREPARE + " --validation-fraction nan", "got nan", "between 0 and 1"),
-    "negative workers": bad(PREPARE + " --num-workers -2", "got -2", "above 0, or None"),
+    "negative workers": bad(PREPARE + " --num-workers -2", "got -2", "above 0"),
 }
 
 STORES = {
@@ -513,7 +518,7 @@ def test_exit_codes_and_tracebacks_of_the_real_command(world):
     assert (interrupted.returncode, interrupted.stderr) == (130, "interrupted\n")
     broken = run("train", "broken.py")
     assert broken.returncode == 2
-    assert broken.stderr == "error: broken.py line 2: ZeroDivisionError: division by zero; mend the config\n"
+    assert broken.stderr == "error: broken.py line 2: ZeroDivisionError: division by zero; correct the config\n"
     shown = run("train", "broken.py", "--debug")
     assert shown.returncode != 0
     assert "Traceback" in shown.stderr
@@ -535,12 +540,12 @@ def test_a_config_from_a_run_is_read_and_not_executed(world, monkeypatch):
 
 
 def test_nothing_in_the_package_loads_a_pickle_or_executes_text():
-    """Read from the source: only `config.load` executes a file, the user's own .py."""
+    """Read from the source: only `config_files.load` executes a file, the user's own .py."""
     found = []
     for path in sorted((ROOT / "jaxtrain").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             found += [(path.name, what) for what in _dangers(node)]
-    assert found == [("config.py", "runpy")]
+    assert found == [("config_files.py", "runpy")]
     everything = "import pickle, yaml\nfrom shelve import open\neval('1')\nnp.load(f)\nx.load(f, allow_pickle=True)"
     assert len([what for node in ast.walk(ast.parse(everything)) for what in _dangers(node)]) == 6
 

@@ -14,13 +14,10 @@ from jaxtrain.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    differences,
-    from_json,
     gpt2,
     llama,
-    load,
-    to_json,
 )
+from jaxtrain.runtime.config_files import differences, from_json, load, to_json
 
 DATA = DataConfig(sources=("python-stdlib",))
 CONFIG = Config(data=DATA, model=gpt2(num_layers=2), optim=OptimConfig(schedule="wsd", decay_steps=9), seed=3)
@@ -43,7 +40,6 @@ def test_a_config_of_an_older_run_equals_the_same_config_today(file):
     )
     old = load(file)
     assert differences(old, today) == []
-    assert old == today
 
 
 def test_loads_python_and_json(tmp_path):
@@ -78,7 +74,7 @@ def test_files_that_are_no_config(tmp_path, name, text, message):
     [
         ({"sed": 1}, "unknown config key sed; did you mean seed?"),
         ({"train": {"step": 3}}, r"unknown config key train\.step; did you mean train\.steps\?"),
-        ({"train": {"zzz": 3}}, r"unknown config key train\.zzz; known keys: steps"),
+        ({"train": {"zzz": 3}}, r"unknown config key train\.zzz; known: steps"),
         ({"train": {"steps": "3"}}, r"train\.steps: expected int, got '3'"),
         ({"train": {"steps": True}}, r"train\.steps: expected int, got True"),
         ({"train": {"steps": 2.5}}, r"train\.steps: expected int, got 2\.5"),
@@ -111,7 +107,7 @@ NAN = float("nan")
         (ModelConfig, {"num_layers": 0}, "model.num_layers must be above 0, got 0"),
         (ModelConfig, {"d_model": 100, "num_heads": 3}, "d_model 100 is not divisible by model.num_heads 3"),
         (ModelConfig, {"num_heads": 4, "num_kv_heads": 3}, "num_heads 4 is not a multiple of model.num_kv_heads 3"),
-        (ModelConfig, {"d_model": 12, "num_heads": 4}, "head dimension 3 must be even"),
+        (ModelConfig, {"d_model": 12, "num_heads": 4}, "even head dimension, got 3"),
         (ModelConfig, {"logit_softcap": -1.0}, "logit_softcap"),
         (ModelConfig, {"attention_window": 0}, "model.attention_window must be above 0, got 0"),
         (ModelConfig, {"attention_softcap": NAN}, "attention_softcap must be above 0 and finite, got nan"),
@@ -127,7 +123,6 @@ NAN = float("nan")
         (OptimConfig, {"clip_norm": -1.0}, "clip_norm"),
         (OptimConfig, {"weight_decay": -0.1}, "weight_decay"),
         (OptimConfig, {"floor": 1.5}, "floor"),
-        (OptimConfig, {"schedule": "wsd"}, "needs optim.decay_steps"),
         (TrainConfig, {"steps": 0}, "steps"),
         (TrainConfig, {"batch_size": 6, "accumulate": 4}, "batch_size 6 is not divisible by train.accumulate 4"),
         (TrainConfig, {"label_smoothing": 1.0}, "label_smoothing"),
@@ -153,6 +148,7 @@ def test_values_out_of_range(cls, fields, message):
     ("fields", "message"),
     [
         ({"seed": -1}, "seed"),
+        ({"optim": OptimConfig(schedule="wsd")}, "needs optim.decay_steps"),
         ({"train": TrainConfig(seq_len=512)}, "seq_len 512 exceeds model.max_seq_len 256"),
         ({"optim": OptimConfig(warmup_steps=1000)}, "warmup_steps 1000 leaves no room to decay in train.steps 1000"),
         ({"optim": OptimConfig(warmup_steps=900, schedule="wsd", decay_steps=101)}, "leaves no room"),

@@ -6,12 +6,13 @@ import html
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import Config, load
+from jaxtrain.config import Config
 from jaxtrain.monitoring.health import Finding, diagnose
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.plots import plot_metrics
 from jaxtrain.monitoring.tables import format_seconds
 from jaxtrain.monitoring.trace import newest_trace, read_times
+from jaxtrain.runtime.config_files import load
 
 Rows = list[tuple[str, str]]
 

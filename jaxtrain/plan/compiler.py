@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import Config, from_json, to_json
+from jaxtrain.config import Config
 from jaxtrain.runtime.chips import parse_topology
+from jaxtrain.runtime.config_files import from_json, to_json
 
 # What the child sets: JAX runs on the CPU, the TPU compiler asks no metadata server who it is, and does not mind
 # another process with libtpu (it compiles, it touches no TPU).

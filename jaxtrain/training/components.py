@@ -19,12 +19,12 @@ from jaxtrain.schedules import SCHEDULES, Schedule
 
 def make_schedule(config: Config) -> Schedule:
     """Returns the learning-rate schedule over `train.steps`."""
-    return SCHEDULES[config.optim.schedule].make(config.optim, config.train.steps)
+    return SCHEDULES[config.optim.schedule].make(config.resolved_optim, config.train.steps)
 
 
 def describe_schedule(config: Config) -> str:
     """Describes the schedule in one line."""
-    optim, schedule = config.optim, make_schedule(config)
+    optim, schedule = config.resolved_optim, make_schedule(config)
     last = float(jax.jit(schedule)(config.train.steps - 1))  # compiles one small program instead of sixteen
     shape = SCHEDULES[optim.schedule].description.format_map(vars(optim))
     return f"{optim.warmup_steps} steps up to {optim.peak_lr:g}, {shape}, {last:g} at step {config.train.steps}"

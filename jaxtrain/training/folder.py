@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
-import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.config import Config, from_json, parse_ranges, to_json
+from jaxtrain.config import Config, parse_ranges
 from jaxtrain.data.order import skip_to
+from jaxtrain.fields import require_local
 from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
 from jaxtrain.runtime.files import write_text
 from jaxtrain.training import components
 
@@ -89,13 +89,10 @@ def absolute_paths(config: Config, run_dir: str | Path) -> Config:
     """Returns the config with absolute paths, so that config.json serves from any working directory.
 
     Raises:
-      ValueError: a path with a scheme, such as gs://bucket/run.
+      ValueError: a run directory with a scheme, such as gs://bucket/run; the config rejects its own.
     """
-    paths = {"--run-dir": run_dir, "data.store": config.data.store, "train.init_from": config.train.init_from}
-    for name, path in paths.items():
-        if path is not None and re.match(r"[a-zA-Z][\w+.-]*:/", str(path)):  # a Path has joined the two slashes
-            raise ValueError(f"{name} {path} is remote: give a path of a mounted file system")
-    store, init_from = (_normalized(paths[name]) for name in ("data.store", "train.init_from"))
+    require_local(run_dir, "--run-dir")
+    store, init_from = _normalized(config.data.store), _normalized(config.train.init_from)
     data, settings = (
         dataclasses.replace(config.data, store=store),
         dataclasses.replace(config.train, init_from=init_from),
@@ -149,7 +146,7 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
 
 def _changes(old: Config, new: Config) -> Changes:
     """Returns the fields that differ, without those that a resumed run is free to change."""
-    before, after = (_flatten(json.loads(to_json(config))) for config in (old, new))
+    before, after = flat_fields(old), flat_fields(new)
     free = _FREE + (_DATA if new.data.store else ())
     changed = {}
     for key in sorted(before.keys() | after.keys()):
@@ -158,13 +155,6 @@ def _changes(old: Config, new: Config) -> Changes:
         if compared[0] != compared[1] and not key.startswith(free):
             changed[key] = values
     return changed
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _normalized(path: Any) -> Any:

@@ -14,7 +14,7 @@ import optax
 from jaxtrain.checkpoints import restore
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.save import Saver
-from jaxtrain.config import Config, MeshConfig, ModelConfig, load, parse_ranges, to_json
+from jaxtrain.config import Config, MeshConfig, ModelConfig, SavedModel, parse_ranges
 from jaxtrain.data.loader import Batches, TrainBatches, global_batch
 from jaxtrain.data.store import TokenStore, open_store
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -22,6 +22,7 @@ from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
 from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.optim import decay_mask
+from jaxtrain.runtime.config_files import differences, load, to_json
 from jaxtrain.runtime.files import sha256_file, write_bytes
 from jaxtrain.runtime.mesh import by_rows, check_batch, make_mesh
 from jaxtrain.step import TrainState
@@ -99,7 +100,7 @@ def open_run(
       data: False opens no token store where the run directory has the tokenizer.
 
     Raises:
-      ValueError: no run in the folder, or no token store where the config says.
+      ValueError: no run in the folder, another model, or no token store where the config says.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -108,7 +109,11 @@ def open_run(
     if store is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
     if model is not None:
-        config = dataclasses.replace(config, model=model)
+        saved, config = config, dataclasses.replace(config, model=model)
+        if changed := differences(saved, config):
+            raise ValueError(f"{folder} has another model than that of --config\n  " + "\n  ".join(changed))
+    elif isinstance(config.model, SavedModel):
+        raise ValueError(f"{folder} has the model {config.model.custom} of a config file: give --config CONFIG.py")
     config = dataclasses.replace(config, mesh=_mesh_for(config, len(jax.devices())))
     if not data and (folder / TOKENIZER_FILE).is_file():
         program = _make_program(config, load_tokenizer(folder).vocab_size, hooks)

@@ -12,11 +12,12 @@ from jaxtrain.checkpoints import warm_start as weights
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore
 from jaxtrain.checkpoints.save import Saver
-from jaxtrain.config import Config, to_json
+from jaxtrain.config import Config
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import TokenStore
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.runtime import processes
+from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.stop import Stop
 from jaxtrain.step import TrainState
 from jaxtrain.training.folder import (

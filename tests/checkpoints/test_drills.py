@@ -24,8 +24,9 @@ from jaxtrain import cli
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore, restore_params
 from jaxtrain.checkpoints.save import STAGES, Saver
-from jaxtrain.config import CheckpointConfig, to_json
+from jaxtrain.config import CheckpointConfig
 from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.runtime.config_files import to_json
 from jaxtrain.training.folder import run_lock
 from jaxtrain.training.run import open_run
 

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import train
 
-from jaxtrain.config import from_json, parse_ranges, to_json
+from jaxtrain.config import parse_ranges
 from jaxtrain.data.loader import TrainBatches
 from jaxtrain.data.order import skip_to
 from jaxtrain.data.store import Split
 from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.runtime.config_files import from_json, to_json
 from jaxtrain.training.folder import check_skip
 
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=5)

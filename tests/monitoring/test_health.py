@@ -13,13 +13,14 @@ import jax
 import pytest
 from runs import QUICK, Faults, change, train
 
-from jaxtrain.config import DataConfig, MeshConfig, load
+from jaxtrain.config import DataConfig, MeshConfig
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.monitoring.health import Health, diagnose
 from jaxtrain.monitoring.layers import DIAGNOSTICS
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.rules import RULES, RunFacts
 from jaxtrain.optim import clipped_adamw
+from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training import program
 from jaxtrain.training.train import GAVE_UP

@@ -11,12 +11,13 @@ import pytest
 from runs import QUICK, train
 
 from jaxtrain.cli import main
-from jaxtrain.config import TrainConfig, to_json
+from jaxtrain.config import TrainConfig
 from jaxtrain.data.store import open_store
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.profile import parse_profile, scopes_of
 from jaxtrain.monitoring.report import describe_times, write_report
 from jaxtrain.monitoring.trace import OTHER, SCOPES, busy_times, newest_trace, read_line, read_times
+from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.hlo import Program
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training.program import make_program

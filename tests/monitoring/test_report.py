@@ -5,9 +5,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxtrain.config import Config, DataConfig, OptimConfig, TrainConfig, to_json
+from jaxtrain.config import Config, DataConfig, OptimConfig, TrainConfig
 from jaxtrain.monitoring.metrics import JsonLines
 from jaxtrain.monitoring.report import norm_threshold, write_report
+from jaxtrain.runtime.config_files import to_json
 
 EVAL = {
     "nll": 1.25,

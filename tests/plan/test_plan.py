@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from jaxtrain.cli import main
-from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, llama, load, to_json
+from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, llama
 from jaxtrain.plan import compiler as aot
 from jaxtrain.plan.compiler import CompilerMissing, compile_step, search_batch
 from jaxtrain.plan.formulas import make_plan, plan_vocab
 from jaxtrain.runtime.chips import CHIPS, find_chip, parse_topology
+from jaxtrain.runtime.config_files import load, to_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None

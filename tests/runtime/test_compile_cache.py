@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxtrain.config import to_json
+from jaxtrain.runtime.config_files import to_json
 
 CACHE_VARIABLES = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 PROGRAM = """

@@ -23,19 +23,11 @@ from runs import train
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore
-from jaxtrain.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    MeshConfig,
-    OptimConfig,
-    TrainConfig,
-    llama,
-    to_json,
-)
+from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.cluster import find_cluster
+from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.rendezvous import meet
 from jaxtrain.training.run import open_run
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from runs import QUICK, Faults, change, corrupt_second_run, train, with_faults
 
 from jaxtrain.cli import main
-from jaxtrain.config import MeshConfig, from_json, to_json
+from jaxtrain.config import MeshConfig
 from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.runtime.config_files import from_json, to_json
 from jaxtrain.training.replay import longest_repetition, replay
 from jaxtrain.training.run import batch_source, open_run, restore_params
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from runs import assert_same_bits, change, numbers, state_of, train
 
-from jaxtrain.config import DataConfig, MeshConfig, from_json, to_json
+from jaxtrain.config import DataConfig, MeshConfig
 from jaxtrain.data.store import open_store
 from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.runtime.config_files import from_json, to_json
 from jaxtrain.training.run import assemble, open_run, start_table
 
 

@@ -1,0 +1,220 @@
+"""Typed and bounded fields of option dataclasses, and suggestions for mistyped names. Imports no library.
+
+A field states its type, its bounds and its meaning in one line: `steps: Positive[int] = 1000  # optimizer steps`.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+_INT_LIMIT = 2**31  # counters on devices have 32 bits
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Interval of the allowed values of a number; its text is part of errors. Infinite values are never allowed."""
+
+    text: str
+    low: float
+    high: float = math.inf
+    includes_low: bool = False
+    includes_high: bool = False
+
+    def allows(self, value: float) -> bool:
+        """Returns True if a number lies in the interval."""
+        above = value >= self.low if self.includes_low else value > self.low
+        below = value <= self.high if self.includes_high else value < self.high
+        return above and below
+
+
+@dataclass(frozen=True)
+class LocalPath:
+    """Marks text that is a path on a local file system; `metavar` stands for it in `--help`."""
+
+    metavar: str
+
+
+T = TypeVar("T", int, float)
+Positive = Annotated[T, Bounds("above 0", 0)]
+NotNegative = Annotated[T, Bounds("0 or more", 0, includes_low=True)]
+Fraction = Annotated[T, Bounds("between 0 and 1", 0, 1)]
+FractionOrZero = Annotated[T, Bounds("in [0, 1)", 0, 1, includes_low=True)]
+Share = Annotated[T, Bounds("in [0, 1]", 0, 1, includes_low=True, includes_high=True)]
+Folder = Annotated[str, LocalPath("DIR")]
+Source = Annotated[str, LocalPath("SOURCE")]
+Tokenizer = Annotated[str, LocalPath("byte|bpe:VOCAB|hf:FILE")]
+RunFolder = Annotated[str, LocalPath("RUN")]
+
+
+class Section:
+    """Base of all option dataclasses: checks the type and the bounds of every field, and suggests field names."""
+
+    section = ""  # prefix of the fields in errors
+
+    def __init_subclass__(cls, section: str | None = None):
+        """Takes the prefix as `class TrainConfig(Section, section="train")`."""
+        if section is not None:
+            cls.section = section
+
+    def __new__(cls, *values: Any, **fields: Any):
+        """Rejects an unknown field with a suggestion."""
+        known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in fields.keys() - set(known):
+            raise TypeError(f"{cls.__name__} has no field {name!r}; {suggest(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self):
+        prefix = f"{self.section}." if self.section else ""
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            object.__setattr__(self, name, check_value(hint, getattr(self, name), f"{prefix}{name}"))
+
+
+def check_value(hint: Any, value: Any, path: str) -> Any:
+    """Checks a value of a field against its type hint: type, choices, bounds and local path.
+
+    Args:
+      hint: type of the field, possibly a union with None and with `Annotated` bounds.
+      value: the value. A whole number serves as a float, a list as a tuple.
+      path: name of the field in errors, such as "train.steps".
+
+    Returns:
+      The value in the type of the field.
+
+    Raises:
+      ValueError: a value that the hint does not allow; names the field, the value and what is allowed.
+    """
+    origin = typing.get_origin(hint)
+    if hint is Any or dataclasses.is_dataclass(hint):
+        if hint is not Any and not isinstance(value, hint):
+            raise ValueError(f"{path}: expected a {hint.__name__}, got {value!r}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        choices = [choice for choice in typing.get_args(hint) if choice is not types.NoneType]
+        if value is None and len(choices) < len(typing.get_args(hint)):
+            return None
+        named = [choice for choice in choices if typing.get_origin(choice) is Literal]
+        return check_value(named[0] if named and isinstance(value, str) else choices[0], value, path)
+    if origin is Literal:
+        return check_choice(value, typing.get_args(hint), path)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{path}: expected a list of strings, got {value!r}")
+        return tuple(check_value(typing.get_args(hint)[0], item, path) for item in value)
+    if origin is Annotated:
+        kind, rule = typing.get_args(hint)
+        value = check_value(kind, value, path)
+        if isinstance(rule, LocalPath):
+            require_local(value, path)
+        elif isinstance(rule, Bounds) and not rule.allows(value):
+            finite = " and finite" if math.isinf(rule.high) and not math.isfinite(value) else ""
+            raise ValueError(f"{path} must be {rule.text}{finite}, got {value}")
+        return value
+    return _check_scalar(hint, value, path)
+
+
+def _check_scalar(kind: type, value: Any, path: str) -> Any:
+    whole = kind is float and type(value) is int
+    if type(value) is not kind and not whole:
+        raise ValueError(f"{path}: expected {kind.__name__}, got {value!r}")
+    if type(value) is int and abs(value) >= _INT_LIMIT:
+        raise ValueError(f"{path}: {value!r:.30} is too large, it must be below 2^31")
+    return float(value) if whole else value
+
+
+def check_choice(value: Any, choices: Iterable[str], path: str) -> Any:
+    """Returns the value if it is one of the choices; otherwise raises a ValueError that suggests one."""
+    choices = list(choices)
+    if value not in choices:
+        near = nearest(value, choices)
+        hint = f"; did you mean {near}?" if near else ""
+        raise ValueError(f"{path}: {value!r} is none of {', '.join(choices)}{hint}")
+    return value
+
+
+def require_local(path: str | os.PathLike, name: str) -> None:
+    """Raises a ValueError if a path is empty or has a `scheme://`, such as gs://bucket/run."""
+    if not str(path):
+        raise ValueError(f"{name} is '': give a path")
+    slashes = "/" if isinstance(path, os.PathLike) else "//"  # pathlib folds two slashes into one
+    if re.match(rf"(hf:)?[A-Za-z][A-Za-z0-9+.-]+:{slashes}", str(path)):
+        raise ValueError(
+            f"{name} {str(path)!r} is no local path: copy it to a local disk or mount it (as gcsfuse and s3fs do), and "
+            "give that path"
+        )
+
+
+# Names of other tools for our fields.
+_SYNONYMS = {
+    "optim.peak_lr": ("lr", "learning_rate", "max_lr", "peak_learning_rate"),
+    "optim.floor": ("min_lr", "end_lr", "min_learning_rate"),
+    "optim.warmup_steps": ("warmup", "warmup_iters", "num_warmup_steps"),
+    "optim.weight_decay": ("wd", "decay"),
+    "optim.clip_norm": ("clip", "grad_clip", "max_grad_norm", "gradient_clip", "clip_grad"),
+    "optim.b1": ("beta1", "adam_beta1"),
+    "optim.b2": ("beta2", "adam_beta2"),
+    "optim.name": ("optimizer", "optim"),
+    "optim.schedule": ("lr_schedule", "lr_scheduler", "scheduler", "lr_decay_style"),
+    "train.steps": (
+        "epochs",
+        "num_epochs",
+        "max_steps",
+        "num_steps",
+        "iterations",
+        "iters",
+        "max_iters",
+        "num_train_steps",
+    ),
+    "train.batch_size": ("bs", "batch", "global_batch_size", "train_batch_size"),
+    "train.seq_len": ("sequence_length", "seq_length", "block_size", "context", "context_length", "max_length"),
+    "train.accumulate": (
+        "gradient_accumulation_steps",
+        "grad_accum",
+        "grad_accum_steps",
+        "accumulation_steps",
+        "micro_batches",
+    ),
+    "train.precision": ("dtype", "bf16", "fp16", "fp32", "amp", "mixed_precision"),
+    "train.log_every": ("log_interval", "logging_steps"),
+    "train.eval_every": ("eval_interval", "eval_steps", "evaluate_every"),
+    "train.eval_batches": ("eval_iters",),
+    "model.num_layers": ("layers", "n_layer", "n_layers", "depth", "num_hidden_layers"),
+    "model.num_heads": ("heads", "n_head", "n_heads", "num_attention_heads"),
+    "model.d_model": ("n_embd", "hidden_size", "hidden_dim", "width", "dim", "embed_dim"),
+    "model.d_ff": ("intermediate_size", "ffn_dim", "mlp_dim"),
+    "checkpoint.every": ("save_every", "save_steps", "save_interval", "checkpoint_every"),
+    "data.sources": ("data", "dataset", "source", "text", "train_data"),
+    "run_dir": ("output_dir", "out_dir", "out", "save_dir", "resume", "workdir"),
+}
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Returns the known name that a mistyped one most likely stands for; None if there is none.
+
+    A name also stands for a dotted one of the same last part (`steps`, train.steps), and for a synonym (`lr`,
+    optim.peak_lr).
+    """
+    lasts: dict[str, str] = {}
+    for path in known:
+        lasts.setdefault(path, path)
+        lasts.setdefault(path.split(".")[-1], path)
+    name = name.lower().replace("-", "_")
+    last = name.split(".")[-1]
+    for path, synonyms in _SYNONYMS.items():
+        for target in (path, path.split(".")[-1]):
+            if last in synonyms and target in lasts:
+                return lasts[target]
+    near = difflib.get_close_matches(name, lasts, n=1) or difflib.get_close_matches(last, lasts, n=1)
+    return lasts[near[0]] if near else None
+
+
+def suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """Returns "did you mean ...?" with the nearest name, or the list of known names; `prefix` stands before them."""
+    near = nearest(name, known)
+    return f"did you mean {prefix}{near}?" if near else f"known: {', '.join(known)}"

@@ -1,0 +1,183 @@
+"""Reads and writes configs: Python files, which are executed, and config.json, which is not."""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import runpy
+import sys
+import traceback
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.config import Config, SavedModel, to_dict
+from jaxtrain.fields import check_value, suggest
+
+# How older versions wrote an absent option into config.json. None of these values is allowed there today.
+_ABSENT = {
+    **dict.fromkeys(("model.vocab_size", "model.num_kv_heads", "model.head_dim", "model.attention_window"), 0),
+    **dict.fromkeys(("model.logit_softcap", "model.attention_softcap", "guard.sigmas", "optim.decay_steps"), 0),
+    **dict.fromkeys(("train.loss_chunk", "train.diagnose_every", "train.eval_every", "train.eval_batches"), 0),
+    **dict.fromkeys(("train.replay_check", "train.stop_after", "train.sample_tokens"), 0),
+    **dict.fromkeys(("checkpoint.keep_every", "checkpoint.keep_best"), 0),
+    **dict.fromkeys(("data.store", "train.init_from"), ""),
+}
+_RENAMED = {("model.scan_unroll", -1): "auto", ("model.scan_unroll", 0): "all"}
+_REMOVED = ("faults", "checkpoint.retries")
+
+
+def load(path: str | Path) -> Config:
+    """Reads a config from a `.py` file (executed: it is the user's own code) or a `.json` file (not executed).
+
+    A `.py` file may import modules of its folder.
+
+    Raises:
+      ValueError: no such file, or one that gives no valid config; names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no config file {path}: give a .py file with a function config(), or a config.json")
+    if path.suffix not in (".json", ".py"):
+        raise ValueError(f"config {path} must end in .py or .json")
+    if path.suffix == ".json":
+        try:
+            return from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}; correct it, or give another config") from None
+    try:
+        with _neighbours_importable(path):
+            function = runpy.run_path(str(path)).get("config")
+            if not callable(function):
+                raise ValueError("there is no function config() that returns a Config")
+            result = function()
+        if not isinstance(result, Config):
+            raise ValueError(f"config() returned {type(result).__name__}, not a Config")
+        return result
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path}{_line_in(path, error)}: {_message(error)}; correct the config") from error
+
+
+@contextlib.contextmanager
+def _neighbours_importable(path: Path) -> Iterator[None]:
+    """Puts the folder of a config on `sys.path`, and afterwards forgets the modules that were imported from there."""
+    folder = path.resolve().parent
+    before = set(sys.modules)
+    importlib.invalidate_caches()
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and folder in Path(file).resolve().parents:
+                del sys.modules[name]
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """Returns ` line N`, the last line of the file that led to an error; empty if none did."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f" line {error.lineno}"
+    numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f" line {numbers[-1]}" if numbers else ""
+
+
+def _message(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+
+
+def to_json(config: Config) -> str:
+    """Returns a config as JSON text, with a key for each field; see `config.to_dict` for a custom model."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Reads a config from the text of `to_json`, of this or an older version. A custom model becomes a SavedModel.
+
+    Raises:
+      ValueError: an unknown key, a missing one, or a wrong value; names the key.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    return _build(Config, _migrate(values), "")
+
+
+def _migrate(values: Any) -> Any:
+    """Replaces what older versions wrote into config.json by its form of today."""
+    if not isinstance(values, dict):
+        return values
+    migrated = {}
+    for section, fields in values.items():
+        if section in _REMOVED:
+            continue
+        if isinstance(fields, dict):
+            fields = {
+                name: _today(f"{section}.{name}", value)
+                for name, value in fields.items()
+                if f"{section}.{name}" not in _REMOVED
+            }
+        migrated[section] = fields
+    return migrated
+
+
+def _today(path: str, value: Any) -> Any:
+    if isinstance(value, bool | list | dict):
+        return value
+    if path in _ABSENT and value == _ABSENT[path]:
+        return None
+    return _RENAMED.get((path, value), value)
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    """Makes a dataclass from JSON values; `prefix` is the dotted path of its keys."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'config'}: expected an object, got {values!r}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key in values.keys() - hints.keys():
+        raise ValueError(f"unknown config key {prefix}{key}; {suggest(key, list(hints), prefix)}")
+    made = {}
+    for item in dataclasses.fields(cls):
+        hint = hints[item.name]
+        if item.name not in values:
+            if item.default is item.default_factory:  # both MISSING
+                raise ValueError(f"config key {prefix}{item.name} is missing: give at least that one")
+        elif item.name == "model" and cls is Config:
+            made["model"] = _model(values["model"], f"{prefix}model.")
+        elif dataclasses.is_dataclass(hint):
+            made[item.name] = _build(hint, values[item.name], f"{prefix}{item.name}.")
+        else:
+            made[item.name] = check_value(hint, values[item.name], f"{prefix}{item.name}")
+    return cls(**made)
+
+
+def _model(values: Any, prefix: str) -> Any:
+    if isinstance(values, dict) and "custom" in values:
+        return _build(SavedModel, values, prefix)
+    default = next(item for item in dataclasses.fields(Config) if item.name == "model").default_factory
+    return _build(default, values, prefix)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Returns a line `key: old -> new` for every field that differs in effect."""
+    before, after = flat_fields(old), flat_fields(new)
+    keys = dict.fromkeys([*before, *after])
+    return [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
+
+
+def flat_fields(config: Config) -> dict[str, Any]:
+    """Returns the JSON value of every field by its dotted path, with the warm-up in steps however it is stated."""
+    values = json.loads(to_json(config))
+    values["optim"] |= {"warmup_steps": config.warmup_steps, "warmup_fraction": None}
+    return _flatten(values)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,117 @@
+"""Standard streams that tolerate closed pipes and other encodings, and errors as one line."""
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+
+class Output:
+    """Output stream that ignores a closed pipe, and shows `?` for a character outside its encoding."""
+
+    def __init__(self, stream: Any, errors: str):
+        self._stream = stream or io.StringIO()  # None: closed before the start
+        self.closed_early = False
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors=errors)
+
+    def write(self, text: str) -> int:
+        """Writes text, or drops it if the stream is closed."""
+        if not self.closed_early:
+            try:
+                self._stream.write(text)
+            except BrokenPipeError:
+                self.discard()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream unless it is closed."""
+        if not self.closed_early:
+            try:
+                self._stream.flush()
+            except BrokenPipeError:
+                self.discard()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def discard(self) -> None:
+        """Drops all further output, so that the interpreter can flush the stream when it exits."""
+        self.closed_early = True
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def tolerant_output() -> Iterator[Output]:
+    """Replaces the standard streams by tolerant ones inside the block; yields standard output."""
+    before = sys.stdout, sys.stderr
+    output, errors = Output(sys.stdout, "replace"), Output(sys.stderr, "backslashreplace")
+    sys.stdout, sys.stderr = output, errors
+    try:
+        yield output
+    finally:
+        for stream in (output, errors):
+            try:
+                stream.flush()
+            except OSError:  # such as a full disk
+                stream.discard()
+        sys.stdout, sys.stderr = before
+
+
+# Remedies for errors of the operating system.
+_REMEDIES = {
+    errno.ENOSPC: "free some space and repeat the command",
+    errno.EDQUOT: "free some space and repeat the command",
+    errno.EACCES: "give a path that this user may use",
+    errno.EPERM: "give a path that this user may use",
+    errno.EROFS: "the file system is read-only: give a path on another",
+    errno.ENOTDIR: "a part of the path is a file: give another path",
+    errno.EISDIR: "the path is a folder: give the path of a file",
+    errno.EEXIST: "a file of this name exists: give another path",
+    errno.ENOENT: "give a path that exists",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its symbolic links form a circle: give another path",
+}
+
+
+def report_error(error: BaseException) -> int:
+    """Prints an error to standard error; returns the exit code of the program."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    text = str(error)
+    if isinstance(error, UnicodeEncodeError):  # half of a surrogate pair: bytes of an argument that are not UTF-8
+        text = f"{error.object!r} is not Unicode text: give it as UTF-8"
+    elif isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and "EXHAUSTED" in text):
+        text = f"out of memory: {text.splitlines()[0] if text else 'the host has no more'}\n"
+        text += "lower train.batch_size or raise train.accumulate; `jaxtrain plan` says what a run needs"
+    elif isinstance(error, OSError) and error.errno in _REMEDIES:
+        text += f": {_REMEDIES[error.errno]}"
+    elif _lacks_backend():
+        text = (
+            f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names a backend that is not installed or has no device here: "
+        )
+        text += "unset it, set it to cpu, or install jax for this hardware, such as jax[cuda13]"
+    elif not isinstance(error, ValueError | ImportError | OSError):
+        traceback.print_exception(error)
+        return 1
+    print(f"error: {text}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def _lacks_backend() -> bool:
+    """Returns True if jax cannot start the backends that JAX_PLATFORMS names."""
+    jax = sys.modules.get("jax")
+    if jax is None or not os.environ.get("JAX_PLATFORMS"):
+        return False
+    try:
+        jax.devices()
+    except Exception:
+        return True
+    return False
