@@ -135,13 +135,14 @@ def test_other_data_is_refused(run_dir, tiny_config, corpus, tmp_path):
     ("field", "path"), [("run_dir", "gs://bucket/run"), ("store", "s3://bucket/tok"), ("init_from", "gs://bucket/run")]
 )
 def test_remote_paths_are_refused(field, path, tiny_config, tmp_path):
-    config = tiny_config
-    if field == "store":
-        config = change(config, data={"store": path})
-    if field == "init_from":
-        config = change(config, train={"init_from": path})
     with pytest.raises(ValueError, match="is no local path"):
-        train(config, path if field == "run_dir" else tmp_path / "run")
+        train(
+            change(
+                tiny_config,
+                **{"store": {"data": {"store": path}}, "init_from": {"train": {"init_from": path}}}.get(field, {}),
+            ),
+            path if field == "run_dir" else tmp_path / "run",
+        )
     assert not (tmp_path / "run").exists()
 
 
