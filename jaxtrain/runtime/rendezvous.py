@@ -1,110 +1,180 @@
-"""Processes find each other over TCP before JAX starts, so that one that never comes is named.
+"""Rendezvous of the processes over TCP before JAX starts, so that a missing process is named.
 
-`jax.distributed.initialize` ends a process in C++ when somebody is missing, without saying who. Here process 0 listens
-at the address where its coordinator will be; the others connect and say their number; when all are there, or the time
-is over, process 0 tells each of them how it went, and the port is free again.
+`jax.distributed.initialize` ends a process in C++ when another one is missing, and does not say which. Here process 0
+listens at the address of its future coordinator, the others connect and send their number. When all are present, or at
+the deadline, process 0 sends each of them the outcome, and the port is free again.
+
+JAXTRAIN_TOKEN, set by the launcher, keeps processes of other runs out.
 """
 
 import contextlib
+import hashlib
+import ipaddress
+import os
+import re
+import selectors
 import socket
 import time
 
-_HELLO_SECONDS = 5.0  # for a connection to say who it is: it may be a port scanner
+_ANSWER_SECONDS = 5.0  # a process may have started its clock later than process 0
 _RETRY_SECONDS = 0.2
+_GREETING = re.compile(rb"jaxtrain (\d{1,9}) of (\d{1,9}) ([0-9a-f]{64})\n")
+_MAX_BYTES = 256  # of a greeting
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:
-    """Returns when all processes are there.
+    """Returns when all processes are present.
 
     Args:
-      address: `host:port` of process 0, the same on all.
-      num_processes: how many there are, this one included.
-      process_id: of this one, from 0.
+      address: `host:port` of process 0, the same on all processes.
+      num_processes: number of processes, including this one.
+      process_id: index of this process.
       timeout: seconds to wait for the others.
 
     Raises:
-      ValueError: somebody is missing, or two have the same number; the same text on all that are there.
+      ValueError: a process is missing, or two have the same number. All present processes raise the same text.
     """
     if not 0 <= process_id < num_processes:
         raise ValueError(f"process {process_id} is not one of 0 to {num_processes - 1}: check JAX_PROCESS_ID")
-    host, port = _split(address)
+    host, port = _split_address(address)
     deadline = time.monotonic() + timeout
+    token = hashlib.sha256(os.environ.get("JAXTRAIN_TOKEN", "").encode()).hexdigest()
     if process_id == 0:
-        problem = _receive(port, num_processes, deadline, timeout)
+        problem = _receive(host, port, num_processes, token, deadline, timeout)
     else:
-        problem = _announce(host, port, f"jaxtrain {process_id} of {num_processes}", deadline)
+        problem = _announce(host, port, f"jaxtrain {process_id} of {num_processes} {token}", deadline)
         if problem is None:
-            problem = f"process 0 is missing: nothing like it answered at {address} within {timeout:g} s; see its log"
+            problem = (
+                f"process 0 is missing: no answer at {address} within {timeout:g} s; see the log of process 0"
+            )
     if problem:
         raise ValueError(problem)
 
 
 def name_processes(processes: list[int]) -> str:
-    """`process 1`, `processes 1, 2`, with at most 8 of them listed."""
+    """Formats process numbers as `process 1` or `processes 1, 2`; lists at most 8 of them."""
     listed = ", ".join(str(process) for process in processes[:8])
     more = f" and {len(processes) - 8} more" if len(processes) > 8 else ""
     return f"{'process' if len(processes) == 1 else 'processes'} {listed}{more}"
 
 
-def _split(address: str) -> tuple[str, int]:
+def _split_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"the coordinator's address must be host:port, got {address!r}: check JAX_COORDINATOR_ADDRESS")
     return host.strip("[]"), int(port)
 
 
-def _receive(port: int, num_processes: int, deadline: float, timeout: float) -> str:
-    """Process 0: takes the others in and tells them how it went; returns that too, empty if all are there."""
-    there: set[int] = set()
-    connections = []
+def _receive(host: str, port: int, num_processes: int, token: str, deadline: float, timeout: float) -> str:
+    """Collects the other processes on process 0 and answers them. Returns the problem, or an empty string."""
+    present: dict[int, socket.socket] = {}
     problem = ""
-    with contextlib.ExitStack() as stack, _listen(port) as server:
-        while len(there) < num_processes - 1 and not problem:
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connection = stack.enter_context(server.accept()[0])
-            except TimeoutError:
-                missing = [process for process in range(1, num_processes) if process not in there]
+    with contextlib.ExitStack() as stack, _listen(host, port) as server, selectors.DefaultSelector() as selector:
+        server.setblocking(False)
+        selector.register(server, selectors.EVENT_READ)
+        while len(present) < num_processes - 1 and not problem:
+            if time.monotonic() >= deadline:
+                missing = [process for process in range(1, num_processes) if process not in present]
                 problem = (
                     f"{len(missing)} of {num_processes} processes did not come within {timeout:g} s: "
-                    f"{name_processes(missing)}; see their logs, or give them longer with JAXTRAIN_TIMEOUT"
+                    f"{name_processes(missing)}; see their logs, or allow more time with JAXTRAIN_TIMEOUT"
                 )
-                break
-            words = _read_line(connection, time.monotonic() + _HELLO_SECONDS).split()
-            if len(words) != 4 or words[0] != "jaxtrain" or not words[1].isdigit():
-                continue
-            process = int(words[1])
-            if words[3] != str(num_processes):
-                problem = f"process {process} counts {words[3]} processes, and process 0 {num_processes}"
-            elif process in there or process == 0:
-                problem = f"two processes say that they are process {process}: check JAX_PROCESS_ID"
-            there.add(process)
-            connections.append(connection)
-        for connection in connections:
-            with contextlib.suppress(OSError):  # it has given up: it knows
-                connection.sendall(f"{problem or 'go'}\n".encode())
+            for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
+                if key.fileobj is server:
+                    _accept(server, selector, stack)
+                elif (line := _read_available(key.fileobj, key.data)) is not None:
+                    selector.unregister(key.fileobj)
+                    problem = problem or _register(line, key.fileobj, present, num_processes, token)
+        for connection in present.values():
+            _send(connection, problem or "go")
     return problem
 
 
-def _listen(port: int) -> socket.socket:
+def _accept(server: socket.socket, selector: selectors.BaseSelector, stack: contextlib.ExitStack) -> None:
+    try:
+        connection = stack.enter_context(server.accept()[0])
+    except OSError:  # aborted already, or no file descriptors left
+        time.sleep(_RETRY_SECONDS)
+        return
+    connection.setblocking(False)
+    selector.register(connection, selectors.EVENT_READ, bytearray())
+
+
+def _read_available(connection: socket.socket, buffer: bytearray) -> bytes | None:
+    """Reads what has arrived. Returns the greeting when it is complete or cannot become one, else None."""
+    try:
+        piece = connection.recv(_MAX_BYTES)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+    buffer += piece
+    return bytes(buffer) if not piece or b"\n" in buffer or len(buffer) >= _MAX_BYTES else None
+
+
+def _register(
+    line: bytes, connection: socket.socket, present: dict[int, socket.socket], num_processes: int, token: str
+) -> str:
+    """Adds the sender of a greeting to `present` and returns a problem, if any. Ignores what is not a greeting."""
+    greeting = _GREETING.fullmatch(line)
+    if greeting is None:  # a port scanner
+        return ""
+    process, count = int(greeting.group(1)), int(greeting.group(2))
+    if greeting.group(3).decode() != token:
+        _send(connection, f"process {process} has another JAXTRAIN_TOKEN than process 0: it belongs to another run")
+        return ""
+    if count == num_processes and process >= count:
+        return ""
+    problem = ""
+    if count != num_processes:
+        problem = f"process {process} counts {count} processes, and process 0 {num_processes}"
+    elif process in present or process == 0:
+        problem = f"two processes say that they are process {process}: check JAX_PROCESS_ID"
+    present[process if process not in present else -1] = connection
+    return problem
+
+
+def _send(connection: socket.socket, text: str) -> None:
+    with contextlib.suppress(OSError):  # the process has given up
+        connection.settimeout(_ANSWER_SECONDS)
+        connection.sendall(f"{text}\n".encode())
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Listens at the address of `host`; on all interfaces where that address does not show which one others use."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []
+    by_name = host != "localhost" and not _is_loopback(host)
+    for family, *_, address in found:
+        if by_name and _is_loopback(address[0]):
+            continue  # some systems map their own name to 127.0.1.1
+        with contextlib.suppress(OSError):
+            return socket.create_server(address[:2], family=family)
     try:
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", port))
     except OSError as error:
         raise ValueError(
-            f"process 0 cannot listen on port {port} ({error.strerror}): another run may have it; give another one in "
+            f"process 0 cannot listen on port {port} ({error.strerror}): another run may use it; give another port in "
             "JAX_COORDINATOR_ADDRESS or JAX_COORDINATOR_PORT"
         ) from None
 
 
-def _announce(host: str, port: int, hello: str, deadline: float) -> str | None:
-    """The others: what process 0 answers, empty if all are there; None: it has not answered."""
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
+def _announce(host: str, port: int, greeting: str, deadline: float) -> str | None:
+    """Greets process 0. Returns its problem, an empty string if all are present, or None without an answer."""
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=left) as connection:
-            connection.sendall(f"{hello}\n".encode())
-            # Its time began at another moment than ours: a little longer gets its answer rather than our guess.
-            answer = _read_line(connection, deadline + _HELLO_SECONDS)
+            connection.sendall(f"{greeting}\n".encode())
+            answer = _read_line(connection, deadline + _ANSWER_SECONDS)
             if answer:
                 return "" if answer == "go" else answer
         time.sleep(_RETRY_SECONDS)
@@ -112,7 +182,7 @@ def _announce(host: str, port: int, hello: str, deadline: float) -> str | None:
 
 
 def _read_line(connection: socket.socket, deadline: float) -> str:
-    """A line from the other side, without its end; empty if it does not come in time."""
+    """Reads one line, without its end. Returns an empty string if it does not arrive in time."""
     data = b""
     with contextlib.suppress(OSError):
         while not data.endswith(b"\n") and len(data) < 4096:

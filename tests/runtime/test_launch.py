@@ -32,6 +32,7 @@ def cluster(tmp_path):
 def call(cluster, script, *arguments, cwd=None, code=0):
     folder = cluster.folder
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(folder)}
+    environment["JAXTRAIN_TOKEN"] = "secret's"
     # Not Python's, in which the program would be found that these tests replace.
     command = ["bash", script if Path(script).is_absolute() else SCRIPTS / script, *arguments]
     done = subprocess.run(command, env=environment, cwd=cwd or folder, capture_output=True, text=True, timeout=240)

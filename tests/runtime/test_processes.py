@@ -4,6 +4,7 @@ Real processes of two simulated devices each, joined by gloo over the loopback; 
 they are compared with.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -111,7 +112,7 @@ def whole(config, tmp_path_factory):
 
 
 def assert_same_run(folder, expected):
-    """The same decisions and numbers as another run (R-D1), but for the order in which float32 sums were taken."""
+    """Compares decisions and numbers with another run, but for the order in which float32 sums were taken."""
     (lines, events), (other_lines, other_events) = (read_metrics(f / "metrics.jsonl") for f in (folder, expected))
     assert [line["step"] for line in lines] == [line["step"] for line in other_lines]
     for line, other in zip(lines, other_lines, strict=True):
@@ -158,6 +159,7 @@ def test_two_processes_are_one_run_with_one_record(config, whole, tmp_path):
     assert {path.name for path in saved.iterdir()} >= {"ocdbt.process_0", "ocdbt.process_1"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_from_one_process_to_two_and_back(config, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     for step in ("6", "8"):
@@ -190,8 +192,8 @@ def test_a_signal_to_one_stops_both_after_the_same_step(config, tmp_path):
     assert newest == stop["step"]
 
 
+@pytest.mark.slow
 def test_process_0_finds_the_damaged_checkpoint_and_all_go_back(config, whole, tmp_path):
-    """R-C5, R-C8."""
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "8")
@@ -207,8 +209,9 @@ def test_process_0_finds_the_damaged_checkpoint_and_all_go_back(config, whole, t
     assert_same_run(run_dir, whole)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_ends_all_processes(config, tmp_path):
-    """R-C6: process 0 alone writes the manifest, and the other hears of it."""
+    """Process 0 alone writes the manifest, and the other one hears of it."""
     run_dir = tmp_path / "run"
     (tmp_path / "script.py").write_text(
         "import functools, sys\n"
@@ -244,6 +247,7 @@ def test_processes_that_disagree_on_the_config_say_where(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_would_restore_another_step_say_which(config, whole, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(whole, tmp_path / name)
@@ -253,6 +257,7 @@ def test_processes_that_would_restore_another_step_say_which(config, whole, tmp_
     assert all("newest step: process 0 says 8, process 1 says 6" in error for error in errors)
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_is_not_shared_is_an_error(config, tmp_path):
     codes, _, errors = Processes(*[train_command(config, tmp_path / name) for name in ("a", "b")]).wait()
     assert codes == [2, 2], errors
@@ -304,6 +309,7 @@ def test_a_process_that_fails_alone_ends_the_others_with_its_words(tmp_path):
     assert "the disk is full" in errors[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_and_does_not_hold_the_others(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     both = Processes(*[[tmp_path / "script.py", "sleeps"]] * 2, timeout=2)
@@ -390,21 +396,54 @@ def test_two_processes_with_one_number_or_another_count_are_told():
         meet("localhost:1", 2, 4, 1.0)
 
 
+ZEROS = b"0" * 64
+STRANGERS = [
+    *(b"", b"\n", b"GET / HTTP/1.1\n", b"jaxtrain one of two\n", b"jaxtrain 1 of 2\n", b"jaxtrain 1 of 2 token\n"),
+    *(b"x" * 100_000, b"\xff\xfe\x00\n", b"jaxtrain " + b"9" * 5000 + b" of 2\n", "jaxtrain \u0663 of 2\n".encode()),
+    *(b"jaxtrain -1 of 2 " + ZEROS + b"\n", b"jaxtrain 1 of 2 " + ZEROS + b"\n"),  # without the token
+]
+
+
 def test_strangers_at_the_port_do_no_harm():
+    """Some say nothing for ever, and are waited for by nobody."""
     address = free_address()
     host, port = address.split(":")
     outcome = []
-    lead = threading.Thread(target=lambda: outcome.append(meet(address, 2, 0, 20.0)))
+    lead = threading.Thread(target=lambda: outcome.append(meet(address, 2, 0, 60.0)))
     lead.start()
-    for hello in (b"", b"GET / HTTP/1.1\n", b"jaxtrain one of two\n"):
-        deadline = time.monotonic() + 10
+
+    def connect():
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             try:
-                with socket.create_connection((host, int(port)), timeout=5) as stranger:
-                    stranger.sendall(hello)
-                break
+                return socket.create_connection((host, int(port)), timeout=5)
             except ConnectionRefusedError:
                 time.sleep(0.05)
+
+    idle = [connect() for _ in range(20)]
+    for greeting in STRANGERS:
+        with connect() as stranger, contextlib.suppress(ConnectionError):
+            stranger.sendall(greeting)
+    begin = time.monotonic()
+    meet(address, 2, 1, 60.0)
+    lead.join(LIMIT)
+    assert outcome == [None]
+    assert time.monotonic() - begin < 30  # 20 of them one after the other would take 100 s
+    for connection in idle:
+        connection.close()
+
+
+def test_a_process_of_another_run_is_told_and_not_taken_in(monkeypatch):
+    address, outcome = free_address(), []
+    lead = threading.Thread(target=lambda: outcome.append(meet(address, 2, 0, 20.0)))
+    monkeypatch.setenv("JAXTRAIN_TOKEN", "ours")
+    lead.start()
+    time.sleep(0.5)
+    monkeypatch.setenv("JAXTRAIN_TOKEN", "theirs")
+    with pytest.raises(ValueError, match="process 1 has another JAXTRAIN_TOKEN than process 0"):
+        meet(address, 2, 1, 20.0)
+    assert lead.is_alive()
+    monkeypatch.setenv("JAXTRAIN_TOKEN", "ours")
     meet(address, 2, 1, 20.0)
     lead.join(LIMIT)
     assert outcome == [None]
