@@ -34,7 +34,7 @@ class Model(Protocol):
     These members are optional:
 
     - `axes(params)`: a tree like `params` of tuples, the logical axis of each dimension or None; see
-      `runtime.mesh.RULES`. Without it every parameter is replicated.
+      `runtime.mesh.LOGICAL_AXES`. Without it every parameter is replicated.
     - `flops_per_token(seq_len)`: FLOPs to train on one token. Without it no FLOP utilization is shown.
     - `vocab_size`: number of token ids. It must not be below that of the data.
     - `decode(params, tokens, cache, num_cached)`, together with `max_seq_len`: see `TransformerModel.decode`. Without

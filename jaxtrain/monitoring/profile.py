@@ -22,7 +22,7 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.trace import SCOPES
 from jaxtrain.runtime.files import write_json
-from jaxtrain.runtime.hlo import Program
+from jaxtrain.runtime.hlo import HloModule
 
 
 def parse_profile(text: str | None, config: TrainConfig) -> range:
@@ -75,7 +75,7 @@ def named_as_now(steps: range) -> Iterator[None]:
 
 def scopes_of(text: str) -> dict[str, str]:
     """Maps the instructions of a compiled program (`compiled.as_text()`) to their scopes."""
-    computations = Program(text).computations
+    computations = HloModule(text).computations
     own = {name: [scope for line in lines if (scope := _scope(line.source))] for name, lines in computations.items()}
     scopes = {}
     for line in (line for lines in computations.values() for line in lines):

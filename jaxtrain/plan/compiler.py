@@ -1,7 +1,7 @@
-"""Compiles a config's train step for a TPU slice that is not there, with the real TPU compiler, in a child process.
+"""Ahead-of-time compilation of a config's train step for an absent TPU slice, with the TPU compiler.
 
-libtpu wants to be the only one of its kind and writes to standard error as it pleases: `compile_step` starts
-`python -m jaxtrain.plan.compiler` and reads what it found from a file. The caller's process never loads libtpu.
+libtpu locks itself to one process and writes to standard error. `compile_step` therefore runs
+`python -m jaxtrain.plan.compiler` and reads the answer from a file; the caller's process never loads libtpu.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from jaxtrain.config import Config
 from jaxtrain.runtime.chips import parse_topology
 from jaxtrain.runtime.config_files import from_json, to_json
 
-# What the child sets: JAX runs on the CPU, the TPU compiler asks no metadata server who it is, and does not mind
-# another process with libtpu (it compiles, it touches no TPU).
+# The child runs JAX on the CPU. The TPU compiler asks no metadata server and tolerates other processes with libtpu,
+# because it touches no TPU.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -32,31 +32,31 @@ ENVIRONMENT = {
 
 
 class CompilerMissing(ImportError):
-    """There is no libtpu."""
+    """libtpu is not installed."""
 
 
 def compile_step(config: Config, vocab_size: int, topology: str, timeout: float) -> dict[str, Any]:
     """Compiles the train step.
 
     Args:
-      config: the run; its mesh must fit the slice.
-      vocab_size: tokens of its vocabulary.
+      config: the run. Its mesh must fit the slice.
+      vocab_size: size of its vocabulary.
       topology: chip and shape, such as `v5p:2x2x2`.
       timeout: seconds after which the child is killed.
 
     Returns:
-      A dict. Always: `fits`, `hbm_bytes` of a chip, `compile_seconds`, `versions`. Of a program that fits, per device:
-      `argument_bytes_per_device`; `peak_bytes_per_device`, what must fit; `temporary_bytes_per_device`, the peak beyond
-      the arguments; `temporary_sum_bytes_per_device`, the compiler's `temp_size_in_bytes`, in which on a TPU some
-      temporaries count that take each other's place; `output_bytes_per_device`, `alias_bytes_per_device` (outputs that
-      take the arguments' place), `code_bytes_per_device`, `host_bytes_per_device` (temporaries in the host's memory);
-      `collectives` (`hlo.summarize`); `estimated_seconds` (the compiler's own, None where it has none). Of one
-      that does not fit: `needed_bytes_per_device`, None if the compiler does not say, and its `message`.
+      A dict with `fits`, `hbm_bytes` of a chip, `compile_seconds` and `versions`. For a program that fits also:
+      `argument_bytes_per_device`; `peak_bytes_per_device`; `temporary_bytes_per_device`, the peak minus the arguments;
+      `temporary_sum_bytes_per_device`, the compiler's `temp_size_in_bytes`, which on TPUs counts temporaries that share
+      memory; `output_bytes_per_device`; `alias_bytes_per_device`, outputs in the memory of donated arguments;
+      `code_bytes_per_device`; `host_bytes_per_device`, temporaries in host memory; `collectives` (`hlo.summarize`);
+      `estimated_seconds`, the compiler's estimate or None. For a program that does not fit:
+      `needed_bytes_per_device`, or None if the compiler does not report it, and the compiler's `message`.
 
     Raises:
       CompilerMissing: libtpu is not installed.
-      ValueError: an unknown topology; a mesh, batch or model that does not fit it.
-      OSError: the compiler is locked by another process, fails, or takes too long.
+      ValueError: an unknown topology, or a mesh, batch or model that does not fit it.
+      OSError: another process locks the compiler, or the compiler fails or takes too long.
     """
     chip, _ = parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -70,7 +70,7 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
                 command, env=_environment(), capture_output=True, text=True, errors="replace", timeout=timeout
             )
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"compiling for {topology} took more than {timeout:g} s: give --timeout more") from None
+            raise TimeoutError(f"compiling for {topology} took more than {timeout:g} s: raise --timeout") from None
         if not answer.exists():
             last = "\n".join(child.stderr.strip().splitlines()[-15:])
             raise OSError(f"the TPU compiler ended with exit code {child.returncode} and no answer:\n{last}")
@@ -81,14 +81,14 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
 
 
 def search_batch(config: Config, vocab_size: int, topology: str, unit: int, timeout: float) -> Iterator[dict[str, Any]]:
-    """Looks for the largest batch that fits: doubles until it does not, then halves what is between.
+    """Searches the largest batch that fits: doubles until one does not fit, then bisects.
 
     Args:
-      config, vocab_size, topology, timeout: as for `compile_step`; the time-out is of each try.
-      unit: sequences by which batches grow: devices that share the rows x micro-batches.
+      config, vocab_size, topology, timeout: see `compile_step`. The timeout applies to each try.
+      unit: granularity in sequences: number of row shards x micro-batches.
 
     Yields:
-      The answer of each try with its `batch_size`. The last that `fits` is the largest; if none does, no batch does.
+      The answer of each try with its `batch_size`. The largest one that `fits` is the result.
     """
     fits, too_large, tried = 0, None, max(config.train.batch_size // unit, 1)
     while too_large is None or too_large - fits > 1:
@@ -100,7 +100,7 @@ def search_batch(config: Config, vocab_size: int, topology: str, unit: int, time
 
 
 def _environment() -> dict[str, str]:
-    # A user's own setting of the lock wins: ALLOW_MULTIPLE_LIBTPU_LOAD=0 waits its turn, with an error.
+    # The user's setting of the lock wins: ALLOW_MULTIPLE_LIBTPU_LOAD=0 makes a second process fail.
     lock = {name: os.environ[name] for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD",) if name in os.environ}
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -123,13 +123,13 @@ def _raise(kind: str, message: str, topology: str) -> None:
 
 
 def _child(request: str, answer: str) -> None:
-    """What the child process does: compiles, and writes what came of it."""
+    """Compiles in the child process and writes the answer."""
     asked = json.loads(Path(request).read_text())
     try:
         found = _compile(from_json(asked["config"]), asked["vocab_size"], asked["topology"])
     except ValueError as error:
         found = {"error": "ValueError", "message": str(error)}
-    except Exception as error:  # whatever it is, the parent shows it
+    except Exception as error:  # the parent shows it
         found = {"error": type(error).__name__, "message": str(error)[:2000]}
     Path(answer).write_text(json.dumps(found))
 
@@ -149,7 +149,7 @@ def _compile(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
     lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
     start = time.perf_counter()
     try:
-        found = _describe(lowered.compile(), dict(mesh.shape))
+        found = _analyze(lowered.compile(), dict(mesh.shape))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -158,13 +158,13 @@ def _compile(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
     return found | {"compile_seconds": time.perf_counter() - start, "versions": versions}
 
 
-def _describe(compiled: Any, mesh_shape: dict[str, int]) -> dict[str, Any]:
+def _analyze(compiled: Any, mesh_shape: dict[str, int]) -> dict[str, Any]:
     from jaxtrain.runtime.hlo import collectives, summarize
 
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     return {
-        "fits": True,  # the compiler refuses what does not
+        "fits": True,  # the compiler rejects a program that does not
         "argument_bytes_per_device": memory.argument_size_in_bytes,
         "temporary_bytes_per_device": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
         "temporary_sum_bytes_per_device": memory.temp_size_in_bytes,
@@ -179,13 +179,13 @@ def _describe(compiled: Any, mesh_shape: dict[str, int]) -> dict[str, Any]:
 
 
 def _estimate(compiled: Any, text: str) -> float | None:
-    """The compiler's estimate of a step; None for a program with loops: it counts what is in one once."""
+    """Returns the compiler's estimate of a step, or None for a program with loops, whose bodies it counts once."""
     seconds = compiled.cost_analysis().get("optimal_seconds", 0)
     return seconds if seconds > 0 and not re.search(r" while\(", text) else None
 
 
 def _needed(message: str) -> int | None:
-    """Bytes of HBM that a program would take, from the compiler's refusal: `(120.00G)` or `Used 120.00G of`."""
+    """Parses the bytes of HBM that a program needs from the error: `(120.00G)` or `Used 120.00G of`."""
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", message)
     if not found:
         return None

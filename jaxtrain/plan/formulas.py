@@ -1,7 +1,7 @@
-"""What a run needs, by formula: memory of one device, FLOPs, time and cost. Nothing is compiled or allocated.
+"""Formulas for a run's memory per device, FLOPs, time and cost. Nothing is compiled or allocated.
 
-The formulas know the layout (parameters, moments and gradients in parts over `fsdp` and `tensor`) and what each remat
-policy keeps; they do not know what a compiler does. `jaxtrain.plan.compiler` asks one.
+The formulas follow the layout (parameters, moments and gradients sharded over `fsdp` and `tensor`) and the
+rematerialization policy. What the compiler makes of a program is the subject of `jaxtrain.plan.compiler`.
 
 Symbols: B sequences, T tokens each, D d_model, F d_ff, V vocabulary, L layers.
 """
@@ -29,18 +29,17 @@ from jaxtrain.training.program import check_parts
 
 
 class Memory(NamedTuple):
-    """Bytes of one device, by formula.
+    """Estimated bytes per device.
 
     Attributes:
       parameters: float32 masters.
       optimizer: both moments of Adam.
-      gradients: in parts like the parameters; in the compute dtype, or where they are added up in float32.
-      compute_copy: parameters cast to the compute dtype once a step; 0 in float32, and where `fsdp` is above 1: layers
-        are cast one at a time.
-      gathered: the head's gradient, and where `fsdp` is above 1 what is whole while it is used: the head and the
-        weights of two layers.
-      activations: what the forward pass keeps for the backward pass, all layers.
-      layer: what one layer's backward pass holds at once.
+      gradients: sharded like the parameters; in the compute dtype, or in float32 if they are accumulated or reduced.
+      compute_copy: parameters cast to the compute dtype once per step. 0 in float32, and with `fsdp` above 1, where
+        layers are cast one at a time.
+      gathered: gradient of the head; with `fsdp` above 1 also the gathered head and the weights of two layers.
+      activations: residuals of all layers, saved for the backward pass.
+      layer: working memory of one layer's backward pass.
       logits: one chunk of float32 logits and its gradient.
     """
 
@@ -55,17 +54,17 @@ class Memory(NamedTuple):
 
     @property
     def state(self) -> int:
-        """Parameters and optimizer state: what lives from step to step."""
+        """Parameters and optimizer state, which live from step to step."""
         return self.parameters + self.optimizer
 
     @property
     def peak(self) -> int:
-        """All of it: an upper estimate, since not all is there at once."""
+        """Sum of all parts: an upper bound, because not all parts exist at the same time."""
         return sum(self)
 
 
 class Cost(NamedTuple):
-    """Time and money, at an assumed MFU. Days are of 24 hours; `price` is None where none was given."""
+    """Time and money at an assumed MFU. `price` is None if no price per chip-hour was given."""
 
     mfu: float
     tokens_per_second: float
@@ -76,7 +75,7 @@ class Cost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the formulas say about a config on a number of chips."""
+    """Estimates for a config on a number of chips."""
 
     num_params: int
     num_devices: int
@@ -102,28 +101,30 @@ def make_plan(
 
     Args:
       config: the run.
-      vocab_size: tokens of its vocabulary (`plan_vocab`).
-      num_devices: devices it runs on.
-      chip: what they are; None, or a compute dtype whose peak is not known (float32): the plan has no time and cost.
-      mfu: assumed share of the peak that the model's FLOPs reach (recomputation not counted), from 0 to 1.
-      price: of one chip for one hour, in any currency.
+      vocab_size: size of its vocabulary (`plan_vocab`).
+      num_devices: number of devices.
+      chip: kind of the devices. None, or a compute dtype without a known peak (float32), gives no time and cost.
+      mfu: assumed share of the peak that the model's FLOPs reach, from 0 to 1. Recomputation does not count.
+      price: price of one chip for one hour, in any currency.
 
     Raises:
-      ValueError: a mesh or batch that does not fit the devices; mfu or price out of range.
+      ValueError: a model of the user's own, a mesh or batch that does not fit, or mfu or price out of range.
     """
+    if not isinstance(config.model, ModelConfig):
+        raise ValueError(f"{type(config.model).__name__} has no formulas: `plan` knows the built-in transformer only")
     if not 0 < mfu <= 1:
-        raise ValueError(f"--mfu is a share of the peak, above 0 and at most 1; got {mfu}")
+        raise ValueError(f"--mfu must be a share of the peak, above 0 and at most 1; got {mfu}")
     if price is not None and not 0 <= price < math.inf:
-        raise ValueError(f"--price is of one chip for one hour, 0 or more; got {price}")
+        raise ValueError(f"--price, of one chip for one hour, must be 0 or more; got {price}")
     mesh = AbstractMesh(mesh_shape(config.mesh, num_devices), AXES)
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     check_parts(model, mesh)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     flops = tokens_per_step * flops_per_token(model, config.train.seq_len)
-    whole, local = _num_params(model, mesh)
+    total, local = _num_params(model, mesh)
     return Plan(
-        num_params=whole,
+        num_params=total,
         num_devices=mesh.size,
         mesh=dict(mesh.shape),
         tokens_per_step=tokens_per_step,
@@ -136,19 +137,19 @@ def make_plan(
 
 
 def plan_vocab(config: Config) -> int:
-    """Size of a config's vocabulary, without preparing its data.
+    """Returns the vocabulary size of a config without preparing its data.
 
     Raises:
-      ValueError: it takes the data to know it.
+      ValueError: only the prepared data would tell.
     """
     data = config.data
-    if config.model.vocab_size:
+    if getattr(config.model, "vocab_size", None):
         return config.model.vocab_size
     if data.store and Path(data.store).is_dir():
         return open_store(data.store, verify=False).vocab_size
     if not data.store and data.tokenizer == "byte":
         return ByteTokenizer.vocab_size
-    raise ValueError("the vocabulary is as large as the tokenizer makes it: say how large, with --model.vocab-size")
+    raise ValueError("the vocabulary size depends on an untrained tokenizer: give it with --model.vocab-size")
 
 
 def _cost(
@@ -169,14 +170,14 @@ def _cost(
 
 
 def _num_params(model: ModelConfig, mesh: AbstractMesh) -> tuple[int, int]:
-    """Parameters of the whole model, and those that one device holds."""
+    """Returns the number of parameters of the model and of one device's shards."""
     shapes = jax.eval_shape(lambda: init_params(Transformer(model), jax.random.key(0)))
 
     def local(leaf, axes):
         return math.prod(NamedSharding(mesh, partition_spec(axes)).shard_shape(leaf.shape))
 
-    parts = jax.tree.map(local, shapes, logical_axes(shapes))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), sum(jax.tree.leaves(parts))
+    shards = jax.tree.map(local, shapes, logical_axes(shapes))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), sum(jax.tree.leaves(shards))
 
 
 def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: int, chip: Chip | None) -> Memory:
@@ -195,20 +196,20 @@ def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: i
             softcap=model.attention_softcap,
             capability=chip.capability if chip else None,
         )
-    # Scores and weights, float32; a kernel that goes by blocks holds neither.
+    # Float32 scores and weights; kernels that work in blocks hold neither.
     scores = 8 * rows * settings.seq_len**2 * model.num_heads // tensor if kernel == "xla" else 0
     num_kept = model.num_layers if model.remat == "none" and fsdp == 1 else 1
     head = model.d_model * model.vocab_rows // tensor
     two_layers = 2 * matrices_per_layer(model) // tensor
     chunk = min(settings.loss_chunk or DEFAULT_CHUNK, rows * settings.seq_len)
-    late = fsdp > 1 and width < 4  # see models/masters.py
-    added = mesh.shape["data"] > 1 or settings.accumulate > 1
+    per_layer = fsdp > 1 and width < 4  # casts, see models/masters.py
+    summed = mesh.shape["data"] > 1 or settings.accumulate > 1
     head_gradient = (width if 4 * head > CARRY_LIMIT else 4) * head
     return Memory(
         parameters=4 * num_local,
         optimizer=(4 + (2 if config.optim.mu_dtype == "bfloat16" else 4)) * num_local,
-        gradients=(4 if added else width) * num_local + (width * num_local if settings.accumulate > 1 else 0),
-        compute_copy=width * num_local if width < 4 and not late else 0,
+        gradients=(4 if summed else width) * num_local + (width * num_local if settings.accumulate > 1 else 0),
+        compute_copy=width * num_local if width < 4 and not per_layer else 0,
         gathered=head_gradient + (width * (head + two_layers) if fsdp > 1 else 0),
         activations=width * rows * settings.seq_len * model.num_layers * kept + scores * (num_kept - 1),
         layer=2 * width * rows * settings.seq_len * layer + scores,
@@ -217,18 +218,18 @@ def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: i
 
 
 def _activations(model: ModelConfig, fsdp: int, tensor: int) -> tuple[int, int]:
-    """Channels a token that a layer keeps for the backward pass, and those that it has in all."""
+    """Returns the channels per token that a layer saves for the backward pass, and all channels of a layer."""
     heads = (2 * model.num_heads + 2 * model.kv_heads) * model.channels_per_head // tensor  # query, mixture, key, value
     hidden = model.d_ff // tensor
     num_up = 2 if model.feed_forward == "swiglu" else 1
     products = heads + model.d_model + num_up * hidden  # see PRODUCTS in models/remat.py
-    whole = products + 4 * model.d_model + num_up * hidden  # norms, residual stream, what comes of up and gate
+    every = products + 4 * model.d_model + num_up * hidden  # norms, residual stream, activations of up and gate
     match model.remat:
         case "full":
-            return model.d_model, whole
+            return model.d_model, every
         case "offload":
-            return 0, whole
+            return 0, every
         case "none" if fsdp == 1:
-            return whole, whole
+            return every, every
         case _:
-            return model.d_model + products, whole
+            return model.d_model + products, every

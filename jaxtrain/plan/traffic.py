@@ -1,8 +1,8 @@
-"""What the layout makes devices send each other in a step, by formula: kinds, mesh axes, bytes.
+"""Formulas for the collectives of a train step: kinds, mesh axes, bytes.
 
-The compiled program must show this and nothing else but scalars; tests/test_hlo.py holds it to that. Bytes are counted
-as `runtime.hlo` counts them: those of the whole array on one device. A TPU compiler may turn a reduce-scatter over
-more than one dimension of its torus into an all-reduce and a slice; the bytes counted stay the same.
+tests/runtime/test_hlo.py checks that the compiled program has these collectives and otherwise scalars only. Bytes count
+the unsharded array on one device, as in `runtime.hlo`. A TPU compiler may turn a reduce-scatter over several torus
+dimensions into an all-reduce and a slice; the counted bytes are equal.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtrain.models.size import matrices_per_layer
 
 
 class Traffic(NamedTuple):
-    """Bytes a step of one kind of collective over some axes, and what they are."""
+    """Bytes per step of one kind of collective over some axes, with a description of the arrays."""
 
     kind: str
     axes: tuple[str, ...]
@@ -24,18 +24,18 @@ class Traffic(NamedTuple):
 
 
 def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: int) -> list[Traffic]:
-    """Lists all traffic but that of scalars.
+    """Lists all traffic except scalars.
 
     Args:
       config: the run.
-      model: its model, the vocabulary filled in.
-      mesh: axes `data`, `fsdp`, `tensor`.
-      num_local: parameters that one device holds.
+      model: its model, with `vocab_size` set.
+      mesh: mesh with the axes `data`, `fsdp`, `tensor`.
+      num_local: number of parameters that one device holds.
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     settings, passes = config.train, config.train.accumulate
     width = 2 if settings.precision == "bfloat16" else 4
-    tokens = settings.batch_size * settings.seq_len // (data * fsdp)  # of one device, all micro-batches
+    tokens = settings.batch_size * settings.seq_len // (data * fsdp)  # on one device, over all micro-batches
     hidden = width * tokens * model.d_model
     layers = width * passes * model.num_layers * matrices_per_layer(model) // tensor
     head = width * passes * model.d_model * model.vocab_rows // tensor
@@ -43,7 +43,7 @@ def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num
     found = []
     if fsdp > 1:
         found += [
-            Traffic("all-gather", ("fsdp",), 2 * layers + head, "weights: forward, again backward; the head once"),
+            Traffic("all-gather", ("fsdp",), 2 * layers + head, "weights, forward and backward; the head once"),
             Traffic("all-gather", ("fsdp",), 4 * tokens * fsdp, "token ids, for the embedding"),
             Traffic("all-to-all", ("fsdp",), 2 * hidden, "rows of the embedding and their gradients"),
             Traffic("reduce-scatter", ("fsdp",), layers + head, "gradients of the weights"),
@@ -52,9 +52,9 @@ def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num
         found.append(Traffic("all-reduce", ("data",), 4 * (num_local - vectors), "gradients, float32"))
     if data * fsdp > 1:
         axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
-        found.append(Traffic("all-reduce", axes, 4 * vectors, "gradients of what is whole everywhere"))
+        found.append(Traffic("all-reduce", axes, 4 * vectors, "gradients of replicated parameters"))
     if tensor > 1:
-        # Into and out of both halves of a layer; recomputing everything leaves the first half once more.
+        # Entering and leaving both halves of a layer; full recomputation leaves the first half once more.
         per_layer = 4 if model.remat in ("none", "minimal") else 5
         found += [
             Traffic("all-reduce", ("tensor",), per_layer * model.num_layers * hidden, "partial sums of the layers"),
@@ -65,7 +65,7 @@ def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num
 
 
 def _replicated(model: ModelConfig, num_local: int, fsdp: int, tensor: int) -> int:
-    """Parameters that every device along `data` and `fsdp` holds whole: all but the matrices."""
+    """Returns the number of parameters that are replicated over `data` and `fsdp`: all except matrices."""
     matrices = model.num_layers * matrices_per_layer(model)
     tables = model.vocab_rows * model.d_model * (1 if model.tie_embeddings else 2)
     return num_local - math.ceil((matrices + tables) / (fsdp * tensor))

@@ -1,4 +1,4 @@
-"""`jaxtrain plan`: puts the formulas and the compiler's answer together, as tables or as JSON."""
+"""`jaxtrain plan`: estimates by formula and the compiler's answer, as tables or as JSON."""
 
 import dataclasses
 import json
@@ -15,14 +15,14 @@ from jaxtrain.runtime.chips import Chip, find_chip, parse_topology
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked of `jaxtrain plan` besides the config."""
+    """Options of `jaxtrain plan` besides the config."""
 
     topology: str | None = None  # compile for this TPU slice: v5p:2x2x2, v5e:4x4, v6e:4x4, any shape
     devices: int | None = None  # without a topology: number of devices; None takes the product of the config's mesh
-    chip: str | None = None  # without a topology: v5e, v5p, v6e, a100, h100 or h200; for times, cost and what fits
-    mfu: float = 0.4  # share of the chips' peak that the model's FLOPs are assumed to reach
-    price: float | None = None  # of one chip for one hour, in any currency; None gives no cost
-    max_batch: bool = False  # look for the largest train.batch_size that fits (needs a topology)
+    chip: str | None = None  # without a topology: v5e, v5p, v6e, a100, h100 or h200; for time, cost and fit
+    mfu: float = 0.4  # assumed share of the chips' peak that the model's FLOPs reach
+    price: float | None = None  # price of one chip-hour, in any currency; None gives no cost
+    max_batch: bool = False  # search the largest train.batch_size that fits (needs a topology)
     timeout: float = 3600.0  # seconds that one compilation may take
     json: bool = False  # print one JSON object
 
@@ -31,8 +31,8 @@ def plan(config: Config, question: Question) -> None:
     """Prints the plan of a config.
 
     Raises:
-      ValueError: an unknown topology or chip; a config that does not fit the devices.
-      OSError: the compiler fails, is locked or takes too long.
+      ValueError: an unknown topology or chip, or a config that does not fit the devices.
+      OSError: the compiler fails, is locked, or takes too long.
     """
     vocab_size = plan_vocab(config)
     chip, num_devices = _devices(config, question)
@@ -62,10 +62,10 @@ def plan(config: Config, question: Question) -> None:
 def _devices(config: Config, question: Question) -> tuple[Chip | None, int]:
     if question.topology:
         if question.devices or question.chip:
-            raise ValueError("--topology says which chips and how many: leave out --devices and --chip")
+            raise ValueError("--topology already names the chips and their number: leave out --devices and --chip")
         return parse_topology(question.topology)
     if question.max_batch:
-        raise ValueError("--max-batch asks the compiler: give it a --topology, such as v5p:2x2x2")
+        raise ValueError("--max-batch needs the compiler: give a --topology, such as v5p:2x2x2")
     sizes = dataclasses.asdict(config.mesh).values()
     named = math.prod(size for size in sizes if size != -1)
     return find_chip(question.chip) if question.chip else None, named if question.devices is None else question.devices
@@ -74,7 +74,7 @@ def _devices(config: Config, question: Question) -> tuple[Chip | None, int]:
 def _compile(
     config: Config, vocab_size: int, question: Question, formulas: Plan
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The compiler's answer, to the largest batch that fits if that is asked, and all tries."""
+    """Returns the compiler's answer, with --max-batch for the largest batch that fits, and all tries."""
     stream = sys.stderr if question.json else sys.stdout
     if not question.max_batch:
         if not question.json:
@@ -85,8 +85,8 @@ def _compile(
     tries = []
     for answer in search_batch(config, vocab_size, question.topology, unit, question.timeout):
         tries.append(answer)
-        told = f"{'fits' if answer['fits'] else 'does not fit'}, {_amount(answer)}"
-        print(f"batch {answer['batch_size']}: {told}, {answer['compile_seconds']:.0f} s", file=stream, flush=True)
+        outcome = f"{'fits' if answer['fits'] else 'does not fit'}, {_amount(answer)}"
+        print(f"batch {answer['batch_size']}: {outcome}, {answer['compile_seconds']:.0f} s", file=stream, flush=True)
     fitting = [one for one in tries if one["fits"]]
     return max(fitting, key=lambda one: one["batch_size"], default=tries[-1]), tries
 
@@ -99,7 +99,7 @@ def _outcome(answer: dict[str, Any]) -> dict[str, Any]:
 def _result(
     config: Config, formulas: Plan, chip: Chip | None, compiled: dict[str, Any] | None, note: str
 ) -> dict[str, Any]:
-    """Everything, for JSON. By formula, arguments are the state and temporaries the rest."""
+    """Returns the JSON object. By formula, the arguments are the state and the temporaries are the rest."""
     memory, cost = formulas.memory, formulas.cost
     result = {
         "compiled": compiled is not None,
@@ -134,18 +134,18 @@ def _show(config: Config, formulas: Plan, chip: Chip | None, question: Question,
     mesh = " x ".join(f"{name} {size}" for name, size in formulas.mesh.items())
     print(f"{formulas.num_devices} devices ({where}): {mesh}")
     _print_table(("the run", ""), _run_rows(config, formulas, result))
-    _print_table(("memory by formula", "a device", "all devices"), _memory_rows(formulas))
+    _print_table(("memory by formula", "per device", "all devices"), _memory_rows(formulas))
     if result["compiled"]:
-        _print_table(("memory by the TPU compiler", "a device"), _compiled_rows(result))
+        _print_table(("memory by the TPU compiler", "per device"), _compiled_rows(result))
         if result["fits"]:
             rows = [
                 (row["kind"], ", ".join(row["axes"]), row["dtype"], f"{row['count']:,}", format_bytes(row["bytes"]))
                 for row in result["collectives"]
             ]
-            _print_table(("collectives", "axes", "dtype", "arrays a step", "a device"), rows)
+            _print_table(("collectives", "axes", "dtype", "arrays per step", "per device"), rows)
     elif formulas.traffic:
         rows = [(one.kind, ", ".join(one.axes), one.what, format_bytes(one.num_bytes)) for one in formulas.traffic]
-        _print_table(("collectives by formula", "axes", "of what", "a device, a step"), rows)
+        _print_table(("collectives by formula", "axes", "of what", "per device and step"), rows)
     if result["fits"] is not None:
         print(f"{'fits' if result['fits'] else 'does not fit'} {chip.name}: {_amount(result)}")
     if result["note"]:
@@ -160,20 +160,20 @@ def _run_rows(config: Config, formulas: Plan, result: dict[str, Any]) -> list[tu
     settings, cost = config.train, formulas.cost
     rows = [
         ("parameters", f"{formulas.num_params:,}"),
-        ("tokens a step", f"{settings.batch_size} x {settings.seq_len} = {formulas.tokens_per_step:,}"),
-        ("tokens in all", f"{settings.steps:,} steps: {formulas.tokens / 1e9:,.4g} billion"),
-        ("FLOPs a step", f"{formulas.flops_per_step:.4g}"),
+        ("tokens per step", f"{settings.batch_size} x {settings.seq_len} = {formulas.tokens_per_step:,}"),
+        ("tokens in total", f"{settings.steps:,} steps: {formulas.tokens / 1e9:,.4g} billion"),
+        ("FLOPs per step", f"{formulas.flops_per_step:.4g}"),
     ]
     if cost is not None:
         rows += [
-            (f"tokens a second at {cost.mfu:.0%} MFU", f"{cost.tokens_per_second:,.0f}"),
-            ("seconds a step", f"{cost.step_seconds:.3f}"),
+            (f"tokens per second at {cost.mfu:.0%} MFU", f"{cost.tokens_per_second:,.0f}"),
+            ("seconds per step", f"{cost.step_seconds:.3f}"),
             ("time", f"{format_seconds(cost.days * 86400)}, {cost.chip_hours:,.0f} chip-hours"),
         ]
         if cost.price is not None:
             rows.append(("cost", f"{cost.price:,.0f}"))
     if seconds := result.get("estimated_seconds"):
-        rows.append(("seconds a step, the compiler's estimate", f"{seconds:.3g}"))
+        rows.append(("seconds per step, the compiler's estimate", f"{seconds:.3g}"))
     return rows
 
 
@@ -184,7 +184,7 @@ def _memory_rows(formulas: Plan) -> list[tuple[str, ...]]:
         "gradients": "gradients",
         "compute_copy": "parameters in the compute dtype",
         "gathered": "gathered weights, gradient of the head",
-        "activations": "activations kept for the backward pass",
+        "activations": "activations saved for the backward pass",
         "layer": "one layer's backward pass",
         "logits": "logits of one chunk",
     }
@@ -199,18 +199,18 @@ def _memory_rows(formulas: Plan) -> list[tuple[str, ...]]:
 
 def _compiled_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     if not result["fits"]:
-        return [("needed", _amount(result)), ("the compiler says", result["message"])]
+        return [("needed", _amount(result)), ("compiler message", result["message"])]
     rest = result["output_bytes_per_device"] - result["alias_bytes_per_device"]
     rows = [
         ("arguments: the state and a batch", format_bytes(result["argument_bytes_per_device"])),
         ("temporaries, at the peak", format_bytes(result["temporary_bytes_per_device"])),
-        ("temporaries, as the compiler sums them", format_bytes(result["temporary_sum_bytes_per_device"])),
-        ("outputs that take no argument's place", format_bytes(rest)),
+        ("temporaries, the compiler's sum", format_bytes(result["temporary_sum_bytes_per_device"])),
+        ("outputs without a donated argument", format_bytes(rest)),
         ("code", format_bytes(result["code_bytes_per_device"])),
-        ("in all, at the peak", format_bytes(result["peak_bytes_per_device"])),
+        ("total, at the peak", format_bytes(result["peak_bytes_per_device"])),
     ]
     host = result["host_bytes_per_device"]
-    return [*rows, ("in the host's memory", format_bytes(host))] if host else rows
+    return [*rows, ("in host memory", format_bytes(host))] if host else rows
 
 
 def _amount(result: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
-"""Accelerators that a run can be planned for: memory, speed, and how a TPU slice is written."""
+"""Accelerators that a run can be planned for: memory, peak speed, and the notation of TPU slices."""
 
 import math
 import re
 from typing import NamedTuple
 
 # Dense (no 2:4 sparsity) bfloat16 FLOP/s of one jax device, by `device_kind`. NVIDIA: data sheets and architecture
-# white papers of A100, H100, H200, GH200 and B200 (those with sparsity in the sheet are halved). TPU: the pages of
-# v4, v5e, v5p and v6e in the Cloud TPU documentation, a chip; on these generations a jax device is a whole chip.
-# Names match whole: a MIG slice of a GPU has a longer name and a fraction of its speed.
+# white papers of A100, H100, H200, GH200 and B200; figures with sparsity are halved. TPU: figures per chip in the Cloud
+# TPU documentation of v4, v5e, v5p and v6e, where a jax device is a whole chip. Names are compared in full, because a
+# MIG slice of a GPU has a longer name and a fraction of the speed.
 _PEAK_BFLOAT16 = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -34,12 +34,12 @@ class Chip(NamedTuple):
     """One accelerator.
 
     Attributes:
-      name: as on the command line.
-      device_kind: as `jax.Device.device_kind` says it.
-      hbm_bytes: memory that a program can use. TPU: what the TPU compiler itself says is available (of 16, 95 and 32 GB
-        in the Cloud TPU documentation); NVIDIA: the data sheets.
-      slice_dims: dimensions of a slice's shape; 0: it is no TPU.
-      capability: CUDA compute capability; None: it is no NVIDIA GPU.
+      name: name on the command line.
+      device_kind: `jax.Device.device_kind`.
+      hbm_bytes: memory available to a program. TPU: as the TPU compiler reports it (of 16, 95 and 32 GB in the Cloud
+        TPU documentation); NVIDIA: from the data sheets.
+      slice_dims: number of dimensions of a TPU slice's shape; 0 for GPUs.
+      capability: CUDA compute capability; None for TPUs.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Chip(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """As `jax.Device.platform` says it."""
+        """`jax.Device.platform`."""
         return "tpu" if self.slice_dims else "gpu"
 
     @property
@@ -73,17 +73,14 @@ CHIPS = {
 
 
 def find_chip(name: str) -> Chip:
-    """The chip of a name; an unknown one is a ValueError that lists the known."""
+    """Returns the chip of a name. Raises a ValueError that lists the known chips."""
     if name not in CHIPS:
-        raise ValueError(f"unknown chip {name!r}: known are {', '.join(CHIPS)}")
+        raise ValueError(f"unknown chip {name!r}: choose one of {', '.join(CHIPS)}")
     return CHIPS[name]
 
 
 def parse_topology(topology: str) -> tuple[Chip, int]:
-    """The chip of a TPU slice, and how many there are.
-
-    Args:
-      topology: chip and shape, `v5p:2x2x2` or `v6e:4x4`.
+    """Parses a TPU slice, such as `v5p:2x2x2` or `v6e:4x4`. Returns the chip and the number of chips.
 
     Raises:
       ValueError: another form, chip, or number of dimensions.
@@ -91,22 +88,19 @@ def parse_topology(topology: str) -> tuple[Chip, int]:
     tpus = [chip.name for chip in CHIPS.values() if chip.slice_dims]
     name, _, shape = topology.partition(":")
     if name not in tpus:
-        raise ValueError(f"unknown topology {topology!r}: it is CHIP:SHAPE, such as v5p:2x2x2, of {', '.join(tpus)}")
+        raise ValueError(
+            f"unknown topology {topology!r}: give CHIP:SHAPE, such as v5p:2x2x2, with a chip of {', '.join(tpus)}"
+        )
     dims = CHIPS[name].slice_dims
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 != dims:
         example = "x".join(["4"] * dims)
-        raise ValueError(f"unknown topology {topology!r}: a slice of {name} has {dims} dimensions, as {name}:{example}")
+        raise ValueError(f"unknown topology {topology!r}: slices of {name} have {dims} dimensions, as {name}:{example}")
     return CHIPS[name], math.prod(map(int, shape.split("x")))
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Looks up the dense peak of one device.
+    """Returns the peak of dense matrix products on one device, FLOP/s.
 
-    Args:
-      device_kind: `jax.Device.device_kind`.
-      dtype: of the matrix products.
-
-    Returns:
-      FLOP/s, or None where it is not known: CPUs, other devices, and any dtype but "bfloat16".
+    None for CPUs, unknown devices, and dtypes other than "bfloat16".
     """
     return _PEAK_BFLOAT16.get(device_kind) if dtype == "bfloat16" else None

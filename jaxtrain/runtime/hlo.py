@@ -1,8 +1,8 @@
-"""Reads compiled HLO text: which collectives a program runs, over which mesh axes, and how many bytes they carry.
+"""Parser of compiled HLO text: the collectives of a program, their mesh axes and the bytes that they carry.
 
-Bytes are those of the whole array on one device: of an all-gather what comes out, of a reduce-scatter what goes in, of
-an all-reduce, all-to-all or collective-permute the array itself. So a weight that is gathered costs its own size, and
-a gradient that is reduced costs the gradient's, however many devices share the work.
+Bytes count the unsharded array on one device: the result of an all-gather, the operand of a reduce-scatter, the array
+itself of an all-reduce, all-to-all or collective-permute. A gathered weight or a reduced gradient therefore costs its
+own size, for any number of devices.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _OTHER_KINDS = ("ragged-all-to-all", "collective-broadcast")
-_BITS = {"pred": 8, "c64": 64, "c128": 128}  # the others have their width in their name
+_BITS = {"pred": 8, "c64": 64, "c128": 128}  # other dtypes have their width in their name
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.~-]+) .*\{$|^(ENTRY )?%?([\w.~-]+) \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.~-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[subfc]f?\d+\w*)\[([\d,]*)\]")
@@ -26,16 +26,16 @@ _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
 class Collective(NamedTuple):
-    """One array that a collective moves.
+    """Array that a collective moves.
 
     Attributes:
       kind: one of `KINDS`, or `ragged-all-to-all` or `collective-broadcast`.
-      axes: mesh axes it runs over, in the mesh's order; `("?",)` if its groups are not those of any axes.
-      dtype: HLO's name, such as `bf16`.
-      shape: of the whole array on one device.
-      count: how many times a step it runs: the trips of the loops around it.
-      num_bytes: bytes a step, all times together.
-      source: the operation of the traced program that it comes from, `""` where the compiler added it.
+      axes: mesh axes of the collective, in the mesh's order; `("?",)` if its groups match no axes.
+      dtype: HLO's name of the dtype, such as `bf16`.
+      shape: shape of the unsharded array on one device.
+      count: executions per step: the product of the trip counts of the enclosing loops.
+      num_bytes: bytes per step, over all executions.
+      source: operation of the traced program, or `""` if the compiler added the collective.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Collective(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line of a computation."""
+    """Line of a computation."""
 
     name: str
     shape: str
@@ -57,23 +57,23 @@ class Instruction(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The operation of the traced program that it comes from, `""` where the compiler added it."""
+        """Operation of the traced program, or `""` if the compiler added the instruction."""
         name = re.search(r'op_name="([^"]*)"', self.rest)
         return name.group(1) if name else ""
 
     @property
     def called(self) -> list[str]:
-        """The computations that it calls."""
+        """Names of the computations that the instruction calls."""
         branches = _BRANCHES.search(self.rest)
         names = [name.strip().lstrip("%") for name in branches.group(1).split(",")] if branches else []
         return names + _CALLED.findall(self.rest)
 
 
-class Program:
-    """A parsed HLO module: its computations by name, each a list of instructions."""
+class HloModule:
+    """Parsed HLO module: computations by name, each a list of instructions."""
 
     def __init__(self, text: str):
-        """Parses `compiled.as_text()`; text without an entry computation is a ValueError."""
+        """Parses `compiled.as_text()`. Raises a ValueError for text without an entry computation."""
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
         body: list[Instruction] = []
@@ -85,24 +85,24 @@ class Program:
             elif found := _INSTRUCTION.match(line):
                 body.append(Instruction(*found.groups()))
         if not self.entry:
-            raise ValueError("this is no HLO module: it has no ENTRY computation")
+            raise ValueError("not an HLO module: there is no ENTRY computation")
 
     def walk(self, name: str = "", times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
-        """Yields `(computation, instruction, times it runs)` from the entry downwards; branches all count as taken."""
+        """Yields `(computation, instruction, executions)` from the entry downwards. Every branch counts as taken."""
         name = name or self.entry
         for instruction in self.computations.get(name, ()):
             yield name, instruction, times
             if instruction.opcode in ("async-done", "async-update") or instruction.opcode in _reducers():
-                continue  # the first names again what async-start has called, the second adds two numbers
+                continue  # async-start has already named the computation; a reducer adds two numbers
             trips = self.trip_count(name, instruction) if instruction.opcode == "while" else 1
             for called in instruction.called:
                 yield from self.walk(called, times * trips)
 
     def trip_count(self, parent: str, loop: Instruction) -> int:
-        """Trips of a while loop: what the compiler noted, else the bound that its condition compares with.
+        """Returns the trip count of a while loop: the compiler's, else the bound in the loop's condition.
 
         Raises:
-          ValueError: it has neither, as a loop that runs until something happens.
+          ValueError: the loop has neither.
         """
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
         if noted:
@@ -112,12 +112,12 @@ class Program:
         bounds = [line for line in lines.values() if line.opcode == "constant" and line.shape[:3] in ("s32", "s64")]
         counters = [line for line in lines.values() if line.opcode == "get-tuple-element"]
         if len(bounds) != 1 or len(counters) != 1 or "direction=LT" not in self._text(condition):
-            raise ValueError(f"the loop %{loop.name} has no trip count that can be read from its condition")
+            raise ValueError(f"the condition of loop %{loop.name} has no readable trip count")
         index = int(re.search(r"index=(\d+)", counters[0].rest).group(1))
         return _constant(bounds[0]) - self._start(parent, loop, index)
 
     def _start(self, parent: str, loop: Instruction, index: int) -> int:
-        """First value of a loop's counter, 0 where it is not a plain constant."""
+        """Returns the first value of a loop's counter, 0 if it is not a plain constant."""
         lines = {line.name: line for line in self.computations[parent]}
         state = lines.get(_operands(loop.rest)[0])
         line = lines.get(_operands(state.rest)[index]) if state and state.opcode == "tuple" else None
@@ -126,28 +126,28 @@ class Program:
         return _constant(line) if line and line.opcode == "constant" else 0
 
     def _text(self, computation: str) -> str:
-        """A computation's lines and those of the fusions in it."""
+        """Joins the lines of a computation and of its fusions."""
         return "\n".join(f"{line.opcode} {line.rest}" for _, line, _ in self.walk(computation))
 
 
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """Every array that the collectives of a compiled program move in one execution.
+    """Lists the arrays that the collectives of a compiled program move in one execution.
 
     Args:
       text: `compiled.as_text()`.
-      mesh_shape: `mesh.shape` of the mesh that the program was compiled for.
+      mesh_shape: `mesh.shape` of the program's mesh.
 
     Raises:
-      ValueError: text that is no HLO module; a loop of unknown length.
+      ValueError: the text is not an HLO module, or has a loop of unknown length.
     """
-    program = Program(text)
+    module = HloModule(text)
     chains = set()
     found = []
-    for computation, line, times in program.walk():
+    for computation, line, times in module.walk():
         opcode = line.opcode.removesuffix("-start")
         if opcode not in KINDS + _OTHER_KINDS:
             continue
-        # A TPU splits a gather that hides behind matrix products into fusions that all name it: one transfer.
+        # TPU compilers split a gather that overlaps matrix products into fusions that all name it: one transfer.
         chain = re.search(r'chain_id="(\d+)"', line.rest)
         if chain and (opcode, chain.group(1)) in chains:
             continue
@@ -155,7 +155,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
         axes, group_size = _axes(line.rest, mesh_shape)
         if group_size == 1:
             continue
-        # A TPU fuses an all-reduce and the slice behind it to what is a reduce-scatter.
+        # TPU compilers fuse an all-reduce and the following slice, which makes a reduce-scatter.
         kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else opcode
         for dtype, shape in _arrays(line, group_size):
             num_bytes = times * math.prod(shape) * _bits(dtype) // 8
@@ -164,7 +164,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
 
 
 def summarize(found: list[Collective]) -> list[dict]:
-    """Adds them up by kind, axes and dtype: dicts `kind axes dtype count bytes`, most bytes first."""
+    """Sums collectives by kind, axes and dtype. Returns dicts `kind axes dtype count bytes`, most bytes first."""
     sums: dict[tuple, dict] = {}
     for one in found:
         key = (one.kind, one.axes, one.dtype)
@@ -193,10 +193,10 @@ def _bits(dtype: str) -> int:
 
 
 def _arrays(line: Instruction, group_size: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Whole arrays of a collective, `(dtype, shape)` each."""
+    """Returns the unsharded arrays of a collective, as `(dtype, shape)`."""
     shapes = [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(line.shape)]
     if line.opcode in ("all-gather-start", "collective-permute-start"):
-        # Their result is what goes in, what comes out, and some counters.
+        # The result is a tuple of operands, results and counters.
         shapes = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
         shapes = shapes[len(shapes) // 2 :]
     if line.opcode == "reduce-scatter":
@@ -209,7 +209,7 @@ def _arrays(line: Instruction, group_size: int) -> list[tuple[str, tuple[int, ..
 
 
 def _axes(rest: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
-    """The mesh axes that the devices of a group differ in, and the size of a group."""
+    """Returns the mesh axes that vary within a group of devices, and the size of a group."""
     names, sizes = tuple(mesh_shape), tuple(mesh_shape.values())
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
     if pairs:
@@ -230,7 +230,7 @@ def _axes(rest: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], in
 
 
 def _replica_groups(rest: str, num_devices: int) -> list[list[int]]:
-    """Groups of device positions, from any of HLO's three notations."""
+    """Parses groups of device positions in any of HLO's three notations."""
     if mesh := _MESH.search(rest):
         return _mesh_groups(*mesh.groups())
     groups = rest.partition("replica_groups=")[2]
@@ -245,7 +245,7 @@ def _brace_groups(text: str) -> list[list[int]]:
 
 
 def _iota(found: re.Match) -> np.ndarray:
-    """`[2,4]<=[8]T(1,0)`: counts up in the shape on the right, transposes, and takes the shape on the left."""
+    """Parses `[2,4]<=[8]T(1,0)`: an iota of the right shape, transposed, then reshaped to the left shape."""
     shape, dims = ([int(i) for i in found.group(i).split(",")] for i in (1, 2))
     array = np.arange(math.prod(dims)).reshape(dims)
     if found.group(3):
@@ -254,7 +254,7 @@ def _iota(found: re.Match) -> np.ndarray:
 
 
 def _mesh_groups(sizes: str, device_ids: str | None, axes: str) -> list[list[int]]:
-    """`mesh['data'=2,'fsdp'=4] {'fsdp'}`, with `device_ids=([4,2]T(1,0))` where devices are in another order."""
+    """Parses `mesh['data'=2,'fsdp'=4] {'fsdp'}`, with `device_ids=([4,2]T(1,0))` for another device order."""
     mesh = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     devices = np.arange(math.prod(mesh.values()))
     if order := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids or ""):
@@ -262,7 +262,7 @@ def _mesh_groups(sizes: str, device_ids: str | None, axes: str) -> list[list[int
         devices = devices.reshape(dims)
         if order.group(2):
             devices = devices.transpose([int(i) for i in order.group(2).split(",")])
-    grid, names = _split_axes(mesh, axes)
+    grid, names = _split_named_axes(mesh, axes)
     devices = devices.reshape(list(grid.values()))
     inside = [list(grid).index(name) for name in names]
     outside = [i for i in range(len(grid)) if i not in inside]
@@ -270,8 +270,8 @@ def _mesh_groups(sizes: str, device_ids: str | None, axes: str) -> list[list[int
     return devices.transpose(outside + inside).reshape(-1, group_size).tolist()
 
 
-def _split_axes(mesh: dict[str, int], axes: str) -> tuple[dict[str, int], list[str]]:
-    """Replaces each axis of which only a part is named, `'fsdp':(2)4` (the 4 behind 2), by its parts."""
+def _split_named_axes(mesh: dict[str, int], axes: str) -> tuple[dict[str, int], list[str]]:
+    """Splits each axis that is named in part, such as `'fsdp':(2)4` (4 devices after a factor of 2)."""
     grid, names = {}, []
     parts = {
         name: (int(before or 1), int(size or mesh[name]))

@@ -44,9 +44,7 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> N
     else:
         problem = _announce(host, port, f"jaxtrain {process_id} of {num_processes} {token}", deadline)
         if problem is None:
-            problem = (
-                f"process 0 is missing: no answer at {address} within {timeout:g} s; see the log of process 0"
-            )
+            problem = f"process 0 is missing: no answer at {address} within {timeout:g} s; see the log of process 0"
     if problem:
         raise ValueError(problem)
 

@@ -18,7 +18,7 @@ from jaxtrain.monitoring.profile import parse_profile, scopes_of
 from jaxtrain.monitoring.report import describe_times, write_report
 from jaxtrain.monitoring.trace import OTHER, SCOPES, busy_times, newest_trace, read_line, read_times
 from jaxtrain.runtime.config_files import to_json
-from jaxtrain.runtime.hlo import Program
+from jaxtrain.runtime.hlo import HloModule
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training.program import make_program
 
@@ -57,7 +57,7 @@ def test_every_matrix_product_has_a_scope_in_both_passes(tiny_config, store):
     program = make_program(tiny_config, make_mesh(tiny_config.mesh), open_store(store).vocab_size)
     text = program.train_step.lower(program.abstract_state, program.abstract_batch).compile().as_text()
     scopes, found = scopes_of(text), set()
-    for lines in Program(text).computations.values():
+    for lines in HloModule(text).computations.values():
         for line in lines:
             if line.source.endswith("dot_general"):
                 assert line.name in scopes, line

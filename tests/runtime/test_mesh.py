@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config import MeshConfig, gpt2, llama
 from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.transformer import Transformer, init_params
-from jaxtrain.runtime.mesh import AXES, RULES, check_batch, make_mesh, num_row_shards, partition_spec
+from jaxtrain.runtime.mesh import AXES, LOGICAL_AXES, check_batch, make_mesh, num_row_shards, partition_spec
 
 
 class FakeDevice:
@@ -117,7 +117,7 @@ def test_the_table_says_where_a_logical_axis_goes(axes, spec):
 
 
 def test_the_table_names_axes_of_the_mesh_only():
-    used = {name for rule in RULES.values() for name in ([rule] if isinstance(rule, str) else rule)}
+    used = {name for rule in LOGICAL_AXES.values() for name in ([rule] if isinstance(rule, str) else rule)}
     assert used == set(AXES)
 
 

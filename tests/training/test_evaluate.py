@@ -1,4 +1,4 @@
-"""Evaluation: sums over the whole split, whatever the batch size and however ragged the end (R-A4, R-E1)."""
+"""Evaluation: sums over the whole split, for any batch size and a ragged end."""
 
 import gzip
 import lzma
@@ -62,7 +62,6 @@ def test_compressors_see_exactly_the_held_out_text(store):
 
 
 def test_a_stop_leaves_no_result_of_a_part():
-    """R-C9."""
     seen = iter([False, False, True])
     with pytest.raises(Stopped):
         run(1, 7, asked_to_stop=lambda: next(seen))

@@ -49,7 +49,7 @@ def sixth(run_dir):
 
 @pytest.mark.parametrize(("step", "first"), [(4, 0), (9, 7), (10, 7)])
 def test_a_step_reproduces_bit_for_bit_from_the_checkpoint_before_it(run_dir, step, first):
-    """R-C12: with the batches that the run saw, through data that it left out; the run is not touched."""
+    """With the batches that the run saw, through skipped data; the run directory does not change."""
     before = snapshot(run_dir)
     result = replay(run_dir, step)
     assert snapshot(run_dir) == before
@@ -144,7 +144,7 @@ def test_a_step_that_the_run_has_not_come_to_is_refused(run_dir):
 
 
 def test_other_devices_are_noted(tiny_config, tmp_path):
-    """R-C13: on the run's own devices to the bit, on others to rounding."""
+    """On the run's own devices to the bit, on others to rounding."""
     folder = tmp_path / "run"
     train(change(tiny_config, mesh={"data": 2, "fsdp": 2}, train={"stop_after": 7}), folder)
     same = replay(folder, 7)
@@ -174,7 +174,6 @@ def test_the_command_prints_tables_and_json(run_dir, capsys):
 
 @given(st.lists(st.integers(0, 2), max_size=24))
 def test_the_longest_repetition(tokens):
-    """R-D10."""
     best = 0
     for n in range(1, len(tokens)):
         for start in range(len(tokens)):
@@ -189,7 +188,7 @@ def test_the_longest_repetition(tokens):
 
 
 def test_steps_run_twice_change_no_number(tiny_config, tmp_path):
-    """R-C12: a healthy run passes, and its numbers are those of a run without the check."""
+    """A healthy run passes, and its numbers equal those of a run without the check."""
     train(tiny_config, tmp_path / "once")
     train(change(tiny_config, train={"replay_check": 1}), tmp_path / "twice")
     assert numbers(tmp_path / "twice") == numbers(tmp_path / "once")
