@@ -80,7 +80,7 @@ LAYERS = [
     {"plan"},
     {"cli"},
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in sorted(names)}
 
 
 def test_every_module_has_a_layer():

@@ -149,9 +149,9 @@ def test_unknown_topologies_are_one_line_that_says_what_is_known(topology, capsy
         (["--topology", "v5p:2x2x2", "--train.batch-size", "12"], "train.batch_size 12 is not divisible"),
         (["--topology", "v5p:2x2x2", "--devices", "8"], "leave out --devices and --chip"),
         (["--devices", "8", "--chip", "v7"], "unknown chip 'v7'"),
-        (["--max-batch"], "give it a --topology"),
-        (["--mfu", "40"], "--mfu is a share"),
-        (["--price", "-1"], "--price is of one chip"),
+        (["--max-batch"], "give a --topology"),
+        (["--mfu", "40"], "--mfu must be a share"),
+        (["--price", "-1"], "--price, of one chip"),
         (["--topologie", "v5p:2x2x2"], "did you mean --topology?"),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_child_that_takes_too_long_is_killed(config_file, monkeypatch, tmp_pat
     pretend(monkeypatch, tmp_path, "exec sleep 600")
     start = time.monotonic()
     assert main(["plan", config_file, "--topology", "v5e:2x2", "--timeout", "1"]) == 1
-    assert "give --timeout more" in capsys.readouterr().err
+    assert "raise --timeout" in capsys.readouterr().err
     assert time.monotonic() - start < 300
 
 
