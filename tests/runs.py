@@ -25,11 +25,11 @@ _LOOP += ("sample_prompt", "diagnose_every")
 
 
 @functools.lru_cache(maxsize=32)
-def _make_program(config, mesh, vocab_size, wrap_loss):
-    return program.make_program(config, mesh, vocab_size, wrap_loss=wrap_loss)
+def _make_program(config, mesh, vocab_size, **options):
+    return program.make_program(config, mesh, vocab_size, **options)
 
 
-def shared_program(config, mesh, vocab_size, *, wrap_loss=None):
+def shared_program(config, mesh, vocab_size, **options):
     """Returns one program for all configs that compile alike: tracing it is most of the time of a short run."""
     defaults = TrainConfig()
     loop = {name: getattr(defaults, name) for name in _LOOP}
@@ -39,7 +39,7 @@ def shared_program(config, mesh, vocab_size, *, wrap_loss=None):
         checkpoint=CheckpointConfig(),
         train=dataclasses.replace(config.train, **loop),
     )
-    return _make_program(alike, mesh, vocab_size, wrap_loss)
+    return _make_program(alike, mesh, vocab_size, **options)
 
 
 QUICK = Hooks(make_program=shared_program, write_report=lambda folder: "not drawn")

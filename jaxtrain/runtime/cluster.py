@@ -10,10 +10,8 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain.runtime.host_memory import keep_freed_memory
-from jaxtrain.runtime.processes import agree, announce_failure, is_alone, time_limit
+from jaxtrain.runtime.processes import LONG_SECONDS, agree, announce_failure, is_alone, time_limit
 from jaxtrain.runtime.rendezvous import meet
-
-_END_SECONDS = 6 * 3600.0  # limit for the last process to finish, which may evaluate or draw a report
 
 
 class Cluster(NamedTuple):
@@ -55,7 +53,7 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
         return
     try:
         yield
-        agree("the end of the run", {}, timeout=_END_SECONDS)
+        agree("the end of the run", {}, timeout=LONG_SECONDS)
     except BaseException as error:
         if not announce_failure(error):
             code = report(error)

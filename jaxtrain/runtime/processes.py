@@ -19,7 +19,7 @@ from jaxtrain.runtime.rendezvous import name_processes
 
 T = TypeVar("T")
 
-_LONG_SECONDS = 6 * 3600.0  # limit for work on the lead alone, such as preparing the data
+LONG_SECONDS = 6 * 3600.0  # limit for work on the lead alone, such as preparing the data
 _POLL_SECONDS = 1.0  # delay until the failure of another process is noticed
 _FAILURE_SECONDS = 5.0  # how long a failing process waits for the others to fail too
 _counter = itertools.count()  # numbers the messages; equal on all processes, which send them in the same order
@@ -78,7 +78,7 @@ def agree(subject: str, values: Mapping[str, Any], *, remedy: str = "", timeout:
         raise ValueError(verdict)
 
 
-def run_on_lead(task: str, function: Callable[[], T], *, timeout: float = _LONG_SECONDS) -> T | None:
+def run_on_lead(task: str, function: Callable[[], T], *, timeout: float = LONG_SECONDS) -> T | None:
     """Runs `function` on the lead process while the others wait. Returns its result there and None elsewhere.
 
     Args:

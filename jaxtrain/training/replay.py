@@ -22,7 +22,6 @@ from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.step import TrainState
-from jaxtrain.training.program import make_program
 from jaxtrain.training.run import NO_HOOKS, Hooks, Run, batch_source, open_run, tokenizer_hash, train_batches
 from jaxtrain.trees import global_norm, is_stacked, layer_squares, path_names
 
@@ -161,7 +160,7 @@ def _diagnosed_step(run: Run) -> Any:
 
     A program of its own: more results change the fusions around the gradients, and with them the last bits.
     """
-    program = make_program(
+    program = run.hooks.make_program(
         run.config,
         run.program.mesh,
         run.store.vocab_size,

@@ -149,6 +149,8 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
     with named_as_now(traced):
         lower = run.program.train_step.lower
         compiled = recorder.compile(lambda: stop.run(lambda: lower(state, fetch(first)).compile()))
+    # The first step's collectives would fail for a process that compiles 30 s longer than another one (gloo).
+    processes.agree("the end of compilation", {}, timeout=processes.LONG_SECONDS)
     train_step = _checked_step(session, compiled)
     alone = processes.is_alone()  # several processes stop together, after a step
     eval_every = run.config.train.eval_every

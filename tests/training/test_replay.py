@@ -15,8 +15,14 @@ from jaxtrain.cli import main
 from jaxtrain.config import MeshConfig
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import from_json, to_json
-from jaxtrain.training.replay import longest_repetition, replay
+from jaxtrain.training.replay import longest_repetition
+from jaxtrain.training.replay import replay as run_again
 from jaxtrain.training.run import batch_source, open_run, restore_params
+
+
+def replay(run_dir, step, hooks=QUICK):
+    return run_again(run_dir, step, hooks)
+
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds"}
 
@@ -143,7 +149,18 @@ def test_a_step_that_the_run_has_not_come_to_is_refused(run_dir):
             replay(run_dir, step)
 
 
-def test_other_devices_are_noted(tiny_config, tmp_path):
+@pytest.mark.parametrize(("name", "value"), [("devices", 4), ("device", "TPU v4"), ("jax", "0.1"), ("processes", 2)])
+def test_another_environment_is_noted(run_dir, tmp_path, name, value):
+    shutil.copytree(run_dir, tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | ({name: value} if name in line else {})) + "\n" for line in lines))
+    (note,) = replay(tmp_path / "run", 6)["notes"]
+    assert note.startswith(f"{name} was {value} in the run and is ")
+
+
+@pytest.mark.slow
+def test_other_devices_give_the_same_numbers_to_rounding(tiny_config, tmp_path):
     """On the run's own devices to the bit, on others to rounding."""
     folder = tmp_path / "run"
     train(change(tiny_config, mesh={"data": 2, "fsdp": 2}, train={"stop_after": 7}), folder)
