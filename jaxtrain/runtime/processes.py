@@ -123,7 +123,7 @@ def broadcast_from_lead(task: str, function: Callable[[], T]) -> T:
     return json.loads(text)
 
 
-def gather_on_lead(task: str, value: Any, *, key: str | None = None, timeout: float = _LONG_SECONDS) -> list | None:
+def gather_on_lead(task: str, value: Any, *, key: str | None = None, timeout: float = LONG_SECONDS) -> list | None:
     """Returns the values of all processes on the lead process, in the order of the processes, and None elsewhere.
 
     Args:
