@@ -30,8 +30,9 @@ class Health:
     """Judges one run by the rules. Feed it every step, in order."""
 
     def __init__(self, facts: RunFacts, rules: Sequence[type[Rule]] | None = None):
-        """Starts the rules; None takes `rules.RULES`."""
-        self._rules = [rule(facts) for rule in (RULES if rules is None else rules)]
+        """Starts the rules; None takes `rules.RULES`. Of two rules with one name, the later replaces the other."""
+        named = {rule.name: rule for rule in (RULES if rules is None else rules)}
+        self._rules = [rule(facts) for rule in named.values()]
 
     def observe(self, line: Mapping[str, Any]) -> list[Finding]:
         """Judges a step line (numbers, arrays or lists); returns the cases that begin with it."""

@@ -1,7 +1,7 @@
-"""What is measured inside the train step to tell one layer's health from another's.
+"""Diagnostics of each layer, computed inside the train step.
 
-It is measured in every step and logged in some: these sums ride along with those of the norms, while a branch for the
-steps that are logged would hold its operands in memory at once (Llama 2 7B on TPU: 1.4 to 4 GB a chip).
+Every step computes them and some steps log them: the sums fuse with those of the norms, while a branch for the logged
+steps would keep its operands in memory together (Llama 2 7B on TPU: 1.4 to 4 GB per chip).
 """
 
 import math
@@ -13,16 +13,16 @@ import optax
 
 from jaxtrain.trees import layer_squares
 
-# Below this many eps, eps is a tenth or more of Adam's denominator and the step is no longer free of scale.
+# Below this multiple of eps, eps is a tenth or more of Adam's denominator: the update depends on the gradient's scale.
 _NEAR_EPS = 10.0
 
-# What `layer_diagnostics` returns.
+# Metrics of `layer_diagnostics`.
 DIAGNOSTICS = ("layer_grad_norm", "layer_update_ratio", "adam_frozen_share")
 
 
-def drop_unsampled(metrics: dict[str, Any], done: int, every: int) -> dict[str, Any]:
-    """The metrics of step `done` (from 1) without what is not logged of it."""
-    if every and done % every == 0:
+def drop_unsampled(metrics: dict[str, Any], step: int, every: int | None) -> dict[str, Any]:
+    """Removes the diagnostics from the metrics of a step, unless it is one of every `every`; None removes all."""
+    if every and step % every == 0:
         return metrics
     return {name: value for name, value in metrics.items() if name not in DIAGNOSTICS}
 
@@ -30,20 +30,20 @@ def drop_unsampled(metrics: dict[str, Any], done: int, every: int) -> dict[str, 
 def layer_diagnostics(
     params: Any, grads: Any, updates: Any, opt_state: optax.OptState, *, b2: float, eps: float
 ) -> dict[str, jax.Array]:
-    """Measures each of L layers, and how much of Adam stands still.
+    """Measures each of L layers, and the share of parameters that Adam's eps holds back.
 
     Args:
-      params: parameters before the update; those of layers are stacked, `[L, ...]`, under the key `layers`.
+      params: parameters before the update; those of the layers are stacked, `[L, ...]`, under the key `layers`.
       grads: gradient before clipping.
-      updates: what was added to the parameters.
-      opt_state: state of the optimizer after the update.
-      b2, eps: of Adam.
+      updates: numbers that were added to the parameters.
+      opt_state: any optax state, after the update.
+      b2, eps: hyperparameters of Adam.
 
     Returns:
       float32 arrays: `layer_grad_norm` [L]; `layer_update_ratio` [L], norm of the update over norm of the parameters;
-      `adam_frozen_share`, a scalar: of the numbers that have a gradient in this step, the share whose sqrt(nu_hat) is
-      below 10 eps, so that the update shrinks with the gradient. Rows of an embedding that the batch does not name have
-      no gradient and no say. NaN before Adam has moved; absent without Adam. A tree without layers has L = 0.
+      `adam_frozen_share` [], the share of numbers with sqrt(nu_hat) below 10 eps, whose update shrinks with the
+      gradient. Only numbers with a gradient count: rows of an embedding that the batch does not use do not. It is NaN
+      before the first update, and absent without Adam. A tree without layers has L = 0.
     """
     norms = [_layer_norms(tree) for tree in (params, grads, updates)]
     share = _frozen_share(grads, opt_state, b2, eps)
@@ -58,8 +58,8 @@ def _layer_norms(tree: Any) -> jax.Array:
 
 
 def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) -> jax.Array | None:
-    """Returns `adam_frozen_share` over all parameters that some Adam moves; None without Adam."""
-    is_adam = lambda node: hasattr(node, "nu") and hasattr(node, "count")  # noqa: E731
+    """Returns `adam_frozen_share` over all parameters that an Adam updates; None without Adam."""
+    is_adam = lambda node: {"nu", "count"} <= set(getattr(node, "_fields", ()))  # noqa: E731
     states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(node)]
     if not states:
         return None
@@ -68,8 +68,8 @@ def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) 
     frozen = moved = jnp.zeros((), jnp.float32)
     for state in states:  # one, or one for each part of a partitioned optimizer
         for path, nu in jax.tree_util.tree_leaves_with_path(state.nu):
-            if path not in by_path:  # a state that is flattened
-                continue
+            if path not in by_path or nu.shape != by_path[path].shape:
+                continue  # flattened or factored
             has_gradient = by_path[path] != 0
             moved += _count(has_gradient)
             frozen += _count(has_gradient & (jnp.sqrt(nu / correction) < _NEAR_EPS * eps))
@@ -77,6 +77,6 @@ def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) 
 
 
 def _count(flags: jax.Array) -> jax.Array:
-    """How many are True, float32: a row's in float32, exact up to 2^24, all rows' in integers."""
+    """Counts the True flags, float32: within a row in float32, which is exact up to 2^24, over rows in integers."""
     rows = jnp.sum(flags, axis=-1, dtype=jnp.float32) if flags.ndim else flags
     return jnp.sum(jnp.sum(rows.astype(jnp.int32), axis=tuple(range(1, rows.ndim))).astype(jnp.float32))

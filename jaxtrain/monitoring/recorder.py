@@ -11,7 +11,7 @@ from jaxtrain.monitoring.console import Console
 from jaxtrain.monitoring.layers import drop_unsampled
 from jaxtrain.monitoring.metrics import JsonLines, PackedMetrics, read_metrics
 from jaxtrain.monitoring.rules import RunFacts
-from jaxtrain.monitoring.sinks import BackgroundSink, HealthSink, Sink, SinkFailed
+from jaxtrain.monitoring.sinks import SINKS, BackgroundSink, HealthSink, Sink, SinkFailed
 from jaxtrain.runtime.processes import is_lead
 
 _RESTORED_LINES = 1000  # logged steps of a resumed run that are judged again, so that no finding is repeated
@@ -27,8 +27,8 @@ def open_recorder(
 ) -> "Recorder":
     """Builds the recorder of a run directory.
 
-    The lead process gets the metrics file, the console, the given sinks (each on a thread of its own) and the health
-    rules. The other processes get no sink.
+    The lead process gets the metrics file, the console, the sinks of `SINKS` and the given ones (each on a thread of
+    its own), and the health rules. The other processes get no sink.
 
     Args:
       folder: run directory; metrics.jsonl in it is appended to.
@@ -42,7 +42,7 @@ def open_recorder(
     console = Console(config.steps) if is_lead() else None
     recorder = Recorder(
         config,
-        [JsonLines(file), console, *map(BackgroundSink, sinks)] if console else [],
+        [JsonLines(file), console] if console else [],
         console=console,
         flops_per_step=flops_per_step,
         peak_flops=peak_flops,
@@ -50,6 +50,12 @@ def open_recorder(
         events=events,
     )
     if console:
+        recorder.sinks += map(BackgroundSink, sinks)
+        for name, make in SINKS.items():
+            try:
+                recorder.sinks.append(BackgroundSink(make(folder), name))
+            except Exception as error:  # such as a tracker that is offline: training goes on without it
+                recorder.report_failure(name, error)
         recorder.sinks.append(HealthSink(facts, recorder.event, lines[-_RESTORED_LINES:], events))
     return recorder
 
@@ -96,7 +102,7 @@ class Recorder:
         self.give_up = False
         self._skipped = {line["step"] for line in lines if line.get("skipped") == 1}
         self._config, self._console, self._clock = config, console, clock
-        self._failed: set[int] = set()  # ids of the sinks whose failure was reported
+        self._failed: set[str] = set()  # names of the sinks whose failure was reported
         self._pending: tuple[int, PackedMetrics] | None = None
         self._logged_step: int | None = None
         self._since = clock()
@@ -114,7 +120,7 @@ class Recorder:
             except OSError as error:
                 errors.append(error)
             except Exception as error:
-                self._report_failure(sink, error)
+                self.report_failure(_name(sink), error)
         if errors and exception[0] is None:  # else a more important error is on its way
             raise errors[0]
 
@@ -211,12 +217,15 @@ class Recorder:
         try:
             method(*arguments)
         except Exception as error:
-            self._report_failure(sink, error)
+            self.report_failure(_name(sink), error)
 
-    def _report_failure(self, sink: Sink, error: Exception) -> None:
-        if id(sink) in self._failed:
-            return
-        self._failed.add(id(sink))
-        name = getattr(sink, "name", type(sink).__name__)
-        problem = str(error) if isinstance(error, SinkFailed) else f"{type(error).__name__}: {error}"
-        self.event("sink_failed", f"warning: the sink {name} failed, training goes on: {problem}", sink=name)
+    def report_failure(self, name: str, error: Exception) -> None:
+        """Reports the first failure of the sink of a name."""
+        if name not in self._failed:
+            self._failed.add(name)
+            problem = str(error) if isinstance(error, SinkFailed) else f"{type(error).__name__}: {error}"
+            self.event("sink_failed", f"warning: the sink {name} failed, training goes on: {problem}", sink=name)
+
+
+def _name(sink: Sink) -> str:
+    return getattr(sink, "name", type(sink).__name__)

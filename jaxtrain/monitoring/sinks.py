@@ -1,13 +1,20 @@
 """Sinks: receivers of a run's steps and events, such as a file, the terminal or an experiment tracker.
 
-A sink is any object with the methods of `Sink`. To add one to a run, pass `train(config, run_dir, sinks=[MySink()])`
-from Python, or define `def sinks(run_dir): return [MySink(run_dir)]` in the config file for `jaxtrain train`.
+A sink is any object with the methods of `Sink`. To add one to every run, for example in a config file, enter a function
+of the run directory into `SINKS`:
+
+    from jaxtrain.monitoring.sinks import SINKS
+
+    SINKS["my tracker"] = MyTracker  # called as MyTracker(run_dir)
+
+From Python, `train(config, run_dir, hooks=Hooks(sinks=[MyTracker()]))` adds one to a single run.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 from jaxtrain.monitoring.health import Health
@@ -33,6 +40,9 @@ class Sink(Protocol):
         """Ends the record; nothing follows."""
 
 
+SINKS: dict[str, Callable[[Path], Sink]] = {}  # further sinks by name; called with the run directory
+
+
 class SinkFailed(RuntimeError):
     """A sink that raised, or that cannot keep up."""
 
@@ -44,15 +54,16 @@ class BackgroundSink:
     next call, which `Recorder` reports once; the sink still receives what follows.
     """
 
-    def __init__(self, sink: Sink, *, capacity: int = 1000, patience: float = 10.0):
+    def __init__(self, sink: Sink, name: str = "", *, capacity: int = 1000, patience: float = 10.0):
         """Starts the thread.
 
         Args:
           sink: the sink to run.
+          name: its name in reports of failure; the default is that of its class.
           capacity: records that may wait for it.
           patience: seconds that `close` waits for it to finish.
         """
-        self.name = type(sink).__name__
+        self.name = name or type(sink).__name__
         self.every_step = getattr(sink, "every_step", False)
         self._sink, self._patience = sink, patience
         self._queue: queue.Queue[tuple[Any, ...] | None] = queue.Queue(capacity)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import threading
 
 import numpy as np
@@ -12,7 +13,7 @@ from jaxtrain.monitoring.console import Console
 from jaxtrain.monitoring.metrics import JsonLines, pack, read_metrics
 from jaxtrain.monitoring.recorder import Recorder, open_recorder
 from jaxtrain.monitoring.rules import RunFacts
-from jaxtrain.monitoring.sinks import BackgroundSink
+from jaxtrain.monitoring.sinks import SINKS, BackgroundSink
 
 CONFIG = TrainConfig(steps=40, batch_size=4, seq_len=8, log_every=10, diagnose_every=20)
 
@@ -180,3 +181,66 @@ def test_lines_that_could_not_be_written_are_an_error_unless_there_is_one():
         pass
     with pytest.raises(ValueError, match="worse"), Recorder(CONFIG, [Full()]):
         raise ValueError("worse")
+
+
+# A sink from outside the package.
+
+CONFIG_WITH_A_SINK = """
+import json
+from pathlib import Path
+
+from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama
+from jaxtrain.monitoring.sinks import SINKS
+
+
+class Tracker:
+    def __init__(self, run_dir):
+        self.file = open(Path(run_dir) / "tracker.txt", "a")
+
+    def step(self, step, fields):
+        print(step, json.dumps(fields), file=self.file)
+
+    def event(self, name, text, fields):
+        print(name, json.dumps(fields), file=self.file)
+
+    def close(self):
+        self.file.close()
+
+
+def broken(run_dir):
+    raise ConnectionError("offline")
+
+
+SINKS["tracker"] = Tracker
+SINKS["broken"] = broken
+
+
+def config():
+    return Config(
+        data=DataConfig(store=STORE),
+        model=llama(num_layers=1, num_heads=1, d_model=8, d_ff=8, max_seq_len=8),
+        optim=OptimConfig(warmup_steps=1),
+        train=TrainConfig(steps=4, batch_size=2, seq_len=8, log_every=2),
+        mesh=MeshConfig(data=1),
+        checkpoint=CheckpointConfig(every=100),
+    )
+"""
+
+
+def test_a_sink_in_a_config_file_receives_the_run(tmp_path, store, capsys, monkeypatch):
+    from jaxtrain.cli import main
+
+    for name in ("tracker", "broken"):
+        monkeypatch.setitem(SINKS, name, None)  # restored after the test
+    file, run = tmp_path / "with_sink.py", tmp_path / "run"
+    file.write_text(CONFIG_WITH_A_SINK.replace("STORE", repr(str(store))))
+    assert main(["train", str(file), "--run-dir", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: the sink broken failed, training goes on: ConnectionError: offline" in printed
+    lines = [line.split(" ", 1) for line in (run / "tracker.txt").read_text().splitlines()]
+    received = {name: json.loads(fields) for name, fields in lines}
+    order = ("start", "2", "4", "eval", "stop")
+    assert tuple(name for name, _ in lines if name in order) == order
+    (_, last), _ = read_metrics(run / "metrics.jsonl")
+    assert received["4"] == last
+    assert received["stop"]["reason"] == "finished"
