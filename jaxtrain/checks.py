@@ -38,5 +38,6 @@ def check_number(name: str, value: Any, interval: str, otherwise: str = "") -> N
     except TypeError:
         valid = False
     if not valid:
-        allowed = {"(0, inf)": "above 0", "[0, inf)": "0 or more"}.get(interval, f"in {interval}")
+        words = {"(0, inf)": "above 0", "(0, inf]": "above 0", "[0, inf)": "0 or more"}
+        allowed = words.get(interval, f"in {interval}")
         raise ValueError(f"{name} must be {allowed}{otherwise and f', {otherwise}'}, got {value!r}")

@@ -1,16 +1,16 @@
-"""Clipping other than to a fixed global norm, to compare: each takes that one's place in `clipped_adamw(clip=...)`.
+"""Gradient clipping: by the global norm, by an adaptive threshold (ZClip), or per unit; for `clipped_adamw(clip=...)`.
 
-Both report `grad_norm` before clipping and `clip_factor`, the norm that is left as a share of it, in their states.
+The state of each holds `grad_norm` before clipping and `clip_factor`, the remaining norm as a fraction of it.
 """
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.trees import STACKED, global_norm, is_stacked
+from jaxtrain.checks import check_count, check_number
+from jaxtrain.trees import float32_if_array, global_norm, layer_axes, squared
 
 
 class ClipState(NamedTuple):
@@ -24,46 +24,64 @@ def clip_by_global_norm(max_norm: float | None) -> optax.GradientTransformation:
     """Scales the gradient to `max_norm` where its global norm is larger (arXiv:1211.5063).
 
     At or below the threshold the gradient passes bit for bit. A norm that is not finite makes every leaf NaN: optax
-    would let the finite leaves through as zeros. None: only measures.
-    """
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"clip_norm must be above 0, or None for no clipping; got {max_norm}")
+    would let the finite leaves through as zeros.
 
-    def init(params):
-        del params
-        return ClipState(jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
+    Args:
+      max_norm: threshold, above 0; None measures without clipping.
+
+    Raises:
+      ValueError: a threshold out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtrain.optim import clip_by_global_norm
+      >>> clip = clip_by_global_norm(1.0)
+      >>> clipped, state = clip.update(jnp.array([3.0, 4.0]), clip.init(None))
+      >>> print(clipped, state.grad_norm, state.clip_factor)
+      [0.6 0.8] 5.0 0.2
+    """
+    _check_threshold("clip_norm", max_norm)
+    max_norm = float32_if_array(max_norm)
 
     def update(grads, state, params=None):
         del state, params
         norm = global_norm(grads)
         if max_norm is None:
             return grads, ClipState(norm, jnp.ones((), jnp.float32))
-        factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
-        factor = jnp.where(jnp.isfinite(norm), factor, jnp.nan)
+        factor = _factor(norm, max_norm)
         return scale_to_factor(grads, factor), ClipState(norm, factor)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(_init_clip_state, update)
 
 
 def scale_to_factor(grads: optax.Updates, factor: jax.Array) -> optax.Updates:
     """Multiplies gradients by a float32 factor; by 1 they pass bit for bit."""
 
     def scale(grad):
-        # A select rather than a product with 1, which flushes subnormal numbers. The product is float32: a small
-        # factor would underflow in float16.
-        return jnp.where(factor == 1, grad, (grad.astype(jnp.float32) * factor).astype(grad.dtype))
+        grad = jnp.asarray(grad)
+        # The product is float32, because a small factor would underflow in float16. A select rather than a product with
+        # 1, which flushes subnormal numbers.
+        wide = jnp.complex64 if jnp.issubdtype(grad.dtype, jnp.complexfloating) else jnp.float32
+        return jnp.where(factor == 1, grad, (grad.astype(wide) * factor.astype(wide)).astype(grad.dtype))
 
     return jax.tree.map(scale, grads)
 
 
 class ZClipState(NamedTuple):
-    """Norm of the last gradient and its factor; mean and variance of the clipped norms so far, and their number."""
+    """State of `zclip`.
 
-    grad_norm: jax.Array  # float32, as all but the number
+    Attributes:
+      grad_norm: norm of the last gradient before clipping, float32.
+      clip_factor: factor applied to it, float32.
+      mean, variance: moving mean and variance of the clipped norms, float32.
+      count: number of clipped norms, int32.
+    """
+
+    grad_norm: jax.Array
     clip_factor: jax.Array
     mean: jax.Array
     variance: jax.Array
-    count: jax.Array  # int32
+    count: jax.Array
 
 
 def zclip(
@@ -72,33 +90,41 @@ def zclip(
     """Clips a gradient whose norm is an outlier among the recent ones (ZClip, arXiv:2504.02507).
 
     With mean m and deviation s of the recent norms, a norm whose z = (norm - m) / s is above the threshold is clipped
-    to m + s * z_threshold^2 / z: the larger the spike, the less of it is left. The averages take the clipped norm.
+    to m + s * z_threshold^2 / z: the larger the spike, the smaller the remaining norm. The averages take the clipped
+    norm.
 
     Args:
-      max_norm: a fixed threshold on top, from the first step on; None: none.
+      max_norm: additional fixed threshold, active from the first step; None disables it.
       z_threshold: deviations above the mean that make an outlier, above 0.
-      decay: of the moving averages, in (0, 1).
-      warmup_steps: norms that plain averages are taken of before anything but `max_norm` clips, at least 2.
+      decay: decay of the moving averages, in (0, 1).
+      warmup_steps: number of norms that enter plain averages before outliers are clipped, at least 2.
 
     Returns:
       An optax transformation. A norm that is not finite makes every leaf NaN and enters no average.
 
     Raises:
       ValueError: an argument out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtrain.clipping import zclip
+      >>> clip = zclip(warmup_steps=4)
+      >>> state = clip.init(None)
+      >>> for norm in (1.0, 1.1, 0.9, 1.0, 9.0):
+      ...     clipped, state = clip.update(jnp.array([norm]), state)
+      >>> print(f"{clipped[0]:.3f}")
+      1.004
     """
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"max_norm must be above 0, or None; got {max_norm}")
-    if not 0 < z_threshold < math.inf:
-        raise ValueError(f"z_threshold must be above 0, got {z_threshold}")
-    if not 0 < decay < 1:
-        raise ValueError(f"decay must be between 0 and 1, got {decay}")
-    if warmup_steps < 2:
-        raise ValueError(f"warmup_steps must be at least 2: one norm has no deviation; got {warmup_steps}")
+    _check_threshold("max_norm", max_norm)
+    max_norm = float32_if_array(max_norm)
+    check_number("z_threshold", z_threshold, "(0, inf)")
+    check_number("decay", decay, "(0, 1)")
+    check_count("warmup_steps", warmup_steps, 2)  # one norm has no deviation
 
     def init(params):
         del params
-        zero = jnp.zeros((), jnp.float32)
-        return ZClipState(zero, jnp.ones((), jnp.float32), zero, zero, jnp.zeros((), jnp.int32))
+        zero = lambda: jnp.zeros((), jnp.float32)  # noqa: E731
+        return ZClipState(zero(), jnp.ones((), jnp.float32), zero(), zero(), jnp.zeros((), jnp.int32))
 
     def update(grads, state, params=None):
         del params
@@ -108,64 +134,106 @@ def zclip(
         outlier = (state.count >= warmup_steps) & (z > z_threshold)
         limit = jnp.where(outlier, state.mean + deviation * (z_threshold**2) / jnp.where(outlier, z, 1.0), jnp.inf)
         limit = limit if max_norm is None else jnp.minimum(limit, max_norm)
-        factor = jnp.where(norm > limit, limit / norm, 1.0)
-        factor = jnp.where(jnp.isfinite(norm), factor, jnp.nan)
-        count = optax.safe_increment(state.count)
-        # 1 / count gives the plain mean and variance of the first norms.
-        rate = jnp.where(count <= warmup_steps, 1 / count.astype(jnp.float32), 1 - decay)
-        change = jnp.minimum(norm, limit) - state.mean
-        mean = state.mean + rate * change
-        variance = (1 - rate) * (state.variance + rate * jnp.square(change))
-        averages = jax.tree.map(
-            lambda new, old: jnp.where(jnp.isfinite(norm), new, old),
-            (mean, variance, count),
-            (state.mean, state.variance, state.count),
-        )
+        factor = _factor(norm, limit)
+        averages = _moving_averages(state, norm, limit, decay, warmup_steps)
         return scale_to_factor(grads, factor), ZClipState(norm, factor, *averages)
 
     return optax.GradientTransformation(init, update)
 
 
-def clip_adaptively(
-    ratio: float = 0.01, *, eps: float = 1e-3, stacked: tuple[str, ...] = STACKED
-) -> optax.GradientTransformation:
-    """Clips each unit (column of a matrix, or vector) to a share of its own weights' norm (AGC, arXiv:2102.06171).
+def _moving_averages(state: ZClipState, norm: jax.Array, limit: jax.Array, decay: float, warmup_steps: int):
+    """Returns mean, variance and count with the clipped norm; as they were if the norm is not finite."""
+    count = optax.safe_increment(state.count)
+    # 1 / count gives the plain mean and variance of the first norms.
+    rate = jnp.where(count <= warmup_steps, 1 / count.astype(jnp.float32), 1 - decay)
+    change = jnp.minimum(norm, limit) - state.mean
+    mean = state.mean + rate * change
+    variance = (1 - rate) * (state.variance + rate * jnp.square(change))
+    return jax.tree.map(
+        lambda new, old: jnp.where(jnp.isfinite(norm), new, old),
+        (mean, variance, count),
+        (state.mean, state.variance, state.count),
+    )
 
-    It is `optax.adaptive_grad_clip`, layer by layer where layers are stacked.
+
+def clip_adaptively(
+    ratio: float = 0.01, *, eps: float = 1e-3, stacked: tuple[str, ...] | None = None
+) -> optax.GradientTransformation:
+    """Clips each unit (column of a matrix, or vector) to a fraction of its weights' norm (AGC, arXiv:2102.06171).
+
+    The same as `optax.adaptive_grad_clip`, applied to each layer where layers are stacked.
 
     Args:
-      ratio: largest norm of a unit's gradient, as a share of the norm of its weights, above 0.
-      eps: the least that the norm of the weights counts as: a bias that begins at 0 could never move.
-      stacked: names of the subtrees whose leaves have a leading layer axis, see `decay_mask`.
+      ratio: largest norm of a unit's gradient as a fraction of the norm of its weights, above 0.
+      eps: lower bound of the norm of the weights: a bias that begins at 0 could never move without it.
+      stacked: keys of the subtrees whose leaves have a leading layer axis; None: as `decay_mask` finds them.
 
     Returns:
       An optax transformation; `update` needs `params`.
 
     Raises:
-      ValueError: an argument out of range; `update` without `params`.
-    """
-    if not 0 < ratio < math.inf:
-        raise ValueError(f"ratio must be above 0, got {ratio}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be above 0, got {eps}")
-    one = optax.adaptive_grad_clip(ratio, eps)
+      ValueError: an argument out of range; `update` without `params`; layers as in `decay_mask`.
 
-    def init(params):
-        del params
-        return ClipState(jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtrain.clipping import clip_adaptively
+      >>> clip = clip_adaptively(0.1)
+      >>> params = {"w": jnp.array([[1.0, 0.0], [0.0, 1.0]])}
+      >>> clipped, state = clip.update({"w": jnp.array([[3.0, 0.0], [4.0, 0.05]])}, clip.init(params), params)
+      >>> print(clipped["w"])
+      [[0.06 0.  ]
+       [0.08 0.05]]
+    """
+    check_number("ratio", ratio, "(0, inf)")
+    check_number("eps", eps, "(0, inf)")
 
     def update(grads, state, params=None):
         del state
         if params is None:
             raise ValueError("adaptive clipping needs the parameters: call update(grads, state, params)")
+        axes = jax.tree.unflatten(jax.tree.structure(params), [_Axis(axis) for axis in layer_axes(params, stacked)])
 
-        def clip(path, grad, param):
-            layer = lambda g, p: one.update(g, optax.EmptyState(), p)[0]  # noqa: E731
-            layer = jax.vmap(layer) if is_stacked(path, stacked) else layer
-            return layer(grad.astype(jnp.float32), param.astype(jnp.float32)).astype(grad.dtype)
+        def clip(grad, param, axis):
+            wide = jnp.asarray(grad, jnp.float32)
+            limit = ratio * jnp.maximum(_unit_norm(param, axis.layer), eps)
+            norm = _unit_norm(wide, axis.layer)
+            clipped = wide * (limit / jnp.maximum(norm, 1e-6))
+            return jnp.where(norm < limit, wide, clipped).astype(jnp.asarray(grad).dtype)
 
-        clipped = jax.tree_util.tree_map_with_path(clip, grads, params)
-        norm, left = global_norm(grads), global_norm(clipped)
-        return clipped, ClipState(norm, jnp.where(norm == 0, 1.0, left / norm))
+        clipped = jax.tree.map(clip, grads, params, axes)
+        norm, remaining = global_norm(grads), global_norm(clipped)
+        return clipped, ClipState(norm, jnp.where(norm == 0, 1.0, remaining / jnp.where(norm == 0, 1.0, norm)))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(_init_clip_state, update)
+
+
+class _Axis:
+    """Layer axis of a leaf, itself a leaf although it may be None."""
+
+    def __init__(self, layer: int | None):
+        self.layer = layer
+
+
+def _unit_norm(x: Any, layer_axis: int | None) -> jax.Array:
+    """Returns the norm of each unit, float32, with reduced axes of size 1; a unit is what one output sums over."""
+    x = jnp.asarray(x)
+    axes = [axis for axis in range(x.ndim) if axis != layer_axis]
+    if sum(x.shape[axis] > 1 for axis in axes) > 1:
+        axes = axes[:1] if len(axes) < 4 else axes[:-1]
+    return jnp.sqrt(jnp.sum(squared(x), axis=tuple(axes), keepdims=True))
+
+
+def _init_clip_state(params: optax.Params) -> ClipState:
+    del params
+    return ClipState(jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32))
+
+
+def _check_threshold(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(name, value, "(0, inf]", "or None for no clipping")
+
+
+def _factor(norm: jax.Array, limit: Any) -> jax.Array:
+    """Returns the factor that brings a norm down to a limit, float32; NaN for a norm that is not finite."""
+    factor = jnp.where(norm > limit, limit / norm, 1.0)
+    return jnp.where(jnp.isfinite(norm), factor, jnp.nan)

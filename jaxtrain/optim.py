@@ -1,9 +1,9 @@
-"""AdamW with a decay mask behind global-norm clipping, as one optax chain that anybody can import.
+"""AdamW with a decay mask behind global-norm clipping, as one optax chain.
 
   clip by global norm -> Adam -> decoupled decay under the mask -> learning rate
 
-All arithmetic is float32 whatever the parameters and gradients are; updates leave in the parameters' dtype, as optax
-expects. The chain's state is a plain pytree of arrays.
+All arithmetic is float32 for any dtype of parameters and gradients. Updates have the parameters' dtype, as optax
+expects. The state of the chain is a plain pytree of arrays.
 """
 
 import math
@@ -12,10 +12,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jaxtrain.checks import check_number
 from jaxtrain.clipping import clip_by_global_norm
-from jaxtrain.trees import STACKED, global_norm, path_names, stack_of
+from jaxtrain.trees import (
+    STACKED,
+    as_float32,
+    check_params,
+    float32_if_array,
+    global_norm,
+    is_vector,
+    layer_axes,
+    named_leaves,
+    num_dims,
+    stack_of,
+)
 
 __all__ = [
     "clip_by_global_norm",
@@ -29,68 +42,110 @@ __all__ = [
 
 MaskFn = Callable[[optax.Params], Any]
 
-# Parameters of these names are vectors by meaning, even where they have two dimensions (a bias [heads, head_dim]).
-_NEVER_DECAYED = {"bias", "scale"}
 
+def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] | None = None) -> Any:
+    """Selects the parameters that decay: matrices do, vectors do not.
 
-def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] = STACKED) -> Any:
-    """Says which parameters decay: matrices do; biases, norm scales and other vectors do not.
+    A parameter decays if it has two or more dimensions. Dimensions of size 1 do not count (unless all are 1), and
+    neither does the layer axis of stacked layers (`nn.scan`): a norm scale `[L, D]` is a vector. Vectors by name never
+    decay: `bias`, `scale`, `offset`, `beta`, `gamma`, `gain`, a `b` beside a larger `w`, and every parameter of a norm
+    (a key such as `LayerNorm_0`, `norm1`, `ln_f`).
 
-    A parameter named `bias` or `scale` never decays; another one does if it has two or more dimensions. Under a key in
-    `stacked` the first dimension is the layer (`nn.scan`) and is not counted: a norm scale `[L, D]` is a vector. A list
-    of layers (`layers/0/...`) is not stacked.
+    A subtree `layers` or `blocks` is a stack if a named vector other than a bias has two dimensions there, none has
+    only one, and all leaves share the size of axis 0 (or of axis 1). Without such a vector, a leaf of two dimensions
+    that may be either is a ValueError, if all leaves share their leading size. A list of layers (`layers/0/...`) is
+    never a stack.
 
     Args:
       params: a tree of arrays or of `jax.ShapeDtypeStruct`.
-      stacked: names of the subtrees whose leaves have a leading layer axis.
+      stacked: keys of the subtrees whose leaves have a leading layer axis, without further proof. None applies the rule
+        above; () says that nothing is stacked.
 
     Returns:
       A tree of bools with the structure of `params`.
 
     Raises:
-      ValueError: leaves under one stacked key that do not share their leading dimension, so are no stack.
+      ValueError: a leaf that may be a matrix or stacked vectors; leaves under a key in `stacked` that do not share
+        their leading size.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtrain.optim import decay_mask
+      >>> decay_mask({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "gamma": jnp.ones((1, 3))})
+      {'bias': False, 'gamma': False, 'kernel': True}
+      >>> decay_mask({"blocks": {"w": jnp.ones((4, 2, 2)), "g": jnp.ones((4, 2))}}, stacked=("blocks",))
+      {'blocks': {'g': False, 'w': True}}
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    depth: dict[tuple[str, ...], tuple[str, int]] = {}
-    decayed = []
-    for path, leaf in leaves:
-        names = path_names(path)
-        stack = stack_of(names, stacked)
-        if stack is not None:
-            first, num_layers = depth.setdefault(stack, ("/".join(names), leaf.shape[0] if leaf.shape else 0))
-            if not leaf.shape or leaf.shape[0] != num_layers:
-                raise ValueError(
-                    f"{'/'.join(stack)} is taken for stacked layers, but {first} has leading dimension {num_layers} "
-                    f"and {'/'.join(names)} has shape {leaf.shape}: name the stacked subtrees with "
-                    "decay_mask(params, stacked=(...)), or stacked=() if there are none"
-                )
-        rank = len(leaf.shape) - (stack is not None)
-        decayed.append(rank >= 2 and not set(names[-1:]) & _NEVER_DECAYED)
-    return jax.tree.unflatten(structure, decayed)
+    shapes = named_leaves(params)
+    axes = layer_axes(params, stacked)
+    decays = [
+        num_dims(shape, axis) >= 2 and not is_vector(names, shapes)
+        for (names, shape), axis in zip(shapes.items(), axes, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), decays)
 
 
-def decay_report(params: optax.Params, mask: Any) -> str:
-    """Lays out path, shape, size and decay of every parameter as a table, with totals.
+def decay_report(params: optax.Params, mask: MaskFn | Any) -> str:
+    """Formats path, shape, size and decay of every parameter as a table, with totals.
+
+    A `?` marks a parameter whose decay its shape leaves in doubt: one of two or more dimensions that does not decay and
+    is not called `bias` or `scale`, or a decaying one that may be stacked vectors. A line for each stack of layers
+    states its axis and size.
 
     Args:
       params: a tree of arrays or of `jax.ShapeDtypeStruct`.
       mask: a tree of bools of the same structure, or a function from parameters to one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtrain.optim import decay_mask, decay_report
+      >>> print(decay_report({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, decay_mask))
+      bias    3    3  -
+      kernel  2x3  6  decay
+      1 parameters of 6 numbers decay, 1 of 3 do not
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    shapes = named_leaves(params)
     flags = jax.tree.leaves(_resolve_mask(mask, params))
-    sizes = [math.prod(leaf.shape) for _, leaf in leaves]
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    doubts = [_in_doubt(names, flag, shapes) for names, flag in zip(shapes, flags, strict=True)]
     rows = [
-        ("/".join(path_names(path)), "x".join(map(str, leaf.shape)) or "scalar", f"{size:,}", "decay" if flag else "-")
-        for (path, leaf), size, flag in zip(leaves, sizes, flags, strict=True)
+        ("/".join(names), "x".join(map(str, shape)) or "scalar", f"{size:,}", ("decay" if flag else "-") + " ?" * doubt)
+        for (names, shape), size, flag, doubt in zip(shapes.items(), sizes, flags, doubts, strict=True)
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     lines = [f"{p:<{widths[0]}}  {s:<{widths[1]}}  {n:>{widths[2]}}  {d}" for p, s, n, d in rows]
     decayed = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
+    lines += _stack_lines(params)
     lines.append(
         f"{sum(flags)} parameters of {decayed:,} numbers decay, "
         f"{len(flags) - sum(flags)} of {sum(sizes) - decayed:,} do not"
     )
     return "\n".join(lines)
+
+
+def _in_doubt(names: tuple[str, ...], decays: bool, shapes: dict[tuple[str, ...], tuple[int, ...]]) -> bool:
+    """Returns True if the number of dimensions alone suggests another decay; see `decay_report`."""
+    shape = shapes[names]
+    if not decays:
+        return len(shape) >= 2 and names[-1] not in ("bias", "scale")
+    siblings = [other for path, other in shapes.items() if path[:1] == names[:1] and path != names]
+    leading = {other[:1] for other in siblings}
+    return len(shape) < 2 or (num_dims(shape, None) == 2 and leading == {shape[:1]} and max(map(len, siblings)) > 2)
+
+
+def _stack_lines(params: optax.Params) -> list[str]:
+    """Returns a line for each stack of layers that the parameters prove."""
+    try:
+        axes = layer_axes(params)
+    except ValueError:
+        return ["layers or blocks may be stacked or not: the mask was told"]
+    shapes = named_leaves(params)
+    found = {stack_of(names, STACKED): (axis, shapes[names]) for names, axis in zip(shapes, axes, strict=True)}
+    return [
+        f"{'/'.join(stack)}: {shape[axis]} stacked layers along axis {axis}"
+        for stack, (axis, shape) in found.items()
+        if stack is not None and axis is not None
+    ]
 
 
 def clipped_adamw(
@@ -100,7 +155,7 @@ def clipped_adamw(
     b2: float = 0.95,
     eps: float = 1e-8,
     weight_decay: float = 0.1,
-    mask: MaskFn | Any = decay_mask,
+    mask: MaskFn | Any | None = None,
     clip_norm: float | None = 1.0,
     clip: optax.GradientTransformation | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -112,51 +167,46 @@ def clipped_adamw(
       p <- p - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p)
 
     so decay is scaled by the learning rate (as in optax and torch), never enters the moments and is never clipped.
+    Every number may be a traced array: `optax.inject_hyperparams(clipped_adamw)(learning_rate=1e-3)` works, and so does
+    a search under `jax.vmap`.
 
     Args:
       learning_rate: a number, or a schedule from a step to a learning rate. The step is the chain's own count, unless
-        `update` is given `step=`, which wins: then a caller who skips an update does not delay the schedule. To change
-        it from outside, `optax.inject_hyperparams` with everything else in `static_args`, `mask` included.
+        `update` receives `step=`: then a skipped update does not delay the schedule.
       b1, b2: decay of the first and second moment, in [0, 1).
       eps: added to sqrt(v_hat), outside the root; above 0.
       weight_decay: 0 or more.
       mask: a tree of bools with the structure of the parameters, or a function from parameters to one; True decays.
-      clip_norm: threshold of the global gradient norm, above 0; None: no clipping.
-      clip: clips instead of that; see `jaxtrain.clipping`.
+        None: `decay_mask`.
+      clip_norm: threshold of the global gradient norm, above 0; None disables clipping.
+      clip: replaces clipping by the global norm; see `jaxtrain.clipping`.
       mu_dtype: dtype of the first moment; None: float32. The second moment is always float32.
 
     Returns:
       An optax transformation; `update` needs `params`. Its state holds, under these names for
-      `optax.tree_utils.tree_get`, the last `grad_norm` (before clipping), `clip_factor` and `learning_rate`.
+      `optax.tree_utils.tree_get`, the last `grad_norm` (before clipping), `clip_factor` and `learning_rate` (unless
+      that is an array, which its owner reports).
 
     Raises:
-      ValueError: an argument out of range; a mask that does not fit the parameters; `update` without `params`.
+      ValueError: an argument out of range; a mask that does not fit the parameters; parameters that are no float
+        arrays; `update` without `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxtrain.optim import clipped_adamw
+      >>> optimizer = clipped_adamw(0.1, weight_decay=0.0, clip_norm=1.0)
+      >>> params = {"w": jnp.ones(2)}
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update({"w": jnp.array([3.0, -4.0])}, state, params)
+      >>> print(optax.apply_updates(params, updates)["w"], optax.tree_utils.tree_get(state, "clip_factor"))
+      [0.9 1.1] 0.2
     """
-    _check_adamw(learning_rate, b1, b2, eps, weight_decay, mu_dtype)
     return optax.chain(
         clip_by_global_norm(clip_norm) if clip is None else clip,
         scale_by_adam(b1, b2, eps, mu_dtype),
-        add_decayed_weights(weight_decay, mask),
+        add_decayed_weights(weight_decay, decay_mask if mask is None else mask),
         scale_by_learning_rate(learning_rate),
     )
-
-
-def _check_adamw(learning_rate, b1, b2, eps, weight_decay, mu_dtype) -> None:
-    for name, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {value}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be above 0, got {eps}")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be 0 or more, got {weight_decay}")
-    # An array may be traced (optax.inject_hyperparams), so only a number can be checked.
-    given = not callable(learning_rate) and not isinstance(learning_rate, jax.Array)
-    if given and isinstance(learning_rate, str):
-        raise ValueError(f"learning_rate must be a number or a schedule, got {learning_rate!r}")
-    if given and not 0 <= learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be 0 or more, or a schedule; got {learning_rate}")
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
-        raise ValueError(f"mu_dtype must be a float dtype, got {mu_dtype}")
 
 
 class AdamState(NamedTuple):
@@ -168,13 +218,26 @@ class AdamState(NamedTuple):
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> optax.GradientTransformation:
-    """Adam's direction (arXiv:1412.6980) in float32, also for bfloat16 and float16 gradients.
+    """Returns Adam's direction (arXiv:1412.6980) in float32, also for bfloat16 and float16 gradients.
 
-    Two things differ from the textbook's form to keep float32 exact. A moment moves by (1 - b) * (g - m): the form
+    Two forms differ from the textbook's, to keep float32 exact. A moment moves by (1 - b) * (g - m): the form
     b * m + (1 - b) * g is biased by the rounding of b, 1.3e-5 for b2 = 0.999. And 1 - b**t is -expm1(t * log(b)).
+
+    Args:
+      b1, b2, eps, mu_dtype: as for `clipped_adamw`.
+
+    Raises:
+      ValueError: an argument out of range; `init` with parameters that are no float arrays.
     """
 
+    for name, value in (("b1", b1), ("b2", b2)):
+        check_number(name, value, "[0, 1)")
+    check_number("eps", eps, "(0, inf)")
+    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
+        raise ValueError(f"mu_dtype must be a float dtype, got {mu_dtype}")
+
     def init(params):
+        check_params(params)
         zeros = lambda dtype: jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)  # noqa: E731
         return AdamState(jnp.zeros((), jnp.int32), zeros(mu_dtype or jnp.float32), zeros(jnp.float32))
 
@@ -187,38 +250,51 @@ def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> opt
             old = old.astype(jnp.float32)
             return old + (1 - b) * (new - old)
 
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        grads = jax.tree.map(as_float32, grads)
         mu = jax.tree.map(lambda g, m: moment(m, g, b1), grads, state.mu)
         nu = jax.tree.map(lambda g, v: moment(v, jnp.square(g), b2), grads, state.nu)
         updates = jax.tree.map(lambda m, v: (m / correction1) / (jnp.sqrt(v / correction2) + eps), mu, nu)
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
         return updates, AdamState(count, mu, nu)
 
+    b1, b2, eps = map(float32_if_array, (b1, b2, eps))
     return optax.GradientTransformation(init, update)
 
 
-def _bias_correction(b: float, count: jax.Array) -> jax.Array:
-    """1 - b**count, float32; the logarithm is taken in double precision."""
+def _bias_correction(b: Any, count: jax.Array) -> jax.Array:
+    """Returns 1 - b**count, float32; the logarithm of a Python number is taken in double precision."""
+    if isinstance(b, jax.Array):
+        return -jnp.expm1(count.astype(jnp.float32) * jnp.log(b))
     if b == 0:
         return jnp.float32(1)
     return -jnp.expm1(count.astype(jnp.float32) * jnp.float32(math.log(b)))
 
 
 def add_decayed_weights(weight_decay: float, mask: MaskFn | Any) -> optax.GradientTransformation:
-    """Adds `weight_decay * p` to the updates of the parameters under the mask."""
+    """Adds `weight_decay * p` to the updates of the parameters under the mask.
+
+    Args:
+      weight_decay, mask: as for `clipped_adamw`. The Python number 0 needs no parameters.
+
+    Raises:
+      ValueError: an argument out of range; a mask that does not fit the parameters; `update` without `params`.
+    """
+    check_number("weight_decay", weight_decay, "[0, inf)")
+    disabled = not isinstance(weight_decay, jax.Array | np.ndarray) and weight_decay == 0
+    weight_decay = float32_if_array(weight_decay)
 
     def init(params):
         _resolve_mask(mask, params)
         return optax.EmptyState()
 
     def update(updates, state, params=None):
+        if disabled:
+            return updates, state
         if params is None:
             raise ValueError("weight decay needs the parameters: call update(grads, state, params)")
-        if weight_decay == 0:
-            return updates, state
 
         def decay(update, param, decayed):
-            return update + weight_decay * param.astype(jnp.float32) if decayed else update
+            return update + weight_decay * as_float32(param) if decayed else update
 
         return jax.tree.map(decay, updates, params, _resolve_mask(mask, params)), state
 
@@ -243,21 +319,33 @@ class LearningRateState(NamedTuple):
 
 
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    """Multiplies by minus the learning rate, in float32, and casts to the parameters' dtype."""
+    """Multiplies by minus the learning rate, in float32, and casts to the parameters' dtype.
 
-    def rate(step):
-        return jnp.asarray(learning_rate(step) if callable(learning_rate) else learning_rate, jnp.float32)
+    Args:
+      learning_rate: as for `clipped_adamw`. The state does not hold an array: its owner, such as
+        `optax.inject_hyperparams`, already does, and `tree_get` wants to find it once.
+
+    Raises:
+      ValueError: a learning rate out of range.
+    """
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, "[0, inf)", "or a schedule")
+    is_array = isinstance(learning_rate, jax.Array)
+
+    def make_state(count, rate):
+        return optax.ScaleByScheduleState(count) if is_array else LearningRateState(count, rate)
 
     def init(params):
         del params
-        return LearningRateState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+        return make_state(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
     def update(updates, state, params=None, *, step=None, **extra):
         del extra
-        lr = rate(state.count if step is None else step)
+        step = state.count if step is None else step
+        rate = as_float32(learning_rate(step) if callable(learning_rate) else learning_rate)
         like = updates if params is None else params
-        updates = jax.tree.map(lambda u, p: (-lr * u.astype(jnp.float32)).astype(p.dtype), updates, like)
-        return updates, LearningRateState(optax.safe_increment(state.count), lr)
+        updates = jax.tree.map(lambda u, p: (-rate * as_float32(u)).astype(jnp.asarray(p).dtype), updates, like)
+        return updates, make_state(optax.safe_increment(state.count), rate)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

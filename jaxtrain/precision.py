@@ -1,4 +1,4 @@
-"""Which dtype holds the parameters and which one computes; and loss scaling, which float16 needs."""
+"""Dtype policy (float32 masters, narrow compute) and the loss scaling that float16 needs."""
 
 import math
 from dataclasses import dataclass
@@ -8,21 +8,28 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain import trees
+from jaxtrain.checks import check_count, check_number
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Dtypes of a run (arXiv:1710.03740): float32 masters, and a copy of them that computes.
+    """Dtypes of a run (arXiv:1710.03740): float32 master parameters, cast to the compute dtype in each step.
 
     Attributes:
       params: dtype of the parameters in the TrainState; only float32, because bfloat16 loses small updates: 1 - 6e-4
         rounds back to 1.
-      compute: dtype that the loss function sees the parameters in: float32, bfloat16 or float16. float16 needs
+      compute: dtype of the parameters inside the loss function: float32, bfloat16 or float16. float16 needs
         `LossScaling`: its gradients underflow below 6e-8 and overflow above 65,504.
       output: dtype of losses and metrics; only float32.
 
     Raises:
-      ValueError: a dtype other than those.
+      ValueError: another dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtrain.precision import Policy
+      >>> Policy(compute="bfloat16").cast_to_compute({"w": jnp.ones(2), "step": jnp.int32(3)})["w"].dtype
+      dtype(bfloat16)
     """
 
     params: str = "float32"
@@ -34,7 +41,7 @@ class Policy:
         for name, allowed in (("params", ["float32"]), ("compute", computing), ("output", ["float32"])):
             try:
                 dtype = jnp.dtype(getattr(self, name)).name
-            except TypeError:  # the name of none
+            except TypeError:  # not the name of a dtype
                 dtype = repr(getattr(self, name))
             if dtype not in allowed:
                 raise ValueError(f"Policy.{name} is {dtype}; it can be {' or '.join(allowed)}")
@@ -50,28 +57,39 @@ class Policy:
 
 @trees.dataclass
 class LossScale:
-    """State of loss scaling: the factor now, and the number of steps since it last changed."""
+    """State of loss scaling.
 
-    scale: jax.Array  # float32
-    good_steps: jax.Array  # int32
+    Attributes:
+      scale: current scale, float32.
+      good_steps: number of steps since the scale last changed, int32.
+    """
+
+    scale: jax.Array
+    good_steps: jax.Array
 
 
 @dataclass(frozen=True)
 class LossScaling:
-    """Dynamic loss scaling (arXiv:1710.03740): the loss times a factor, its gradient divided by it in float32.
+    """Dynamic loss scaling (arXiv:1710.03740): multiplies the loss by a factor and divides its float32 gradient by it.
 
-    The factor doubles after `growth_interval` steps without overflow and is halved by an overflow, between bounds: one
-    that may grow for ever ends at infinity, and one that may shrink for ever hides a broken run.
+    The scale doubles after `growth_interval` steps without overflow and is halved by an overflow, between bounds:
+    unbounded growth ends at infinity, and unbounded shrinking hides a broken run.
 
     Attributes:
-      initial: the first factor.
-      growth_interval: steps without overflow before it doubles.
-      floor, ceiling: its bounds.
-      divisor: what the loss is divided by as well, so that the factor means the same for a sum over tokens as for their
-        mean: the number of tokens of a micro-batch on one device. A power of two keeps the scaling exact.
+      initial: scale of the first step.
+      growth_interval: steps without overflow before the scale doubles, at least 1.
+      floor, ceiling: bounds of the scale.
+      divisor: number of tokens of a micro-batch on one device. The factor is scale / divisor, so that a scale means the
+        same for a sum over tokens as for their mean. A power of two keeps the scaling exact.
 
     Raises:
       ValueError: a number out of range.
+
+    Example:
+      >>> from jaxtrain.precision import LossScaling
+      >>> scaling = LossScaling(initial=8.0)
+      >>> print(scaling.update(scaling.init(), finite=False).scale)
+      4.0
     """
 
     initial: float = 2.0**15
@@ -86,21 +104,19 @@ class LossScaling:
                 f"loss scaling needs 0 < floor <= initial <= ceiling, got floor {self.floor}, initial {self.initial}, "
                 f"ceiling {self.ceiling}"
             )
-        if self.growth_interval < 1:
-            raise ValueError(f"growth_interval must be at least 1 step, got {self.growth_interval}")
-        if not 0 < self.divisor < math.inf:
-            raise ValueError(f"divisor must be above 0, got {self.divisor}")
+        check_count("growth_interval", self.growth_interval, 1)
+        check_number("divisor", self.divisor, "(0, inf)")
 
     def init(self) -> LossScale:
-        """The state before the first step."""
-        return LossScale(jnp.float32(self.initial), jnp.zeros((), jnp.int32))
+        """Returns the state before step 1."""
+        return LossScale(jnp.asarray(self.initial, jnp.float32), jnp.zeros((), jnp.int32))
 
     def factor(self, state: LossScale) -> jax.Array:
-        """What the summed loss is multiplied by, float32."""
+        """Returns the factor on the summed loss, float32."""
         return state.scale / self.divisor
 
     def update(self, state: LossScale, finite: jax.Array) -> LossScale:
-        """The state after a step whose gradient was `finite` (bool) or not."""
+        """Returns the state after a step, given whether its gradient was finite (bool)."""
         good_steps = jnp.where(finite, state.good_steps + 1, 0)
         grows = good_steps >= self.growth_interval
         grown = jnp.where(grows, jnp.minimum(state.scale * 2, self.ceiling), state.scale)

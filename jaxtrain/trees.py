@@ -1,17 +1,25 @@
 """Pytrees: dataclasses that are pytrees, names of leaves, stacked layers, norms, and fields of optimizer states."""
 
 import dataclasses
+import re
 import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 T = TypeVar("T")
 KeyPath = tuple[Any, ...]
 
 # Keys of subtrees whose leaves may have a leading layer axis, see `optim.decay_mask`.
 STACKED = ("layers", "blocks")
+
+# Parameters that are vectors by name, even with two dimensions (a bias [heads, head_dim]).
+_VECTORS = {"bias", "scale", "offset", "beta", "gamma", "gain"}
+# Keys of norms: LayerNorm_0, norm1, q_norm, input_layernorm, ln_f.
+_NORM = re.compile(r"norm(_?\d+)?$|(^|_)(norm|ln)(_?(\d+|f|final|pre|post))?$")
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -34,11 +42,67 @@ def _replace(self: T, **changes: Any) -> T:
 def path_names(path: KeyPath) -> list[str]:
     """Returns the names along a path of `jax.tree_util`, without the attribute of a wrapper such as `nnx.Param`."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    wrapped = len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value"
+    wrapped = len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] in ("value", "array")
     return names[:-1] if wrapped else names
 
 
-def stack_of(names: list[str], stacked: tuple[str, ...]) -> tuple[str, ...] | None:
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """Returns the shape of an array, an abstract array or a Python number."""
+    return tuple(getattr(leaf, "shape", ()))
+
+
+def check_params(params: Any) -> None:
+    """Raises a ValueError that names the first leaf that is no float array or Python float."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", type(leaf))
+        if not isinstance(leaf, float) and not (hasattr(leaf, "dtype") and jnp.issubdtype(dtype, jnp.floating)):
+            name = "/".join(path_names(path)) or "params"
+            kind = getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)
+            raise ValueError(
+                f"{name} is {kind}, and only float arrays are trained. Separate the rest first: nnx.split(model, "
+                "nnx.Param, ...) or eqx.partition(model, eqx.is_inexact_array). Store a complex number as two reals"
+            )
+
+
+def distinct(tree: Any) -> Any:
+    """Copies each array that the tree holds a second time, so that the whole tree can be donated."""
+    seen = set()
+
+    def copy(leaf):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return leaf
+        leaf = jnp.copy(leaf) if id(leaf) in seen else leaf
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(copy, tree)
+
+
+def named_leaves(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Returns the shape of each leaf by the names along its path, in the order of the leaves."""
+    shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = tuple(path_names(path))
+        if names in shapes:  # two attributes of one wrapper
+            names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        shapes[names] = shape_of(leaf)
+    return shapes
+
+
+def is_vector(names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]) -> bool:
+    """Returns True if a leaf is a vector by its name: `bias`, `scale` and the like, `b` beside `w`, or part of a norm.
+
+    Args:
+      names: names along the path of the leaf.
+      shapes: all leaves of the tree, see `named_leaves`.
+    """
+    parts = re.split(r"[/.]", "/".join(names).lower())
+    weight = shapes.get((*names[:-1], "w"), ())
+    beside_weight = parts[-1] == "b" and len(shapes[names]) < len(weight)
+    return parts[-1] in _VECTORS or beside_weight or any(_NORM.search(part) for part in parts[-2:])
+
+
+def stack_of(names: Sequence[str], stacked: tuple[str, ...]) -> tuple[str, ...] | None:
     """Returns the path of the subtree of stacked layers that holds a leaf, or None. A list of layers is not stacked."""
     for i, name in enumerate(names[:-1]):
         if name in stacked and not names[i + 1].isdigit():
@@ -46,14 +110,96 @@ def stack_of(names: list[str], stacked: tuple[str, ...]) -> tuple[str, ...] | No
     return None
 
 
+def layer_axes(params: Any, stacked: tuple[str, ...] | None = None) -> list[int | None]:
+    """Finds the axis of each leaf that counts stacked layers; see `optim.decay_mask` for the rule.
+
+    Args:
+      params: a tree of arrays or of `jax.ShapeDtypeStruct`.
+      stacked: keys of the subtrees with a leading layer axis. None: `layers` and `blocks`, if their leaves prove it.
+
+    Returns:
+      For each leaf the axis, or None outside a stack.
+
+    Raises:
+      ValueError: leaves under one of the keys `stacked` that do not share their leading size; without `stacked`, a
+        subtree that may be a stack of vectors or hold matrices.
+    """
+    shapes = named_leaves(params)
+    stacks = {names: stack_of(names, STACKED if stacked is None else stacked) for names in shapes}
+    axis_of: dict[tuple[str, ...] | None, int | None] = {None: None}
+    for stack in dict.fromkeys(stacks.values()):
+        if stack is not None:
+            members = [names for names in shapes if stacks[names] == stack]
+            find = _proven_axis if stacked is None else _given_axis
+            axis_of[stack] = find(stack, members, shapes)
+    return [axis_of[stack] for stack in stacks.values()]
+
+
+def num_dims(shape: tuple[int, ...], layer_axis: int | None) -> int:
+    """Counts the dimensions longer than 1 without the layer axis; all dimensions of a single number."""
+    sizes = [size for axis, size in enumerate(shape) if axis != layer_axis]
+    return sum(size > 1 for size in sizes) or len(sizes)
+
+
+def _given_axis(stack: tuple[str, ...], members: list[tuple[str, ...]], shapes: dict) -> int:
+    first = members[0]
+    for names in members:
+        if not shapes[names] or shapes[names][:1] != shapes[first][:1]:
+            raise ValueError(
+                f"{'/'.join(stack)} is named in stacked=, but {'/'.join(first)} has shape {shapes[first]} and "
+                f"{'/'.join(names)} has shape {shapes[names]}, which share no leading layer axis: leave "
+                f'"{stack[-1]}" out of decay_mask(params, stacked=(...)), or give stacked=() if nothing is stacked'
+            )
+    return 0
+
+
+def _proven_axis(stack: tuple[str, ...], members: list[tuple[str, ...]], shapes: dict) -> int | None:
+    """Returns the layer axis that the shapes of a subtree `layers` or `blocks` prove, or None."""
+    vectors = [names for names in members if is_vector(names, shapes)]
+    if any(len(shapes[names]) < 2 for names in vectors):
+        return None  # a layer's own bias or scale
+    sizes = [{shapes[names][axis] if axis < len(shapes[names]) else None for names in members} for axis in (0, 1)]
+    shared = [axis for axis, found in enumerate(sizes) if len(found) == 1 and None not in found]
+    if any(names[-1] not in ("bias", "b") and num_dims(shapes[names], None) >= 2 for names in vectors):
+        return shared[0] if shared else None
+    if 0 not in shared:
+        return None
+    for names in members:
+        if names not in vectors and num_dims(shapes[names], None) == 2 and shapes[names][0] > 1:
+            raise ValueError(
+                f"{'/'.join(names)} {list(shapes[names])} may be a matrix, or a vector in each of {shapes[names][0]} "
+                f'stacked layers: give mask=functools.partial(decay_mask, stacked=("{stack[-1]}",)) if the leaves '
+                f"under {stack[-1]} have a leading layer axis, or stacked=() if they have none"
+            )
+    return 0
+
+
 def is_stacked(path: KeyPath, stacked: tuple[str, ...] = STACKED) -> bool:
-    """Returns True if the leaf at a path of `jax.tree_util` has a leading layer axis by the keys above it."""
+    """Returns True if the keys above the leaf at a path of `jax.tree_util` name a stack of layers."""
     return stack_of(path_names(path), stacked) is not None
+
+
+def as_float32(value: Any) -> jax.Array:
+    """Converts an array or a number to a strongly typed float32 array."""
+    return jnp.asarray(value, jnp.float32)
+
+
+def float32_if_array(value: Any) -> Any:
+    """Converts an array, which may be traced, to float32; returns a Python number or None as it is."""
+    return as_float32(value) if isinstance(value, jax.Array | np.ndarray) else value
+
+
+def squared(leaf: Any) -> jax.Array:
+    """Returns |x|^2 of each element, float32."""
+    leaf = jnp.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return squared(leaf.real) + squared(leaf.imag)
+    return jnp.square(leaf.astype(jnp.float32))
 
 
 def layer_squares(leaf: jax.Array) -> jax.Array:
     """Returns the sum of squares of each layer, float32 `[L]`, of a leaf `[L, ...]`."""
-    sums = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=tuple(range(1, leaf.ndim)))
+    sums = jnp.sum(squared(leaf), axis=tuple(range(1, leaf.ndim)))
     # Without the barrier the compiler sums all squares once more for the norm of the whole tree.
     return jax.lax.optimization_barrier(sums)
 
@@ -62,10 +208,16 @@ def global_norm(tree: Any) -> jax.Array:
     """Returns the Euclidean norm over all leaves of a tree, a float32 scalar computed in float32.
 
     Above 1.8e19 the sum of squares overflows and the norm is inf: like a NaN, a sign that the gradient is not usable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxtrain.optim import global_norm
+      >>> float(global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0], jnp.bfloat16)}))
+      5.0
     """
     # The sums of stacked layers are those of `monitoring.layers.layer_diagnostics`, which then cost nothing extra.
     squares = [
-        jnp.sum(layer_squares(leaf) if is_stacked(path) else jnp.square(leaf.astype(jnp.float32)))
+        jnp.sum(layer_squares(leaf) if is_stacked(path) and shape_of(leaf) else squared(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
     return jnp.sqrt(sum(squares, jnp.float32(0)))

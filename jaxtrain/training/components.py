@@ -44,13 +44,12 @@ def check_optimizer(config: Config) -> None:
 def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of the config under the schedule, behind the guard."""
     check_optimizer(config)
-    guard = config.guard
+    optim, guard = config.optim, config.guard
     return skip_bad_steps(
-        OPTIMIZERS[getattr(config.optim, "name", "adamw")].make(
-            config.optim, make_schedule(config), _make_clip(config)
-        ),
+        OPTIMIZERS[getattr(optim, "name", "adamw")].make(optim, make_schedule(config), _make_clip(config)),
         window=guard.window,
         sigmas=guard.sigmas,
+        clip_norm=None if optim.clipping == "adaptive" else optim.clip_norm,  # a ratio if adaptive
         max_consecutive=guard.max_consecutive,
         max_share=guard.max_share,
     )

@@ -76,7 +76,7 @@ ROWS = {
     "decay longer than what is left": (lambda: schedules.warmup_stable_decay(1.0, 10, 5, 6), "decay_steps .*6"),
     "no cycles": (lambda: schedules.sgdr(1.0, 10, 1, 0), "cycles .*0"),
     "learning rate negative": (lambda: adamw(-1.0), r"learning_rate must be 0 or more.*-1\.0"),
-    "learning rate a word": (lambda: adamw("fast"), "learning_rate must be a number or a schedule, got 'fast'"),
+    "learning rate a word": (lambda: adamw("fast"), "learning_rate must be 0 or more, or a schedule, got 'fast'"),
     "b2 NaN": (lambda: adamw(b2=NAN), r"b2 must be in \[0, 1\), got nan"),
     "eps 0": (lambda: adamw(eps=0.0), r"eps must be above 0, got 0\.0"),
     "weight decay NaN": (lambda: adamw(weight_decay=NAN), "weight_decay must be 0 or more, got nan"),

@@ -1,6 +1,7 @@
 """Cross-entropy against float64 numpy; the oracle's gradients are complex steps, so no formula is written twice."""
 
 import functools
+import itertools
 import re
 
 import hypothesis
@@ -103,7 +104,7 @@ def test_gradient_is_softmax_minus_onehot(example):
 
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 def test_dense_matches_float64(example, terms):
-    """R-B6, R-B9: every combination of z-loss, smoothing and soft-cap, with float weights (R-B5)."""
+    """Every combination of z-loss, smoothing and soft-cap, with float weights."""
     hidden, kernel, labels, weights = example
     logits = hidden @ kernel
 
@@ -124,7 +125,7 @@ def test_dense_matches_float64(example, terms):
     ids=str,
 )
 def test_linear_matches_float64(example, terms, chunk_size):
-    """R-B7, R-A26: values and gradients, with chunks that do and do not divide the tokens."""
+    """Values and gradients, with chunks that do and do not divide the tokens."""
     hidden, kernel, labels, weights = example
 
     def loss(hidden, kernel):
@@ -166,21 +167,19 @@ def test_dense_has_forward_mode_and_second_derivatives(example):
 
 
 def test_uniform_logits_cost_log_vocab():
-    """R-B8."""
     sums = cross_entropy(jnp.full((3, 50304), 0.7), jnp.array([0, 5, 50303]))
     np.testing.assert_allclose(sums.mean(), np.log(50304), rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -1e4, 1e6, 1e8])
 def test_two_equal_logits_cost_log_two(value):
-    """R-B1."""
     sums = cross_entropy(jnp.full((1, 2), value), jnp.array([1]))
     np.testing.assert_allclose(sums.nll, np.log(2), rtol=1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e4, 1e6, -1e6])
 def test_shift_invariance(offset):
-    """R-B1: a loss that is off by less than its own rounding, whatever is added to all logits."""
+    """A loss that is off by less than its own rounding, whatever is added to all logits."""
     logits = jnp.array([[2.0, -1.0, 0.5]]) + offset  # all representable in float32
     nll, gradient = dense_nll(logits, jnp.array([0]))
     expected, expected_gradient = oracle([[2.0, -1.0, 0.5]], np.array([0]), [1.0])
@@ -199,7 +198,6 @@ def test_optax_loses_digits_under_a_shift():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_logits_equal_the_same_values_in_float32(example, dtype):
-    """R-B2."""
     hidden, kernel, labels, weights = example
     logits = jnp.asarray(hidden @ kernel).astype(dtype)
 
@@ -227,7 +225,7 @@ def test_narrow_logits_equal_the_same_values_in_float32(example, dtype):
 )
 @pytest.mark.parametrize("label", [0, 2])
 def test_extreme_logits(row, dtype, label):
-    """R-B3: finite, and the gradient at -inf is exactly 0."""
+    """Finite, and the gradient at -inf is exactly 0."""
     logits = jnp.array([row], dtype)
     nll, gradient = dense_nll(logits, jnp.array([label]))
     x = np.asarray(logits, np.float64)
@@ -242,7 +240,7 @@ BAD_LABELS = [-100, -1, VOCAB, 2 * VOCAB, 2**31 - 1]
 
 @pytest.mark.parametrize("poison", [0.0, np.nan, np.inf], ids=str)
 def test_masked_places_add_exactly_nothing(example, poison):
-    """R-B4, R-B5: whatever their label, even if what the model put there is not a number."""
+    """Whatever their label, even if what the model put there is not a number."""
     hidden, kernel, labels, _ = example
     bad = len(BAD_LABELS)
     padded = np.concatenate([np.full((bad, WIDTH), poison, np.float32), hidden])
@@ -272,7 +270,7 @@ def test_masked_places_add_exactly_nothing(example, poison):
 
 @pytest.mark.parametrize("label", BAD_LABELS)
 def test_wrong_label_is_nan_never_another_class(example, label):
-    """R-B4: JAX would wrap -1 to the last class, and clamp a label above."""
+    """JAX would wrap -1 to the last class, and clamp a label above."""
     hidden, kernel, labels, _ = example
     labels = np.where(np.arange(TOKENS) == 3, label, labels).astype(np.int32)
     loss, (on_hidden, on_kernel) = linear_nll(hidden, kernel, labels)
@@ -307,7 +305,6 @@ def test_label_dtypes(dtype):
 
 
 def test_all_masked(example):
-    """R-A3."""
     hidden, kernel, labels, _ = example
     where = np.zeros(TOKENS, bool)
     for loss, arguments in (
@@ -330,7 +327,7 @@ def test_weights_are_constants(example):
 
 
 def test_loss_sums(example):
-    """R-A4: sums of parts are the sums of the whole; perplexity and bits are of the pure nll."""
+    """Sums of parts are the sums of the whole; perplexity and bits are of the pure nll."""
     hidden, kernel, labels, weights = example
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -355,7 +352,7 @@ def test_loss_sums(example):
 
 @pytest.mark.parametrize("scale", [5, 40, 640])
 def test_bfloat16_operands(scale):
-    """R-B7 (marin#8217): the backward pass sees the float32 logits, not their bfloat16 rounding.
+    """marin#8217: the backward pass sees the float32 logits, not their bfloat16 rounding.
 
     Token i has only channel i, so the kernel's gradient shows that of each logit: it is rounded to bfloat16 before the
     product and after it, 2**-8 each, whatever the size of the logits. Rounded logits are off by up to 2**-8 * |logit|.
@@ -383,7 +380,7 @@ def test_bfloat16_operands(scale):
 
 @pytest.mark.parametrize("scale", [5, 40, 640])
 def test_bfloat16_gradients_of_a_dense_problem(scale):
-    """R-B7: the error of both gradients, relative to their norm, is below one bfloat16 rounding."""
+    """The error of both gradients, relative to their norm, is below one bfloat16 rounding."""
     rng = np.random.default_rng(1)
     hidden = jnp.asarray(rng.normal(size=(64, 128)), jnp.bfloat16)
     kernel = jnp.asarray(rng.normal(size=(128, 256)) * scale / 50, jnp.bfloat16)
@@ -425,7 +422,7 @@ def dense(hidden, kernel, labels):
 
 
 def test_training_never_holds_all_logits():
-    """R-A26: no array is larger than the inputs or one chunk, before and after compilation."""
+    """No array is larger than the inputs or one chunk, before and after compilation."""
     arguments = big_problem()
     tokens, vocab = arguments[0].shape[0], arguments[1].shape[1]
     assert max(tensor_sizes(jax.value_and_grad(chunked, (0, 1)), *arguments)[0]) == 64 * vocab
@@ -730,13 +727,16 @@ def test_any_sizes(tokens, width, vocab, chunk_size):
         ({"labels": jnp.zeros(4)}, "labels must be integers, got float32"),
         ({"where": jnp.ones((4, 1))}, r"where \(4, 1\)"),
         ({"kernel": jnp.zeros((3, 5), jnp.bfloat16)}, "hidden is float32 and kernel is bfloat16"),
-        ({"num_classes": 0}, "num_classes 0 must be above 0 and at most the 5 columns of the kernel"),
-        ({"num_classes": 6}, "num_classes 6 must be"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1 token, got 0"),
+        ({"num_classes": 0}, "num_classes must be a whole number from 1 .* got 0"),
+        ({"num_classes": 6}, "num_classes 6 must be at most the 5 columns of the kernel"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number from 1 .* got 0"),
+        ({"chunk_size": 1e2}, "chunk_size must be a whole number .* got 100.0"),
+        ({"num_classes": 5.0}, "num_classes must be a whole number .* got 5.0"),
+        ({"vocab_block": 2.0}, "vocab_block must be a whole number .* got 2.0"),
         ({"z_loss": -1.0}, "z_loss must be 0 or more, got -1.0"),
         ({"z_loss": np.nan}, "z_loss"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
-        ({"logit_softcap": -30.0}, "logit_softcap must be above 0"),
+        ({"logit_softcap": -30.0}, "logit_softcap must be 0 or more"),
         ({"logit_softcap": np.inf}, "logit_softcap"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -760,3 +760,41 @@ def test_linear_errors(change, message):
 def test_dense_errors(change, message):
     with pytest.raises(ValueError, match=message):
         cross_entropy(**{"logits": jnp.zeros((4, 5)), "labels": jnp.zeros(4, jnp.int32), **change})
+
+
+@pytest.mark.parametrize("terms", [{}, {"z_loss": 1e-2}, {"z_loss": 1e-2, "label_smoothing": 0.1}], ids=len)
+def test_vmap_over_any_subset_of_the_arguments(terms):
+    """The gradient equals that of the dense loss, in `scan` and `checkpoint` too; a constant output once had none."""
+    rng = np.random.default_rng(3)
+    single = {
+        "hidden": np.float32(rng.normal(size=(5, 4))),
+        "kernel": np.float32(rng.normal(size=(4, 7))),
+        "labels": rng.integers(0, 7, 5).astype(np.int32),
+        "where": np.float32(rng.integers(0, 2, 5)),
+    }
+    batched = {name: np.stack([value, np.roll(value, 1, 0)]) for name, value in single.items()}
+    subsets = [subset for size in range(1, 5) for subset in itertools.combinations(single, size)]
+
+    def chunked(hidden, kernel, labels, where):
+        return linear_cross_entropy(hidden, kernel, labels, where=where, chunk_size=2, **terms).total()
+
+    def dense(hidden, kernel, labels, where):
+        return cross_entropy(hidden @ kernel, labels, where=where, **terms).total()
+
+    def scanned(*arguments):
+        loss = jax.checkpoint(chunked)
+        return jax.lax.scan(lambda total, _: (total + loss(*arguments), None), jnp.float32(0), None, length=1)[0]
+
+    def gradients(loss):
+        found = []
+        for subset in subsets:
+            values = [batched[name] if name in subset else single[name] for name in single]
+            axes = tuple(0 if name in subset else None for name in single)
+            total = lambda h, k, v=values, a=axes: jnp.sum(jax.vmap(loss, in_axes=a)(h, k, *v[2:]))  # noqa: E731
+            found.append(jax.grad(total, (0, 1))(*map(jnp.asarray, values[:2])))
+        return found
+
+    expected = jax.jit(lambda: gradients(dense))()
+    for loss in (chunked, scanned):
+        actual = jax.jit(lambda loss=loss: gradients(loss))()
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), actual, expected)

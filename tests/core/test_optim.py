@@ -65,7 +65,7 @@ def reference_adamw(params, gradients, lr, b1, b2, eps, decay, clip_norm):
 
 @pytest.mark.parametrize("b2", [0.95, 0.99, 0.999, 0.9999])
 def test_first_steps_match_float64(b2):
-    """R-B11, R-B12: the textbook's bias correction is off by 1.3e-5 at b2 = .999; steps 2 and 5 are clipped."""
+    """The textbook's bias correction is off by 1.3e-5 at b2 = .999; steps 2 and 5 are clipped."""
     optimizer = clipped_adamw(0.1, b1=0.9, b2=b2, eps=1e-3, weight_decay=0.2, clip_norm=5.0)
     params = random_tree(0)
     gradients = [
@@ -83,7 +83,7 @@ def test_first_steps_match_float64(b2):
 
 @pytest.mark.parametrize("b2", [0.95, 0.99, 0.999])
 def test_after_100_000_steps(b2):
-    """R-B12: neither the moments nor the bias correction drift; the moments' closed form is summed in float64."""
+    """Neither the moments nor the bias correction drift; the moments' closed form is summed in float64."""
     num_steps, b1, eps = 100_000, 0.9, 1e-8
     gradients = (np.random.default_rng(5).normal(size=(num_steps, 4)) + 0.3).astype(np.float32)
     transform = scale_by_adam(b1, b2, eps)
@@ -108,7 +108,7 @@ def test_after_100_000_steps(b2):
 
 
 def test_epsilon_is_outside_the_root():
-    """R-B11: g = eps = 1e-8 gives 1/2; inside the root it would give 1e-4."""
+    """With g = eps = 1e-8 gives 1/2; inside the root it would give 1e-4."""
     optimizer = clipped_adamw(1.0, eps=1e-8, weight_decay=0.0, clip_norm=None)
     params = jnp.ones(2)
     updates, _ = optimizer.update(jnp.array([1e-8, -1e-8]), optimizer.init(params), params)
@@ -116,7 +116,7 @@ def test_epsilon_is_outside_the_root():
 
 
 def test_updates_do_not_depend_on_the_loss_scale():
-    """R-B17: bit for bit, for a power of two and a negligible eps."""
+    """Bit for bit, for a power of two and a negligible eps."""
     optimizer = clipped_adamw(1.0, eps=1e-30, weight_decay=0.0, clip_norm=None)
     params, grads = random_tree(0), random_tree(1)
     large = jax.tree.map(lambda g: g * 1024, grads)
@@ -127,7 +127,7 @@ def test_updates_do_not_depend_on_the_loss_scale():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("mu_dtype", [None, jnp.bfloat16])
 def test_dtypes_of_the_state(dtype, mu_dtype):
-    """R-B18: the moments of narrow parameters are float32, the first one only if nothing else was asked for."""
+    """The moments of narrow parameters are float32, the first one only if nothing else was asked for."""
     optimizer = clipped_adamw(0.1, mu_dtype=mu_dtype)
     params = random_tree(0, dtype=dtype)
     state = optimizer.init(params)
@@ -146,7 +146,7 @@ def test_dtypes_of_the_state(dtype, mu_dtype):
 
 @pytest.mark.parametrize("b2", [0.95, 0.999])
 def test_bfloat16_parameters_get_the_float32_step(b2):
-    """R-B20: with b2 rounded to bfloat16, .999 is 1 and the step is NaN."""
+    """With b2 rounded to bfloat16, .999 is 1 and the step is NaN."""
     optimizer = clipped_adamw(0.1, b2=b2, weight_decay=0.2, clip_norm=1.0)
     narrow, grads = random_tree(0, dtype=jnp.bfloat16), random_tree(1, dtype=jnp.bfloat16)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (narrow, grads))
@@ -157,7 +157,7 @@ def test_bfloat16_parameters_get_the_float32_step(b2):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_zero_gradients_in_narrow_dtypes(dtype):
-    """R-B13: 1e-8 is 0 in float16, and 0/0 is NaN."""
+    """1e-8 is 0 in float16, and 0/0 is NaN."""
     optimizer = clipped_adamw(0.1, weight_decay=0.0)
     params = random_tree(0, dtype=dtype)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
@@ -165,7 +165,7 @@ def test_zero_gradients_in_narrow_dtypes(dtype):
 
 
 def test_decay_alone():
-    """R-B14, R-B33: p becomes p * (1 - lr * decay); it is not clipped and never enters the moments."""
+    """A parameter p becomes p * (1 - lr * decay); it is not clipped and never enters the moments."""
     optimizer = clipped_adamw(0.03, weight_decay=0.5, clip_norm=1e-9)
     params = random_tree(0)
     state = optimizer.init(params)
@@ -180,7 +180,7 @@ def test_decay_alone():
 
 
 def test_decoupled_decay_is_not_l2():
-    """R-B14 (optax#494): a step from p = 1, g = 1 with lr = .1 and decay = .5 ends at .85; L2 in the gradient at .9."""
+    """optax#494: a step from p = 1, g = 1 with lr = .1 and decay = .5 ends at .85; L2 in the gradient at .9."""
     params, grads = {"w": jnp.ones((1, 1))}, {"w": jnp.ones((1, 1))}
     ours = clipped_adamw(0.1, weight_decay=0.5, clip_norm=None)
     l2 = optax.chain(optax.add_decayed_weights(0.5), optax.scale_by_adam(0.9, 0.95), optax.scale(-0.1))
@@ -194,7 +194,7 @@ def test_decoupled_decay_is_not_l2():
 
 
 def test_float32_parameters_keep_small_updates():
-    """R-B19: one step of 1e-6 moves a float32 parameter by 1e-6, and a bfloat16 one not at all."""
+    """One step of 1e-6 moves a float32 parameter by 1e-6, and a bfloat16 one not at all."""
     optimizer = clipped_adamw(1e-6, weight_decay=0.0)
     for dtype, moved in ((jnp.float32, 1e-6), (jnp.bfloat16, 0.0)):
         params = jnp.ones((2, 2), dtype)
@@ -209,7 +209,7 @@ EDGES = [0.0, -0.0, 1e-40, -1e-45, 1.0, -2.5, 3.3895314e38]
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("compile_with", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_below_the_threshold_nothing_changes(dtype, compile_with):
-    """R-B28: bit for bit, subnormal numbers and the sign of zero included."""
+    """Bit for bit, subnormal numbers and the sign of zero included."""
     grads = {"a": np.array(EDGES[:6]).astype(dtype), "b": np.array([[6e-8, -6e-8, 1e-39]]).astype(dtype)}
     transform = clip_by_global_norm(10.0)
     clipped, state = compile_with(transform.update)(jax.tree.map(jnp.asarray, grads), transform.init(grads))
@@ -221,7 +221,7 @@ def test_below_the_threshold_nothing_changes(dtype, compile_with):
 
 
 def test_above_the_threshold():
-    """R-B27: the norm becomes max_norm and one factor scales all leaves."""
+    """The norm becomes max_norm and one factor scales all leaves."""
     grads = random_tree(1)
     norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(to_float64(grads))))
     clipped, state = jax.jit(clip_by_global_norm(0.5).update)(grads, None)
@@ -241,7 +241,7 @@ def test_a_factor_below_float16():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
 @pytest.mark.parametrize("max_norm", [1.0, 1e30])
 def test_a_norm_that_is_not_finite_makes_every_leaf_nan(bad, max_norm):
-    """R-B28, documented: optax lets the finite leaves of an infinite gradient through as zeros."""
+    """Optax lets the finite leaves of an infinite gradient through as zeros."""
     grads = {"good": jnp.ones(3), "bad": jnp.array([1.0, bad])}
     clipped, state = clip_by_global_norm(max_norm).update(grads, None)
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(clipped))
@@ -261,7 +261,7 @@ def test_no_clipping_still_measures():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_global_norm_is_float32(dtype):
-    """R-B27: 300 squared overflows float16, and bfloat16 sums stop growing at 256 ones."""
+    """300 squared overflows float16, and bfloat16 sums stop growing at 256 ones."""
     tree = {"large": jnp.full(2, 300, dtype), "many": jnp.ones(10_000, dtype)}
     norm = global_norm(tree)
     assert norm.dtype == jnp.float32
@@ -278,7 +278,7 @@ def test_global_norm_does_not_depend_on_grouping():
 
 @pytest.mark.parametrize("mesh_shape", [(1,), (8,), (2, 4)], ids=str)
 def test_shardings_agree(mesh_shape):
-    """R-B29: sharded and replicated leaves count once; the clipped update is the same everywhere."""
+    """Sharded and replicated leaves count once; the clipped update is the same everywhere."""
     shapes = {"split": (8, 16), "columns": (3, 8), "replicated": (5, 5)}
     specs = {"split": P("a", "b"), "columns": P(None, "b"), "replicated": P()}
     if len(mesh_shape) == 1:
@@ -328,7 +328,7 @@ class Unrolled(nn.Module):
 
 
 def test_stacked_model_decays_like_the_unrolled_one():
-    """R-B15, R-A8 (jaxformer#28): same paths and numbers of elements, although a stacked leaf has one more rank."""
+    """Same paths and numbers of elements, although a stacked leaf has one more rank."""
 
     def table(module):
         params = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 4)))["params"]
@@ -381,11 +381,20 @@ def test_nnx_state():
         ({"a": (2, 3), "b": (3,), "c": ()}, ["a"]),
         ({"bias": (2, 3), "scale": (2, 3, 4), "kernel": (2, 3, 4)}, ["kernel"]),
         ({"layers": [{"w": (2, 2)}, {"w": (3, 3), "g": (2,)}]}, ["layers/0/w", "layers/1/w"]),
-        ({"layers": {"w": (2, 3, 3), "g": (2, 3)}}, ["layers/w"]),
-        ({"blocks": {"attention": {"w": (2, 3, 3), "g": (2, 3), "bias": (2, 3, 3)}}}, ["blocks/attention/w"]),
-        ({"model": {"layers": {"g": (2, 3)}, "w": (2, 3)}}, ["model/w"]),
-        ({"encoder": {"layers": {"g": (2, 3)}}, "decoder": {"layers": {"g": (4, 3)}}}, []),
+        ({"layers": {"w": (2, 3, 3), "scale": (2, 3), "g": (2, 3)}}, ["layers/w"]),
+        ({"blocks": {"attention": {"w": (2, 3, 3), "gain": (2, 3), "bias": (2, 3, 3)}}}, ["blocks/attention/w"]),
+        ({"model": {"layers": {"norm": {"w": (2, 3)}}, "w": (2, 3)}}, ["model/w"]),
+        ({"encoder": {"layers": {"norm1": (2, 3)}}, "decoder": {"layers": {"ln_1": {"g": (4, 3)}}}}, []),
         ({"layers": (7, 3)}, ["layers"]),
+        ({"layers": {"w": (3, 5), "scale": (5,), "v": (3, 5)}}, ["layers/v", "layers/w"]),  # a 1-D scale: no stack
+        ({"layers": {"w": (3, 5), "v": (4, 5), "t": ()}}, ["layers/v", "layers/w"]),  # unequal sizes: no stack
+        ({"layers": {"w": (1, 5, 5), "g": (1, 5)}}, ["layers/w"]),  # one layer: size 1 does not count
+        ({"layers": {"w": (6, 3, 7), "ln": {"scale": (5, 3)}, "skip": (4, 3)}}, ["layers/w"]),  # scan axis 1
+        ({"gamma": (1, 8), "layer_scale": (1, 1, 8), "g": (8, 1), "offset": (1, 1, 1, 8)}, []),
+        ({"cls_token": (1, 1, 8), "mask_token": (1, 1, 8), "pos_embed": (1, 9, 8)}, ["pos_embed"]),
+        ({"h": {"mlp": {"w": (4, 3, 3), "b": (4, 3)}, "ln_1": {"weight": (4, 3), "b": (4, 3)}}}, ["h/mlp/w"]),
+        ({"lora": {"a": (8, 2), "b": (2, 8)}}, ["lora/a", "lora/b"]),
+        ({"mlp/~/linear_0": {"w": (3, 4), "b": (4,)}, "mlp/~/layer_norm": {"offset": (4,)}}, ["mlp/~/linear_0/w"]),
     ],
     ids=str,
 )
@@ -396,14 +405,35 @@ def test_plain_trees(params, decayed):
 
 
 def test_a_wrong_stack_names_both_leaves():
-    """R-B16."""
     params = {"layers": {"first": jnp.zeros((2, 3)), "second": jnp.zeros((5, 3))}}
-    with pytest.raises(ValueError, match=r"layers/first has leading dimension 2 and layers/second has shape \(5, 3\)"):
-        decay_mask(params)
+    wrong = r"layers/first has shape \(2, 3\) and layers/second has shape \(5, 3\)"
+    with pytest.raises(ValueError, match=wrong):
+        decay_mask(params, stacked=("layers",))
     assert decay_mask(params, stacked=()) == {"layers": {"first": True, "second": True}}
     assert decay_mask(params, stacked=("blocks",)) == {"layers": {"first": True, "second": True}}
     with pytest.raises(ValueError, match="layers/second has shape"):
-        decay_mask({"layers": {"first": jnp.zeros((2, 3)), "second": jnp.zeros(())}})
+        decay_mask({"layers": {"first": jnp.zeros((2, 3)), "second": jnp.zeros(())}}, stacked=("layers",))
+
+
+UNPROVEN = {
+    "matrices": {"blocks": {"wq": (8, 8), "wk": (8, 8)}},
+    "a bias per head": {"layers": {"w": (8, 8, 4), "bias": (8, 4), "v": (8, 8)}},
+    "deeper": {"model": {"layers": {"mlp": {"w": (2, 3, 3)}, "gate": (2, 3)}}},
+    "one leaf": {"layers": {"w": (4, 4)}},
+}
+
+
+@pytest.mark.parametrize("name", UNPROVEN)
+def test_a_matrix_is_never_silently_undecayed(name):
+    """Without proof of a stack the error names the leaf and both remedies, which work."""
+    params = jax.tree.map(jnp.zeros, UNPROVEN[name], is_leaf=lambda x: isinstance(x, tuple))
+    with pytest.raises(ValueError, match=r"may be a matrix, or a vector in each of .* stacked=\(\) if they have none"):
+        clipped_adamw(0.1).init(params)
+    doubtful = [jnp.ndim(leaf) == 2 for leaf in jax.tree.leaves(params)]
+    flat, stacked = (jax.tree.leaves(decay_mask(params, stacked=stacked)) for stacked in ((), ("blocks", "layers")))
+    assert all(flag for flag, two in zip(flat, doubtful, strict=True) if two and name != "a bias per head")
+    assert not any(flag for flag, two in zip(stacked, doubtful, strict=True) if two)
+    assert "stacked or not" in decay_report(params, functools.partial(decay_mask, stacked=()))
 
 
 REPORT = """\
@@ -411,6 +441,7 @@ embed/table    1000x8  8,000  decay
 layers/kernel  3x8x8     192  decay
 layers/scale   3x8        24  -
 temperature    scalar      1  -
+layers: 3 stacked layers along axis 0
 2 parameters of 8,192 numbers decay, 2 of 25 do not"""
 
 
@@ -424,6 +455,22 @@ def test_decay_report():
         decay_report(params, {"embed": True})
 
 
+DOUBTS = """\
+block/g  4x3    12  decay ?
+block/w  4x3x3  36  decay
+gamma    1x3     3  - ?
+wide     3x4    12  decay
+3 parameters of 60 numbers decay, 1 of 3 do not"""
+
+
+def test_the_report_marks_what_is_in_doubt():
+    """Size-1 axes, and a leaf of a subtree of stacks under another name."""
+    shapes = {"block": {"w": (4, 3, 3), "g": (4, 3)}, "gamma": (1, 3), "wide": (3, 4)}
+    report = decay_report(jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple)), decay_mask)
+    assert report == DOUBTS
+    assert decay_report({}, decay_mask) == "0 parameters of 0 numbers decay, 0 of 0 do not"
+
+
 class Tied(nn.Module):
     @nn.compact
     def __call__(self, tokens):
@@ -432,7 +479,7 @@ class Tied(nn.Module):
 
 
 def test_tied_embeddings_count_once():
-    """R-B21: one leaf, one decay decision, and a gradient that is the sum of both uses."""
+    """One leaf, one decay decision, and a gradient that is the sum of both uses."""
     tokens, model = jnp.array([1, 3]), Tied()
     params = model.init(jax.random.key(0), tokens)["params"]
     assert decay_report(params, decay_mask).endswith("1 parameters of 20 numbers decay, 0 of 0 do not")
@@ -443,7 +490,6 @@ def test_tied_embeddings_count_once():
 
 
 def test_mask_that_does_not_fit():
-    """R-B16."""
     params = random_tree(0)
     for mask in ({"dense": True}, lambda p: True):
         with pytest.raises(ValueError, match=r"the decay mask has the structure .* give one bool for each parameter"):
@@ -491,7 +537,7 @@ STATIC = ("mask", "b1", "b2", "eps", "weight_decay", "clip_norm")
     ids=["chain", "masked", "multi_transform", "apply_if_finite", "MultiSteps", "inject_hyperparams"],
 )
 def test_inside_optax(wrap):
-    """B-5: under jit, inside optax's wrappers, the same three steps."""
+    """Under jit, inside optax's wrappers, the same three steps."""
     params, gradients = random_tree(0), [random_tree(i) for i in (1, 2, 3)]
     expected, _ = run(clipped_adamw(0.1), params, gradients)
     actual, _ = run(wrap(clipped_adamw(0.1)), params, gradients)
@@ -534,7 +580,7 @@ def test_injected_learning_rate_may_be_changed():
 
 
 def test_state_is_a_plain_pytree():
-    """B-5: abstract initialisation has the structure, shapes and dtypes of the real one, and no Python leaves."""
+    """Abstract initialisation has the structure, shapes and dtypes of the real one, and no Python leaves."""
     params, optimizer = random_tree(0), clipped_adamw(lambda step: 0.1)
     state = optimizer.init(params)
     describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.weak_type))
@@ -543,7 +589,7 @@ def test_state_is_a_plain_pytree():
 
 
 def test_learning_rate_counts_its_own_steps_or_is_told():
-    """R-B23, R-B25: the schedule sees 0, 1, 2, ... unless `step=` says otherwise; the state has the rate applied."""
+    """The schedule sees 0, 1, 2, ... unless `step=` says otherwise; the state has the rate applied."""
     optimizer = clipped_adamw(lambda step: 0.5 ** step.astype(jnp.float32), weight_decay=0.0, clip_norm=None)
     params = jnp.ones((2, 2))
     state, update = optimizer.init(params), jax.jit(optimizer.update)
@@ -564,10 +610,10 @@ def test_learning_rate_counts_its_own_steps_or_is_told():
         ({"eps": 0.0}, "eps must be above 0, got 0.0"),
         ({"eps": np.inf}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
-        ({"clip_norm": 0.0}, "clip_norm must be above 0, or None for no clipping; got 0.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0, or None for no clipping, got 0.0"),
         ({"clip_norm": -1.0}, "clip_norm"),
         ({"clip_norm": np.nan}, "clip_norm"),
-        ({"learning_rate": -1e-3}, "learning_rate must be 0 or more, or a schedule; got -0.001"),
+        ({"learning_rate": -1e-3}, "learning_rate must be 0 or more, or a schedule, got -0.001"),
         ({"learning_rate": np.inf}, "learning_rate"),
         ({"mu_dtype": jnp.int8}, "mu_dtype must be a float dtype"),
     ],

@@ -1,5 +1,6 @@
 """Schedules: golden numbers, the corners, errors, and float32 accuracy far into a run."""
 
+import functools
 import math
 
 import jax
@@ -29,6 +30,13 @@ def every_schedule(peak, total, warmup, floor):
     }
 
 
+COUNTS = {
+    functools.partial(warmup_cosine, 1.0): {"total_steps": 100, "warmup_steps": 3},
+    functools.partial(warmup_linear, 1.0): {"total_steps": 100, "warmup_steps": 3},
+    functools.partial(warmup_stable_decay, 1.0): {"total_steps": 200, "warmup_steps": 3, "decay_steps": 5},
+    functools.partial(sgdr, 1.0): {"cycle_steps": 100, "warmup_steps": 3, "cycles": 2},
+    functools.partial(warmup_constant, 1.0): {"warmup_steps": 3},
+}
 NAMES = ["cosine", "linear", "stable_decay", "sgdr", "constant"]
 
 
@@ -50,7 +58,7 @@ def reference(name, peak, total, warmup, floor, step):
 
 
 def test_cosine_golden():
-    """R-B22: 3 steps of warm-up in 10, floor 0.1; past the end it stays."""
+    """3 steps of warm-up in 10, floor 0.1; past the end it stays."""
     rates = [float(warmup_cosine(1.0, 10, 3, 0.1)(step)) for step in range(12)]
     golden = [THIRD, 2 * THIRD, 1.0, *(0.1 + 0.9 * x for x in COSINE_7), 0.1, 0.1, 0.1]
     np.testing.assert_allclose(rates, golden, rtol=1e-6)
@@ -82,7 +90,7 @@ def test_constant_golden():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_corners_are_exact(name):
-    """R-B22: the first step moves, the peak comes once, the last executed step is at the floor, and it stays there."""
+    """The first step moves, the peak comes once, the last executed step is at the floor, and it stays there."""
     peak, total, warmup, floor = 3e-4, 200, 7, 0.1
     rates = np.asarray(jax.jit(every_schedule(peak, total, warmup, floor)[name])(jnp.arange(2 * total)))
     last = np.float32(peak * floor)
@@ -123,7 +131,7 @@ def test_one_step_of_decay(make):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_monotone_after_the_warm_up(name):
-    """R-B26: over every step of a run; within each cycle for sgdr."""
+    """Over every step of a run; within each cycle for sgdr."""
     rates = np.asarray(jax.jit(every_schedule(1e-3, 20_000, 500, 0.1)[name])(jnp.arange(20_000)))
     runs = np.split(rates, 2) if name == "sgdr" else [rates]
     for run in runs:
@@ -134,7 +142,7 @@ def test_monotone_after_the_warm_up(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("floor", [0.1, 0.0])
 def test_float32_accuracy_far_into_a_run(name, floor):
-    """R-B26: steps around ten million and above 2**24, where float32 no longer counts."""
+    """Steps around ten million and above 2**24, where float32 no longer counts."""
     peak, total, warmup = 6e-4, 20_000_000, 2_000_000
     if name == "sgdr":
         total *= 2
@@ -154,7 +162,7 @@ def test_neighbouring_steps_differ_above_two_to_the_24():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_jit_changes_the_last_places_at_most(name):
-    """R-B26: 3 units of them, measured for the cosine; the corners are the same bits."""
+    """3 units of them, measured for the cosine; the corners are the same bits."""
     schedule = every_schedule(3e-4, 60, 7, 0.1)[name]
     steps = jnp.arange(70)
     jitted = np.asarray(jax.jit(schedule)(steps))
@@ -173,7 +181,9 @@ def test_kinds_of_steps(name):
     rates = schedule(steps)
     assert (rates.shape, rates.dtype) == ((2, 3), jnp.float32)
     np.testing.assert_array_max_ulp(jax.jit(jax.vmap(jax.vmap(schedule)))(steps), rates, maxulp=3)
-    for kind in (int, np.int32, np.int64, np.uint16):
+    for before in (np.int32(-1), np.int64(-5)):
+        assert schedule(before) == rates[0, 0]
+    for kind in (int, np.int32, np.int64, np.uint16, np.uint32):
         # A scalar and an array go through different cosines in XLA; the corner at 59 is exact.
         np.testing.assert_array_max_ulp(schedule(kind(40)), rates[1, 0], maxulp=3)
         assert schedule(kind(59)) == rates[1, 1]
@@ -212,6 +222,13 @@ def test_is_an_optax_schedule(name):
         (lambda: sgdr(1.0, 10, 3, 2, decay=0.0), r"decay must be in \(0, 1\], got 0.0"),
         (lambda: sgdr(1.0, 10, 3, 2, decay=1.5), "decay"),
         (lambda: sgdr(1.0, 10, 10, 2), "cycle_steps 10 must hold warmup_steps 10"),
+        *(
+            (functools.partial(make, **{**counts, name: value}), f"{name} must be a whole number .*{value}")
+            for make, counts in COUNTS.items()
+            for name in counts
+            for value in (1e2, 2.5, "3", None)
+            if not (name == "decay_steps" and value is None)
+        ),
     ],
 )
 def test_errors(make, message):

@@ -148,16 +148,20 @@ def test_one_batch_matches_float64():
 ROADS = ("jit", "jit_explicit", "shard_map", "shard_map_unchecked", "pmap")
 
 
+QUICK_SPLITS = {(1, 8), (2, 2), (4, 4)}
+
+
 @pytest.mark.parametrize(
     ("road", "accumulate", "num_devices"),
     [
-        case
-        for case in itertools.product(ROADS, (1, 2, 4), (1, 2, 4, 8))
-        if case != ("jit", 1, 1)  # what the others are compared with
+        pytest.param(road, *split, marks=[] if split in QUICK_SPLITS else pytest.mark.slow)
+        for road, *split in itertools.product(ROADS, (1, 2, 4), (1, 2, 4, 8))
+        for split in [tuple(split)]
+        if (road, *split) != ("jit", 1, 1)  # the reference
     ],
 )
 def test_any_split_is_the_same_step(road, accumulate, num_devices):
-    """R-A1, R-A2, R-A2b: micro-batches of 1, 9, 0 and 128 tokens; a mean of means would be far off."""
+    """Micro-batches of 1, 9, 0 and 128 tokens; a mean of means would be far off."""
     (first, second), params = two_steps(road, accumulate, num_devices)
     (expected_first, expected_second), expected_params = one_batch_one_device()
     assert first["tokens"] == 138
@@ -168,7 +172,7 @@ def test_any_split_is_the_same_step(road, accumulate, num_devices):
 
 
 def test_clips_once_after_accumulation():
-    """R-B30, transformers#986: micro-gradients [2, 0] and [0, 2] make [1, 1], which is clipped to norm 1."""
+    """Micro-gradients [2, 0] and [0, 2] make [1, 1], which is clipped to norm 1."""
 
     def loss(params, batch):
         return sums_of(jnp.vdot(params["w"], batch[0]))
@@ -187,7 +191,7 @@ def sums_of(nll, weight=1.0):
 
 
 def test_logged_learning_rate_is_the_applied_one():
-    """R-B23, R-A10: a gradient of 1 makes Adam's direction 1; also at a step that is told, and after a restore."""
+    """A gradient of 1 makes Adam's direction 1; also at a step that is told, and after a restore."""
     schedule = warmup_cosine(0.5, 10, 3, 0.1)
     optimizer = clipped_adamw(schedule, weight_decay=0.0, clip_norm=None)
     train_step = jax.jit(make_train_step(lambda params, batch: sums_of(jnp.sum(params["w"])), optimizer))
@@ -206,13 +210,13 @@ def test_logged_learning_rate_is_the_applied_one():
     assert whole[9][0] == whole[11][0] == np.float32(0.05)
     restored = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, whole[3][1]))
     assert [rate for rate, _ in rates(restored, 3)] == [rate for rate, _ in whole[4:7]]
-    # An optimizer that lags behind (it skipped steps, or is new) does not delay the schedule: R-B25.
+    # An optimizer that lags behind (it skipped steps, or is new) does not delay the schedule.
     late = fresh.replace(step=jnp.int32(5))
     assert [rate for rate, _ in rates(late, 2)] == [whole[5][0], whole[6][0]]
 
 
 def test_traced_once():
-    """R-A27: 100 steps, evaluations between them and a round trip through numpy, as a restore would be."""
+    """100 steps, evaluations between them and a round trip through numpy, as a restore would be."""
     optimizer, batch = adamw(warmup_cosine(0.1, 100, 5)), lm_batch()
     step = make_train_step(lm_loss, optimizer, accumulate=2)
     train_step = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
@@ -239,7 +243,7 @@ def test_state_is_donated():
 
 
 def test_the_host_takes_no_part_in_a_step():
-    """R-D8: no transfer in either direction and no callback into Python."""
+    """No transfer in either direction and no callback into Python."""
     optimizer = adamw(warmup_cosine(0.1, 100, 5))
     state, batch = jax.device_put((TrainState.create(lm_params(), optimizer), lm_batch()))
     train_step = jax.jit(make_train_step(lm_loss, optimizer, accumulate=2))
@@ -254,7 +258,7 @@ def test_the_host_takes_no_part_in_a_step():
 
 
 def test_all_masked_batch():
-    """R-A3: loss and gradient are 0, the step counts, nothing is NaN."""
+    """Loss and gradient are 0, the step counts, nothing is NaN."""
     optimizer = adamw(0.1, weight_decay=0.0)
     state = TrainState.create(lm_params(), optimizer)
     after, metrics = jax.jit(make_train_step(lm_loss, optimizer, accumulate=4))(state, lm_batch((0, 0, 0, 0)))
@@ -327,7 +331,7 @@ def half_step(loss_fn=lm_loss, scaling=LossScaling(divisor=512.0), **arguments):
 
 
 def test_loss_scaling_changes_nothing_but_the_scale():
-    """R-B31: divided out before the norm. Powers of two are exact, so any scale that fits gives the same bits."""
+    """Divided out before the norm. Powers of two are exact, so any scale that fits gives the same bits."""
     results = []
     for initial in (2.0**6, 2.0**15):
         train_step, state = half_step(scaling=LossScaling(initial=initial, divisor=512.0), accumulate=2)
@@ -357,7 +361,7 @@ def test_without_scaling_small_gradients_vanish_in_float16():
 
 
 def test_an_overflow_halves_the_scale_and_changes_nothing_else():
-    """R-B31: the step is skipped and counted, the next one is fine."""
+    """The step is skipped and counted, the next one is fine."""
     train_step, state = half_step(scaling=LossScaling(initial=2.0**16, divisor=1.0))
     before = jax.tree.map(np.asarray, (state.params, state.opt_state.inner))
     scales, skipped = [], []
@@ -460,7 +464,7 @@ def test_linen_nnx_and_plain_parameters_train_alike():
 
 @pytest.mark.parametrize("road", ["jit", "pmap", "shard_map"])
 def test_eval_step_sums(road):
-    """R-A4: sums of any batches, added and divided once, are those of the whole set."""
+    """Sums of any batches, added and divided once, are those of the whole set."""
     params, batch = lm_params(), lm_batch()
     whole = jax.jit(make_eval_step(lm_loss))(params, batch)
     np.testing.assert_allclose(whole.mean_nll(), one_batch_one_device()[0][0]["nll"], rtol=1e-6)
@@ -483,7 +487,7 @@ def test_eval_step_sums(road):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_bfloat16_policy(accumulate):
-    """R-B19: the loss sees bfloat16, the state stays float32; integers are left alone."""
+    """The loss sees bfloat16, the state stays float32; integers are left alone."""
     seen = []
 
     def loss_fn(params, batch):
@@ -543,3 +547,121 @@ def test_pmap_traces_once():
     for _ in range(3):
         state, _ = step(state, batch)
     assert len(calls) == 1
+
+
+def dropout_loss(params, batch, rng):
+    """Sums, the bits of the key, and how many positions were kept."""
+    bits = jax.random.uniform(rng, batch["labels"].shape)
+    kept = batch["mask"] & (bits > 0.5)
+    aux = {"kept": jnp.sum(kept), "first_bits": jnp.sum(batch["mask"], dtype=jnp.float32) * bits[0, 0]}
+    return lm_loss(params, {**batch, "mask": kept}), aux
+
+
+def first_bits(seed, step, micro_batch, *device):
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    for number in (*device, micro_batch):
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def test_the_key_is_a_function_of_seed_step_and_micro_batch():
+    """Any run that reaches a step draws the same dropout there; no two micro-batches draw alike."""
+    optimizer, batch = adamw(0.1), lm_batch((128, 128, 128, 128))
+    losses = {}
+    for seed, accumulate in ((0, 1), (0, 2), (1, 2)):
+        step = jax.jit(make_train_step(dropout_loss, optimizer, accumulate=accumulate, seed=seed))
+        state = TrainState.create(lm_params(), optimizer)
+        state, _ = step(state, batch)
+        restored = jax.tree.map(jnp.asarray, jax.tree.map(np.asarray, state))
+        _, metrics = step(state, batch)
+        jax.tree.map(np.testing.assert_array_equal, step(restored, batch)[1], metrics)
+        losses[seed, accumulate] = float(metrics["loss"])
+        parts = [jax.tree.map(lambda x, i=i: x[i::accumulate], batch) for i in range(accumulate)]  # noqa: B023
+        drawn = [dropout_loss(state.params, part, first_bits(seed, 1, i)) for i, part in enumerate(parts)]
+        weight = sum(float(sums.weight) for sums, _ in drawn)
+        assert metrics["tokens"] == weight == sum(float(aux["kept"]) for _, aux in drawn)
+        for name in ("kept", "first_bits"):
+            expected = sum(float(aux[name]) for _, aux in drawn) / weight
+            np.testing.assert_allclose(metrics[name], expected, rtol=1e-6)
+    assert len(set(losses.values())) == 3
+
+
+def test_each_device_has_a_key_and_auxiliary_sums_are_added():
+    optimizer, batch = adamw(0.1), lm_batch((128, 128, 128, 128))
+    devices = jax.devices()[:2]
+    split = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+    step = pmap_train_step(dropout_loss, optimizer, devices=devices, seed=3)
+    _, metrics = step(replicate(TrainState.create(lm_params(), optimizer), devices), split)
+    drawn = [
+        dropout_loss(lm_params(), jax.tree.map(lambda x, i=i: x[i], split), first_bits(3, 0, 0, i)) for i in range(2)
+    ]
+    weight = sum(float(sums.weight) for sums, _ in drawn)
+    assert metrics["tokens"][0] == weight
+    expected = sum(float(aux["first_bits"]) for _, aux in drawn) / weight
+    np.testing.assert_allclose(metrics["first_bits"], [expected] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "takes"),
+    [
+        (lambda params, batch: None, False),
+        (lambda params, batch, rng: None, True),
+        (lambda params, batch, key, /: None, True),
+        (lambda params, batch, rng=None: None, True),
+        (lambda params, batch, scale=1.0: None, False),
+        (lambda params, batch, *rest: None, False),
+        (lambda params, batch, *, rng=None: None, False),
+        (functools.partial(lambda model, params, batch, rng: None, 0), True),
+    ],
+)
+def test_which_losses_take_a_key(loss_fn, takes):
+    """A third positional parameter without a default, or named rng; evaluation passes None."""
+    seen = []
+
+    @functools.wraps(loss_fn)
+    def recorded(params, batch, *key):
+        seen.append(key)
+        return lm_loss(params, batch), {"ones": batch["mask"]}
+
+    jax.eval_shape(make_eval_step(recorded), lm_params(), lm_batch())
+    assert seen == [(None,) if takes else ()]
+
+
+def test_terms_of_micro_batches_change_no_other_number():
+    optimizer, batch, results = adamw(0.1), lm_batch(), {}
+    for terms in (False, True):
+        step = jax.jit(make_train_step(lm_loss, optimizer, accumulate=4, micro_batch_terms=terms))
+        results[terms] = step(TrainState.create(lm_params(), optimizer), batch)
+    metrics = results[True][1]
+    assert metrics.keys() - results[False][1].keys() == {
+        f"micro_batch_{name}" for name in ("loss", "nll", "tokens", "grad_norm")
+    }
+    jax.tree.map(np.testing.assert_array_equal, results[False][0], results[True][0])
+    jax.tree.map(np.testing.assert_array_equal, results[False][1], {n: metrics[n] for n in results[False][1]})
+    np.testing.assert_array_equal(metrics["micro_batch_tokens"], [1, 9, 0, 128])
+    for i in range(4):
+        part = jax.tree.map(lambda x, i=i: x[i::4], batch)
+        one = make_train_step(lm_loss, optimizer, micro_batch_terms=True)
+        _, expected = one(TrainState.create(lm_params(), optimizer), part)
+        for name in ("loss", "nll", "tokens", "grad_norm"):
+            np.testing.assert_allclose(metrics[f"micro_batch_{name}"][i], expected[name], rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(expected[f"micro_batch_{name}"], expected[name][None], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (
+            jnp.float32(1),
+            r"must return LossSums, .* not an array of shape \(\): return jaxtrain.losses",
+        ),
+        ((sums_of(jnp.float32(1)), jnp.float32(1)), "must return LossSums"),
+        ((jnp.float32(1), {}), "must return LossSums"),
+        ((sums_of(jnp.float32(1)), {"loss": 1.0, "nll": 2.0}), "loss_fn returns loss, nll, which the train step"),
+    ],
+)
+def test_what_a_loss_may_return(result, message):
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(lambda params, batch: result, optimizer)
+    with pytest.raises(ValueError, match=message):
+        step(TrainState.create({"w": jnp.ones(2)}, optimizer), jnp.ones(2))

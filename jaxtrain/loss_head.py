@@ -1,0 +1,252 @@
+"""Arithmetic of the loss head: sums over dense logits, and over chunks of tokens with a hand-written gradient.
+
+Shape suffixes: K chunks, C tokens of a chunk, N tokens, D hidden channels, V vocabulary, W columns of a block.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Terms(NamedTuple):
+    """Static settings of the loss; hashable.
+
+    Attributes:
+      z_loss, label_smoothing, logit_softcap, num_classes, vocab_axis, vocab_block: as for
+        `losses.linear_cross_entropy`, with defaults filled in; vocab_block 0 disables the second pass.
+    """
+
+    z_loss: float
+    label_smoothing: float
+    logit_softcap: float | None
+    num_classes: int
+    vocab_axis: str | None = None
+    vocab_block: int = 0
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Marks all arrays as varying over the mesh axes of `jax.shard_map` that any of them varies over.
+
+    A scan requires the same marks on its carry and its inputs; outside `shard_map` there are none.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    axes = frozenset().union(*varying)
+    return tuple(
+        jax.lax.pcast(array, tuple(axes - has), to="varying") if axes - has else array
+        for array, has in zip(arrays, varying, strict=True)
+    )
+
+
+def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
+    """Returns cap * tanh(logits / cap); None disables the cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def sum_terms(
+    logits: jax.Array, labels: jax.Array, weights: jax.Array, terms: Terms
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Returns the sums of nll, z-loss and smoothing of float32 logits `[..., V]`, and lse `[...]`."""
+    classes, is_class = _classes(logits, terms)
+    if is_class is not None:
+        logits = jnp.where(is_class, logits, -jnp.inf)
+    shift = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    if terms.vocab_axis:
+        shift = jax.lax.pmax(shift, terms.vocab_axis)
+    shifted = logits - shift[..., None]
+
+    def over_classes(x):
+        total = jnp.sum(x, axis=-1)
+        return jax.lax.psum(total, terms.vocab_axis) if terms.vocab_axis else total
+
+    log_sum = jnp.log(over_classes(jnp.exp(shifted)))
+    # Compare and sum fuses into the pass over the logits, and its gradient is no scatter.
+    nll = log_sum - over_classes(jnp.where(classes == labels[..., None], shifted, 0.0))
+    lse = shift + log_sum
+
+    def weighted_sum(x):
+        return jnp.sum(jnp.where(weights == 0, 0.0, weights * x))
+
+    zero = jnp.zeros((), jnp.float32)
+    z_loss = weighted_sum(terms.z_loss * jnp.square(lse)) if terms.z_loss else zero
+    smoothing = zero
+    if terms.label_smoothing:
+        counted = shifted if is_class is None else jnp.where(is_class, shifted, 0.0)
+        cross = log_sum - over_classes(counted) / terms.num_classes
+        smoothing = weighted_sum(terms.label_smoothing * (cross - nll))
+    return (weighted_sum(nll), z_loss, smoothing), lse
+
+
+def _classes(logits: jax.Array, terms: Terms, width: int = 0, start: Any = 0) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the class id of each logit column, and a mask of the real classes (None without padding).
+
+    Args:
+      logits: `[..., V]`, or a block of its columns.
+      terms: settings of the loss.
+      width: columns of the kernel, if the logits are a block.
+      start: first column of the block.
+    """
+    width, parts = width or logits.shape[-1], 1
+    if terms.vocab_axis:
+        start += jax.lax.axis_index(terms.vocab_axis) * width
+        parts = jax.lax.axis_size(terms.vocab_axis)
+    classes = start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return classes, classes < terms.num_classes if width * parts > terms.num_classes else None
+
+
+class Chunks(NamedTuple):
+    """Tokens cut into K chunks: hidden `[K, C, D]`, labels `[K, C]`, weights `[K, C]`."""
+
+    hidden: jax.Array
+    labels: jax.Array
+    weights: jax.Array
+
+
+def cut(hidden: jax.Array, labels: jax.Array, weights: jax.Array, longest: int) -> Chunks:
+    """Cuts tokens into the smallest number of chunks of at most `longest`, padded with tokens of weight 0.
+
+    Chunk i takes tokens i, i + K, ..., so that of sharded tokens each device holds a share of every chunk. All chunks
+    are about equally long: otherwise one token more than a chunk holds would nearly double the work. Lengths are
+    multiples of 128, which suits all hardware, or of 8 where 128 would add much.
+    """
+    num_tokens = math.prod(labels.shape)
+    num_chunks = max(-(-num_tokens // longest), 1)
+    length = max(-(-num_tokens // num_chunks), 1)
+    if num_chunks > 1:
+        multiple = 128 if length >= 512 else 8
+        length = min(-(-length // multiple) * multiple, longest)
+
+    def split(array: jax.Array, width: tuple[int, ...]) -> jax.Array:
+        flat = array.reshape((num_tokens, *width))
+        padding = [(0, num_chunks * length - num_tokens)] + [(0, 0)] * len(width)
+        return jnp.swapaxes(jnp.pad(flat, padding).reshape((length, num_chunks, *width)), 0, 1)
+
+    return Chunks(split(hidden, hidden.shape[-1:]), split(labels, ()), split(weights, ()))
+
+
+def _join(array: jax.Array) -> jax.Array:
+    """Reshapes `[K, C, ...]` to `[N, ...]`, in the original order of the tokens, each on its device."""
+    return jnp.swapaxes(array, 0, 1).reshape(-1, *array.shape[2:])
+
+
+def _chunk_logits(chunk: Chunks, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the chunk's hidden states with masked rows zeroed, and their float32 logits `[C, V]`."""
+    hidden_CD = jnp.where((chunk.weights != 0)[:, None], chunk.hidden, 0)
+    return hidden_CD, jnp.matmul(hidden_CD, kernel, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear_sums(chunks: Chunks, kernel: jax.Array, terms: Terms) -> jax.Array:
+    """Returns the sums of nll, z-loss and smoothing over all chunks, float32 [3].
+
+    One array rather than three: under `jax.vmap` a constant output next to a batched one has no gradient.
+    """
+
+    def body(sums, chunk):
+        _, logits_CV = _chunk_logits(chunk, kernel)
+        more, _ = sum_terms(softcap(logits_CV, terms.logit_softcap), chunk.labels, chunk.weights, terms)
+        return jax.tree.map(jnp.add, sums, more), None
+
+    start, _ = vary_alike(jnp.zeros(3, jnp.float32), kernel)
+    return jnp.stack(jax.lax.scan(body, tuple(start), chunks)[0])
+
+
+def _logit_gradient(
+    raw: jax.Array, lse: jax.Array, chunk: Chunks, scales, terms: Terms, width: int = 0, start: Any = 0
+) -> jax.Array:
+    """Returns the gradient of `scales . (nll, z_loss, smoothing)` by the logits before the soft-cap, `[C, V]`."""
+    nll, z_loss, smoothing = scales
+    capped = softcap(raw, terms.logit_softcap)
+    classes, is_class = _classes(raw, terms, width, start)
+    softmax = jnp.exp(capped - lse[:, None])
+    # With e = label_smoothing the sum is nll * (p - onehot) + smoothing * e * (onehot - 1 / V) + z_loss * 2 c lse * p.
+    at_label = -nll + smoothing * terms.label_smoothing
+    elsewhere = -smoothing * terms.label_smoothing / terms.num_classes
+    on_softmax = nll + z_loss * 2 * terms.z_loss * lse
+    is_label = classes == chunk.labels[:, None]
+    gradient = on_softmax[:, None] * softmax + jnp.where(is_label, at_label + elsewhere, elsewhere)
+    if is_class is not None:
+        gradient = jnp.where(is_class, gradient, 0.0)
+    if terms.logit_softcap is not None:
+        gradient *= 1 - jnp.square(capped / terms.logit_softcap)
+    return gradient * chunk.weights[:, None]
+
+
+def _sums_and_gradients(chunks: Chunks, kernel: jax.Array, terms: Terms, scales):
+    """Returns the sums and the gradients of `scales . sums`: hidden `[K, C, D]`, and kernel `[D, V]`.
+
+    The gradient of the kernel is float32, or has the kernel's dtype if it is formed in blocks.
+    """
+    in_blocks = bool(terms.vocab_block)
+
+    def body(carry, chunk):
+        sums, kernel_gradient_DV = carry
+        hidden_CD, logits_CV = _chunk_logits(chunk, kernel)
+        capped_CV = softcap(logits_CV, terms.logit_softcap)
+        more, lse_C = sum_terms(capped_CV, chunk.labels, chunk.weights, terms)
+        gradient_CV = _logit_gradient(logits_CV, lse_C, chunk, scales, terms).astype(kernel.dtype)
+        hidden_gradient_CD = jnp.matmul(gradient_CV, kernel.T, preferred_element_type=jnp.float32)
+        if not in_blocks:
+            kernel_gradient_DV += jnp.matmul(hidden_CD.T, gradient_CV, preferred_element_type=jnp.float32)
+        sums = jax.tree.map(jnp.add, sums, more)
+        return (sums, kernel_gradient_DV), (hidden_gradient_CD.astype(chunk.hidden.dtype), lse_C if in_blocks else None)
+
+    carry = jnp.zeros((0,) if in_blocks else kernel.shape, jnp.float32)
+    zeros, carry, _ = vary_alike(jnp.zeros(3, jnp.float32), carry, kernel)
+    (sums, kernel_gradient_DV), (hidden_gradient_KCD, lse_KC) = jax.lax.scan(body, (tuple(zeros), carry), chunks)
+    if in_blocks:
+        kernel_gradient_DV = _kernel_gradient(chunks, kernel, lse_KC, terms, scales)
+    return sums, (hidden_gradient_KCD, kernel_gradient_DV)
+
+
+def _kernel_gradient(chunks: Chunks, kernel: jax.Array, lse_KC: jax.Array, terms: Terms, scales) -> jax.Array:
+    """Returns the kernel's gradient `[D, V]` in its dtype, a block of columns at a time, summed in float32."""
+    tokens = Chunks(*map(_join, chunks))
+    hidden_ND = jnp.where((tokens.weights != 0)[:, None], tokens.hidden, 0)
+    num_columns = kernel.shape[1]
+    block = min(terms.vocab_block, num_columns)
+
+    def body(i, gradient_DV):
+        # The last block overlaps the previous one: the same columns twice, with the same result.
+        start = jnp.minimum(i * block, num_columns - block)
+        columns_DW = jax.lax.dynamic_slice_in_dim(kernel, start, block, axis=1)
+        logits_NW = jnp.matmul(hidden_ND, columns_DW, preferred_element_type=jnp.float32)
+        gradient_NW = _logit_gradient(logits_NW, _join(lse_KC), tokens, scales, terms, num_columns, start)
+        block_DW = jnp.matmul(hidden_ND.T, gradient_NW.astype(kernel.dtype), preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(gradient_DV, block_DW.astype(kernel.dtype), start, axis=1)
+
+    return jax.lax.fori_loop(0, -(-num_columns // block), body, jnp.zeros_like(kernel))
+
+
+def _linear_sums_forward(chunks: Chunks, kernel: jax.Array, terms: Terms):
+    # The gradients are those of the total. A caller that weights nll, z-loss and smoothing differently, which only the
+    # cotangents show, gets a second pass; without z-loss and smoothing there is nothing to weight.
+    sums, gradients = _sums_and_gradients(chunks, kernel, terms, scales=(jnp.float32(1),) * 3)
+    inputs = (chunks, kernel) if terms.z_loss or terms.label_smoothing else None
+    return jnp.stack(sums), (gradients, inputs, jnp.zeros((), kernel.dtype))
+
+
+def _linear_sums_backward(terms: Terms, residuals, cotangents):
+    (hidden_gradient, kernel_gradient), inputs, like_kernel = residuals
+    cotangents = tuple(cotangents)
+
+    def scaled():
+        nll = cotangents[0]
+        hidden = (nll * hidden_gradient.astype(jnp.float32)).astype(hidden_gradient.dtype)
+        return hidden, (nll * kernel_gradient.astype(jnp.float32)).astype(kernel_gradient.dtype)
+
+    if inputs is None:
+        hidden_gradient, kernel_gradient = scaled()
+    else:
+        same = (cotangents[0] == cotangents[1]) & (cotangents[0] == cotangents[2])
+        hidden_gradient, kernel_gradient = jax.lax.cond(
+            same, scaled, lambda: _sums_and_gradients(*inputs, terms, scales=cotangents)[1]
+        )
+    if terms.vocab_axis:
+        hidden_gradient = jax.lax.psum(hidden_gradient, terms.vocab_axis)
+    return Chunks(hidden_gradient, None, None), kernel_gradient.astype(like_kernel.dtype)
+
+
+linear_sums.defvjp(_linear_sums_forward, _linear_sums_backward)
