@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain.monitoring.tables import printable
+
 # JSON has no such numbers; any JSON reader reads these strings, and `float` of most languages converts them.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -107,43 +109,48 @@ class JsonLines:
             self._problem = None
         except OSError as error:
             if self._problem is None:
-                print(f"{self._path} cannot be written: {error}; its lines wait until it can", file=sys.stderr)
+                text = f"{self._path} cannot be written: {error}; its lines wait until it can"
+                print(printable(text), file=sys.stderr)
             self._problem = error
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reads a file of `MetricsWriter`: `(step lines, event lines)`.
+    """Reads a file of `JsonLines`.
 
-    A step line has the keys `step` (number of steps done; the first is 1), `attempt` (how many times the run was
-    started, this one included), the metrics of `make_train_step` (`loss`, `nll`, `z_loss`, `grad_norm`, `clip_factor`,
-    `update_norm`, `param_norm`, `learning_rate`, `tokens`, `skipped`), `tokens_seen` (since step 0),
-    `tokens_per_second`, `step_seconds`, and `mfu` (a fraction) where `peak_flops` knows the device; those of every
-    `train.diagnose_every`-th step also have what `layer_diagnostics` returns. They are sorted by `step`; of a step that
-    was run again after a crash only the last attempt is kept, and what a `start` or `resume` from an earlier step has
-    undone is left out. Event lines have `event` and `time`, stay in the order they were written and are all there. Torn
-    lines are left out.
+    Returns:
+      `(step lines, event lines)`. A step line has
+
+      - `step` (1 is the first) and `attempt`, the number of times that the run was started;
+      - the metrics of `make_train_step`, such as `loss`, `nll`, `grad_norm`, `clip_factor`, `learning_rate`, `tokens`
+        and `skipped`; every `train.diagnose_every`-th step also has those of `layer_diagnostics`;
+      - `tokens_seen` since the start, `tokens_per_second` and `step_seconds` since the last logged step, and `mfu`, the
+        FLOP utilization as a fraction, where the peak of the device is known.
+
+      Step lines are sorted. Lines that a `start` or `resume` from an earlier step has replaced are left out. Event
+      lines have `event` and `time`; all of them are returned, in the order of writing. Damaged lines are left out.
 
     Raises:
       ValueError: there is no such file.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no metrics file {path}: give the folder of a run that `jaxtrain train` has started")
+        raise ValueError(f"no metrics file {path}: give a run directory of `jaxtrain train`")
     steps: dict[int, dict[str, Any]] = {}
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = _decode(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if not isinstance(record, dict):
             continue  # the torn end of a line may be JSON by itself, as in `12`
+        has_step = isinstance(record.get("step"), int)
         if "event" in record:
             events.append(record)
-            if record["event"] in ("start", "resume") and "step" in record:  # what came after that is no part of it
+            if record["event"] in ("start", "resume") and has_step:  # it replaces the later steps
                 steps = {step: line for step, line in steps.items() if step <= record["step"]}
-        elif "step" in record:
-            steps[record["step"]] = record  # the file is in order of time: a later line is of a later attempt
+        elif has_step:
+            steps[record["step"]] = record  # lines are in order of time: the last attempt wins
     return [steps[step] for step in sorted(steps)], events
 
 
@@ -156,7 +163,7 @@ def _is_torn(path: Path) -> bool:
 
 
 def encode(value: Any) -> Any:
-    """The value as JSON has it: arrays as numbers, NaN and infinities as strings."""
+    """Converts a value to JSON types: arrays to numbers and lists, NaN and infinities to strings."""
     if isinstance(value, dict):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -164,7 +171,7 @@ def encode(value: Any) -> Any:
     if hasattr(value, "dtype"):
         if value.ndim:
             return [encode(item) for item in np.asarray(value)]
-        # Only the exact kinds go through `item`: of a bfloat16 it returns a NumPy scalar that json refuses.
+        # Only exact kinds use `item`: for bfloat16 it returns a NumPy scalar that json rejects.
         value = value.item() if np.dtype(value.dtype).kind in "biu" else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

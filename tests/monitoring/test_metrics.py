@@ -129,9 +129,23 @@ def test_what_a_restart_from_an_earlier_step_has_undone_is_left_out(tmp_path):
     assert read_metrics(path)[0] == []
 
 
-def test_lines_that_are_no_records_are_left_out(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"12",
+        b'"text"',
+        b"[]",
+        b"",
+        b'{"other": 1}',
+        b"\xff\xfe\x00",
+        b"[" * 200_000,
+        b'{"step": "3"}',
+        b'{"step": [1]}',
+    ],
+)
+def test_damaged_lines_are_left_out(tmp_path, damage):
     path = tmp_path / "m"
-    path.write_bytes(b'{"step": 1}\n12\n"text"\n[]\n\n{"other": 1}\n\xff\xfe\x00\n{"step": 2}\n')
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
     assert read_metrics(path) == ([{"step": 1}, {"step": 2}], [])
 
 
