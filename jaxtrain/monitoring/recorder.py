@@ -71,7 +71,7 @@ class Recorder:
       attempt: number of times that the run was started, this one included.
       evaluated: steps that earlier attempts evaluated.
       skipped_steps: steps skipped so far, those of earlier attempts included.
-      give_up: True if the guard gave up in the last step that was read.
+      give_up: True once the guard has given up.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Recorder:
         step, metrics = self._pending
         self._pending = None
         values, config = {name: value.tolist() for name, value in metrics.unpack().items()}, self._config
-        self.give_up = bool(values.get("give_up", 0))
+        self.give_up |= bool(values.get("give_up", 0))  # a good step after it changes nothing
         if values.get("skipped") == 1:
             self._skipped.add(step)
         sampled = bool(config.diagnose_every) and step % config.diagnose_every == 0

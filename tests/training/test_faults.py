@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from runs import Faults, FaultyBatches, assert_same_bits, change, numbers, state_of, train
 
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import read_fingerprint
 from jaxtrain.data.loader import TrainBatches
 from jaxtrain.data.store import open_store
 from jaxtrain.monitoring.metrics import read_metrics
@@ -115,6 +117,19 @@ def test_a_long_spike_ends_the_run_with_its_state_and_a_report(tiny_config, tmp_
     state = state_of(tmp_path / "run")
     assert int(state.opt_state.accepted) == 8
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("steps", [20, 40])
+def test_a_good_step_after_too_many_bad_ones_saves_nothing(steps, tiny_config, tmp_path):
+    """Eleven bad steps, then a good one, which may be the last of the run."""
+    faults = Faults(spike_step=9, spike_steps=11)
+    outcome = train(faulty_config(tiny_config, steps=steps), tmp_path / "run", faults=faults)
+    assert outcome == {"step": 20, "reason": GAVE_UP, "skipped_steps": 11}
+    lines, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["skipped"]] == list(range(9, 20))
+    assert (events[-1]["reason"], events[-1]["skipped_steps"]) == (GAVE_UP, 11)
+    saved, _ = read_fingerprint(CheckpointFolder(tmp_path / "run" / "checkpoints"))
+    assert saved["skipped_steps"] == 11
 
 
 def test_the_faults_reach_the_right_rows(tiny_config):
