@@ -32,7 +32,7 @@ def describe_schedule(config: Config) -> str:
 
 def check_optimizer(config: Config) -> None:
     """Raises a ValueError if `optim.name` is not in the table, or if the optimizer rejects its settings."""
-    name = getattr(config.optim, "name", "adamw")
+    name = config.optim.name
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "add an entry to jaxtrain.optim.OPTIMIZERS in the config file"
@@ -46,7 +46,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     check_optimizer(config)
     optim, guard = config.optim, config.guard
     return skip_bad_steps(
-        OPTIMIZERS[getattr(optim, "name", "adamw")].make(optim, make_schedule(config), _make_clip(config)),
+        OPTIMIZERS[optim.name].make(optim, make_schedule(config), _make_clip(config)),
         window=guard.window,
         sigmas=guard.sigmas,
         clip_norm=None if optim.clipping == "adaptive" else optim.clip_norm,  # a ratio if adaptive

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import optax
 from jaxtrain.checkpoints import restore
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.save import Saver
-from jaxtrain.config import Config, MeshConfig, ModelConfig, SavedModel, parse_ranges
+from jaxtrain.config import Config, MeshConfig, ModelConfig, SavedModel, parse_ranges, to_dict
 from jaxtrain.data.loader import Batches, TrainBatches, global_batch
 from jaxtrain.data.store import TokenStore, open_store
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -22,7 +21,7 @@ from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
 from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.optim import decay_mask
-from jaxtrain.runtime.config_files import differences, load, to_json
+from jaxtrain.runtime.config_files import differences, load
 from jaxtrain.runtime.files import sha256_file, write_bytes
 from jaxtrain.runtime.mesh import by_rows, check_batch, make_mesh
 from jaxtrain.step import TrainState
@@ -229,7 +228,7 @@ def fingerprint(run: Run, state: TrainState | None = None) -> dict[str, Any]:
     """
     mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.program.abstract_state.params))
     values = {
-        "config": json.loads(to_json(run.config)),
+        "config": to_dict(run.config),
         "data": run.store.fingerprint if run.store is not None else None,
         "tokenizer": tokenizer_hash(run),
         "decay_mask": [jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays],

@@ -1,7 +1,6 @@
 """Start of a run: its data, then its state, which is resumed, warm-started or fresh."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,11 @@ from jaxtrain.checkpoints import warm_start as weights
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore
 from jaxtrain.checkpoints.save import Saver
-from jaxtrain.config import Config
+from jaxtrain.config import Config, to_dict
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import TokenStore
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.runtime import processes
-from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.stop import Stop
 from jaxtrain.step import TrainState
 from jaxtrain.training.folder import (
@@ -69,7 +67,7 @@ def prepare_data(
     """
     processes.agree(
         "the run",
-        json.loads(to_json(config)) | {"jax": jax.__version__, "jaxtrain": __version__, "allow_change": allow_change},
+        to_dict(config) | {"jax": jax.__version__, "jaxtrain": __version__, "allow_change": allow_change},
         remedy="start them with the same command and the same versions",
     )
 

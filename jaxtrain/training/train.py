@@ -24,6 +24,7 @@ from jaxtrain.runtime.chips import peak_flops
 from jaxtrain.runtime.files import write_text
 from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.step import TrainState
+from jaxtrain.training.components import check_optimizer
 from jaxtrain.training.double_check import ReplayChecked, ReplayMismatch
 from jaxtrain.training.evaluate import compressor_bits_per_byte, evaluate_split, split_text
 from jaxtrain.training.folder import absolute_paths, rollback_config, write_config
@@ -105,6 +106,7 @@ def _open_session(
     config: Config, folder: Path, stack: contextlib.ExitStack, rewind: int | None, allow_change: bool, hooks: Hooks
 ) -> Session:
     """Opens the data and the records of a run; `stack` closes them."""
+    check_optimizer(config)
     with rollback_config(folder) if processes.is_lead() else contextlib.nullcontext():
         store, changes = prepare_data(config, folder, stack, rewind=rewind, allow_change=allow_change)
         run = assemble(config, folder, store, hooks)

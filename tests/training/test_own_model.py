@@ -110,8 +110,13 @@ def write_config(folder, store, text):
 @pytest.fixture(autouse=True)
 def default_promotion():
     """Flax and optax are not written for the strict modes of the tests."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+    modes = {"jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
+    strict = {name: getattr(jax.config, name) for name in modes}
+    for name, value in modes.items():
+        jax.config.update(name, value)  # for all threads: the step is compiled on one of its own
+    yield
+    for name, value in strict.items():
+        jax.config.update(name, value)
 
 
 def jaxtrain(*arguments):

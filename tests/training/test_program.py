@@ -117,17 +117,21 @@ def assert_same_run(actual, expected):
             assert relative(leaf, reference) < 1e-5, path
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("style", "sizes", "accumulate"),
-    [("llama", sizes, 1) for sizes in MESHES]
-    + [("gpt2", sizes, 2) for sizes in MESHES]
-    + [("llama", (2, 2, 2), 2), ("gpt2", (1, 4, 2), 1)],
+    [("llama", (2, 2, 2), 2), ("gpt2", (1, 4, 2), 1)]
+    + [slow("llama", sizes, 1) for sizes in MESHES]
+    + [slow("gpt2", sizes, 2) for sizes in MESHES],
 )
 def test_twenty_steps_are_the_same_on_every_mesh(style, sizes, accumulate):
     assert_same_run(trained(style, sizes, accumulate), trained(style, ONE))
 
 
-@pytest.mark.parametrize(("style", "accumulate"), [("llama", 2), ("gpt2", 1)])
+@pytest.mark.parametrize(("style", "accumulate"), [("llama", 2), slow("gpt2", 1)])
 def test_twenty_steps_are_the_same_under_pmap(style, accumulate):
     config = make_config(style, vocab_size=VOCAB)
     loss_fn = make_loss_fn(
@@ -151,7 +155,7 @@ def test_the_twenty_steps_clip_some_gradients_and_not_others():
     assert max(factors) == 1
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), *map(slow, MESHES[:3])], ids=str)
 def test_evaluation_gives_the_same_sums_on_every_mesh(sizes):
     params = trained("llama", ONE)[0]
 
@@ -276,15 +280,16 @@ def first_gradient(sizes, precision="float32", remat="none"):
     return float(metrics["loss"]), jax.tree.map(lambda leaf: np.asarray(leaf) / scale, moments(state)[0])
 
 
-@pytest.mark.parametrize("remat", ["none", "minimal", "full", "offload"])
+@pytest.mark.parametrize("remat", ["minimal", *map(slow, ["none", "full", "offload"])])
 def test_what_is_computed_again_changes_nothing(remat):
-    """On one device test_models.py compares it."""
+    """tests/models compares them on one device."""
     loss, gradient = first_gradient((1, 8, 1), remat=remat)
     expected_loss, expected = first_gradient(ONE)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     assert relative(gradient, expected) < 2e-6
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_lose_little_by_being_reduced_as_such():
     """fsdp adds bfloat16 gradients where data adds float32 ones: less than a rounding apart (0.0016 of 0.0039).
 
