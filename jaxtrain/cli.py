@@ -312,6 +312,7 @@ class GenerateOptions(RunOptions):
     top_p: Annotated[float, Bounds("in (0, 1]", 0, 1, includes_high=True)] = 1.0
     seed: NotNegative[int] = 0  # of the random numbers
     step: NotNegative[int] | None = None  # checkpoint; none takes the newest
+    past_end: bool = False  # continues after the end-of-text token
 
 
 def _generate(options: GenerateOptions) -> int:
@@ -325,7 +326,15 @@ def _generate(options: GenerateOptions) -> int:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     with compile_cache(), session(report_error):
         run, params, _ = _trained(options, data=False)
-        text = continue_text(run, params, options.prompt, options.num_tokens, seed=options.seed, sampling=sampling)
+        text = continue_text(
+            run,
+            params,
+            options.prompt,
+            options.num_tokens,
+            seed=options.seed,
+            sampling=sampling,
+            stop=not options.past_end,
+        )
     if is_lead():
         print(options.prompt + text)
     return 0

@@ -24,7 +24,7 @@ from jaxtrain.checkpoints.leaves import NotFinite, describe, not_finite
 from jaxtrain.checkpoints.manifest import FINGERPRINT, hash_files, list_files, seal, share_of
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.files import sync_folder, write_json
-from jaxtrain.runtime.stop import leave_behind
+from jaxtrain.runtime.stop import abandon
 from jaxtrain.step import TrainState
 
 # Stages of a save, in order: a crash at each leaves something else on the disk.
@@ -189,7 +189,7 @@ class Saver:
                 text = f"waiting for the checkpoint of step {self._step} to be written, for {now - begin:.0f} s so far"
                 self._folder.report("save_slow", text, step=self._step, seconds=now - begin)
             if now - self._progress_at >= self._limit:
-                leave_behind(self._thread)
+                abandon(self._thread)
                 raise TimeoutError(
                     f"the checkpoint of step {self._step} has made no progress for {self._limit:g} s: check that "
                     f"{self._folder.path} can be written to, or give more time with JAXTRAIN_TIMEOUT"

@@ -96,7 +96,7 @@ class Stop:
         while thread.is_alive():
             thread.join(_POLL_SECONDS)
             if self.asked() and thread.is_alive():
-                leave_behind(thread)
+                abandon(thread)
                 raise Stopped
         result, error = outcome[0]
         if error is not None:
@@ -104,7 +104,7 @@ class Stop:
         return result
 
 
-def leave_behind(thread: threading.Thread) -> None:
+def abandon(thread: threading.Thread) -> None:
     """Records a thread that nobody waits for any more and that may be in any state."""
     _abandoned.append(thread)
 

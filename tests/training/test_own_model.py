@@ -145,6 +145,13 @@ def test_a_model_of_the_users_own_is_trained_and_resumed_bit_for_bit(text, store
     jaxtrain("eval", tmp_path / "whole", "--config", file, "--json")
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
     np.testing.assert_allclose(measured["nll"], [e for e in events if e["event"] == "eval"][-1]["nll"], rtol=1e-6)
+    jaxtrain("replay", tmp_path / "whole", "--config", file, "--step", "6", "--json")
+    replayed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert replayed["reproduces"] is True
+    assert [len(replayed[part]) for part in ("micro_batches", "rows")] == [2, 8]
+    assert replayed["layers"]
+    assert main(["generate", str(tmp_path / "whole"), "--config", file]) == 2
+    assert "generates no text without decode and max_seq_len" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "whole")]) == 2
     assert "--config" in capsys.readouterr().err
 
