@@ -1,4 +1,4 @@
-"""The train step: a pure function around which everything else is arranged.
+"""Train step: a pure function of state and batch.
 
 Order within a step: sum the gradients of the summed loss over micro-batches and devices, divide by the global weight
 (and the loss scale), run the optimizer chain (guard, clip, Adam, decay, learning rate), add the updates. Jit the step

@@ -1,6 +1,9 @@
 """Bad steps: what is skipped, that a skip changes not a bit, and when the guard gives up."""
 
+import dataclasses
 import functools
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from jaxtrain.guard import (
     GuardState,
     skip_bad_steps,
 )
+from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.optim import clipped_adamw
 from jaxtrain.schedules import warmup_cosine
 
@@ -323,3 +327,17 @@ def test_it_composes_with_optax(wrap):
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         skip_bad_steps(optax.sgd(0.1), **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quickstart_skips_no_step(seed, tmp_path):
+    """A healthy run says nothing: its norms stay below ten times the clip threshold."""
+    from jaxtrain.training.train import train  # takes seconds to import
+
+    config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "quickstart.py"))["config"]()
+    train_config = dataclasses.replace(config.train, log_every=1, eval_every=None, sample_tokens=None, stop_after=450)
+    train(dataclasses.replace(config, seed=seed, train=train_config), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    assert len(lines) == 450
+    assert [line["step"] for line in lines if line["skipped"]] == []

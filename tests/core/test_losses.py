@@ -171,13 +171,13 @@ def test_uniform_logits_cost_log_vocab():
     np.testing.assert_allclose(sums.mean(), np.log(50304), rtol=1e-6)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -1e4, 1e6, 1e8])
+@pytest.mark.parametrize("value", [1.0, -1e4, 1e8])
 def test_two_equal_logits_cost_log_two(value):
     sums = cross_entropy(jnp.full((1, 2), value), jnp.array([1]))
     np.testing.assert_allclose(sums.nll, np.log(2), rtol=1e-6)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4, 1e6, -1e6])
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e6])
 def test_shift_invariance(offset):
     """A loss that is off by less than its own rounding, whatever is added to all logits."""
     logits = jnp.array([[2.0, -1.0, 0.5]]) + offset  # all representable in float32
@@ -350,7 +350,7 @@ def test_loss_sums(example):
     assert all(leaf.dtype == jnp.float32 and leaf.shape == () for leaf in jax.tree.leaves(whole))
 
 
-@pytest.mark.parametrize("scale", [5, 40, 640])
+@pytest.mark.parametrize("scale", [5, 640])
 def test_bfloat16_operands(scale):
     """marin#8217: the backward pass sees the float32 logits, not their bfloat16 rounding.
 
@@ -378,7 +378,7 @@ def test_bfloat16_operands(scale):
     assert not np.allclose(rounded, expected, rtol=1.5 * 2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [5, 40, 640])
+@pytest.mark.parametrize("scale", [5, 640])
 def test_bfloat16_gradients_of_a_dense_problem(scale):
     """The error of both gradients, relative to their norm, is below one bfloat16 rounding."""
     rng = np.random.default_rng(1)
@@ -598,7 +598,7 @@ def test_a_label_among_the_padding_is_wrong(example):
     assert np.isnan(linear_cross_entropy(hidden, kernel, labels, where=weights, num_classes=VOCAB - 1).nll)
 
 
-@pytest.mark.parametrize("vocab_block", [1, 4, VOCAB - 1, VOCAB, 100])
+@pytest.mark.parametrize("vocab_block", [1, VOCAB - 1, 100])
 @pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (2.0, -3.0, 0.5)], ids=str)
 def test_a_second_pass_over_blocks_of_the_vocabulary(example, vocab_block, scales):
     """The same gradient, whether the blocks divide the columns or not, also with unequal cotangents."""
@@ -613,20 +613,19 @@ def test_a_second_pass_over_blocks_of_the_vocabulary(example, vocab_block, scale
     assert_close(actual[2], hidden.T @ on_logits)
 
 
-def test_large_heads_take_the_second_pass_by_themselves(monkeypatch):
-    """A head whose float32 gradient is above the limit is multiplied with once more, a block at a time."""
-    arguments = big_problem()
-    monkeypatch.setattr(losses, "_DEFAULT_BLOCK", 256)
+def test_large_heads_take_the_second_pass_by_themselves():
+    """A head whose float32 gradient is above the limit has one more product, a block of the vocabulary at a time."""
 
-    def num_products(limit):
-        monkeypatch.setattr(losses, "CARRY_LIMIT", limit)
-        function = jax.grad(lambda h, k, labels: linear_cross_entropy(h, k, labels, chunk_size=64).nll, (0, 1))
-        sizes, text = tensor_sizes(function, *arguments)
-        return text.count("dot_general"), 4096 * 256 in sizes
+    def num_products(columns, dtype=jnp.float32):
+        shapes = [((128, 16), dtype), ((16, columns), dtype), ((128,), jnp.int32)]
+        function = jax.grad(lambda h, k, labels: linear_cross_entropy(h, k, labels).nll, (0, 1))
+        jaxpr = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+        return str(jaxpr).count("dot_general[")
 
-    size = 4 * arguments[1].size
-    assert num_products(size) == (3, False)
-    assert num_products(size - 1) == (4, True)
+    limit = losses.CARRY_LIMIT // (4 * 16)
+    assert num_products(limit) == 3
+    assert num_products(limit + 1) == 4
+    assert num_products(limit + 1, jnp.float16) == 3  # whose sums over all tokens would overflow
 
 
 @pytest.mark.parametrize("vocab_block", [0, 2])

@@ -415,6 +415,77 @@ def test_a_wrong_stack_names_both_leaves():
         decay_mask({"layers": {"first": jnp.zeros((2, 3)), "second": jnp.zeros(())}}, stacked=("layers",))
 
 
+# Shapes of parameter trees as public projects name and stack them, and the leaves that do not decay.
+PROJECTS = {
+    "nanoGPT in Linen": (
+        {"wte": {"embedding": (9, 4)}, "h_0": {"ln_1": {"scale": (4,), "bias": (4,)}, "c_fc": {"kernel": (4, 8)}}},
+        ["h_0/ln_1/bias", "h_0/ln_1/scale"],
+    ),
+    "GPT-2 checkpoints, stacked under h": (
+        {"h": {"ln_1": {"g": (3, 4), "b": (3, 4)}, "c_fc": {"w": (3, 4, 8), "b": (3, 8)}}, "wpe": (6, 4)},
+        ["h/c_fc/b", "h/ln_1/b", "h/ln_1/g"],
+    ),
+    "MaxText, scan axis 1": (
+        {
+            "decoder": {
+                "layers": {
+                    "mlp": {"wi_0": {"kernel": (4, 3, 8)}},
+                    "pre_self_attention_layer_norm": {"scale": (4, 3)},
+                    "self_attention": {"query": {"kernel": (4, 3, 2, 2)}, "per_layer": (5, 3)},
+                },
+                "decoder_norm": {"scale": (4,)},
+            },
+        },
+        ["decoder/decoder_norm/scale", "decoder/layers/pre_self_attention_layer_norm/scale",
+         "decoder/layers/self_attention/per_layer"],
+    ),
+    "big_vision ViT": (
+        {
+            "cls": (1, 1, 4), "pos_embedding": (1, 9, 4), "embedding": {"kernel": (2, 2, 3, 4), "bias": (4,)},
+            "Transformer": {"encoderblock": {"LayerNorm_0": {"scale": (3, 4)}, "MlpBlock_0": {"kernel": (3, 4, 8)}}},
+        },
+        ["Transformer/encoderblock/LayerNorm_0/scale", "cls", "embedding/bias"],
+    ),
+    "Hugging Face LLaMA in Flax": (
+        {"model": {"layers": {"0": {"input_layernorm": {"weight": (4,)}, "mlp": {"up_proj": {"kernel": (4, 4)}}}}}},
+        ["model/layers/0/input_layernorm/weight"],
+    ),
+    "torch names in one dict": (
+        {"layers.0.attention_norm.weight": (4,), "layers.0.wq.weight": (4, 4), "layers.0.q_norm.weight": (2, 2)},
+        ["layers.0.attention_norm.weight", "layers.0.q_norm.weight"],
+    ),
+    "NFNet in Haiku": (
+        {"nf_res_block/~/conv0": {"w": (3, 3, 4, 4), "gain": (1, 1, 1, 4), "bias": (4,)}},
+        ["nf_res_block/~/conv0/bias", "nf_res_block/~/conv0/gain"],
+    ),
+    "BatchNorm in Haiku": (
+        {"resnet/~/batchnorm": {"scale": (1, 1, 1, 4), "offset": (1, 1, 1, 4)}, "resnet/~/conv": {"w": (3, 3, 1, 4)}},
+        ["resnet/~/batchnorm/offset", "resnet/~/batchnorm/scale"],
+    ),
+    "ConvNeXt and CaiT layer scale": (
+        {"stage": {"gamma": (1, 4), "layer_scale": (1, 1, 4), "pwconv": {"kernel": (4, 8)}}, "mask_token": (1, 1, 4)},
+        ["mask_token", "stage/gamma", "stage/layer_scale"],
+    ),
+    "weight normalization": ({"linear": {"v": (4, 8), "g": (4, 1)}}, ["linear/g"]),
+    "LoRA": ({"q": {"a": (8, 2), "b": (2, 8)}, "scale": ()}, ["scale"]),
+    "nn.scan of blocks": (
+        {"blocks": {"norm": {"scale": (3, 4)}, "skip": (3, 4), "attention": {"qkv": {"kernel": (3, 4, 6)}}}},
+        ["blocks/norm/scale", "blocks/skip"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_conventions_of_public_projects(project):
+    shapes, expected = PROJECTS[project]
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+    undecayed = [jax.tree_util.keystr(path, simple=True, separator="/") for path, flag in mask if not flag]
+    assert sorted(undecayed) == sorted(expected)
+
+
 UNPROVEN = {
     "matrices": {"blocks": {"wq": (8, 8), "wk": (8, 8)}},
     "a bias per head": {"layers": {"w": (8, 8, 4), "bias": (8, 4), "v": (8, 8)}},
