@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxtrain.config import Config, ModelConfig
+from jaxtrain.config import Config, ModelConfig, SavedModel
 from jaxtrain.models.kernels import cudnn
 from jaxtrain.models.kernels.attention import check_kernel, choose_kernel
 from jaxtrain.models.masters import cast_per_layer
@@ -96,10 +96,7 @@ def make_program(
     shapes = jax.eval_shape(init)
     specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, axes_of(model, shapes.params))
     shardings = state_shardings(shapes, specs, mesh)
-    if isinstance(model, TransformerModel):
-        losses = _sharded_losses(config, model, mesh, specs)
-    else:
-        losses = _global_losses(config, model, shapes.params, shardings.params)
+    losses = _losses_of(config, model, mesh, shapes.params, specs)
     step = make_train_step(
         wrap_loss(losses.train) if wrap_loss else losses.train,
         optimizer,
@@ -111,11 +108,6 @@ def make_program(
         diagnose=diagnose or components.make_diagnose(config),
         micro_batch_terms=micro_batch_terms,
     )
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, PackedMetrics]:
-        state, metrics = step(state, batch)
-        return state, pack(metrics)
-
     everywhere = replicated(mesh)
     return Program(
         model=model,
@@ -124,9 +116,17 @@ def make_program(
         abstract_state=jax.tree.map(_abstract, shapes, shardings),
         abstract_batch=_abstract_batch(config, mesh),
         init_state=jax.jit(init, out_shardings=shardings),
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        train_step=jax.jit(_packed(step), donate_argnums=0, out_shardings=(shardings, everywhere)),
         eval_step=jax.jit(make_eval_step(losses.evaluate, policy=policy), out_shardings=everywhere),
     )
+
+
+def _packed(step: Callable) -> Callable[[TrainState, Batch], tuple[TrainState, PackedMetrics]]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, PackedMetrics]:
+        state, metrics = step(state, batch)
+        return state, pack(metrics)
+
+    return train_step
 
 
 def state_shardings(state: TrainState, specs: Any, mesh: Mesh) -> TrainState:
@@ -169,6 +169,12 @@ class _Losses(NamedTuple):
     cast_per_layer: bool = False  # each layer casts the float32 masters where it gathers them
 
 
+def _losses_of(config: Config, model: Model, mesh: Mesh, params: Any, specs: Any) -> _Losses:
+    if isinstance(model, TransformerModel):
+        return _sharded_losses(config, model, mesh, specs)
+    return _global_losses(config, model, mesh, params, specs)
+
+
 def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, specs: Any) -> _Losses:
     """Losses of the built-in transformer: each device computes on its shards, in `jax.shard_map` if there are several.
 
@@ -189,21 +195,21 @@ def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, specs: 
     return _Losses(train.loss, map_loss(local.loss, mesh, specs), map_per_device, per_layer)
 
 
-def _global_losses(config: Config, model: Model, params: Any, shardings: Any) -> _Losses:
+def _global_losses(config: Config, model: Model, mesh: Mesh, params: Any, specs: Any) -> _Losses:
     """Losses of a user's model: written for whole arrays, sharded by XLA.
 
     Raises:
       ValueError: a setting that only the built-in transformer heeds, or a parameter that its axes do not divide.
     """
-    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
-    for (path, leaf), sharding in leaves:
+    leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs), strict=True)
+    for (path, leaf), spec in leaves:
         try:
-            sharding.shard_shape(leaf.shape)
+            NamedSharding(mesh, spec).shard_shape(leaf.shape)
         except ValueError:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"{type(model).__name__}.axes shards {where} {leaf.shape} as {sharding.spec} over a mesh of "
-                f"{dict(sharding.mesh.shape)}, which does not divide it: change the axes or the mesh"
+                f"{type(model).__name__}.axes shards {where} {leaf.shape} as {spec} over a mesh of "
+                f"{dict(mesh.shape)}, which does not divide it: change the axes or the mesh"
             ) from None
     ignored = ("z_loss", "label_smoothing", "loss_chunk")
     if changed := [name for name in ignored if getattr(config.train, name)]:
@@ -219,6 +225,8 @@ def _model(config: Config, mesh: Mesh, vocab_size: int) -> Model:
         model = TransformerModel(_resolve(config, mesh, vocab_size))
         check_parts(model.config, mesh)
         return model
+    if isinstance(config.model, SavedModel):
+        raise ValueError(f"the model {config.model.custom} is defined in a config file: give that file as CONFIG.py")
     size = getattr(config.model, "vocab_size", vocab_size)
     if size < vocab_size:
         raise ValueError(

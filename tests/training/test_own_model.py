@@ -154,6 +154,21 @@ def test_a_model_of_the_users_own_is_trained_and_resumed_bit_for_bit(text, store
     assert "generates no text without decode and max_seq_len" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "whole")]) == 2
     assert "--config" in capsys.readouterr().err
+    assert main(["train", str(tmp_path / "whole" / "config.json"), "--run-dir", str(tmp_path / "other")]) == 2
+    assert "CONFIG.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.z-loss", "1e-4"], "train.z_loss has no effect on Tiny, which computes its own loss: leave it out"),
+        (["--mesh.data", "1", "--mesh.tensor", "3", "--train.batch-size", "6"], "Tiny.axes shards Dense_1/kernel"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_errors(flags, message, store, tmp_path, capsys):
+    file = write_config(tmp_path, store, LINEN)
+    assert main(["train", file, "--run-dir", str(tmp_path / "run"), *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 TABLES = """
