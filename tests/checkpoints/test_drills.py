@@ -1,6 +1,7 @@
-"""Drills: a run that is killed, stopped or starved at any moment goes on as if nothing had been.
+"""Drills: a run that is killed, stopped or out of disk space at any moment resumes as if nothing had happened.
 
-Real processes and real signals. A driver ends the process, or sends it a signal, at a named moment.
+The slow drills are real processes and real signals: a driver kills the process, or sends it a signal, at a named
+moment. Each has a quick sibling: a crash at each stage of a save in test_save.py, a signal during a save here.
 """
 
 import dataclasses
@@ -39,8 +40,6 @@ DRIVER = """
 import functools, os, signal, sys, threading, time
 from pathlib import Path
 
-import jaxtrain.training.evaluate
-import jaxtrain.training.run
 import jaxtrain.training.train
 from jaxtrain.checkpoints.save import Saver
 from jaxtrain.cli import main
@@ -80,24 +79,19 @@ def terminate_twice_at(stage):
         time.sleep(1000)
 
 
-def stuck(*arguments, **fields):
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(1000)
+def stuck(frame, event, argument):
+    # A profile of the threads: a call of the function named `where` never returns.
+    if event == "call" and frame.f_code.co_name == where and "jaxtrain" in frame.f_code.co_filename:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1000)
 
 
 stages = {"kill": kill_at, "terminate": terminate_at, "terminate twice": terminate_twice_at}
 if what in stages:
     hooks = Hooks(make_saver=functools.partial(Saver, on_stage=stages[what]))
     jaxtrain.training.train.train.__kwdefaults__["hooks"] = hooks
-elif where == "compile":
-    jaxtrain.training.run.global_batch = stuck  # of the first batch, whose shapes the compiler is told
-elif where == "evaluate":
-    batch = jaxtrain.training.evaluate.global_batch
-    jaxtrain.training.evaluate.global_batch = lambda batches, i, sharding: stuck() if i else batch(batches, i, sharding)
-elif where == "restore":
-    jaxtrain.training.train.restore = stuck
-elif where == "sample":
-    jaxtrain.training.train.continue_text = stuck
+elif what == "stuck":
+    threading.setprofile(stuck)
 sys.exit(main(arguments))
 """
 
@@ -182,7 +176,7 @@ class Command:
 
 @pytest.mark.slow
 def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
-    """R-C4: each attempt is killed at its second save; what counts is whole, and litter goes at the next start."""
+    """Each attempt is killed at its second save; what counts is whole, and litter goes at the next start."""
     command = Command(config, tmp_path)
     checkpoints = CheckpointFolder(command.run_dir / "checkpoints")
     newest = 0
@@ -207,7 +201,7 @@ def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_at_any_moment(config, whole, tmp_path):
-    """R-C9: before the first step, in an evaluation, in a save, in the last evaluation, in the sample; and twice."""
+    """Before the first step, in an evaluation, in a save, in the last evaluation, in the sample; and twice."""
     command = Command(config, tmp_path)
     checkpoints = CheckpointFolder(command.run_dir / "checkpoints")
 
@@ -220,9 +214,9 @@ def test_sigterm_at_any_moment(config, whole, tmp_path):
         assert (last["event"], last["reason"], last["step"]) == ("stop", "SIGTERM", step)
         assert (checkpoints.latest_step() or 0) == step
 
-    stopped_at("stuck", "compile", 0)
+    stopped_at("stuck", "global_batch", 0)  # the first batch, whose shapes the compiler needs
     assert numbers(command.run_dir) == []
-    stopped_at("stuck", "evaluate", 7)  # the last step that was done, though no step to save
+    stopped_at("stuck", "evaluate_split", 7)  # the last step that was done, though no step to save
     assert evaluations(command.run_dir) == {}  # no result of a part of the split
     stopped_at("stuck", "restore", 7)
     code, errors = command("terminate", "unsealed")  # in the save of step 8
@@ -231,8 +225,8 @@ def test_sigterm_at_any_moment(config, whole, tmp_path):
     assert stopped == checkpoints.latest_step() >= 8
     assert command("terminate twice", "unsealed")[0] == -signal.SIGTERM
     assert checkpoints.latest_step() == stopped
-    stopped_at("stuck", "sample", 20)
-    stopped_at("stuck", "evaluate", 20)
+    stopped_at("stuck", "continue_text", 20)
+    stopped_at("stuck", "evaluate_split", 20)
     code, errors = command()
     assert code == 0, errors
     assert_undisturbed(command.run_dir, whole)
@@ -257,7 +251,7 @@ def test_sigterm_during_a_save_lets_it_end(config, whole, tmp_path):
 
 
 def test_a_damaged_checkpoint_costs_one_interval(config, whole, tmp_path, capsys):
-    """R-C5: said loudly and recorded; the step is saved again."""
+    """Reported and recorded; the step is saved again."""
     command = Command(with_fields(config, "train", stop_after=9), tmp_path)
     train(with_fields(config, "train", stop_after=9), command.run_dir)
     file = max((command.run_dir / "checkpoints" / "9" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -355,7 +349,7 @@ def test_two_runs_in_one_folder_are_refused(config, tmp_path, capsys):
 
 
 def test_a_rewind_undoes_later_steps(config, whole, tmp_path):
-    """R-C15: what was set aside is out of the record too, and its steps are saved again."""
+    """What was set aside is out of the record too, and its steps are saved again."""
     run_dir = tmp_path / "run"
     config = with_fields(config, "checkpoint", keep=9)
     train(with_fields(config, "train", stop_after=11), run_dir)
@@ -373,7 +367,7 @@ def test_a_rewind_undoes_later_steps(config, whole, tmp_path):
 
 
 def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
-    """R-C14."""
+    """A fresh optimizer, and the data from their beginning."""
     source = f"{whole}/checkpoints/18"
     begun = with_fields(with_fields(config, "train", init_from=source, stop_after=1), "optim", peak_lr=2e-3)
     train(begun, tmp_path / "run")
@@ -407,7 +401,7 @@ def _state(run_dir):
 
 
 def test_init_from_refuses_what_it_cannot_take(config, whole, corpus, tmp_path):
-    """R-C14: and a new run's folder is not made for it."""
+    """And a new run's folder is not made for it."""
     from jaxtrain.data.prepare.prepare import prepare
 
     pytest.importorskip("tokenizers")
@@ -431,7 +425,7 @@ def test_init_from_refuses_what_it_cannot_take(config, whole, corpus, tmp_path):
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_times(config, tmp_path):
-    """R-C4: in the loop, in a save, at the start, wherever it hits; the figures are printed."""
+    """In the loop, in a save, at the start, wherever it hits; the figures are printed."""
     every, kills = 5, 32
     config = with_fields(with_fields(config, "train", steps=300, eval_every=50), "checkpoint", every=every)
     train(config, tmp_path / "whole")

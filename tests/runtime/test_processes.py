@@ -149,7 +149,9 @@ def test_two_processes_are_one_run_with_one_record(config, whole, tmp_path):
     assert "step 8/8" in outputs[0]
     assert not re.search("step|jaxtrain|decay|validation", outputs[1])  # gloo's own lines are there
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "report.html", "report.png", "sample.txt"}
+    assert names == {
+        *("config.json", "metrics.jsonl", "checkpoints", "report.html", "report.png", "sample.txt", "tokenizer.json")
+    }
     assert (tmp_path / "run" / "sample.txt").read_text().startswith("1 +")
     codes, outputs, errors = Processes(*[["-m", "jaxtrain.cli", "eval", tmp_path / "run", "--json"]] * 2).wait()
     assert codes == [0, 0], errors
@@ -157,6 +159,9 @@ def test_two_processes_are_one_run_with_one_record(config, whole, tmp_path):
     assert json.loads(measured)["nll"] == events[-1]["evaluation"]["nll"]
     saved = tmp_path / "run" / "checkpoints" / "8" / "params"
     assert {path.name for path in saved.iterdir()} >= {"ocdbt.process_0", "ocdbt.process_1"}
+    hashed = [event["bytes_hashed"] for event in events if event["event"] == "saved"]
+    assert hashed
+    assert all(len(each) == 2 and min(each) > 0 for each in hashed)
 
 
 @pytest.mark.slow
