@@ -1,15 +1,22 @@
 """Stopping: a first signal is a request, a later one is not; work that takes long is abandoned, and nothing else is."""
 
+import contextlib
+import dataclasses
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 
 import pytest
 
+from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime import stop
+from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.stop import Stop, Stopped
 
 
@@ -124,3 +131,30 @@ def test_leaving_flushes_and_waits_for_nobody():
 
 def test_leaving_a_terminal_that_is_gone():
     assert python("os.close(1)\nprint('lost', end='')\nstop.leave(129)")[0] == 129
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_saves_the_run(tiny_config, tmp_path):
+    """As a lost SSH session: SIGHUP, and every write to the terminal fails."""
+    config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, steps=100_000))
+    (tmp_path / "config.json").write_text(to_json(config))
+    command = [sys.executable, "-m", "jaxtrain.cli", "train", tmp_path / "config.json", "--run-dir", tmp_path / "run"]
+    master, slave = pty.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take_terminal)
+    os.close(slave)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and '"loss"' in metrics.read_text()) and time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            os.set_blocking(master, False)
+            os.read(master, 65536)
+        time.sleep(0.05)
+    os.close(master)
+    assert process.wait(timeout=240) == 128 + signal.SIGHUP
+    steps, events = read_metrics(metrics)
+    assert (events[-1]["event"], events[-1]["reason"]) == ("stop", "SIGHUP")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(steps[-1]["step"])]
