@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from jaxtrain.config import (
     GuardConfig,
     ModelConfig,
     OptimConfig,
+    SavedModel,
     TrainConfig,
     gpt2,
     llama,
 )
 from jaxtrain.runtime.config_files import differences, from_json, load, to_json
+from jaxtrain.runtime.flags import parse_config
 
 DATA = DataConfig(sources=("python-stdlib",))
 CONFIG = Config(data=DATA, model=gpt2(num_layers=2), optim=OptimConfig(schedule="wsd", decay_steps=9), seed=3)
@@ -186,3 +189,142 @@ def test_a_json_config_runs_no_code(tmp_path):
     values = json.loads(to_json(CONFIG))
     values["data"]["sources"] = ["__import__('os').system('touch /tmp/x')"]
     assert from_json(json.dumps(values)).data.sources == tuple(values["data"]["sources"])
+
+
+def test_a_config_imports_its_neighbours_and_leaves_none_behind(tmp_path):
+    """Two folders with modules of one name, loaded one after the other in one process."""
+    for name, seed in (("one", 1), ("two", 2)):
+        folder = tmp_path / name
+        (folder / "parts").mkdir(parents=True)
+        (folder / "base_of_ours.py").write_text(
+            "from jaxtrain.config import Config, DataConfig\n"
+            f"def config():\n    return Config(data=DataConfig(sources=('python-stdlib',)), seed={seed})\n"
+        )
+        (folder / "parts" / "__init__.py").write_text("")
+        (folder / "parts" / "longer.py").write_text(f"STEPS = {100 + 10 * seed}\n")
+        (folder / "run.py").write_text(
+            "import dataclasses\nfrom base_of_ours import config as base\nfrom jaxtrain.config import TrainConfig\n"
+            "from parts.longer import STEPS\n"
+            "def config():\n    return dataclasses.replace(base(), train=TrainConfig(steps=STEPS))\n"
+        )
+    path = list(sys.path)
+    for name, seed in (("one", 1), ("two", 2), ("one", 1)):
+        config = load(tmp_path / name / "run.py")
+        assert (config.seed, config.train.steps) == (seed, 100 + 10 * seed)
+        assert sys.path == path
+        assert not {"base_of_ours", "parts", "parts.longer"} & set(sys.modules)
+
+
+def test_a_config_that_fails_leaves_the_path_as_it_was(tmp_path):
+    path = list(sys.path)
+    (tmp_path / "run.py").write_text("import no_such_neighbour\n")
+    with pytest.raises(ValueError, match=r"run\.py line 1: ModuleNotFoundError"):
+        load(tmp_path / "run.py")
+    assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "near"),
+    [
+        (OptimConfig, "lr", "peak_lr"),
+        (OptimConfig, "learning_rate", "peak_lr"),
+        (OptimConfig, "peek_lr", "peak_lr"),
+        (TrainConfig, "epochs", "steps"),
+        (TrainConfig, "batchsize", "batch_size"),
+        (ModelConfig, "n_layer", "num_layers"),
+        (Config, "optimizer", "optim"),
+    ],
+)
+def test_python_suggests_a_field_as_json_does(cls, name, near):
+    with pytest.raises(TypeError, match=f"{cls.__name__} has no field '{name}'; did you mean {near}\\?"):
+        cls(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("optim", "steps", "expected"),
+    [
+        ({}, 1000, 100),
+        ({"warmup_steps": 7}, 1000, 7),
+        ({"warmup_fraction": 1 / 18}, 900, 50),
+        ({"warmup_fraction": 1 / 18}, 30, 2),
+        ({"warmup_fraction": 1 / 18}, 1, 0),
+        ({"warmup_fraction": 0.5, "warmup_steps": 3}, 10, 3),
+    ],
+)
+def test_the_warm_up_is_a_number_of_steps_or_a_share(optim, steps, expected):
+    config = Config(data=DATA, optim=OptimConfig(**optim), train=TrainConfig(steps=steps))
+    assert config.warmup_steps == config.resolved_optim.warmup_steps == expected
+
+
+def test_differences_compare_the_warm_up_in_steps():
+    share, steps = (
+        Config(data=DATA, optim=OptimConfig(**optim)) for optim in ({"warmup_fraction": 0.25}, {"warmup_steps": 250})
+    )
+    assert differences(share, steps) == []
+
+
+def test_fields_of_older_versions_that_are_gone_are_left_out():
+    values = json.loads(to_json(CONFIG)) | {"faults": {"nan_loss_step": 0, "spike_factor": 10.0}}
+    values["checkpoint"]["retries"] = 3
+    assert from_json(json.dumps(values)) == CONFIG
+
+
+@dataclasses.dataclass(frozen=True)
+class Custom:
+    """A model of one's own; its methods are not called here."""
+
+    width: int = 8
+    rate: float = 0.5
+    activation: object = print  # no JSON
+
+    def init(self, key):
+        raise NotImplementedError
+
+    def loss(self, params, batch):
+        raise NotImplementedError
+
+
+def test_a_model_of_ones_own_is_compared_and_stored_by_name_and_fields():
+    config = Config(data=DATA, model=Custom(width=16))
+    text = to_json(config)
+    assert json.loads(text)["model"] == {"custom": "Custom", "fields": {"width": 16, "rate": 0.5}}
+    saved = from_json(text)
+    assert saved.model == SavedModel("Custom", {"width": 16, "rate": 0.5})
+    assert saved == config
+    assert to_json(saved) == text
+    assert differences(saved, config) == []
+    assert differences(saved, Config(data=DATA, model=Custom())) == ["model.fields.width: 16 -> 8"]
+    assert Config(data=DATA, model=Custom(width=16)) == config
+    assert hash(Config(data=DATA, model=Custom(width=16))) == hash(config)
+    assert config != Config(data=DATA)
+
+
+def test_something_that_is_no_model_is_rejected():
+    with pytest.raises(ValueError, match="expected a ModelConfig or an object with init and loss, got 3"):
+        Config(data=DATA, model=3)
+
+
+MODEL_FILE = """
+import dataclasses
+from jaxtrain.config import Config, DataConfig
+{decorator}
+class Mine:
+    width: int = 8
+    def init(self, key): ...
+    def loss(self, params, batch): ...
+def config():
+    return Config(data=DataConfig(sources=("python-stdlib",)), model=Mine())
+"""
+
+
+def test_flags_address_the_fields_of_a_frozen_dataclass_model(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MODEL_FILE.format(decorator="@dataclasses.dataclass(frozen=True)"))
+    assert parse_config([str(file), "--model.width", "32"]).model.width == 32
+    with pytest.raises(ValueError, match=r"model\.width: expected a whole number, got 'x'"):
+        parse_config([str(file), "--model.width", "x"])
+    with pytest.raises(ValueError, match=r"unknown flag --model\.widht: did you mean --model\.width\?"):
+        parse_config([str(file), "--model.widht", "3"])
+    file.write_text(MODEL_FILE.format(decorator=""))
+    with pytest.raises(ValueError, match=r"unknown flag --model\.width: only the fields of a frozen dataclass"):
+        parse_config([str(file), "--model.width", "3"])
