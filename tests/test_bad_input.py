@@ -560,12 +560,12 @@ def test_a_config_from_a_run_is_read_and_not_executed(world):
 
 
 def test_nothing_in_the_package_loads_a_pickle_or_executes_text():
-    """Read from the source: only `config_files.load` executes a file, the user's own .py."""
+    """Read from the source: only `config_files.load` and `prepare --formats` execute a file, the user's own .py."""
     found = []
     for path in sorted((ROOT / "jaxtrain").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             found += [(path.name, what) for what in _dangers(node)]
-    assert found == [("config_files.py", "runpy")]
+    assert found == [("tasks.py", "runpy"), ("config_files.py", "runpy")]
     everything = "import pickle, yaml\nfrom shelve import open\neval('1')\nnp.load(f)\nx.load(f, allow_pickle=True)"
     assert len([what for node in ast.walk(ast.parse(everything)) for what in _dangers(node)]) == 6
 
