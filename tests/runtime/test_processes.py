@@ -222,7 +222,7 @@ def test_a_save_that_fails_ends_all_processes(config, tmp_path):
         "import functools, sys\n"
         "from jaxtrain.checkpoints.save import Saver\n"
         "from jaxtrain.cli import _report\n"
-        "from jaxtrain.config import load\n"
+        "from jaxtrain.runtime.config_files import load\n"
         "from jaxtrain.runtime.cluster import session\n"
         "from jaxtrain.training.run import Hooks\n"
         "from jaxtrain.training.train import train\n"
