@@ -527,3 +527,7 @@ def test_every_stage_shows_progress(tmp_path):
     units = list(range(len(plan_units(find_sources([source])[0], SMALL_BYTES))))
     assert list(done) == ["reading", "training bpe:290", "tokenizing", "writing train", "writing validation"]
     assert [done.pop("training bpe:290"), *done.values()] == [[0], units, units, units, units]
+    done.clear()
+    os.utime(source, ns=(0, 0))
+    prepare([source], tmp_path / "store", tokenizer="bpe:290", limits=SMALL, progress=stages)
+    assert done == {"comparing the sources": [0]}

@@ -65,15 +65,16 @@ def prepare(
     _refuse_inside_source(sources, out)
     options = {"validation_fraction": validation_fraction, "text_field": text_field}
     request = _make_request(files, {**_tokenizer_request(tokenizer, eot), **options}, limits)
+    shown = show_progress(progress) if isinstance(progress, bool) else nullcontext(progress)
     if os.path.lexists(out):
-        return _open_existing(out, request)
+        with shown as stages:
+            return _open_existing(out, request, stages)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_folder(out)
     with locked(partial):
         _discard_other_work(partial, request)
         if not (partial / STORE_MANIFEST).exists():
             corpus = Corpus(tuple(sources), files, left_out)
-            shown = show_progress(progress) if isinstance(progress, bool) else nullcontext(progress)
             with _deleted_if_refused(partial), shown as stages:
                 write_store(partial, corpus, request, limits=limits, num_workers=num_workers, stages=stages)
         shutil.rmtree(partial / "units", ignore_errors=True)
@@ -134,9 +135,10 @@ def _refuse_inside_source(sources: Sequence[str], out: Path) -> None:
             raise ValueError(f"the store {out} would lie in its own source folder {folder}: put it elsewhere")
 
 
-def _open_existing(out: Path, request: dict[str, Any]) -> TokenStore:
+def _open_existing(out: Path, request: dict[str, Any], stages: Stages) -> TokenStore:
     manifest = read_json(out / STORE_MANIFEST)
-    if isinstance(manifest, dict) and manifest.get("format") == STORE_FORMAT and _is_same_request(manifest, request):
+    is_store = isinstance(manifest, dict) and manifest.get("format") == STORE_FORMAT
+    if is_store and _is_same_request(manifest, request, stages):
         return open_store(out, verify=False)
     raise ValueError(
         f"{out} exists and is not the token store of this request (same text, tokenizer and options): "
@@ -144,25 +146,26 @@ def _open_existing(out: Path, request: dict[str, Any]) -> TokenStore:
     )
 
 
-def _is_same_request(manifest: dict[str, Any], request: dict[str, Any]) -> bool:
+def _is_same_request(manifest: dict[str, Any], request: dict[str, Any], stages: Stages) -> bool:
     """Compares bytes and options; where the sources and the tokenizer lie, and the dates of files, are free."""
     free = {"code_version", "files"} | ({"tokenizer"} if request["hf_sha256"] else set())
     try:
         recorded = manifest["request"]
         if any(recorded.get(name) != request.get(name) for name in (recorded.keys() | request.keys()) - free):
             return False
-        pairs = zip(*(_non_empty(files) for files in (recorded["files"], request["files"])), strict=True)
-        return all(_is_same_file(old, new, manifest["source_sha256"]) for old, new in pairs)
+        old_files, new_files = ([f for f in files if f[2] > 0] for files in (recorded["files"], request["files"]))
+        advance = stages("comparing the sources", [file[2] for file in new_files])
+        for number, (old, new) in enumerate(zip(old_files, new_files, strict=True)):
+            if not _is_same_file(old, new, manifest["source_sha256"]):
+                return False
+            advance(number)
+        return True
     except (AttributeError, LookupError, TypeError, ValueError):  # not a manifest that `prepare` wrote
         return False
 
 
 def _is_same_file(old: list, new: list, hashes: dict[str, str]) -> bool:
     return old[1:3] == new[1:3] and (old[:4] == new[:4] or hashes[old[0]] == sha256_file(Path(new[0])))
-
-
-def _non_empty(files: list[list]) -> list[list]:
-    return [file for file in files if file[2] > 0]
 
 
 def _discard_other_work(partial: Path, request: dict[str, Any]) -> None:

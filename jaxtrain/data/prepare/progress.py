@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LINE_SECONDS = 15.0  # between lines off a terminal; a stage that takes less prints nothing
+LINE_SECONDS = 15.0  # between lines off a terminal
 
 Advance = Callable[[int], None]  # called with the index of a part that is done
 Stages = Callable[[str, Sequence[int] | None], Advance]  # (description, sizes of the parts, None if unknown) to Advance
