@@ -5,6 +5,7 @@ import os
 import string
 import sysconfig
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,6 +229,24 @@ def test_units_and_shards_do_not_change_the_tokens(tmp_path):
     assert {len(shard) for shard in cut.train.shards[:-1]} == {501}
     for split in ("train", "validation"):
         assert documents_of(getattr(cut, split)) == documents_of(getattr(whole, split))
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "hf", "https", "file", "hdfs"])
+def test_remote_paths_are_refused(tmp_path, monkeypatch, scheme):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "a.txt"
+    file.write_text("text " * 100)
+    url = f"{scheme}://bucket/text"
+    for sources, out, options in (
+        ([url], "store", {}),
+        ([str(file), f"{url}/*.txt"], "store", {}),
+        ([str(file)], url, {}),
+        ([str(file)], Path(url), {}),
+        ([str(file)], "store", {"tokenizer": f"hf:{url}"}),
+    ):
+        with pytest.raises(ValueError, match="is no local path: copy it to a local disk or mount it"):
+            prepare(sources, out, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:290"])

@@ -100,7 +100,10 @@ def test_a_range_that_would_change_the_past_is_refused_and_changes_nothing(tiny_
         with pytest.raises(ValueError, match=r"data\.skip .* only batches from 11 on .* --rewind STEP"):
             train(skipping(tiny_config, *ranges), folder)
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    log = after.pop("metrics.jsonl").removeprefix(before.pop("metrics.jsonl"))
     assert after == before
+    # Verifying the checkpoint is on record; nothing else is.
+    assert {json.loads(line)["event"] for line in log.splitlines()} <= {"verified"}
     train(skipping(tiny_config, "6:9", "11:400", stop_after=9), folder)
     assert json.loads((folder / "config.json").read_text())["data"]["skip"] == ["6:9", "11:400"]
 

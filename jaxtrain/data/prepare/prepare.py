@@ -17,6 +17,7 @@ from jaxtrain.data.prepare.sources import PYTHON_STDLIB, SourceFile, describe_le
 from jaxtrain.data.prepare.tasks import run_format_file
 from jaxtrain.data.store import STORE_FORMAT, STORE_MANIFEST, TokenStore, open_store, partial_folder
 from jaxtrain.data.tokenizer import parse_spec, read_hf
+from jaxtrain.fields import require_local
 from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder, write_json
 
 CODE_VERSION = 2  # raise when the tokens made from the same request change
@@ -54,6 +55,8 @@ def prepare(
     Raises:
       ValueError: sources that cannot be read or are too small, a bad option, or `out` taken; says what to do.
     """
+    require_local(out, "out")
+    require_local(tokenizer, "tokenizer")
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
     if num_workers is not None and num_workers < 1:

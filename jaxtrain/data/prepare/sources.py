@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxtrain.data.prepare.formats import find_format
 from jaxtrain.data.prepare.streams import naming
+from jaxtrain.fields import require_local
 
 PYTHON_STDLIB = "python-stdlib"
 # Tests, and what is not part of the library itself; `lib2to3/tests` goes with `tests`.
@@ -39,13 +40,14 @@ def find_sources(sources: Sequence[str]) -> tuple[list[SourceFile], LeftOut]:
       The files, and the paths that were left out by reason (hidden, empty, not regular files).
 
     Raises:
-      ValueError: a source without files, a broken link, or a folder that cannot be read.
+      ValueError: a source without files or with a `scheme://`, a broken link, or a folder that cannot be read.
     """
     if isinstance(sources, str) or not sources:
         raise ValueError(f"sources must be a list of files, folders, globs or {PYTHON_STDLIB}; got {sources!r}")
     files: dict[str, SourceFile] = {}
     left_out: LeftOut = {}
     for source in sources:
+        require_local(source, "a source")
         if source == PYTHON_STDLIB:
             found = _stdlib_files(Path(sysconfig.get_path("stdlib")))
         else:
