@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxtrain.clipping import ClipState, ZClipState, clip_adaptively, zclip
 from jaxtrain.config import Config, DataConfig, OptimConfig
@@ -161,3 +163,17 @@ def test_a_config_chooses_the_clipping(clipping):
     _, state = optimizer.update(params, optimizer.init(params), params, loss=1.0)
     assert isinstance(state.inner[0], ZClipState if clipping == "zclip" else ClipState)
     np.testing.assert_allclose(state.inner[0].clip_factor, 0.05 if clipping == "adaptive" else 0.025, rtol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P()], ids=str)
+def test_on_explicit_axes(spec):
+    """The same numbers on a mesh of explicit axes, whatever of a leaf is sharded."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4])
+    params = {"w": jnp.arange(32.0).reshape(4, 8) + 1, "b": jnp.ones(8)}
+    placed = {**params, "w": jax.device_put(params["w"], NamedSharding(mesh, spec))}
+    for make in (clip_adaptively, zclip, lambda: skip_bad_steps(clipped_adamw(0.1, clip=clip_adaptively()))):
+        transform = make()
+        expected, _ = transform.update(params, transform.init(params), params)
+        actual, _ = jax.jit(transform.update)(placed, transform.init(placed), placed)
+        for name, value in expected.items():
+            np.testing.assert_allclose(actual[name], value, rtol=1e-5)

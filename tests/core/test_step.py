@@ -665,3 +665,29 @@ def test_what_a_loss_may_return(result, message):
     step = make_train_step(lambda params, batch: result, optimizer)
     with pytest.raises(ValueError, match=message):
         step(TrainState.create({"w": jnp.ones(2)}, optimizer), jnp.ones(2))
+
+
+class DroppingModel(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
+
+    def __call__(self, tokens, rngs):
+        return self.head(self.dropout(self.embed(tokens), rngs=rngs))
+
+
+def test_an_nnx_model_with_dropout():
+    """Its whole state is refused with the line that works, and that line works."""
+    model, optimizer, batch = DroppingModel(nnx.Rngs(0)), adamw(0.1), lm_batch((128, 128, 128, 128))
+    with pytest.raises(ValueError, match=r"dropout/.*only float arrays are trained.*nnx\.split\(model, nnx\.Param"):
+        TrainState.create(nnx.state(model), optimizer)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params, batch, rng):
+        logits = nnx.merge(graph, params, rest)(batch["tokens"], nnx.Rngs(rng))
+        return cross_entropy(logits, batch["labels"], where=batch["mask"])
+
+    state, step = TrainState.create(params, optimizer), jax.jit(make_train_step(loss_fn, optimizer, accumulate=2))
+    losses = {float(step(state.replace(step=jnp.int32(i)), batch)[1]["loss"]) for i in (0, 1, 1)}
+    assert len(losses) == 2
