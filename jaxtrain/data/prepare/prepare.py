@@ -55,12 +55,7 @@ def prepare(
     Raises:
       ValueError: sources that cannot be read or are too small, a bad option, or `out` taken; says what to do.
     """
-    require_local(out, "out")
-    require_local(tokenizer, "tokenizer")
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
-    if num_workers is not None and num_workers < 1:
-        raise ValueError(f"num_workers must be 1 or more, or None for one a core; got {num_workers}")
+    _check_options(out, tokenizer, validation_fraction, num_workers)
     if formats is not None:
         _register_formats(Path(formats).expanduser())
     out = Path(os.path.abspath(Path(out).expanduser()))
@@ -87,6 +82,15 @@ def prepare(
     if line := describe_left_out(store.manifest.get("left_out", {}), left_out):
         print(line, file=sys.stderr)
     return store
+
+
+def _check_options(out: str | Path, tokenizer: str, validation_fraction: float, num_workers: int | None) -> None:
+    require_local(out, "out")
+    require_local(tokenizer, "tokenizer")
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers must be 1 or more, or None for one a core; got {num_workers}")
 
 
 def _register_formats(file: Path) -> None:
