@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from benchmark import Table, parser, report
 
 from jaxtrain.config import Config, ModelConfig
-from jaxtrain.models.size import flops_per_token, num_params
+from jaxtrain.models.model import TransformerModel
+from jaxtrain.models.size import flops_per_token
 from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.plan.formulas import plan_vocab
 from jaxtrain.runtime.chips import peak_flops
@@ -166,8 +167,10 @@ def _table(config: Config, model: ModelConfig, forms, rounds, options: argparse.
     tokens = settings.batch_size * settings.seq_len
     peak = peak_flops(device.device_kind, settings.precision)
     flops = [tokens * flops_per_token(model, settings.seq_len, causal=causal) for causal in (True, False)]
+    shapes = jax.eval_shape(TransformerModel(model).init, jax.random.key(0))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     table = Table(
-        f"Train step: {model.num_layers} layers, d_model {model.d_model}, {num_params(model):,} parameters, "
+        f"Train step: {model.num_layers} layers, d_model {model.d_model}, {num_params:,} parameters, "
         f"T {settings.seq_len}, batch {settings.batch_size}, {settings.precision}",
         {
             "": "",

@@ -29,7 +29,7 @@ from jaxtrain.models.transformer import Cache, Params, Transformer, empty_cache,
 
 @runtime_checkable
 class Model(Protocol):
-    """What the training loop calls on a model.
+    """Interface of a model for the training loop.
 
     These members are optional:
 

@@ -1,20 +1,6 @@
-"""Formulas for the transformer's number of parameters and FLOPs per token."""
+"""Formulas for the transformer's matrices and FLOPs per token."""
 
 from jaxtrain.config import ModelConfig
-
-
-def num_params(config: ModelConfig) -> int:
-    """Returns the number of parameters. A tied head counts once."""
-    c = config
-    heads, width = c.num_heads, c.channels_per_head
-    norm = c.d_model * (2 if c.use_bias and c.norm == "layernorm" else 1)
-    layer = 2 * norm + (2 * width if c.qk_norm else 0) + matrices_per_layer(c)
-    if c.use_bias:
-        num_up = 2 if c.feed_forward == "swiglu" else 1
-        layer += (heads + 2 * c.kv_heads) * width + c.d_model + num_up * c.d_ff + c.d_model
-    tables = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
-    positions = c.max_seq_len * c.d_model if c.positions == "learned" else 0
-    return tables + positions + c.num_layers * layer + norm
 
 
 def matrices_per_layer(c: ModelConfig) -> int:
