@@ -15,7 +15,7 @@ def test_bijection(size, key):
 
 
 def test_pinned_order():
-    # Resumed runs depend on it: if this fails, old checkpoints would go on with other data.
+    # Resumed runs depend on it: if this fails, old checkpoints would resume with other data.
     assert permute(np.arange(10), 10, (0, 0)).tolist() == [0, 2, 3, 5, 7, 8, 4, 1, 9, 6]
     assert permute(np.arange(4), 10**12, (7, 3)).tolist() == [418986050935, 690249568335, 531890075612, 659361733647]
 
@@ -26,7 +26,7 @@ def test_each_part_of_the_key_matters(size):
     assert len(orders) == 5
 
 
-@pytest.mark.parametrize("size", [1009, 65537, 1024, 4096, 65536, 100, 30])
+@pytest.mark.parametrize("size", [1009, 65537, 1024, 100, 30])
 def test_order_looks_random(size):
     # For a random order both correlations have mean about 0 and standard deviation about size**-0.5.
     index = np.arange(size)
