@@ -71,8 +71,8 @@ def skip_bad_steps(
     times that threshold: clipping bounds the effect of smaller ones.
 
     A bad update leaves the inner state as it was, except for a `learning_rate`, which tells the place in the schedule.
-    The updates become -0.0, which adds to any number without changing its bits. Give `clipped_adamw` a `step=`, so that
-    a skip does not delay the schedule.
+    The updates become -0.0, which adds to any number without changing its bits. Pass `step=` to `update`, so that a
+    skip does not delay the schedule of `clipped_adamw`.
 
     Args:
       inner: any optax transformation.
