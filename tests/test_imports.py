@@ -1,14 +1,11 @@
 """Who may import whom, read from the source; and that importing a module does nothing else."""
 
 import ast
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, run, user_environment
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxtrain"
 # Each core module with the core modules it may import: upwards only towards the front of this list.
 CORE = {
@@ -111,16 +108,14 @@ def test_configs_import_only_the_config():
         assert ours(path) == {"config"}, path
 
 
-def run_python(code):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split("\n")[:-1]
+def lines_of(code):
+    """Returns what the code prints in a process of its own."""
+    return run([sys.executable, "-c", code], environment=user_environment(PYTHONPATH=str(ROOT))).splitlines()
 
 
 def test_the_config_needs_no_jax():
     """Configs are read by tools that only want numbers, and the command line answers --help at once."""
-    loaded = run_python("import sys, jaxtrain.config\nprint(*sorted({name.split('.')[0] for name in sys.modules}))")[0]
+    loaded = lines_of("import sys, jaxtrain.config\nprint(*sorted({name.split('.')[0] for name in sys.modules}))")[0]
     assert "jaxtrain" in loaded.split()
     assert not {"jax", "jaxlib", "flax", "optax", "orbax", "numpy"} & set(loaded.split())
 
@@ -131,7 +126,7 @@ def test_the_core_needs_little_beside_jax_and_optax():
     code = (
         f"import sys, jax, optax\nbefore = set(sys.modules)\nimport {core}\nprint(*sorted(set(sys.modules) - before))"
     )
-    more = {name.split(".")[0] for name in run_python(code)[0].split()} - sys.stdlib_module_names
+    more = {name.split(".")[0] for name in lines_of(code)[0].split()} - sys.stdlib_module_names
     assert more <= {"jaxtrain", "jax", "optax", "chex"}, more
 
 
@@ -168,4 +163,4 @@ for name in MODULES:
 def test_importing_does_nothing():
     """No device, no flag, no environment variable, no logging, no output."""
     names = modules()
-    assert run_python(IMPORT_EACH.replace("MODULES", repr(names))) == names
+    assert lines_of(IMPORT_EACH.replace("MODULES", repr(names))) == names
