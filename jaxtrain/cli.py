@@ -112,7 +112,7 @@ def _train(options: TrainOptions) -> int:
         with compile_cache(), session(report_error):
             outcome = train(
                 options.config,
-                options.run_dir,
+                options.run_dir or "",  # `parse` fills it in
                 rewind=options.rewind,
                 profile=options.profile,
                 allow_change=options.allow_change,
@@ -285,7 +285,7 @@ def _eval(options: EvalOptions) -> int:
     with compile_cache(), session(report_error):
         run, params, step = _trained(options)
         split = run.store.train if options.split == "train" else run.store.validation
-        result = {"step": step, "split": options.split}
+        result: dict[str, Any] = {"step": step, "split": options.split}
         result |= evaluate_split(run, params, split, num_batches=options.batches)
     if not is_lead():
         return 0

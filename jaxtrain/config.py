@@ -329,9 +329,9 @@ class Config(Section):
             check_choice(optim.schedule, SCHEDULES, "optim.schedule")
             if check := SCHEDULES[optim.schedule].check:
                 check(optim, steps)
-        elif optim.warmup_steps >= steps:
+        elif self.warmup_steps >= steps:
             raise ValueError(
-                f"optim.warmup_steps {optim.warmup_steps} leaves no room to decay in train.steps {steps} (schedule "
+                f"optim.warmup_steps {self.warmup_steps} leaves no room to decay in train.steps {steps} (schedule "
                 "cosine): shorten the warm-up or train longer"
             )
 

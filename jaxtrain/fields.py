@@ -92,7 +92,7 @@ def check_value(hint: Any, value: Any, path: str) -> Any:
     """
     origin = typing.get_origin(hint)
     if hint is Any or dataclasses.is_dataclass(hint):
-        if hint is not Any and not isinstance(value, hint):
+        if hint is not Any and isinstance(hint, type) and not isinstance(value, hint):
             raise ValueError(f"{path}: expected a {hint.__name__}, got {value!r}")
         return value
     if origin in (types.UnionType, typing.Union):

@@ -98,7 +98,7 @@ class CheckpointFolder:
         self.path = Path(path).absolute()
         self.report, self._delete_folder = report, delete
         self._warned: set[Path] = set()
-        self._rule = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
+        self._rule: dict[str, Any] = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in order."""
@@ -210,7 +210,7 @@ class CheckpointFolder:
         if not os.path.lexists(file):
             return {}
         try:
-            found = read_json(file) if file.is_file() else None
+            found: Any = read_json(file) if file.is_file() else None
             return {int(step): float(nll) for step, nll in found.items()}
         except (AttributeError, TypeError, ValueError, OverflowError):
             warn(file, "this is not a record of validation losses, and is ignored: checkpoint.keep_best starts anew")

@@ -146,7 +146,7 @@ def _problem(path: Path, name: str, wanted: dict[str, Any]) -> str:
 
 def _has_form(manifest: dict[str, Any]) -> bool:
     """Returns True if the manifest has every entry that is read: anybody can make a valid checksum."""
-    form = {"leaves": {"shape": list, "dtype": str}, "files": {"bytes": int, "sha256": str}}
+    form: dict[str, dict[str, type]] = {"leaves": {"shape": list, "dtype": str}, "files": {"bytes": int, "sha256": str}}
     return isinstance(manifest.get("step"), int) and all(
         isinstance(manifest.get(part), dict)
         and all(

@@ -1,5 +1,6 @@
 """Restores checkpoints: chooses the newest whole one, verifies its bytes and its leaves, reads it onto the devices."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -90,9 +91,8 @@ def choose(
             damaged[candidate] = problem
             continue
         _require_fit(folder.checkpoint(candidate), leaves, like)
-        processes.run_on_lead(
-            "report damaged checkpoints", lambda c=candidate: _report_damaged(folder, damaged, c, repair)
-        )
+        report = functools.partial(_report_damaged, folder, damaged, candidate, repair)
+        processes.run_on_lead("report damaged checkpoints", report)
         folder.report("verified", "", step=candidate, bytes_hashed=num_bytes)
         return candidate
     listed = "; ".join(f"checkpoint {number} is damaged: {problem}" for number, problem in damaged.items())

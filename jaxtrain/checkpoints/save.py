@@ -31,6 +31,7 @@ from jaxtrain.step import TrainState
 STAGES = ("begin", "arrays", "unsealed", "sealed", "committed", "deleting")
 
 
+_MARK = "drops_closed_loop_errors"  # attribute of our `sys.unraisablehook`
 _MAX_FAILURES = 2  # in a row
 _CLEAR_SECONDS = 5.0  # for the threads of a failed save to end
 _PATIENCE = 4  # times the time-out for other processes: a file system may pause for longer
@@ -316,12 +317,12 @@ def _drop_closed_loop_errors() -> None:
     Orbax closes its event loop after the first error; TensorStore then shows a traceback for each other pending write.
     """
     hook = sys.unraisablehook
-    if getattr(hook, "drops_closed_loop_errors", False):
+    if getattr(hook, _MARK, False):
         return
 
     def filtered(unraisable: Any) -> None:
         if not (unraisable.exc_type is RuntimeError and "Event loop is closed" in str(unraisable.exc_value)):
             hook(unraisable)
 
-    filtered.drops_closed_loop_errors = True
+    setattr(filtered, _MARK, True)
     sys.unraisablehook = filtered

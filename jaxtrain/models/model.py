@@ -78,6 +78,7 @@ class TransformerModel:
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
+        assert self.config.vocab_size is not None
         return self.config.vocab_size
 
     @property
@@ -127,8 +128,9 @@ class TransformerModel:
         if cache is None:
             cache = empty_cache(self.config, tokens_BT.shape[0], jax.tree.leaves(params)[0].dtype)
         module = Transformer(self.config)
-        hidden_BTD, cache = module.apply({"params": params}, tokens_BT, cache, jnp.int32(num_cached))
-        return logits(module, params, hidden_BTD), cache
+        extended: Any
+        hidden_BTD, extended = module.apply({"params": params}, tokens_BT, cache, jnp.int32(num_cached))
+        return logits(module, params, hidden_BTD), extended
 
 
 def axes_of(model: Model, params: Any) -> Any:
@@ -140,6 +142,8 @@ def axes_of(model: Model, params: Any) -> Any:
     if not hasattr(model, "axes"):
         return jax.tree.map(lambda leaf: (None,) * len(leaf.shape), params)
     name = type(model).__name__
+    leaves: list[tuple[Any, Any]]
+    structure: Any
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     try:
         axes = structure.flatten_up_to(model.axes(params))

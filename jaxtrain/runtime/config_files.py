@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import Config, SavedModel, to_dict
+from jaxtrain.config import Config, ModelConfig, SavedModel, to_dict
 from jaxtrain.fields import check_value, suggest
 
 # How older versions wrote an absent option into config.json. None of these values is allowed there today.
@@ -133,7 +133,7 @@ def _today(path: str, value: Any) -> Any:
     return _RENAMED.get((path, value), value)
 
 
-def _build(cls: type, values: Any, prefix: str) -> Any:
+def _build(cls: Any, values: Any, prefix: str) -> Any:
     """Makes a dataclass from JSON values; `prefix` is the dotted path of its keys."""
     if not isinstance(values, dict):
         raise ValueError(f"{prefix.rstrip('.') or 'config'}: expected an object, got {values!r}")
@@ -158,8 +158,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 def _model(values: Any, prefix: str) -> Any:
     if isinstance(values, dict) and "custom" in values:
         return _build(SavedModel, values, prefix)
-    default = next(item for item in dataclasses.fields(Config) if item.name == "model").default_factory
-    return _build(default, values, prefix)
+    return _build(ModelConfig, values, prefix)
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -177,7 +176,7 @@ def flat_fields(config: Config) -> dict[str, Any]:
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

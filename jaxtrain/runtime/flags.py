@@ -32,7 +32,7 @@ class Command(NamedTuple):
     """
 
     name: str
-    options: type
+    options: type[Any]
     run: Callable[[Any], int]
     example: str
 
@@ -142,7 +142,7 @@ def _read(flags: dict[str, Flag], words: list[str], command: Command) -> tuple[d
 
 
 def _take(words: list[str], *, many: bool) -> list[str]:
-    taken = []
+    taken: list[str] = []
     while words and not words[0].startswith("--") and (many or not taken):
         taken.append(words.pop(0))
     return taken
@@ -190,7 +190,7 @@ def kind_of(hint: Any) -> Any:
     return str if origin is Literal else origin or hint
 
 
-def list_flags(options: type, config: Config | None) -> Iterator[Flag]:
+def list_flags(options: type[Any], config: Config | None) -> Iterator[Flag]:
     """Yields the flags of an option class; the defaults are the values of the config, if there is one."""
     hints, docs = typing.get_type_hints(options, include_extras=True), field_docs(options)
     for item in dataclasses.fields(options):
@@ -213,7 +213,7 @@ def _config_flags(config: Config | None) -> Iterator[Flag]:
             yield Flag(section.name, hint, section.default if config is None else value, docs[section.name])
 
 
-def _section_flags(cls: type, value: Any, section: str) -> Iterator[Flag]:
+def _section_flags(cls: type[Any], value: Any, section: str) -> Iterator[Flag]:
     if not cls.__dataclass_params__.frozen:
         return
     hints, docs = typing.get_type_hints(cls, include_extras=True), field_docs(cls)
@@ -242,7 +242,7 @@ def _change(config: Config, values: dict[str, Any]) -> Config:
     return dataclasses.replace(config, **changes) if changes else config
 
 
-def field_docs(cls: type) -> dict[str, str]:
+def field_docs(cls: type[Any]) -> dict[str, str]:
     """Returns the comment beside or above each field of a dataclass; none where the source is not at hand."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -256,7 +256,7 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _class_lines(cls: type) -> Iterator[str]:
+def _class_lines(cls: type[Any]) -> Iterator[str]:
     """Yields the source lines in the body of a module's class."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
     lines = itertools.dropwhile(lambda line: not line.startswith(f"class {cls.__name__}("), linecache.getlines(file))
@@ -273,7 +273,7 @@ def usage(command: Command) -> str:
     return " ".join(["jaxtrain", command.name, *parts, "[flags]"])
 
 
-def positional_metavar(options: type) -> str:
+def positional_metavar(options: type[Any]) -> str:
     """Returns the word that stands for the argument without a flag."""
     return metavar(typing.get_type_hints(options, include_extras=True)[options.positional])
 
