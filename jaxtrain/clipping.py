@@ -81,7 +81,7 @@ class ZClipState(NamedTuple):
     clip_factor: jax.Array
     mean: jax.Array
     variance: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
 
 
 def zclip(

@@ -205,7 +205,8 @@ def linear_cross_entropy(
 def _chunked_sums(terms: Terms, chunk_size: int, check_labels: bool, hidden, kernel, labels, where) -> LossSums:
     labels, weights, weight = _check_labels(labels, where, terms.num_classes, check_labels)
     hidden, kernel, labels, weights = vary_alike(hidden, kernel, labels, weights)
-    return LossSums(*linear_sums(cut(hidden, labels, weights, chunk_size), kernel, terms), weight=weight)
+    nll, z_loss, smoothing = linear_sums(cut(hidden, labels, weights, chunk_size), kernel, terms)
+    return LossSums(nll, z_loss, smoothing, weight)
 
 
 def _default_block(kernel: jax.Array) -> int:

@@ -212,7 +212,7 @@ def clipped_adamw(
 class AdamState(NamedTuple):
     """Number of updates (int32), first and second moments."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     mu: optax.Updates
     nu: optax.Updates
 
@@ -303,10 +303,11 @@ def add_decayed_weights(weight_decay: float, mask: MaskFn | Any) -> optax.Gradie
 
 def _resolve_mask(mask: MaskFn | Any, params: optax.Params) -> Any:
     tree = mask(params) if callable(mask) else mask
-    if jax.tree.structure(tree) != jax.tree.structure(params):
+    actual: Any = jax.tree.structure(tree)
+    if actual != (expected := jax.tree.structure(params)):
         raise ValueError(
-            f"the decay mask has the structure {jax.tree.structure(tree)}, the parameters have "
-            f"{jax.tree.structure(params)}: give one bool for each parameter"
+            f"the decay mask has the structure {actual}, the parameters have "
+            f"{expected}: give one bool for each parameter"
         )
     return tree
 
@@ -314,7 +315,7 @@ def _resolve_mask(mask: MaskFn | Any, params: optax.Params) -> Any:
 class LearningRateState(NamedTuple):
     """Number of updates (int32) and the learning rate of the last one (float32)."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     learning_rate: jax.Array
 
 

@@ -26,7 +26,7 @@ A Flax NNX model is split before and merged in the loss function, with `rngs=nnx
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,11 @@ class TrainState:
     params: Any
     opt_state: optax.OptState
     loss_scale: LossScale | None = None
+
+    if TYPE_CHECKING:
+
+        def replace(self, **changes: Any) -> "TrainState":
+            """Returns a copy with other values for some fields."""
 
     @classmethod
     def create(
@@ -182,7 +187,7 @@ def _run_step(parts: _Parts, state: TrainState, batch: Batch) -> tuple[TrainStat
     if parts.diagnose is not None:
         metrics |= parts.diagnose(state.params, grads, updates, opt_state)
     new_state = state.replace(step=state.step + 1, params=new_params, opt_state=opt_state)
-    if loss_scaling is not None:
+    if loss_scaling is not None and state.loss_scale is not None:
         metrics["loss_scale"] = state.loss_scale.scale
         finite = jnp.isfinite(metrics["grad_norm"])
         new_state = new_state.replace(loss_scale=loss_scaling.update(state.loss_scale, finite))

@@ -28,13 +28,13 @@ def dataclass(cls: type[T]) -> type[T]:
 
     Importing `flax.struct` for this would take longer than importing the core.
     """
-    made = dataclasses.dataclass(frozen=True)(cls)
+    made: Any = dataclasses.dataclass(frozen=True)(cls)
     made.replace = _replace
     names = [field.name for field in dataclasses.fields(made)]
     return jax.tree_util.register_dataclass(made, data_fields=names, meta_fields=[])
 
 
-def _replace(self: T, **changes: Any) -> T:
+def _replace(self: Any, **changes: Any) -> Any:
     """Returns a copy with other values for some fields."""
     return dataclasses.replace(self, **changes)
 
@@ -237,7 +237,7 @@ def state_fields(state: Any, name: str, params: Any) -> dict[KeyPath, jax.Array]
     Returns:
       The scalars by path, in the order of the leaves.
     """
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
     like_params = None if jax.tree_util.treedef_is_leaf(structure) else lambda x: jax.tree.structure(x) == structure
     leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=like_params)
     return {

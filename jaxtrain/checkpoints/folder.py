@@ -63,8 +63,8 @@ def retained(
 
     every = [_Checkpoint(step) for step in sorted(steps)]
     # Later steps first: of equal losses the last in BestN's order stay, which are the earlier steps.
-    scored = [_Checkpoint(step, scores[step]) for step in sorted(steps, reverse=True) if step in scores]
-    scored = [checkpoint for checkpoint in scored if math.isfinite(checkpoint.metrics)]
+    finite = {step: score for step, score in scores.items() if math.isfinite(score)}
+    scored = [_Checkpoint(step, finite[step]) for step in sorted(steps, reverse=True) if step in finite]
     stay = chosen(policies.LatestN(keep), every)
     if keep_every:
         stay |= chosen(policies.EveryNSteps(keep_every), every)
