@@ -23,7 +23,7 @@ def run(command, *, cwd=None, environment=None, returncode=0):
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == returncode, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
