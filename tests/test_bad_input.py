@@ -102,6 +102,7 @@ class Bad(NamedTuple):
     make: object = None  # what to make of the world before
     code: int = 2
     starts: bool = False  # seen at the first step only: there is a run directory, which may be used again
+    records: bool = False  # seen after the checkpoint was verified, which is an event in metrics.jsonl
 
 
 def bad(arguments, *message, **fields):
@@ -266,7 +267,7 @@ CONFIGS = {
     "json: huge": bad("train c.json", "train.steps: 1000000", "too large", make=values(train={"steps": 10**30})),
     "json: huge for a float": bad("train c.json", "optim.eps: 1000", "too large", make=values(optim={"eps": 10**400})),
     "json: half a character": bad(
-        "train c.json", "\\ud800 is not a folder", "`jaxtrain prepare`", make=raw('{"data": {"store": "\\ud800"}}')
+        "train c.json", "no token store at", "\\ud800: if it was moved", make=raw('{"data": {"store": "\\ud800"}}')
     ),
     "json: a seed above 2^31": bad("train c.json", "seed", "2^31", make=values(seed=2**31)),
     "negative steps": bad(TRAIN + " --train.steps -4", "got -4", "above 0"),
@@ -352,7 +353,7 @@ STORES = {
     "less text than a window": bad(
         TRAIN, "has 12 tokens, fewer than one window of seq_len + 1 = 17", "add text", make=small_store
     ),
-    "absent": bad(TRAIN + " --data.store no", "no is not a folder", "`jaxtrain prepare`"),
+    "absent": bad(TRAIN + " --data.store no", "no token store at", "work/no", "--data.store"),
     "a file": bad(TRAIN + " --data.store {config}", "config.json is not a folder", "`jaxtrain prepare`"),
     "another folder": bad(TRAIN + " --data.store {corpus}", "no manifest.json", "`jaxtrain prepare`"),
     "no manifest": bad(
@@ -420,19 +421,26 @@ RUNS = {
         make=in_run(lambda c: c["model"].update(d_ff=64)),
     ),
     "going on with another learning rate": bad(
-        "train {config} --run-dir {run} --optim.peak-lr 0.5", "optim.peak_lr: 0.01 -> 0.5", "give another --run-dir"
+        "train {config} --run-dir {run} --optim.peak-lr 0.5",
+        "optim.peak_lr: 0.01 -> 0.5",
+        "--allow-change",
+        "--train.init-from",
     ),
     "going on with another seed": bad("train {config} --run-dir {run} --seed 1", "seed: 0 -> 1", "another --run-dir"),
     "going on without a part of the past": bad(
-        "train {config} --run-dir {run} --data.skip 3:4", "3:4", "--rewind STEP"
+        "train {config} --run-dir {run} --data.skip 3:4", "3:4", "--rewind STEP", records=True
     ),
     "its store is gone": bad(
-        "eval {run}", "store is not a folder", "jaxtrain prepare", make=lambda w: shutil.rmtree(w.store)
+        "eval {run}",
+        "no token store at",
+        "store: if it was moved",
+        "--data.store",
+        make=lambda w: shutil.rmtree(w.store),
     ),
     "replay of metrics that are gone": bad(
         "replay {run} --step 3",
         "metrics.jsonl",
-        "give the folder of a run",
+        "give a run directory",
         make=lambda w: (w.run / "metrics.jsonl").unlink(),
     ),
 }
@@ -491,6 +499,9 @@ def test_bad_input(name, world, capsys):
     after = snapshot(world)
     if row.starts:
         after = {path: value for path, value in after.items() if not path.startswith(str(world.out))}
+    if row.records:
+        metrics = str(world.run / "metrics.jsonl")
+        assert after.pop(metrics) != before.pop(metrics)
     assert after == before
     assert len(lines) <= 2 or lines[1].startswith("  "), captured.err  # or a list of what differs
 
