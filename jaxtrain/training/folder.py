@@ -93,10 +93,8 @@ def absolute_paths(config: Config, run_dir: str | Path) -> Config:
     """
     require_local(run_dir, "--run-dir")
     store, init_from = _normalized(config.data.store), _normalized(config.train.init_from)
-    data, settings = (
-        dataclasses.replace(config.data, store=store),
-        dataclasses.replace(config.train, init_from=init_from),
-    )
+    data = dataclasses.replace(config.data, store=store)
+    settings = dataclasses.replace(config.train, init_from=init_from)
     return dataclasses.replace(config, data=data, train=settings)
 
 

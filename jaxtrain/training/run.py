@@ -226,15 +226,22 @@ def fingerprint(run: Run, state: TrainState | None = None) -> dict[str, Any]:
 
     The config and, given a state, its number of skipped steps are stored with it.
     """
-    mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.program.abstract_state.params))
     values = {
         "config": to_dict(run.config),
         "data": run.store.fingerprint if run.store is not None else None,
         "tokenizer": tokenizer_hash(run),
-        "decay_mask": [jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays],
+        "decay_mask": _decayed(run),
     }
     accepted = None if state is None else optax.tree_utils.tree_get(state.opt_state, "accepted")
     return values if accepted is None else values | {"skipped_steps": int(state.step) - int(accepted)}
+
+
+def _decayed(run: Run) -> list[str]:
+    """Returns the paths of the parameters that decay; another optimizer than AdamW has no mask."""
+    if run.config.optim.name != "adamw":
+        return []
+    mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.program.abstract_state.params))
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays]
 
 
 def check_fingerprint(run: Run, saved: dict[str, Any], step: int) -> None:

@@ -81,7 +81,8 @@ def train(
         session = _open_session(config, folder, stack, rewind, allow_change, hooks)
         recorder = session.recorder
         recorder.table(f"jaxtrain: {folder}", start_table(session.run))
-        recorder.say(decay_report(session.run.program.abstract_state.params, decay_mask))
+        if config.optim.name == "adamw":
+            recorder.say(decay_report(session.run.program.abstract_state.params, decay_mask))
         try:
             state = start(session, rewind)
             if processes.is_lead():
@@ -157,7 +158,7 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
     alone = processes.is_alone()  # several processes stop together, after a step
     eval_every = run.config.train.eval_every
     if alone and first and eval_every and first % eval_every == 0 and first not in recorder.evaluated:
-        _evaluate_on_the_way(session, state)  # a stop had interrupted it
+        _evaluate_between_steps(session, state)  # a stop had interrupted it
     with (
         Prefetcher(
             fetch,
@@ -211,7 +212,7 @@ def _due_actions(session: Session) -> Callable[[int], list[Callable[[TrainState]
 
     table = [
         (1, lambda state: saver.poll()),
-        (config.eval_every, lambda state: _evaluate_on_the_way(session, state)),
+        (config.eval_every, lambda state: _evaluate_between_steps(session, state)),
         (run.config.checkpoint.every, save),
     ]
 
@@ -244,7 +245,7 @@ def _checked_step(session: Session, compiled: Callable) -> Callable[..., tuple[T
     return train_step
 
 
-def _evaluate_on_the_way(session: Session, state: TrainState) -> None:
+def _evaluate_between_steps(session: Session, state: TrainState) -> None:
     """Evaluates between steps; a stop interrupts it."""
     session.recorder.flush()
     with contextlib.suppress(Stopped):

@@ -16,11 +16,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from runs import train
+from runs import Faults, train
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore
@@ -74,14 +75,28 @@ class Processes:
         return [process.returncode for process in self.processes], *zip(*ends, strict=True)
 
 
-def train_command(config, run_dir):
+FAULTS = Faults(nan_micro_batch_step=5)  # one bad row, on a device of one process
+FAULTY = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from runs import Faults, train
+from jaxtrain.runtime.cluster import session
+from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.terminal import report_error
+
+with session(report_error):
+    train(load(sys.argv[1]), sys.argv[2], faults={FAULTS!r}, report=True)
+"""
+
+
+def train_command(config, run_dir, *, faulty=False):
     file = run_dir.parent / f"{run_dir.name}-{abs(hash(config))}.json"
     file.write_text(to_json(config))
-    return ["-m", "jaxtrain.cli", "train", file, "--run-dir", run_dir]
+    return ["-c", FAULTY, file, run_dir] if faulty else ["-m", "jaxtrain.cli", "train", file, "--run-dir", run_dir]
 
 
 def train_in_two(config, run_dir):
-    codes, outputs, errors = Processes(*[train_command(config, run_dir)] * 2).wait()
+    codes, outputs, errors = Processes(*[train_command(config, run_dir, faulty=True)] * 2).wait()
     assert codes == [0, 0], errors
     return outputs
 
@@ -92,7 +107,7 @@ def changed(config, part, **fields):
 
 @pytest.fixture(scope="module")
 def config(store):
-    """Eight steps on four devices, with an evaluation on the way, and a bad row on one of them."""
+    """Eight steps on four devices, with an evaluation on the way."""
     return Config(
         data=DataConfig(store=str(store)),
         model=llama(num_layers=2, num_heads=2, d_model=16, d_ff=32, max_seq_len=16),
@@ -107,7 +122,8 @@ def config(store):
 def whole(config, tmp_path_factory):
     """The undisturbed run of one process with four devices."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train(config, folder)
+    train(config, folder, faults=FAULTS, report=True)
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")[0] if line["skipped"]] == [5]
     return folder
 
 
@@ -170,7 +186,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(config, whole, tmp_path):
     for step in ("6", "8"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
     train_in_two(changed(config, "train", stop_after=6), tmp_path / "run")
-    train(config, tmp_path / "run")
+    train(config, tmp_path / "run", faults=FAULTS)
     assert_same_run(tmp_path / "run", whole)
     lines, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["attempt"] for line in lines] == [1] * 3 + [2] * 3 + [3] * 2
@@ -221,14 +237,14 @@ def test_a_save_that_fails_ends_all_processes(config, tmp_path):
     (tmp_path / "script.py").write_text(
         "import functools, sys\n"
         "from jaxtrain.checkpoints.save import Saver\n"
-        "from jaxtrain.cli import _report\n"
-        "from jaxtrain.runtime.config_files import load\n"
         "from jaxtrain.runtime.cluster import session\n"
+        "from jaxtrain.runtime.config_files import load\n"
+        "from jaxtrain.runtime.terminal import report_error\n"
         "from jaxtrain.training.run import Hooks\n"
         "from jaxtrain.training.train import train\n"
         "def full(stage):\n"
         "    if stage == 'unsealed': raise OSError(28, 'No space left on device')\n"
-        "with session(_report):\n"
+        "with session(report_error):\n"
         "    hooks = Hooks(make_saver=functools.partial(Saver, on_stage=full))\n"
         "    train(load(sys.argv[1]), sys.argv[2], hooks=hooks)\n"
     )
