@@ -1,5 +1,6 @@
 """Restores checkpoints: chooses the newest whole one, verifies its bytes and its leaves, reads it onto the devices."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -61,6 +62,18 @@ def read_fingerprint(folder: CheckpointFolder, step: int | None = None) -> tuple
     """
     step = choose(folder, {}, step)
     return _fingerprint(folder.checkpoint(step)), step
+
+
+def find_fingerprint(folder: CheckpointFolder) -> tuple[dict[str, Any], int] | None:
+    """Returns the fingerprint and step of the newest checkpoint whose fingerprint is whole; None if there is none.
+
+    No other process takes part.
+    """
+    for step in reversed(folder.steps()):
+        with contextlib.suppress(Damaged):
+            verify(folder.checkpoint(step), ("record",))
+            return _fingerprint(folder.checkpoint(step)), step
+    return None
 
 
 def choose(

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import find_fingerprint
 from jaxtrain.config import Config, parse_ranges
 from jaxtrain.data.order import skip_to
 from jaxtrain.fields import require_local
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
-from jaxtrain.runtime.files import write_text
+from jaxtrain.runtime.files import read_json, write_json, write_text
 from jaxtrain.training import components
 
 Changes = dict[str, tuple[Any, Any]]  # field -> old and new value
@@ -83,6 +86,17 @@ def _refuse_foreign(folder: Path) -> None:
     foreign = sorted(name for name in names - ours if not name.startswith(("config.json", ".config.json")))
     if "config.json" not in names and foreign:
         raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
+
+
+def recover_config(folder: Path) -> None:
+    """Writes config.json from the newest whole checkpoint if a crash has lost or torn the file."""
+    file = folder / "config.json"
+    if isinstance(read_json(file), dict):
+        return
+    if found := find_fingerprint(CheckpointFolder(folder / "checkpoints")):
+        fingerprint, step = found
+        write_json(file, fingerprint["config"])
+        print(f"{file} was lost: restored from the checkpoint of step {step}", file=sys.stderr)
 
 
 def absolute_paths(config: Config, run_dir: str | Path) -> Config:

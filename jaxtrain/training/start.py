@@ -23,6 +23,7 @@ from jaxtrain.training.folder import (
     check_or_write_config,
     check_skip,
     has_begun,
+    recover_config,
     run_lock,
 )
 from jaxtrain.training.run import Run, check_fingerprint, open_data, tokenizer_hash
@@ -74,6 +75,7 @@ def prepare_data(
     def begin() -> Changes:
         if config.train.init_from and not has_begun(folder):
             weights.find(config.train.init_from, folder)
+        recover_config(folder)
         stack.enter_context(run_lock(folder))
         step = rewind or CheckpointFolder(folder / "checkpoints").latest_step() or 0
         changes = check_or_write_config(folder, config, step, allow_change=allow_change)

@@ -10,6 +10,7 @@ import functools
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,6 +293,21 @@ def test_the_next_save_is_the_retry_of_a_failed_one(config, whole, tmp_path):
     assert [event["step"] for event in failed] == [2, 6, 10]
     assert all("No space left" in event["problem"] for event in failed)
     assert_undisturbed(tmp_path / "run", whole)
+
+
+def test_a_lost_config_is_taken_from_the_newest_whole_checkpoint(config, whole, tmp_path, capsys):
+    """A power cut may leave config.json empty or torn; the run still refuses another config, and resumes."""
+    run_dir = shutil.copytree(whole, tmp_path / "run")
+    (run_dir / "checkpoints" / "20" / "record" / "metadata").write_bytes(b"torn")
+    for torn in (None, b"", b"{", bytes(100)):
+        (run_dir / "config.json").unlink(missing_ok=True)
+        if torn is not None:
+            (run_dir / "config.json").write_bytes(torn)
+        with pytest.raises(ValueError, match="seed: 0 -> 1"):
+            train(dataclasses.replace(config, seed=1), run_dir)
+        assert "config.json was lost: restored from the checkpoint of step 18" in capsys.readouterr().err
+    assert train(config, run_dir)["reason"] == "finished"
+    assert_undisturbed(run_dir, whole)
 
 
 def test_two_failed_saves_in_a_row_end_the_run(config, tmp_path, capsys):
