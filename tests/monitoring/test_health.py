@@ -105,6 +105,7 @@ def test_a_healthy_tiny_run_is_silent(tiny_config, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow  # quick sibling: tests/test_quickstart.py
 def test_the_quickstart_is_silent(run, tmp_path):
     """The model, optimizer and schedule of the quickstart, on source code."""
     prepare([str(ROOT / "jaxtrain" / "**" / "*.py")], tmp_path / "store", validation_fraction=0.1, progress=False)
