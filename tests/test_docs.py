@@ -13,7 +13,7 @@ from jaxtrain import cli
 
 PACKAGE = ROOT / "jaxtrain"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-MAX_LINES = {"README.md": 200, "CONTRIBUTING.md": 240, "docs/benchmarks.md": 1000}  # a guide fits on two screens
+MAX_LINES = {"README.md": 200, "CONTRIBUTING.md": 250, "docs/benchmarks.md": 1000}  # a guide fits on two screens
 
 
 def blocks():
