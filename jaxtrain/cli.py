@@ -32,7 +32,7 @@ from jaxtrain.fields import (
 from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.flag_help import show_help
 from jaxtrain.runtime.flags import Command, parse
-from jaxtrain.runtime.terminal import report_error, tolerant_output
+from jaxtrain.runtime.terminal import printable, report_error, tolerant_output
 
 _HELP = {"-h", "--help"}
 
@@ -147,14 +147,14 @@ def _write_report(options: ReportOptions) -> int:
     from jaxtrain.monitoring.report import describe_times, read_findings, write_report
 
     findings, progress = read_findings(options.run)
-    print(progress)
-    print("\n".join(map(str, findings)) or "no findings")
+    print(printable(progress))
+    print(printable("\n".join(map(str, findings)) or "no findings"))
     heading, rows = describe_times(options.run)
     if heading:
-        print(f"time by scope: {heading}")
+        print(printable(f"time by scope: {heading}"))
     for scope, share, milliseconds in rows:
         print(f"  {scope:10}{share:>7}{milliseconds:>9} ms a step")
-    print(f"report: {write_report(options.run)}")
+    print(printable(f"report: {write_report(options.run)}"))
     return 0
 
 
@@ -250,7 +250,7 @@ def _prepare(options: PrepareOptions) -> int:
             f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_bytes:,} bytes "
             f"({split.num_bytes / split.num_tokens:.2f} bytes per token)"
         )
-    print(f"store: {store.path} ({store.vocab_size:,} tokens in the vocabulary)")
+    print(printable(f"store: {store.path}") + f" ({store.vocab_size:,} tokens in the vocabulary)")
     return 0
 
 
@@ -336,7 +336,8 @@ def _generate(options: GenerateOptions) -> int:
             stop=not options.past_end,
         )
     if is_lead():
-        print(options.prompt + text)
+        text = options.prompt + text
+        print(printable(text) if sys.stdout.isatty() else text)  # a file gets the text as it is
     return 0
 
 

@@ -17,7 +17,8 @@ import rich.live
 import rich.table
 from rich.text import Text
 
-from jaxtrain.monitoring.tables import format_seconds, printable
+from jaxtrain.monitoring.tables import format_seconds
+from jaxtrain.runtime.terminal import printable
 
 _RECENT_STEPS = 10  # logged steps from which the remaining time is estimated
 # A log on a full disk, a pipe without a reader, a terminal that is gone: training goes on without output.

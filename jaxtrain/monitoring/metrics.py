@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.monitoring.tables import printable
+from jaxtrain.runtime.terminal import printable
 
 # JSON has no such numbers; any JSON reader reads these strings, and `float` of most languages converts them.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from jaxtrain.monitoring.tables import format_table, printable
+from jaxtrain.monitoring.tables import format_table
+from jaxtrain.runtime.terminal import printable
 
 _SHOWN = 10  # differences and rows
 

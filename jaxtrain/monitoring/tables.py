@@ -1,4 +1,4 @@
-"""Text for terminals: tables, bytes, durations, and text from outside made safe to print."""
+"""Text for people: tables, bytes and durations."""
 
 import io
 import math
@@ -10,6 +10,8 @@ import rich.box
 import rich.console
 import rich.table
 from rich.text import Text
+
+from jaxtrain.runtime.terminal import printable
 
 _WIDTH = 120  # characters, where standard output is not a terminal
 
@@ -72,20 +74,3 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}h{minutes:02}m"
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
-
-
-def printable(text: str, *, encoding: str | None = None) -> str:
-    r"""Escapes what a terminal would obey or an encoding lacks; newlines and tabs stay.
-
-    Every line that may hold text from data, samples, files or configs goes through here before it is printed.
-
-    Args:
-      text: any text.
-      encoding: encoding of the output; characters that it lacks are escaped too. None is UTF-8.
-
-    >>> printable("loss\x1b[2J \u202egnp.exe")
-    'loss\\x1b[2J \\u202egnp.exe'
-    """
-    escaped = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-    encoding = encoding or "utf-8"
-    return escaped.encode(encoding, "backslashreplace").decode(encoding)

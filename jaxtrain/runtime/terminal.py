@@ -80,6 +80,23 @@ _REMEDIES = {
 }
 
 
+def printable(text: str, *, encoding: str | None = None) -> str:
+    r"""Escapes what a terminal would obey or an encoding lacks; newlines and tabs stay.
+
+    Every line that may hold text from data, samples, files or configs goes through here before it is printed.
+
+    Args:
+      text: any text.
+      encoding: encoding of the output; characters that it lacks are escaped too. None is UTF-8.
+
+    >>> printable("loss\x1b[2J \u202egnp.exe")
+    'loss\\x1b[2J \\u202egnp.exe'
+    """
+    escaped = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    encoding = encoding or "utf-8"
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def report_error(error: BaseException) -> int:
     """Prints an error to standard error; returns the exit code of the program."""
     if isinstance(error, KeyboardInterrupt):
@@ -101,7 +118,7 @@ def report_error(error: BaseException) -> int:
     elif not isinstance(error, ValueError | ImportError | OSError):
         traceback.print_exception(error)
         return 1
-    print(f"error: {text}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    print(printable(f"error: {text}"), file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
 
 

@@ -6,13 +6,16 @@ import math
 import pytest
 
 from jaxtrain.monitoring import tables
-from jaxtrain.monitoring.tables import format_seconds, format_table, printable
+from jaxtrain.monitoring.tables import format_seconds, format_table
+from jaxtrain.runtime import terminal
+from jaxtrain.runtime.terminal import printable, report_error
 
 
 def test_the_examples_are_right():
-    result = doctest.testmod(tables)
-    assert result.attempted >= 4
-    assert result.failed == 0
+    for module, number in ((tables, 3), (terminal, 1)):
+        result = doctest.testmod(module)
+        assert result.attempted >= number
+        assert result.failed == 0
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,8 @@ def test_nothing_that_a_terminal_obeys_is_left(character):
     assert character not in printable(f"a{character}b")
     assert printable("a\n\tb \u20ac \u5b57") == "a\n\tb \u20ac \u5b57"
     assert printable("\u20ac", encoding="ascii") == r"\u20ac"
+
+
+def test_an_error_is_escaped(capsys):
+    assert report_error(ValueError("no config file \x1b[2J\x07.py")) == 2
+    assert capsys.readouterr().err == "error: no config file \\x1b[2J\\x07.py\n"
