@@ -222,7 +222,7 @@ class PrepareOptions(Section):
     positional = "sources"
     sources: tuple[Source, ...]  # files, folders or globs of text or records, or python-stdlib
     out: Folder  # folder of the new token store
-    tokenizer: Tokenizer = "byte"  # byte, bpe:VOCAB (trained on the sources) or hf:FILE
+    tokenizer: Tokenizer = "byte"  # bpe is trained on the sources; hf is a tokenizer.json
     validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash
     eot: str | None = None  # end-of-text token of hf:FILE; none looks for the usual names
     text_field: str = "text"  # field or column that holds the text of a record

@@ -128,12 +128,12 @@ class DataConfig(Section, section="data"):
 
     store: Folder | None = None  # token store from `jaxtrain prepare`; None prepares RUN/data from `sources`
     sources: tuple[Source, ...] = ()  # files, folders, globs (text, .gz, .jsonl) or python-stdlib, if `store` is None
-    tokenizer: Tokenizer = "byte"  # byte, bpe:VOCAB or hf:PATH; used if `store` is None
+    tokenizer: Tokenizer = "byte"  # of `sources`; used if `store` is None
     validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash; used if `store` is None
     text_field: str = "text"  # key of the document in a .jsonl line; used if `store` is None
     verify: bool = True  # compares the checksum of every shard with the manifest at the start
     prefetch: Positive[int] = 2  # batches loaded ahead onto the devices
-    # batches to leave out, counted from 0, without STOP; a running run may add later ones
+    # batches to leave out, counted from 0, without STOP; a resumed run may add later ones
     skip: tuple[Annotated[str, "START:STOP"], ...] = ()
 
     def __post_init__(self):
@@ -281,7 +281,7 @@ class Config(Section):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
-    seed: NotNegative[int] = 0  # seed of the initial parameters, the order of the data and the sample
+    seed: NotNegative[int] = 0  # random seed of the initial parameters, the order of the data and the sample
 
     def __post_init__(self):
         super().__post_init__()
