@@ -220,7 +220,7 @@ MISTAKES = [
     (["train", "CONFIG", "--optim.schedule", "cosin"], "did you mean cosine?"),
     (["train", "CONFIG", "--model.scan-unroll", "al"], "'al' is none of auto, all; did you mean all?"),
     (["train", "CONFIG", "--model.norm", "rmsnrm"], "did you mean rmsnorm?"),
-    (["train", "CONFIG", "--data.store", "/nowhere"], "/nowhere is not a folder"),
+    (["train", "CONFIG", "--data.store", "/nowhere"], "no token store at /nowhere"),
     (["train", "CONFIG", "--mesh.data", "99"], "takes 99 devices, and there are 8"),
     (["train", "CONFIG", "--rewind", "-1"], "--rewind must be above 0, got -1"),
     (["train", "CONFIG", "--run-dir", "OUT", "--train.init-from", "RUN/nowhere"], "it has no checkpoint"),
