@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import os
 import pty
 import signal
@@ -21,7 +22,9 @@ from jaxtrain.runtime.stop import Stop, Stopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_is_a_request(number):
+def test_a_signal_is_a_request(number, request):
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
     before = [signal.getsignal(each) for each in stop.SIGNALS]
     with Stop().listen() as asked:
         assert not asked.asked()
