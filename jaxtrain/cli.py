@@ -79,11 +79,14 @@ def _run(words: list[str], debug: bool) -> int:
 
 def _overview() -> str:
     lines = [f"  {name:10}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "usage: jaxtrain COMMAND ...\n\n" + "\n".join(lines) + "\n\n" + _OVERVIEW_END
-
-
-_OVERVIEW_END = """`jaxtrain COMMAND --help` lists the options of a command.
-`jaxtrain --version` prints the version. `--debug` shows the traceback of an error."""
+    return (
+        "usage: jaxtrain COMMAND ...\n\n"
+        + "\n".join(lines)
+        + (
+            "\n\n`jaxtrain COMMAND --help` lists the options of a command.\n"
+            "`jaxtrain --version` prints the version. `--debug` shows the traceback of an error."
+        )
+    )
 
 
 @dataclass(frozen=True)
