@@ -111,15 +111,10 @@ def _train(options: TrainOptions) -> int:
     from jaxtrain.runtime.stop import is_stuck, leave
     from jaxtrain.training.train import GAVE_UP, train
 
+    more = {name: getattr(options, name) for name in ("rewind", "profile", "allow_change")}
     try:
         with compile_cache(), session(report_error):
-            outcome = train(
-                options.config,
-                options.run_dir or "",  # `parse` fills it in
-                rewind=options.rewind,
-                profile=options.profile,
-                allow_change=options.allow_change,
-            )
+            outcome = train(options.config, options.run_dir, **more)
     except OSError as error:
         if is_stuck():
             leave(report_error(error))
