@@ -53,7 +53,7 @@ def test_frozen_is_what_eps_holds_back(make, num_steps):
     """8 numbers with sqrt(nu_hat) = 9.9 eps, 12 of 10.1 eps, and 4 without a gradient, which have no say."""
     eps, b2 = 1e-4, 0.9
     grads = jnp.asarray([9.9e-4] * 8 + [10.1e-4] * 12 + [0.0] * 4, jnp.float32).reshape(4, 6)
-    params, grads = {"layers": {"w": jnp.ones((4, 6))}}, {"layers": {"w": grads}}
+    params, grads = {"w": jnp.ones((4, 6))}, {"w": grads}
     optimizer = optax.with_extra_args_support(make(b2, eps))
     state = optimizer.init(params)
     assert np.isnan(measure(params, grads, params, state, b2, eps)["adam_frozen_share"])  # it has not yet moved
