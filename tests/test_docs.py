@@ -43,7 +43,8 @@ def outcomes(tmp_path_factory):
     (folder / "blocks.json").write_text(json.dumps(CODE))
     command = [sys.executable, ROOT / "tests/run_blocks.py", folder / "blocks.json", folder / "results.json", ROOT]
     quick = "--xla_backend_optimization_level=0"  # compiles in a third of the time
-    print(run(command, environment=user_environment(JAX_PLATFORMS="cpu", TMPDIR=str(folder), XLA_FLAGS=quick)))
+    environment = user_environment(JAX_PLATFORMS="cpu", TMPDIR=str(folder), XLA_FLAGS=quick, PYTHONPATH=str(ROOT))
+    print(run(command, environment=environment))
     results = json.loads((folder / "results.json").read_text())
     return {identifier(block): result for block, result in zip(CODE, results, strict=True)}
 

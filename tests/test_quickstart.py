@@ -63,17 +63,17 @@ def source_code(tmp_path_factory):
 
 
 def test_a_short_quickstart_learns_resumes_and_is_healthy(source_code, tmp_path):
-    """Quick sibling: the quickstart's own model, batch and optimizer for 60 steps, stopped after 30."""
+    """Quick sibling: the quickstart's own model, batch and optimizer for 40 steps, stopped after 20."""
     folder = tmp_path / "run"
-    flags = ["--data.store", source_code, "--train.steps", "60", "--train.eval-every", "30", "--train.log-every", "1"]
-    train(folder, *flags, "--train.stop-after", "30")
+    flags = ["--data.store", source_code, "--train.steps", "40", "--train.eval-every", "20", "--train.log-every", "1"]
+    train(folder, *flags, "--train.stop-after", "20")
     printed = train(folder, *flags)
     steps, events = records(folder)
-    assert [step["step"] for step in steps] == list(range(1, 61))
+    assert [step["step"] for step in steps] == list(range(1, 41))
     assert "resume" in {event["event"] for event in events}
     losses = [event["nll"] for event in events if event["event"] == "eval"]
     assert steps[0]["loss"] > 5.4  # ln 257 is 5.55
-    assert losses[-1] < min(2.9, losses[0])
+    assert losses[-1] < min(3.4, losses[0])
     check_is_healthy(folder)
     check_is_complete(folder, printed)
 

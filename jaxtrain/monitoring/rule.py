@@ -125,4 +125,4 @@ class Rule:
 
     def after_warmup(self, line: Line) -> bool:
         """Returns True for a step after the learning-rate warm-up, in which gradients and updates are large."""
-        return line["step"] > self.facts.config.optim.warmup_steps
+        return line["step"] > self.facts.config.warmup_steps

@@ -49,7 +49,7 @@ class StuckAtUniform(Rule):
         if not self.facts.vocab_size or not math.isfinite(line["nll"]):
             return UNKNOWN
         self._losses.add(line["nll"])
-        if not self._losses.full or line["step"] <= self.facts.config.optim.warmup_steps + self.STEPS:
+        if not self._losses.full or line["step"] <= self.facts.config.warmup_steps + self.STEPS:
             return UNKNOWN
         loss, uniform = self._losses.median(), math.log(self.facts.vocab_size)
         if abs(loss - uniform) > self.SHARE * uniform:

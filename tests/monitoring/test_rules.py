@@ -113,6 +113,10 @@ def very_noisy(run): ...
 def large_vocabulary(run): ...
 
 
+@healthy(warmup_steps=None, warmup_fraction=0.05)
+def warmup_as_a_fraction(run): ...
+
+
 @healthy(vocab_size=50257, floor=3.0, warmup_steps=800)
 def long_warmup(run):
     t = run.t
