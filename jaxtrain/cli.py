@@ -114,7 +114,7 @@ def _train(options: TrainOptions) -> int:
     more = {name: getattr(options, name) for name in ("rewind", "profile", "allow_change")}
     try:
         with compile_cache(), session(report_error):
-            outcome = train(options.config, options.run_dir, **more)
+            outcome = train(options.config, options.run_dir or "", **more)  # `parse` fills run_dir in
     except OSError as error:
         if is_stuck():
             leave(report_error(error))
