@@ -26,8 +26,8 @@ from jaxtrain.fields import (
     RunFolder,
     Section,
     Source,
-    Tokenizer,
-    nearest,
+    TokenizerSpec,
+    suggest,
 )
 from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.flag_help import show_help
@@ -64,9 +64,7 @@ def _run(words: list[str], debug: bool) -> int:
         print(f"jaxtrain {__version__}")
         return 0
     if name not in COMMANDS:
-        near = nearest(name, COMMANDS)
-        hint = f"did you mean {near}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        raise ValueError(f"unknown command {name!r}: {hint}")
+        raise ValueError(f"unknown command {name!r}: {suggest(name, list(COMMANDS))}")
     command = COMMANDS[name]
     if _HELP & set(rest):
         print(show_help(command, rest))
@@ -82,10 +80,8 @@ def _overview() -> str:
     return (
         "usage: jaxtrain COMMAND ...\n\n"
         + "\n".join(lines)
-        + (
-            "\n\n`jaxtrain COMMAND --help` lists the options of a command.\n"
-            "`jaxtrain --version` prints the version. `--debug` shows the traceback of an error."
-        )
+        + "\n\n`jaxtrain COMMAND --help` lists the options of a command.\n"
+        "`jaxtrain --version` prints the version. `--debug` shows the traceback of an error."
     )
 
 
@@ -97,7 +93,7 @@ class TrainOptions(Section):
     config: Config  # config file: .py with a function config(), or .json
     run_dir: RunFolder | None = None  # run directory; an existing run is resumed; none: runs/NAME for NAME.py
     allow_change: bool = False  # resume with a changed config, such as more steps; the change is recorded
-    rewind: Positive[int] | None = None  # resume from the checkpoint of this step and set aside later ones, once
+    rewind: Positive[int] | None = None  # resume from the checkpoint of this step; renames later ones; give it once
     profile: Annotated[str, "START:STOP"] | None = None  # steps to trace into RUN/profile, without STOP, such as 10:13
 
 
@@ -138,12 +134,15 @@ class ReportOptions(Section):
 
     positional = "run"
     run: RunFolder  # run directory
+    config: Annotated[str, LocalPath("CONFIG.py")] | None = None  # config file that adds the schedule of the run
 
 
 def _write_report(options: ReportOptions) -> int:
     """Diagnoses a run, finished or not, and rewrites its report.html."""
     from jaxtrain.monitoring.report import describe_times, read_findings, write_report
 
+    if options.config:
+        load(options.config)  # adds the entries of its tables
     findings, progress = read_findings(options.run)
     print(printable(progress))
     print(printable("\n".join(map(str, findings)) or "no findings"))
@@ -162,7 +161,7 @@ class ScheduleOptions(Section):
 
     positional = "config"
     config: Config  # config file: .py with a function config(), or .json
-    png: Annotated[str, LocalPath("FILE.png")] | None = None  # picture to draw as well
+    png: Annotated[str, LocalPath("FILE.png")] | None = None  # picture to draw
 
     def __post_init__(self):
         super().__post_init__()
@@ -220,7 +219,7 @@ class PrepareOptions(Section):
     positional = "sources"
     sources: tuple[Source, ...]  # files, folders or globs of text or records, or python-stdlib
     out: Folder  # folder of the new token store
-    tokenizer: Tokenizer = "byte"  # bpe is trained on the sources; hf is a tokenizer.json
+    tokenizer: TokenizerSpec = "byte"  # bpe is trained on the sources; hf is a tokenizer.json
     validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash
     eot: str | None = None  # end-of-text token of hf:FILE; none looks for the usual names
     text_field: str = "text"  # field or column that holds the text of a record
@@ -258,7 +257,8 @@ class RunOptions(Section):
 
     positional = "run"
     run: RunFolder  # run directory
-    config: Annotated[str, LocalPath("CONFIG.py")] | None = None  # config file of the run, if its model is your own
+    # config file of the run, if it defines a model, schedule or optimizer
+    config: Annotated[str, LocalPath("CONFIG.py")] | None = None
     data_store: Folder | None = None  # path of the token store, if it has moved
 
 
@@ -278,7 +278,7 @@ def _eval(options: EvalOptions) -> int:
     from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.processes import is_lead
-    from jaxtrain.training.evaluate import compressor_bits_per_byte, evaluate_split, split_text
+    from jaxtrain.training.evaluation import compressor_bits_per_byte, evaluate_split, split_text
 
     with compile_cache(), session(report_error):
         run, params, step = _trained(options)

@@ -22,8 +22,8 @@ from jaxtrain.fields import (
     Section,
     Share,
     Source,
-    Tokenizer,
-    check_choice,
+    TokenizerSpec,
+    check_entry,
 )
 
 Clipping = Literal["global_norm", "zclip", "adaptive"]
@@ -128,12 +128,12 @@ class DataConfig(Section, section="data"):
 
     store: Folder | None = None  # token store from `jaxtrain prepare`; None prepares RUN/data from `sources`
     sources: tuple[Source, ...] = ()  # files, folders, globs (text, .gz, .jsonl) or python-stdlib, if `store` is None
-    tokenizer: Tokenizer = "byte"  # of `sources`; used if `store` is None
+    tokenizer: TokenizerSpec = "byte"  # of `sources`; used if `store` is None
     validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash; used if `store` is None
     text_field: str = "text"  # key of the document in a .jsonl line; used if `store` is None
     verify: bool = True  # compares the checksum of every shard with the manifest at the start
     prefetch: Positive[int] = 2  # batches loaded ahead onto the devices
-    # batches to leave out, counted from 0, without STOP; a resumed run may add later ones
+    # batches to leave out, without STOP; step i reads batch i - 1 if none is left out; a resumed run may add later ones
     skip: tuple[Annotated[str, "START:STOP"], ...] = ()
 
     def __post_init__(self):
@@ -326,7 +326,7 @@ class Config(Section):
         if optim.schedule != "cosine":  # the table needs jax, which the default shall not
             from jaxtrain.schedules import SCHEDULES
 
-            check_choice(optim.schedule, SCHEDULES, "optim.schedule")
+            check_entry(optim.schedule, SCHEDULES, "optim.schedule", "jaxtrain.schedules.SCHEDULES")
             if check := SCHEDULES[optim.schedule].check:
                 check(optim, steps)
         elif self.warmup_steps >= steps:

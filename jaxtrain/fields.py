@@ -49,7 +49,7 @@ FractionOrZero = Annotated[T, Bounds("in [0, 1)", 0, 1, includes_low=True)]
 Share = Annotated[T, Bounds("in [0, 1]", 0, 1, includes_low=True, includes_high=True)]
 Folder = Annotated[str, LocalPath("DIR")]
 Source = Annotated[str, LocalPath("SOURCE")]
-Tokenizer = Annotated[str, LocalPath("byte|bpe:VOCAB|hf:FILE")]
+TokenizerSpec = Annotated[str, LocalPath("byte|bpe:VOCAB|hf:FILE")]
 RunFolder = Annotated[str, LocalPath("RUN")]
 
 
@@ -136,6 +136,18 @@ def check_choice(value: Any, choices: Iterable[str], path: str) -> Any:
         hint = f"; did you mean {near}?" if near else ""
         raise ValueError(f"{path}: {value!r} is none of {', '.join(choices)}{hint}")
     return value
+
+
+def check_entry(name: str, table: Iterable[str], path: str, table_name: str) -> None:
+    """Raises a ValueError unless a name is in a table to which config files may add entries."""
+    names = list(table)
+    if name not in names:
+        near = nearest(name, names)
+        hint = f"did you mean {near!r}? " if near else ""
+        raise ValueError(
+            f"{path}: {name!r} is none of {', '.join(names)}: {hint}If a config file adds it to {table_name}, give "
+            "that file (for an existing run with --config CONFIG.py)"
+        )
 
 
 def require_local(path: str | os.PathLike, name: str) -> None:

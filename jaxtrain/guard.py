@@ -25,7 +25,7 @@ DEVIATION_FLOOR = 0.01
 # A gradient-norm spike exceeds the clip threshold by this factor. Three healthy runs of the quickstart (Python
 # 3.12) had 13 gradient-norm spikes of 6 to 16 deviations, the largest 4.7 times the threshold, and no loss spike.
 SPIKE_FACTOR = 10.0
-# Number of steps that the recent share of skipped steps looks back over.
+# Time constant, in steps, of the recent share of skipped steps.
 SHARE_STEPS = 1000
 
 

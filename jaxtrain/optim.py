@@ -138,7 +138,7 @@ def _stack_lines(params: optax.Params) -> list[str]:
     try:
         axes = layer_axes(params)
     except ValueError:
-        return ["layers or blocks may be stacked or not: the mask was told"]
+        return ["layers or blocks may be stacked or not: the mask names them in stacked="]
     shapes = named_leaves(params)
     found = {stack_of(names, STACKED): (axis, shapes[names]) for names, axis in zip(shapes, axes, strict=True)}
     return [

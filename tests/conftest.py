@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is marked slow is left out, unless --slow asks for it or it is asked for by `-m`."""
+    """Deselects the tests marked slow, unless --slow or `-m` is given."""
     if config.getoption("--slow") or config.getoption("-m"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

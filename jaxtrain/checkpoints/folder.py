@@ -142,7 +142,7 @@ class CheckpointFolder:
             if _LEFTOVER.match(path.name):
                 self._delete(path, self.warn)
 
-    def set_aside(self, step: int, suffix: str) -> None:
+    def retire(self, step: int, suffix: str) -> None:
         """Renames a checkpoint to STEP.suffix (or STEP.suffix.2, ...), so that its step can be saved again."""
         aside, number = self.path / f"{step}.{suffix}", 1
         while aside.exists():
@@ -152,7 +152,7 @@ class CheckpointFolder:
         sync_folder(self.path)
 
     def rewind(self, step: int) -> list[int]:
-        """Sets aside all checkpoints after a step; returns their steps.
+        """Renames all checkpoints after a step to STEP.rewound; returns their steps.
 
         Raises:
           ValueError: the checkpoint of `step` is missing or damaged.
@@ -164,7 +164,7 @@ class CheckpointFolder:
             raise ValueError(f"checkpoint {self.checkpoint(step)} is damaged: {problem}") from None
         later = [other for other in self.steps() if other > step]
         for other in reversed(later):  # so that a crash leaves no gap
-            self.set_aside(other, "rewound")
+            self.retire(other, "rewound")
         if scores := self._scores(self.warn):
             self._write_scores({other: nll for other, nll in scores.items() if other <= step})
         return later

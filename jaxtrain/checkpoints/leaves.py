@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ class NotFinite(ValueError):
     """A state with NaN or infinities in it: it is neither saved nor trained on."""
 
 
-def describe(tree: Any, name: str) -> dict[str, dict[str, Any]]:
+def describe(tree: chex.ArrayTree, name: str) -> dict[str, dict[str, Any]]:
     """Returns the shape and dtype of every array (or jax.ShapeDtypeStruct) of a tree, by its path under `name`."""
     return {
         f"{name}/{_show(path)}": {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
@@ -33,7 +34,7 @@ def compare(saved: dict[str, dict[str, Any]], wanted: dict[str, dict[str, Any]])
     return problems
 
 
-def not_finite(tree: Any) -> str:
+def not_finite(tree: chex.ArrayTree) -> str:
     """Lists the paths of the arrays that hold NaN or infinities; returns "" if every number is finite.
 
     Checks on the devices where the arrays are, with one transfer to the host. Every process gets the same answer.

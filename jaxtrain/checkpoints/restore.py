@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import orbax.checkpoint as ocp
 
@@ -28,7 +29,7 @@ def restore(
       folder: the run's checkpoints.
       like: a tree of `jax.ShapeDtypeStruct` with shardings: the expected leaves, and where they go.
       step: which checkpoint. None chooses the newest whole one; damaged ones are reported.
-      repair: set aside the damaged checkpoints that are newer, so that their steps can be saved again.
+      repair: rename newer damaged checkpoints to STEP.damaged, so that their steps can be saved again.
 
     Raises:
       ValueError: the checkpoint is missing or damaged, or no checkpoint is whole, or the checkpoint has missing, extra,
@@ -42,7 +43,9 @@ def restore(
     return state, _fingerprint(folder.checkpoint(step))
 
 
-def restore_params(folder: CheckpointFolder, like: Any, step: int | None = None) -> tuple[Any, int]:
+def restore_params(
+    folder: CheckpointFolder, like: chex.ArrayTree, step: int | None = None
+) -> tuple[chex.ArrayTree, int]:
     """Reads the parameters alone; returns them and the step. Arguments and errors are those of `restore`."""
     step = choose(folder, {"params": like}, step)
     params = _read(folder.checkpoint(step), {"params": like})["params"]
@@ -64,12 +67,16 @@ def read_fingerprint(folder: CheckpointFolder, step: int | None = None) -> tuple
     return _fingerprint(folder.checkpoint(step)), step
 
 
-def find_fingerprint(folder: CheckpointFolder) -> tuple[dict[str, Any], int] | None:
+def find_fingerprint(folder: CheckpointFolder, last: int | None = None) -> tuple[dict[str, Any], int] | None:
     """Returns the fingerprint and step of the newest checkpoint whose fingerprint is whole; None if there is none.
 
-    No other process takes part.
+    Reports nothing, and no other process takes part.
+
+    Args:
+      folder: the run's checkpoints.
+      last: ignores later steps; None ignores none.
     """
-    for step in reversed(folder.steps()):
+    for step in reversed([step for step in folder.steps() if last is None or step <= last]):
         with contextlib.suppress(Damaged):
             verify(folder.checkpoint(step), ("record",))
             return _fingerprint(folder.checkpoint(step)), step
@@ -90,7 +97,7 @@ def choose(
       folder: the run's checkpoints.
       like: trees that the checkpoint's parts must fit, by name of the part; other parts need not be whole.
       step: the only candidate. None tries all, from the newest on.
-      repair: set aside damaged checkpoints that are newer than the chosen one.
+      repair: rename damaged checkpoints that are newer than the chosen one.
       gather: returns the values of all processes on the lead.
 
     Raises:
@@ -133,12 +140,12 @@ def _report_damaged(folder: CheckpointFolder, damaged: dict[int, str], chosen: i
         folder.report("checkpoint_damaged", text, step=number, problem=problem, back_to=chosen)
         if repair:
             try:
-                folder.set_aside(number, "damaged")
+                folder.retire(number, "damaged")
             except OSError as error:
                 folder.warn(folder.checkpoint(number), f"this damaged checkpoint could not be renamed: {error}")
 
 
-def _require_finite(path: Path, tree: dict[str, Any]) -> None:
+def _require_finite(path: Path, tree: chex.ArrayTree) -> None:
     if bad := not_finite(tree):
         raise NotFinite(f"checkpoint {path} holds NaN or infinities in {bad}: use an earlier checkpoint")
 
@@ -160,7 +167,9 @@ def _read(path: Path, like: dict[str, Any]) -> dict[str, Any]:
     args = {part: ocp.args.StandardRestore(tree) for part, tree in like.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:
         restored = reader.restore(path, args=ocp.args.Composite(**args))
-    return {part: restored[part] for part in like}
+    parts = {part: restored[part] for part in like}
+    chex.assert_trees_all_equal_shapes_and_dtypes(parts, like)
+    return parts
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

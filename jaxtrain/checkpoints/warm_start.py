@@ -1,7 +1,8 @@
 """Warm start: a new run that begins at step 0 with the weights of another run and a fresh optimizer."""
 
 from pathlib import Path
-from typing import Any
+
+import chex
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import read_fingerprint, restore_params
@@ -32,7 +33,7 @@ def find(source: str, run_dir: Path) -> tuple[Path, int | None]:
     return path, step
 
 
-def read(source: str, run_dir: Path, like: Any, tokenizer: str) -> tuple[Any, int]:
+def read(source: str, run_dir: Path, like: chex.ArrayTree, tokenizer: str) -> tuple[chex.ArrayTree, int]:
     """Reads the parameters of another run's checkpoint; returns them and the step.
 
     Args:

@@ -19,7 +19,7 @@ def permute(index: np.ndarray | int, size: int, key: tuple[int, int]) -> np.ndar
     Args:
       index: integers in range(size), any shape.
       size: at least 1, at most 2^62.
-      key: two integers, taken modulo 2^64.
+      key: two integers, modulo 2^64.
 
     Returns:
       int64 of the shape of `index`.

@@ -22,7 +22,7 @@ from jaxtrain.runtime.files import sha256_file
 STORE_FORMAT = "jaxtrain-tokens"
 STORE_VERSION = 1
 STORE_MANIFEST = "manifest.json"
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+STORE_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def open_store(path: str | Path, *, verify: bool = True) -> TokenStore:
             f"{STORE_VERSION}: make the store again with `jaxtrain prepare`"
         )
     try:
-        dtype = DTYPES[manifest["dtype"]]
+        dtype = STORE_DTYPES[manifest["dtype"]]
         vocab_size, eot_id = _number(manifest, "vocab_size"), _number(manifest, "eot_id")
         if not 0 <= eot_id < vocab_size:
             raise TypeError(f"eot_id {eot_id} is no token of a vocabulary of {vocab_size}")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +59,7 @@ def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Arra
 
 def generate(
     model: Model,
-    params: Any,
+    params: chex.ArrayTree,
     prompt: np.ndarray,
     num_tokens: int,
     *,
@@ -163,6 +164,8 @@ def _extend(decode: Callable, rule: _Rule, params: Any, decoding: _Decoding, end
     def body(now: _Decoding) -> _Decoding:
         last = jax.lax.dynamic_slice_in_dim(now.tokens_BS, now.length - 1, 1, axis=1)
         logits_B1V, cache = decode(params, last, now.cache, now.length - 1)
+        chex.assert_shape(logits_B1V, (*last.shape, None))
+        chex.assert_trees_all_equal_shapes_and_dtypes(cache, now.cache)
         key, this_key = jax.random.split(now.key)
         logits_BV = logits_B1V[:, 0]
         if rule.vocab_size < logits_BV.shape[-1]:

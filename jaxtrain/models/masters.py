@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 class WithMasters(NamedTuple):
-    """Parameters in the compute dtype, with respect to which gradients are taken, and their float32 masters."""
+    """Parameters in the compute dtype, which are differentiated, and their float32 masters."""
 
     params: Any
     masters: Any

@@ -107,7 +107,7 @@ take_rows.defvjp(_take_rows_forward, _take_rows_backward)
 def barrier_gradients(*arrays):
     """Identity with a barrier on the gradients: all of them are complete before any of them is used.
 
-    Without it the gradient of the output head is held unreduced until the layers' backward pass ends.
+    Without it the gradient of the output head stays unreduced until the layers' backward pass ends.
     """
     return arrays
 

@@ -27,7 +27,7 @@ def rematerialize(layer: Callable, remat: Remat, *, gathered: bool, looped: bool
       layer: the function.
       remat: name of the policy.
       gathered: True if the layer gathers its weights over devices.
-      looped: True if a loop calls the layer. Otherwise the compiler must be kept from merging the recomputation with
+      looped: True if a loop calls the layer. Otherwise the compiler must not merge the recomputation with
         the forward pass.
     """
     if remat == "none" and not gathered:

@@ -21,7 +21,7 @@ from jaxtrain.monitoring.tables import format_seconds
 from jaxtrain.runtime.terminal import printable
 
 _RECENT_STEPS = 10  # logged steps from which the remaining time is estimated
-# A log on a full disk, a pipe without a reader, a terminal that is gone: training goes on without output.
+# A log on a full disk, a pipe without a reader, a terminal that is gone: training continues without output.
 _UNSEEN = contextlib.suppress(OSError, ValueError)
 
 
@@ -42,7 +42,7 @@ class Console:
         self._stream = sys.stdout if stream is None else stream
         self._encoding = getattr(self._stream, "encoding", None)
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._line = ""  # the live line; redrawn after another text has taken its place
+        self._line = ""  # the live line; redrawn after other text has replaced it
         self._live: rich.live.Live | None = None
         self._lock = threading.RLock()
         self._terminal: rich.console.Console | None = None

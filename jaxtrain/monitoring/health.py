@@ -58,7 +58,9 @@ class Health:
                 self._rules.remove(rule)
                 verdict, news = UNKNOWN, False
                 evidence = f"{rule.name} raised {type(error).__name__}: {error}"
-                findings.append(Finding("broken_rule", "warning", int(step), evidence, "Mend it; the others go on."))
+                findings.append(
+                    Finding("broken_rule", "warning", int(step), evidence, "Correct it; the other rules continue.")
+                )
             if news and isinstance(verdict, Found):
                 findings.append(Finding(rule.name, rule.severity, int(step), verdict.text, rule.remedy))
         return findings

@@ -1,7 +1,7 @@
 """Diagnostics of each layer, computed inside the train step.
 
 Every step computes them and some steps log them: the sums fuse with those of the norms, while a branch for the logged
-steps would keep its operands in memory together (Llama 2 7B on TPU: 1.4 to 4 GB per chip).
+steps would keep all its operands in memory (Llama 2 7B on TPU: 1.4 to 4 GB per chip).
 """
 
 import math

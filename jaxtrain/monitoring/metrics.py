@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +44,7 @@ class PackedMetrics:
 
 def pack(metrics: Mapping[str, jax.Array]) -> PackedMetrics:
     """Packs float32 arrays; `unpack` returns them unchanged."""
+    chex.assert_type(list(metrics.values()), jnp.float32)
     shapes = tuple((name, jnp.shape(value)) for name, value in metrics.items())
     return PackedMetrics(jnp.concatenate([jnp.ravel(value) for value in metrics.values()]), shapes)
 
@@ -51,7 +53,7 @@ class JsonLines:
     """Sink that appends steps and events to a JSON-lines file, and flushes each line.
 
     A crash leaves at most one torn last line. Opening the file again ends that line, so that the next object starts on
-    a line of its own. Lines that cannot be written (a full disk) are kept and retried, with a message on standard
+    a line of its own. Lines that cannot be written (a full disk) wait and are retried, with a message on standard
     error; `close` raises an OSError if any are left. Values are strings, numbers, arrays (NumPy or JAX; a vector
     becomes a list), None, and lists and dicts of these. A float32 is written with the digits that restore it exactly;
     NaN and infinities become the strings "NaN", "Infinity" and "-Infinity".

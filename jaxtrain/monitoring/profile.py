@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxtrain.config import TrainConfig
+from jaxtrain.config import TrainConfig, parse_range
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.trace import SCOPES
 from jaxtrain.runtime.files import write_json
@@ -33,14 +33,9 @@ def parse_profile(text: str | None, config: TrainConfig) -> range:
     """
     if text is None:
         return range(0)
-    parts = text.split(":")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
-        raise ValueError(f"--profile {text!r} is not a range of steps: write START:STOP, such as 10:13")
-    steps = range(int(parts[0]), int(parts[1]))
-    if not steps or steps.start < 1:
-        raise ValueError(
-            f"--profile {text!r} is empty or starts before step 1: it traces steps START to STOP - 1, counted from 1"
-        )
+    steps = parse_range(text, "--profile")
+    if steps.start < 1:
+        raise ValueError(f"--profile {text!r} starts before step 1: steps are counted from 1")
     last, name = min((config.steps, "train.steps"), (config.stop_after or config.steps, "train.stop_after"))
     if steps[-1] > last:
         raise ValueError(f"--profile {text} ends after the last step {last} ({name}): give a range up to {last + 1}")
@@ -94,7 +89,7 @@ def _scope(source: str) -> str:
 class Profiler:
     """Profiles a range of steps while the loop runs; a context manager.
 
-    A failure of the profiler is reported, and training goes on.
+    A failure of the profiler is reported, and training continues.
     """
 
     def __init__(self, steps: range, folder: Path, program: jax.stages.Compiled, recorder: Recorder):

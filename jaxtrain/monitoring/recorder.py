@@ -54,7 +54,7 @@ def open_recorder(
         for name, make in SINKS.items():
             try:
                 recorder.sinks.append(BackgroundSink(make(folder), name))
-            except Exception as error:  # such as a tracker that is offline: training goes on without it
+            except Exception as error:  # such as a tracker that is offline: training continues without it
                 recorder.report_failure(name, error)
         recorder.sinks.append(HealthSink(facts, recorder.event, lines[-_RESTORED_LINES:], events))
     return recorder
@@ -224,7 +224,7 @@ class Recorder:
         if name not in self._failed:
             self._failed.add(name)
             problem = str(error) if isinstance(error, SinkFailed) else f"{type(error).__name__}: {error}"
-            self.event("sink_failed", f"warning: the sink {name} failed, training goes on: {problem}", sink=name)
+            self.event("sink_failed", f"warning: the sink {name} failed, training continues: {problem}", sink=name)
 
 
 def _name(sink: Sink) -> str:

@@ -1,6 +1,5 @@
-"""The gears of a run, made from its config: schedule, optimizer behind the guard, loss scaling, diagnostics."""
+"""Components of a run, made from its config: schedule, optimizer behind the guard, loss scaling, diagnostics."""
 
-import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -10,6 +9,7 @@ import optax
 
 from jaxtrain.clipping import clip_adaptively, clip_by_global_norm, zclip
 from jaxtrain.config import Config
+from jaxtrain.fields import check_entry
 from jaxtrain.guard import skip_bad_steps
 from jaxtrain.monitoring.layers import layer_diagnostics
 from jaxtrain.optim import OPTIMIZERS
@@ -32,12 +32,8 @@ def describe_schedule(config: Config) -> str:
 
 def check_optimizer(config: Config) -> None:
     """Raises a ValueError if `optim.name` is not in the table, or if the optimizer rejects its settings."""
-    name = config.optim.name
-    if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "add an entry to jaxtrain.optim.OPTIMIZERS in the config file"
-        raise ValueError(f"optim.name {name!r} is none of {', '.join(OPTIMIZERS)}: {hint}")
-    if check := OPTIMIZERS[name].check:
+    check_entry(config.optim.name, OPTIMIZERS, "optim.name", "jaxtrain.optim.OPTIMIZERS")
+    if check := OPTIMIZERS[config.optim.name].check:
         check(config.optim)
 
 

@@ -1,7 +1,6 @@
 """Text from the model of a run."""
 
-from typing import Any
-
+import chex
 import jax
 import numpy as np
 
@@ -12,7 +11,7 @@ from jaxtrain.training.run import Run
 
 def continue_text(
     run: Run,
-    params: Any,
+    params: chex.ArrayTree,
     prompt: str,
     num_tokens: int,
     *,

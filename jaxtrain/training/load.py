@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +25,7 @@ class TrainedModel:
       tokenizer: tokenizer of the data.
     """
 
-    def __init__(self, run: Run, params: Any, step: int):
+    def __init__(self, run: Run, params: chex.ArrayTree, step: int):
         self.config: Config = run.config
         self.params, self.step = params, step
         self.tokenizer: Tokenizer = run.tokenizer

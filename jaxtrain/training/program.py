@@ -39,11 +39,11 @@ class Program(NamedTuple):
 
     Attributes:
       model: the model for use outside the steps, not sharded.
-      vocab_size: number of tokens that the model knows.
+      vocab_size: number of token ids of the model.
       mesh: devices of the steps; abstract devices serve `jaxtrain plan`.
       abstract_state: shapes, dtypes and shardings of the state.
       abstract_batch: shapes, dtypes and shardings of a batch.
-      init_state: makes the first state; every leaf is born with its sharding.
+      init_state: makes the first state, sharded from the start.
       train_step: `(state, batch) -> (state, packed metrics)`; donates the state.
       eval_step: `(params, batch) -> LossSums`.
     """
@@ -76,8 +76,7 @@ def make_program(
       vocab_size: number of tokens in the vocabulary of the data.
       wrap_loss: wraps the training loss `(params, batch) -> LossSums`; None leaves it as it is.
       optimizer: any optax transformation; None takes that of the config.
-      diagnose: per-layer metrics of the train step; None takes the config's. See `make_train_step`.
-      micro_batch_terms: adds the metrics of each micro-batch. See `make_train_step`.
+      diagnose, micro_batch_terms: see `make_train_step`; None takes the diagnostics of the config.
 
     Raises:
       ValueError: sizes that do not divide over the mesh, or a vocabulary that does not fit.
@@ -96,9 +95,10 @@ def make_program(
     shapes = jax.eval_shape(init)
     specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, axes_of(model, shapes.params))
     shardings = state_shardings(shapes, specs, mesh)
-    losses = _losses_of(config, model, mesh, shapes.params, specs)
+    make_losses = _sharded_losses if isinstance(model, TransformerModel) else _global_losses
+    losses = make_losses(config, model, mesh, shapes.params, specs)
     step = make_train_step(
-        wrap_loss(losses.train) if wrap_loss else losses.train,
+        wrap_loss(losses.train_loss) if wrap_loss else losses.train_loss,
         optimizer,
         accumulate=settings.accumulate,
         policy=None if losses.cast_per_layer else policy,
@@ -108,7 +108,6 @@ def make_program(
         diagnose=diagnose or components.make_diagnose(config),
         micro_batch_terms=micro_batch_terms,
     )
-    everywhere = replicated(mesh)
     return Program(
         model=model,
         vocab_size=getattr(model, "vocab_size", vocab_size),
@@ -116,12 +115,12 @@ def make_program(
         abstract_state=jax.tree.map(_abstract, shapes, shardings),
         abstract_batch=_abstract_batch(config, mesh),
         init_state=jax.jit(init, out_shardings=shardings),
-        train_step=jax.jit(_packed(step), donate_argnums=0, out_shardings=(shardings, everywhere)),
-        eval_step=jax.jit(make_eval_step(losses.evaluate, policy=policy), out_shardings=everywhere),
+        train_step=jax.jit(_pack_metrics(step), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        eval_step=jax.jit(make_eval_step(losses.eval_loss, policy=policy), out_shardings=replicated(mesh)),
     )
 
 
-def _packed(step: Callable) -> Callable[[TrainState, Batch], tuple[TrainState, PackedMetrics]]:
+def _pack_metrics(step: Callable) -> Callable[[TrainState, Batch], tuple[TrainState, PackedMetrics]]:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, PackedMetrics]:
         state, metrics = step(state, batch)
         return state, pack(metrics)
@@ -163,23 +162,18 @@ def state_shardings(state: TrainState, specs: Any, mesh: Mesh) -> TrainState:
 class _Losses(NamedTuple):
     """Loss functions of a model on a mesh, as `make_train_step` and `make_eval_step` take them."""
 
-    train: Callable
-    evaluate: Callable
+    train_loss: Callable
+    eval_loss: Callable
     map_gradients: Callable[[Callable], Callable] | None = None
     cast_per_layer: bool = False  # each layer casts the float32 masters where it gathers them
 
 
-def _losses_of(config: Config, model: Model, mesh: Mesh, params: Any, specs: Any) -> _Losses:
-    if isinstance(model, TransformerModel):
-        return _sharded_losses(config, model, mesh, specs)
-    return _global_losses(config, model, mesh, params, specs)
-
-
-def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, specs: Any) -> _Losses:
+def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, params: Any, specs: Any) -> _Losses:
     """Losses of the built-in transformer: each device computes on its shards, in `jax.shard_map` if there are several.
 
     Evaluation measures plain cross-entropy, without z-loss and label smoothing.
     """
+    del params  # `check_parts` has checked their sizes
     settings = config.train
     parallel = Parallel(mesh.shape["fsdp"], mesh.shape["tensor"])
     local = TransformerModel(model.config, parallel, chunk_size=settings.loss_chunk)
@@ -196,10 +190,10 @@ def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, specs: 
 
 
 def _global_losses(config: Config, model: Model, mesh: Mesh, params: Any, specs: Any) -> _Losses:
-    """Losses of a user's model: written for whole arrays, sharded by XLA.
+    """Losses of a user's model, which are written for whole arrays and sharded by XLA.
 
     Raises:
-      ValueError: a setting that only the built-in transformer heeds, or a parameter that its axes do not divide.
+      ValueError: a setting that only the built-in transformer supports, or axes that do not divide a parameter.
     """
     leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs), strict=True)
     for (path, leaf), spec in leaves:

@@ -21,12 +21,13 @@ from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
 from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.optim import decay_mask
-from jaxtrain.runtime.config_files import differences, load
+from jaxtrain.runtime.config_files import differences
 from jaxtrain.runtime.files import sha256_file, write_bytes
 from jaxtrain.runtime.mesh import by_rows, check_batch, make_mesh
 from jaxtrain.step import TrainState
 from jaxtrain.training import components
 from jaxtrain.training.program import Program, make_program
+from jaxtrain.training.run_folder import read_config
 
 
 def _unchanged(x: Any) -> Any:
@@ -95,24 +96,23 @@ def open_run(
       folder: the run directory.
       hooks: replaces parts of the run.
       store: path of the token store; None takes that of the config.
-      model: the model of a run whose model is not the built-in transformer.
+      model: the model of the config file, for a run whose config file defines its own.
       data: False opens no token store where the run directory has the tokenizer.
 
     Raises:
       ValueError: no run in the folder, another model, or no token store where the config says.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
-    config = load(folder / "config.json")
+    config = read_config(folder)
     if store is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
-    if model is not None:
+    if isinstance(config.model, SavedModel) and model is None:
+        raise ValueError(f"{folder} has the model {config.model.custom} of a config file: give --config CONFIG.py")
+    # The sizes of the built-in transformer are in config.json; the config file then serves for its schedule.
+    if model is not None and not (isinstance(model, ModelConfig) and isinstance(config.model, ModelConfig)):
         saved, config = config, dataclasses.replace(config, model=model)
         if changed := differences(saved, config):
             raise ValueError(f"{folder} has another model than that of --config\n  " + "\n  ".join(changed))
-    elif isinstance(config.model, SavedModel):
-        raise ValueError(f"{folder} has the model {config.model.custom} of a config file: give --config CONFIG.py")
     config = dataclasses.replace(config, mesh=_mesh_for(config, len(jax.devices())))
     if not data and (folder / TOKENIZER_FILE).is_file():
         program = _make_program(config, load_tokenizer(folder).vocab_size, hooks)

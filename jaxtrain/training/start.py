@@ -9,7 +9,7 @@ import jax
 from jaxtrain import __version__
 from jaxtrain.checkpoints import warm_start as weights
 from jaxtrain.checkpoints.folder import CheckpointFolder
-from jaxtrain.checkpoints.restore import restore
+from jaxtrain.checkpoints.restore import find_fingerprint, restore
 from jaxtrain.checkpoints.save import Saver
 from jaxtrain.config import Config, to_dict
 from jaxtrain.data.prepare.prepare import prepare
@@ -18,7 +18,8 @@ from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.stop import Stop
 from jaxtrain.step import TrainState
-from jaxtrain.training.folder import (
+from jaxtrain.training.run import Run, check_fingerprint, open_data, tokenizer_hash
+from jaxtrain.training.run_folder import (
     Changes,
     check_or_write_config,
     check_skip,
@@ -26,7 +27,6 @@ from jaxtrain.training.folder import (
     recover_config,
     run_lock,
 )
-from jaxtrain.training.run import Run, check_fingerprint, open_data, tokenizer_hash
 
 
 class Session(NamedTuple):
@@ -102,6 +102,25 @@ def prepare_data(
     return store, changes
 
 
+def check_resume(run: Run, rewind: int | None) -> None:
+    """Checks data, tokenizer, decay mask and data.skip against the checkpoint to resume from. Writes nothing.
+
+    Raises:
+      ValueError: one of them differs, on every process.
+    """
+
+    def check() -> None:
+        if found := find_fingerprint(CheckpointFolder(run.folder / "checkpoints"), rewind):
+            _check_saved(run, *found)
+
+    processes.run_on_lead("check the checkpoint", check)
+
+
+def _check_saved(run: Run, saved: dict[str, Any], step: int) -> None:
+    check_fingerprint(run, saved, step)
+    check_skip(saved["config"]["data"].get("skip", ()), run.config.data.skip, step)
+
+
 def start(session: Session, rewind: int | None) -> TrainState:
     """Makes the state of the first step of this attempt, and records how.
 
@@ -118,8 +137,8 @@ def start(session: Session, rewind: int | None) -> TrainState:
     processes.run_on_lead("clean the checkpoints", checkpoints.clean)
     if rewind is not None:
         later = processes.broadcast_from_lead("rewind", lambda: checkpoints.rewind(rewind))
-        text = f"rewinding to step {rewind}: set aside the checkpoints of steps {later}"
-        recorder.event("rewind", text, step=rewind, set_aside=later)
+        text = f"rewinding to step {rewind}: renamed the checkpoints of steps {later} to STEP.rewound"
+        recorder.event("rewind", text, step=rewind, renamed=later)
     state, event = resume(session) or warm_start(session) or fresh(session)
     recorder.event(event.name, event.text, step=int(state.step), **event.fields, **_about(session))
     if session.changes:
@@ -134,14 +153,13 @@ def resume(session: Session) -> tuple[TrainState, Event] | None:
       ValueError: the checkpoint was made with other data, another tokenizer or another decay mask.
     """
     run, checkpoints = session.run, session.checkpoints
-    # The lead decides: a rewind that others do not see yet may have set checkpoints aside.
+    # The lead decides: others may not see yet that a rewind has renamed checkpoints.
     if processes.broadcast_from_lead("look for checkpoints", checkpoints.latest_step) is None:
         return None
     with session.recorder.pause("restoring"):
         state, saved = session.stop.run(lambda: restore(checkpoints, run.program.abstract_state, repair=True))
     step = int(state.step)
-    check_fingerprint(run, saved, step)
-    check_skip(saved["config"]["data"].get("skip", ()), run.config.data.skip, step)
+    _check_saved(run, saved, step)  # it may be older than the one that `check_resume` has read
     return state, Event("resume", f"resumed from step {step}", {})
 
 

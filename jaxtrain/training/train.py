@@ -26,8 +26,7 @@ from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.step import TrainState
 from jaxtrain.training.components import check_optimizer
 from jaxtrain.training.double_check import ReplayChecked, ReplayMismatch
-from jaxtrain.training.evaluate import compressor_bits_per_byte, evaluate_split, split_text
-from jaxtrain.training.folder import absolute_paths, rollback_config, write_config
+from jaxtrain.training.evaluation import compressor_bits_per_byte, evaluate_split, split_text
 from jaxtrain.training.generate import continue_text
 from jaxtrain.training.run import (
     NO_HOOKS,
@@ -40,7 +39,8 @@ from jaxtrain.training.run import (
     start_table,
     train_batches,
 )
-from jaxtrain.training.start import Session, prepare_data, start
+from jaxtrain.training.run_folder import absolute_paths, rollback_config, write_config
+from jaxtrain.training.start import Session, check_resume, prepare_data, start
 
 _COMPRESS_LIMIT = 16 * 2**20  # bytes of a split that are compressed for comparison; more would take minutes
 
@@ -63,7 +63,7 @@ def train(
         number of the run.
       run_dir: holds config.json, tokenizer.json, metrics.jsonl, checkpoints/, and at the end report.html, report.png
         and sample.txt.
-      rewind: resume from the checkpoint of this step and set aside the later ones; None resumes from the newest.
+      rewind: resume from the checkpoint of this step and rename later ones; None resumes from the newest.
       profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; None traces none.
       allow_change: resume with another learning rate, batch size and the like, from the next step on.
       hooks: replaces parts of the run.
@@ -112,6 +112,7 @@ def _open_session(
         store, changes = prepare_data(config, folder, stack, rewind=rewind, allow_change=allow_change)
         run = assemble(config, folder, store, hooks)
         train_batches(run)  # raises if the text is too short
+        check_resume(run, rewind)
     stop = stack.enter_context(Stop().listen())
     recorder = stack.enter_context(_open_recorder(run))
     rule = config.checkpoint
@@ -155,7 +156,7 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
     # The first step's collectives would fail for a process that compiles 30 s longer than another one (gloo).
     processes.agree("the end of compilation", {}, timeout=processes.LONG_SECONDS)
     train_step = _checked_step(session, compiled)
-    alone = processes.is_alone()  # several processes stop together, after a step
+    alone = processes.is_alone()  # several processes stop after the same step
     eval_every = run.config.train.eval_every
     if alone and first and eval_every and first % eval_every == 0 and first not in recorder.evaluated:
         _evaluate_between_steps(session, state)  # a stop had interrupted it
@@ -249,11 +250,11 @@ def _evaluate_between_steps(session: Session, state: TrainState) -> None:
     """Evaluates between steps; a stop interrupts it."""
     session.recorder.flush()
     with contextlib.suppress(Stopped):
-        result = _evaluate(session, state, session.run.config.train.eval_batches)
+        result = _validate(session, state, session.run.config.train.eval_batches)
         session.checkpoints.score(int(state.step), result["nll"])
 
 
-def _evaluate(session: Session, state: TrainState, num_batches: int | None, **more: float) -> dict[str, float | int]:
+def _validate(session: Session, state: TrainState, num_batches: int | None, **more: float) -> dict[str, float | int]:
     """Evaluates the validation split, and records the result with the values in `more`."""
     run, stop, step = session.run, session.stop, int(state.step)
     asked_to_stop = stop.asked if processes.is_alone() else lambda: False
@@ -281,7 +282,7 @@ def _finish(session: Session, state: TrainState) -> dict[str, Any]:
         with recorder.pause("compressing the same text with gzip and xz"):
             compressed = stop.run(lambda: compressor_bits_per_byte(split_text(split, run.store.tokenizer)))
     more = {f"{name}_bits_per_byte": value for name, value in compressed.items()}
-    outcome = {"evaluation": _evaluate(session, state, None, **more)}
+    outcome = {"evaluation": _validate(session, state, None, **more)}
     if config.eval_every and not config.eval_batches:  # comparable with the scores of earlier checkpoints
         session.checkpoints.score(int(state.step), outcome["evaluation"]["nll"])
         processes.run_on_lead("delete old checkpoints", session.checkpoints.prune)

@@ -141,7 +141,7 @@ def test_a_manifest_that_is_something_else_is_damage(three, tmp_path, text):
 
 
 @pytest.mark.parametrize("kind", ["another step", "empty folder", "file", "FIFO", "symlink to nothing"])
-def test_a_checkpoint_that_is_something_else_is_set_aside(three, tmp_path, kind):
+def test_a_checkpoint_that_is_something_else_is_renamed(three, tmp_path, kind):
     path, like = shutil.copytree(three, tmp_path / "checkpoints"), abstract(make_state())
     shutil.rmtree(path / "3")
     make = {

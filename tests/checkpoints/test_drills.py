@@ -29,8 +29,8 @@ from jaxtrain.checkpoints.save import STAGES, Saver
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import to_json
-from jaxtrain.training.folder import run_lock
 from jaxtrain.training.run import open_run
+from jaxtrain.training.run_folder import run_lock
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
 LIMIT = 240  # seconds until a test gives up on a process; all of them take a few
@@ -69,7 +69,7 @@ def terminate_at(stage):
     seen += stage == where
     if stage == where and seen == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)  # the loop goes on meanwhile
+        time.sleep(1)  # the loop continues meanwhile
 
 
 def terminate_twice_at(stage):
@@ -306,6 +306,10 @@ def test_a_lost_config_is_taken_from_the_newest_whole_checkpoint(config, whole, 
         with pytest.raises(ValueError, match="seed: 0 -> 1"):
             train(dataclasses.replace(config, seed=1), run_dir)
         assert "config.json was lost: restored from the checkpoint of step 18" in capsys.readouterr().err
+    (run_dir / "config.json").write_bytes(b"{")
+    assert open_run(run_dir, QUICK).config.seed == config.seed  # eval, generate and replay read the same config
+    assert "config.json is lost: reading that of the checkpoint of step 18" in capsys.readouterr().err
+    assert (run_dir / "config.json").read_bytes() == b"{"  # and write nothing
     assert train(config, run_dir)["reason"] == "finished"
     assert_undisturbed(run_dir, whole)
 
@@ -365,7 +369,7 @@ def test_two_runs_in_one_folder_are_refused(config, tmp_path, capsys):
 
 
 def test_a_rewind_undoes_later_steps(config, whole, tmp_path):
-    """What was set aside is out of the record too, and its steps are saved again."""
+    """A rewind also removes the later steps from the metrics, and they are saved again."""
     run_dir = tmp_path / "run"
     config = with_fields(config, "checkpoint", keep=9)
     train(with_fields(config, "train", stop_after=11), run_dir)
@@ -374,7 +378,7 @@ def test_a_rewind_undoes_later_steps(config, whole, tmp_path):
     train(with_fields(config, "train", stop_after=7), run_dir, rewind=6)
     assert [line["step"] for line in numbers(run_dir)] == [1, 2, 3, 4, 5, 6, 7]
     (event,) = events(run_dir, "rewind")
-    assert (event["step"], event["set_aside"]) == (6, [8, 10, 11])
+    assert (event["step"], event["renamed"]) == (6, [8, 10, 11])
     folders = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert folders == {"2", "4", "6", "7", "8.rewound", "10.rewound", "11.rewound"}
     train(config, run_dir)

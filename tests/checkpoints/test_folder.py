@@ -1,4 +1,4 @@
-"""Checkpoint folder: what counts, what stays, what is set aside."""
+"""Checkpoint folder: complete checkpoints, retention, renaming."""
 
 import json
 import os

@@ -47,7 +47,7 @@ def test_parameters_and_fingerprint_alone(three):
     ],
 )
 def test_restore_is_strict_and_names_the_path(three, changes, message):
-    """A checkpoint that does not fit is not taken for a damaged one."""
+    """A checkpoint that does not fit is not reported as damaged."""
     events, like = Events(), abstract(make_state())
     like = like.replace(params={**like.params, **abstract(changes)})
     folder = CheckpointFolder(three, report=events)
@@ -80,7 +80,7 @@ def truncate(checkpoint, part="params"):
     file.write_bytes(file.read_bytes()[:10])
 
 
-def test_a_damaged_checkpoint_is_named_and_set_aside(three, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_renamed(three, tmp_path):
     path, events, like = shutil.copytree(three, tmp_path / "checkpoints"), Events(), abstract(make_state())
     truncate(path / "3")
     folder = CheckpointFolder(path, report=events)

@@ -18,7 +18,7 @@ from jaxtrain.optim import clipped_adamw
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import check_batch, make_mesh, partition_spec
 from jaxtrain.step import TrainState, make_train_step
-from jaxtrain.training.evaluate import evaluate
+from jaxtrain.training.evaluation import evaluate
 from jaxtrain.training.generate import Sampling
 from jaxtrain.training.replay import replay
 

@@ -22,7 +22,7 @@ def standard_promotion():
 
 
 def zclip_in_float64(norms, *, z_threshold=2.5, decay=0.97, warmup=25, max_norm=np.inf):
-    """The paper's algorithm step by step: the norm that is left of each."""
+    """Returns the clipped norms of the paper's algorithm, step by step."""
     seen, mean, variance, left = [], 0.0, 0.0, []
     for norm in norms:
         clipped = norm
@@ -96,7 +96,7 @@ def test_zclip_keeps_what_is_not_finite_out_of_its_averages():
 
 
 def test_adaptive_clipping_is_optax_layer_by_layer():
-    """A stack of layers is clipped as its layers would be one by one, which optax alone would not do."""
+    """Each layer of a stack is clipped by itself; optax alone would clip the stack as one matrix."""
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     shapes = {"kernel": (5, 7), "bias": (7,)}
@@ -157,7 +157,7 @@ def test_arguments_out_of_range(make, message):
 
 @pytest.mark.parametrize("clipping", ["global_norm", "zclip", "adaptive"])
 def test_a_config_chooses_the_clipping(clipping):
-    """A gradient as large as the weights: the global norm is 2, and the norm of each unit that of its weights."""
+    """The gradient equals the weights: its global norm is 2, and each unit has the norm of its weights."""
     config = Config(data=DataConfig(store="none"), optim=OptimConfig(clipping=clipping, clip_norm=0.05))
     params, optimizer = {"w": jnp.ones((2, 2))}, make_optimizer(config)
     _, state = optimizer.update(params, optimizer.init(params), params, loss=1.0)
@@ -167,7 +167,7 @@ def test_a_config_chooses_the_clipping(clipping):
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P()], ids=str)
 def test_on_explicit_axes(spec):
-    """The same numbers on a mesh of explicit axes, whatever of a leaf is sharded."""
+    """Explicit mesh axes give the same numbers, whichever axis of a leaf is sharded."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4])
     params = {"w": jnp.arange(32.0).reshape(4, 8) + 1, "b": jnp.ones(8)}
     placed = {**params, "w": jax.device_put(params["w"], NamedSharding(mesh, spec))}

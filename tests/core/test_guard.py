@@ -87,7 +87,7 @@ bad_grads = {
 @pytest.mark.parametrize("kind", bad_grads)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_skip_changes_no_bit(inner, kind, first):
-    """From the very first step on, around any optimizer; also of -0.0 and subnormal parameters."""
+    """Around any optimizer, from the first step, with -0.0 and subnormal parameters."""
     make = {"clipped_adamw": clipped_adamw, "adamw": optax.adamw, "sgd": functools.partial(optax.sgd, momentum=0.9)}
     optimizer = skip_bad_steps(make.get(inner, optax.lion)(1e-2))
     params = make_params()
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_is_skipped_though_the_gradient_is_fine():
 
 
 def test_an_update_that_is_not_finite_is_skipped_though_the_gradient_is_fine():
-    """What the optimizer makes of it is checked too: here a learning rate that turns to NaN, and moments that do."""
+    """The guard also checks the update and the new moments: here a NaN learning rate and NaN moments."""
     steps = quiet(3)
     schedule = lambda count: jnp.where(count == 1, jnp.nan, 1e-2)  # noqa: E731
     params, state, reasons = run(skip_bad_steps(optax.adam(schedule)), steps)
@@ -176,7 +176,7 @@ def test_spikes_are_skipped(spike, reason):
 
 
 def test_the_limit_is_mean_and_deviation_over_the_last_accepted_values():
-    """Against NumPy in float64; one below the limit passes, one above does not."""
+    """Against NumPy in float64: a value below the limit passes, one above is a spike."""
     window, values = 8, 2 + 0.1 * np.random.default_rng(3).normal(size=21)
     last = np.float64(np.float32(values[-window:]))
     limit = last.mean() + 6 * last.std()
@@ -196,7 +196,7 @@ def test_no_spike_before_half_the_window():
 
 
 def test_skipped_values_never_enter_the_window():
-    """After NaN and spikes the limit is what it was, so the next spike is caught and a healthy step is not."""
+    """NaN and spikes leave the limit unchanged: the next spike is skipped, a healthy step is not."""
     trouble = [(grads_of(np.nan), np.nan), (grads_of(1.0), 30.0), (grads_of(30.0), 2.0)]
     _, state, reasons = run(skip_bad_steps(clipped_adamw(1e-2)), [*quiet(70), *trouble * 2, *quiet(2), *trouble])
     skipped = [NOT_FINITE, LOSS_SPIKE, GRAD_NORM_SPIKE]
@@ -252,7 +252,7 @@ def test_too_large_a_share_gives_up_though_no_two_follow_each_other():
 
 
 def test_skips_do_not_delay_the_schedule():
-    """Three skips, and the last step is on the floor all the same; what is reported is the step's own rate."""
+    """After three skips the last step still has the floor rate; the reported rate is that of the step."""
     schedule = warmup_cosine(1e-2, 20, 3, 0.1)
     optimizer, params = skip_bad_steps(clipped_adamw(schedule)), make_params()
     state = optimizer.init(params)
@@ -266,7 +266,7 @@ def test_skips_do_not_delay_the_schedule():
 
 
 def test_the_state_is_a_small_pytree_and_the_decision_the_same_on_any_mesh():
-    """Sharded gradients give the same decisions and the same bits as one device; a copy goes on alike."""
+    """Sharded gradients give the same decisions and the same bits as one device; a copied state continues alike."""
     params = {"w": jnp.arange(64.0).reshape(8, 8)}
     optimizer = skip_bad_steps(clipped_adamw(1e-2), window=8)
     rng = np.random.default_rng(5)

@@ -143,7 +143,7 @@ def test_linear_matches_float64(example, terms, chunk_size):
 
 @pytest.mark.parametrize("scales", [(2.0, -3.0, 0.5), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.25, 0.25, 0.25)], ids=str)
 def test_parts_may_be_weighed_differently(example, scales):
-    """Unequal cotangents of nll, z-loss and smoothing: the gradients formed ahead are of no use then."""
+    """Unequal cotangents of nll, z-loss and smoothing, for which the precomputed gradients cannot serve."""
     hidden, kernel, labels, weights = example
     terms = {"z_loss": 0.01, "label_smoothing": 0.1}
 
@@ -179,7 +179,7 @@ def test_two_equal_logits_cost_log_two(value):
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e6])
 def test_shift_invariance(offset):
-    """A loss that is off by less than its own rounding, whatever is added to all logits."""
+    """Adding a constant to all logits changes the loss by less than its rounding."""
     logits = jnp.array([[2.0, -1.0, 0.5]]) + offset  # all representable in float32
     nll, gradient = dense_nll(logits, jnp.array([0]))
     expected, expected_gradient = oracle([[2.0, -1.0, 0.5]], np.array([0]), [1.0])
@@ -188,7 +188,7 @@ def test_shift_invariance(offset):
 
 
 def test_optax_loses_digits_under_a_shift():
-    """Why the test above: lse - logit, unshifted, is off by percents at an offset of 1e6."""
+    """The reason for the test above: unshifted lse - logit is wrong by percents at an offset of 1e6."""
     logits, labels = jnp.array([[2.0, -1.0, 0.5]]), jnp.array([0])
     exact = oracle(logits, np.array([0]), [1.0])[0][0]
     theirs = optax.softmax_cross_entropy_with_integer_labels(logits + 1e6, labels)[0]
@@ -240,7 +240,7 @@ BAD_LABELS = [-100, -1, VOCAB, 2 * VOCAB, 2**31 - 1]
 
 @pytest.mark.parametrize("poison", [0.0, np.nan, np.inf], ids=str)
 def test_masked_places_add_exactly_nothing(example, poison):
-    """Whatever their label, even if what the model put there is not a number."""
+    """Masked positions may have any label and NaN logits."""
     hidden, kernel, labels, _ = example
     bad = len(BAD_LABELS)
     padded = np.concatenate([np.full((bad, WIDTH), poison, np.float32), hidden])
@@ -270,7 +270,7 @@ def test_masked_places_add_exactly_nothing(example, poison):
 
 @pytest.mark.parametrize("label", BAD_LABELS)
 def test_wrong_label_is_nan_never_another_class(example, label):
-    """JAX would wrap -1 to the last class, and clamp a label above."""
+    """JAX would wrap -1 to the last class and clamp a label above V - 1."""
     hidden, kernel, labels, _ = example
     labels = np.where(np.arange(TOKENS) == 3, label, labels).astype(np.int32)
     loss, (on_hidden, on_kernel) = linear_nll(hidden, kernel, labels)
@@ -499,7 +499,7 @@ def test_inside_shard_map(example, check_vma):
 
 
 def test_shard_map_reduces_a_replicated_kernel_by_itself(example):
-    """Where replication is tracked (check_vma), a gradient taken outside the loss needs no psum."""
+    """Under check_vma, a gradient computed outside the loss needs no psum."""
     hidden, kernel, labels, _ = example
     hidden, labels = hidden[:8], labels[:8]
 
@@ -514,7 +514,7 @@ def test_shard_map_reduces_a_replicated_kernel_by_itself(example):
 @pytest.mark.parametrize("vocab_block", [0, 128])
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_under_jit_each_device_works_on_its_tokens(kind, vocab_block):
-    """No `shard_map`, whichever type the mesh's axes are of: an eighth of the work, and the numbers of one device."""
+    """Without `shard_map`, on axes of every type: an eighth of the work, and the numbers of one device."""
 
     def loss(hidden, kernel, labels):
         options = {"where": labels % 5 != 0, "chunk_size": 64, "vocab_block": vocab_block, "label_smoothing": 0.1}
@@ -534,7 +534,7 @@ def test_under_jit_each_device_works_on_its_tokens(kind, vocab_block):
 
 @pytest.mark.parametrize("head", [P(), P("data"), P("data", "model")], ids=str)
 def test_explicit_axes_ask_for_nothing(head):
-    """On a mesh as `jax.make_mesh` gives it, dense and not; gradients are sharded like what they are of."""
+    """Both losses accept a mesh of `jax.make_mesh`; gradients have the shardings of their arguments."""
 
     def both(hidden, kernel, labels):
         where = labels != 3
@@ -575,7 +575,7 @@ def sums_and_gradients(loss, hidden, kernel):
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 @pytest.mark.parametrize("vocab_block", [0, 4])
 def test_padding_of_the_vocabulary_takes_no_part(example, terms, vocab_block):
-    """Three more columns, all above the others, are as good as none; their gradient is exactly 0.
+    """Three padding columns with the largest logits change no number; their gradient is exactly 0.
 
     11 columns and 14 are summed in another order, which depends on the machine's vectors, so the numbers may differ in
     their last bits.
@@ -635,7 +635,7 @@ def test_large_heads_take_the_second_pass_by_themselves():
     [(2, 12, 12), (2, 12, VOCAB), (4, 12, VOCAB), (4, 16, VOCAB), (4, 12, 9)],
 )
 def test_vocabulary_in_parts_over_an_axis(devices, columns, num_classes, terms, vocab_block):
-    """Against float64 numpy on the classes alone: with padding in the last part, or nothing but padding there."""
+    """Against float64 numpy on the classes alone; the last shard has some padding, or padding only."""
     rng = np.random.default_rng(5)
     hidden = rng.normal(size=(TOKENS, WIDTH)).astype(np.float32)
     kernel = rng.normal(size=(WIDTH, columns)).astype(np.float32) + 2 * (np.arange(columns) >= num_classes)

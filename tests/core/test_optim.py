@@ -127,7 +127,7 @@ def test_updates_do_not_depend_on_the_loss_scale():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("mu_dtype", [None, jnp.bfloat16])
 def test_dtypes_of_the_state(dtype, mu_dtype):
-    """The moments of narrow parameters are float32, the first one only if nothing else was asked for."""
+    """The moments of narrow parameters are float32; `mu_dtype` changes the first."""
     optimizer = clipped_adamw(0.1, mu_dtype=mu_dtype)
     params = random_tree(0, dtype=dtype)
     state = optimizer.init(params)
@@ -241,7 +241,7 @@ def test_a_factor_below_float16():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
 @pytest.mark.parametrize("max_norm", [1.0, 1e30])
 def test_a_norm_that_is_not_finite_makes_every_leaf_nan(bad, max_norm):
-    """Optax lets the finite leaves of an infinite gradient through as zeros."""
+    """Optax turns the finite leaves of an infinite gradient into zeros instead."""
     grads = {"good": jnp.ones(3), "bad": jnp.array([1.0, bad])}
     clipped, state = clip_by_global_norm(max_norm).update(grads, None)
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(clipped))
@@ -328,7 +328,7 @@ class Unrolled(nn.Module):
 
 
 def test_stacked_model_decays_like_the_unrolled_one():
-    """Same paths and numbers of elements, although a stacked leaf has one more rank."""
+    """The same paths decay, although a stacked leaf has one more dimension."""
 
     def table(module):
         params = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((2, 4)))["params"]
@@ -367,7 +367,7 @@ class Nnx(nnx.Module):
 
 
 def test_nnx_state():
-    """A list of layers is not stacked, a vmapped one is; the wrapper of a parameter is no name."""
+    """A list of layers is not stacked, a vmapped layer is; the attribute of the wrapper is not part of the path."""
     state = nnx.state(Nnx(nnx.Rngs(0)), nnx.Param)
     names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
     decayed = [name for name, decays in zip(names, jax.tree.leaves(decay_mask(state)), strict=True) if decays]
@@ -660,7 +660,7 @@ def test_state_is_a_plain_pytree():
 
 
 def test_learning_rate_counts_its_own_steps_or_is_told():
-    """The schedule sees 0, 1, 2, ... unless `step=` says otherwise; the state has the rate applied."""
+    """The schedule receives 0, 1, 2, ... or the argument `step=`; the state holds the applied rate."""
     optimizer = clipped_adamw(lambda step: 0.5 ** step.astype(jnp.float32), weight_decay=0.0, clip_norm=None)
     params = jnp.ones((2, 2))
     state, update = optimizer.init(params), jax.jit(optimizer.update)

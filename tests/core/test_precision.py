@@ -36,7 +36,7 @@ def test_casts_floating_leaves_alone(compute):
 
 
 def test_bfloat16_loses_small_updates():
-    """Why the parameters of the state are float32."""
+    """The reason for float32 parameters in the state."""
     one = Policy(compute="bfloat16").cast_to_compute(jnp.ones(()))
     assert one - jnp.bfloat16(6e-4) == 1
     assert jnp.ones(()) - 6e-4 < 1
@@ -84,7 +84,7 @@ def test_the_scale_grows_after_an_interval_without_overflow_and_is_halved_by_one
 
 
 def test_the_scale_stays_between_floor_and_ceiling():
-    """One that grows without bound ends at infinity."""
+    """A scale without a ceiling would reach infinity."""
     scaling = LossScaling(initial=4.0, growth_interval=1, floor=2.0, ceiling=16.0)
     assert scales_of(scaling, [1] * 5) == [4, 8, 16, 16, 16, 16]
     assert scales_of(scaling, [0] * 4) == [4, 2, 2, 2, 2]

@@ -20,7 +20,7 @@ COSINE_7 = [
 
 
 def every_schedule(peak, total, warmup, floor):
-    """All five over the same run: (name, schedule)."""
+    """Returns all five schedules over the same run: (name, schedule)."""
     return {
         "cosine": warmup_cosine(peak, total, warmup, floor),
         "linear": warmup_linear(peak, total, warmup, floor),
@@ -58,7 +58,7 @@ def reference(name, peak, total, warmup, floor, step):
 
 
 def test_cosine_golden():
-    """3 steps of warm-up in 10, floor 0.1; past the end it stays."""
+    """3 warm-up steps in 10, floor 0.1; the rate stays at the floor after the end."""
     rates = [float(warmup_cosine(1.0, 10, 3, 0.1)(step)) for step in range(12)]
     golden = [THIRD, 2 * THIRD, 1.0, *(0.1 + 0.9 * x for x in COSINE_7), 0.1, 0.1, 0.1]
     np.testing.assert_allclose(rates, golden, rtol=1e-6)
@@ -90,7 +90,7 @@ def test_constant_golden():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_corners_are_exact(name):
-    """The first step moves, the peak comes once, the last executed step is at the floor, and it stays there."""
+    """Step 1 has a rate above 0, the peak occurs once, and the last step and all later ones are at the floor."""
     peak, total, warmup, floor = 3e-4, 200, 7, 0.1
     rates = np.asarray(jax.jit(every_schedule(peak, total, warmup, floor)[name])(jnp.arange(2 * total)))
     last = np.float32(peak * floor)
@@ -119,7 +119,7 @@ def test_stable_decay_holds_the_peak():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_warm_up(name):
-    """Decay starts with the first step, except where the peak is held."""
+    """Decay starts with the first step, except on a plateau."""
     first = float(every_schedule(1.0, 20, 0, 0.0)[name](0))
     assert first == 1.0 if name in ("constant", "stable_decay") else 0.8 < first < 1.0
 

@@ -69,7 +69,7 @@ def test_every_leaf_is_a_buffer_of_its_own(name):
 
 
 def test_a_train_state_is_donated_whatever_the_optimizer_holds():
-    """Parameters that are tied, and an optimizer that keeps the parameters themselves or one array twice."""
+    """Tied parameters, and optimizers whose state holds the parameters or one array twice."""
 
     def hold(params):
         zero = jnp.zeros(3)
@@ -107,7 +107,7 @@ FIELDS = ("learning_rate", "skipped", "grad_norm", "clip_factor", "count", "mu",
 
 @pytest.mark.parametrize("wrap", ["dict", "hyperparams"])
 def test_parameters_may_have_the_names_of_state_fields(wrap):
-    """They are skipped like any other, and are no metric."""
+    """Such parameters are skipped like any other and give no metric."""
     optimizer = skip_bad_steps(clipped_adamw(SCHEDULE))
     params = {name: jnp.float32(7) for name in FIELDS}
     params = params if wrap == "dict" else {"hyperparams": params, "w": jnp.ones((2, 2))}
@@ -234,7 +234,7 @@ def test_the_guard_watches_value_as_it_does_loss():
 
 
 def test_a_schedule_and_an_optimizer_from_outside():
-    """Table entries need a function and a line of text; the ones that are there make what they describe."""
+    """A table entry needs a function and a description; the built-in entries match their descriptions."""
     optim = type("Optim", (), {
         "peak_lr": 0.5, "warmup_steps": 2, "decay_steps": 3, "floor": 0.1, "cycles": 2, "cycle_decay": 0.5,
         "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "mu_dtype": "float32",

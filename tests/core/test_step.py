@@ -74,7 +74,7 @@ def mesh_of(num_devices, kind="Auto"):
 
 
 def two_steps(road, accumulate, num_devices):
-    """Metrics of two steps and the parameters after them, on one of the roads to many devices."""
+    """Returns the metrics of two steps and the parameters after them, for one way to use many devices."""
     optimizer, batch = adamw(0.1), lm_batch()
     state = TrainState.create(lm_params(), optimizer)
     mesh = mesh_of(num_devices, "Explicit" if road == "jit_explicit" else "Auto")
@@ -191,7 +191,7 @@ def sums_of(nll, weight=1.0):
 
 
 def test_logged_learning_rate_is_the_applied_one():
-    """A gradient of 1 makes Adam's direction 1; also at a step that is told, and after a restore."""
+    """A gradient of 1 gives Adam's direction 1, also with `step=` and after a restore."""
     schedule = warmup_cosine(0.5, 10, 3, 0.1)
     optimizer = clipped_adamw(schedule, weight_decay=0.0, clip_norm=None)
     train_step = jax.jit(make_train_step(lambda params, batch: sums_of(jnp.sum(params["w"])), optimizer))
@@ -345,7 +345,7 @@ def test_loss_scaling_changes_nothing_but_the_scale():
 
 
 def test_without_scaling_small_gradients_vanish_in_float16():
-    """What loss scaling is for: a loss whose gradient is 2^-30 of its parameters' size."""
+    """The purpose of loss scaling: a gradient of 2^-30 times the parameters underflows."""
 
     def small_loss(params, batch):
         sums = lm_loss(jax.tree.map(lambda p: p * jnp.float16(1), params), batch)
@@ -441,7 +441,7 @@ def models():
 
 
 def test_linen_nnx_and_plain_parameters_train_alike():
-    """The step needs no module class: same initial values, same losses, falling."""
+    """The step needs no module class: equal initial values give equal, falling losses."""
     optimizer, batch, losses = clipped_adamw(0.05, clip_norm=0.5), lm_batch((128, 128, 128, 128)), {}
     batch = {**batch, "labels": (batch["tokens"] * 5 + 2) % VOCAB}  # learnable
 
@@ -565,7 +565,7 @@ def first_bits(seed, step, micro_batch, *device):
 
 
 def test_the_key_is_a_function_of_seed_step_and_micro_batch():
-    """Any run that reaches a step draws the same dropout there; no two micro-batches draw alike."""
+    """Every run draws the same dropout at a step; micro-batches draw different ones."""
     optimizer, batch = adamw(0.1), lm_batch((128, 128, 128, 128))
     losses = {}
     for seed, accumulate in ((0, 1), (0, 2), (1, 2)):
@@ -678,7 +678,7 @@ class DroppingModel(nnx.Module):
 
 
 def test_an_nnx_model_with_dropout():
-    """Its whole state is refused with the line that works, and that line works."""
+    """The error for a whole NNX state recommends `nnx.split`, which then works."""
     model, optimizer, batch = DroppingModel(nnx.Rngs(0)), adamw(0.1), lm_batch((128, 128, 128, 128))
     with pytest.raises(ValueError, match=r"dropout/.*only float arrays are trained.*nnx\.split\(model, nnx\.Param"):
         TrainState.create(nnx.state(model), optimizer)

@@ -1,4 +1,4 @@
-"""Leaving data out: which batch a step reads, that restarts change nothing, and that the past cannot be changed."""
+"""data.skip: the batch of each step, restarts, and ranges that would change the past."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from jaxtrain.data.order import skip_to
 from jaxtrain.data.store import Split
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import from_json, to_json
-from jaxtrain.training.folder import check_skip
+from jaxtrain.training.run_folder import check_skip
 
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=5)
 
@@ -100,10 +100,7 @@ def test_a_range_that_would_change_the_past_is_refused_and_changes_nothing(tiny_
         with pytest.raises(ValueError, match=r"data\.skip .* only batches from 11 on .* --rewind STEP"):
             train(skipping(tiny_config, *ranges), folder)
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    log = after.pop("metrics.jsonl").removeprefix(before.pop("metrics.jsonl"))
     assert after == before
-    # Verifying the checkpoint is on record; nothing else is.
-    assert {json.loads(line)["event"] for line in log.splitlines()} <= {"verified"}
     train(skipping(tiny_config, "6:9", "11:400", stop_after=9), folder)
     assert json.loads((folder / "config.json").read_text())["data"]["skip"] == ["6:9", "11:400"]
 

@@ -24,7 +24,7 @@ def segments_of(batch_size, num_keys, seed=0):
 
 
 def visible(batch_size, length, num_keys, positions=None, segment_ids=None, window=None):
-    """Which keys a query sees, `[B, T, S]`, one at a time."""
+    """Returns which keys each query sees, `[B, T, S]`, one at a time."""
     seen = np.zeros((batch_size, length, num_keys), bool)
     for b, t, s in np.ndindex(seen.shape):
         place = t if positions is None else positions[b, t]

@@ -178,7 +178,7 @@ def test_auto_hands_over_what_is_asked(monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["xla", "splash", "cudnn"])
 def test_the_mixture_is_kept_once(monkeypatch, kernel):
-    """Where a layer's products are kept: queries and mixture, and what the kernel itself needs for each query."""
+    """A layer's residuals hold queries and mixture once, and the kernel's own residuals."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.AMPERE)
     query, key = (jax.ShapeDtypeStruct((2, 256, n, 64), jnp.bfloat16) for n in (4, 2))

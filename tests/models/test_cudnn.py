@@ -145,7 +145,7 @@ def program_of(sizes, remat="none", **model):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.usefixtures("lowers_for_cuda")
 def test_the_whole_train_step_lowers_for_a_gpu(sizes, remat):
-    """Attention is computed again only where nothing is kept."""
+    """The backward pass recomputes attention only under full rematerialization."""
     made = program_of(sizes, remat, attention="cudnn", attention_window=100)
     calls, text = cudnn_calls(made.train_step.trace(made.abstract_state, made.abstract_batch))
     assert sorted(name for name, _ in calls) == [FORWARD] * (2 if remat == "full" else 1) + [BACKWARD]

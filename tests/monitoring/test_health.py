@@ -1,4 +1,4 @@
-"""What a run says about itself: every finding is provoked by a real short run, and healthy runs stay silent."""
+"""Findings: each is provoked by a real short run, and healthy runs stay silent."""
 
 import dataclasses
 import functools
@@ -117,7 +117,7 @@ def test_the_quickstart_is_silent(run, tmp_path):
 
 
 def test_a_healthy_float16_run_is_silent(run, config, tmp_path):
-    """Overflows that loss scaling looks for, at its start, are no fault."""
+    """The first overflows of loss scaling are no fault."""
     config = change(config, train={"precision": "float16", "stop_after": 60}, loss_scale={"initial": 2.0**24})
     assert run(config, tmp_path / "run") == {}
     skipped = [line["skipped"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]]
@@ -189,7 +189,7 @@ def test_initial_loss(run, config, tmp_path):
 
 
 def test_label_leak(run, config, tmp_path):
-    """Random letters cannot be predicted, but for one who is told."""
+    """A model predicts random letters only if its labels leak."""
     folder = tmp_path / "text"
     folder.mkdir()
     for i in range(20):

@@ -1,4 +1,4 @@
-"""What is measured of layers and of Adam, against plain arithmetic."""
+"""Layer diagnostics against plain arithmetic."""
 
 import jax
 import jax.numpy as jnp

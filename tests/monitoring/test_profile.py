@@ -149,13 +149,13 @@ def test_an_error_in_the_range_ends_the_trace_with_it(tiny_config, tmp_path):
 
 
 BAD = [
-    ("10", "not a range of steps"),
-    ("a:b", "not a range of steps"),
-    ("1:2:3", "not a range of steps"),
-    ("-1:3", "not a range of steps"),
-    ("0:3", "is empty or starts before step 1"),
-    ("4:4", "is empty or starts before step 1"),
-    ("5:4", "is empty or starts before step 1"),
+    ("10", "is not a range: write START:STOP"),
+    ("a:b", "is not a range: write START:STOP"),
+    ("1:2:3", "is not a range: write START:STOP"),
+    ("-1:3", "is not a range: write START:STOP"),
+    ("0:3", "starts before step 1: steps are counted from 1"),
+    ("4:4", "is empty: it means START to STOP - 1"),
+    ("5:4", "is empty: it means START to STOP - 1"),
     ("12:14", r"ends after the last step 12 \(train\.steps\): give a range up to 13"),
 ]
 

@@ -137,7 +137,7 @@ def test_a_sink_that_raises_is_reported_once_and_still_called(tmp_path, wrap):
     assert [fields["step"] for fields in failing.steps] == [10, 20, 30, 40]
     assert failing.closed
     assert [fields["step"] for fields in other.steps] == [10, 20, 30, 40]
-    assert stream.getvalue().count("warning: the sink Fail failed, training goes on: KeyError: 'no such chart'") == 1
+    assert stream.getvalue().count("warning: the sink Fail failed, training continues: KeyError: 'no such chart'") == 1
     (event,) = read_metrics(tmp_path / "m")[1]
     assert (event["event"], event["sink"]) == ("sink_failed", "Fail")
 
@@ -236,7 +236,7 @@ def test_a_sink_in_a_config_file_receives_the_run(tmp_path, store, capsys, monke
     file.write_text(CONFIG_WITH_A_SINK.replace("STORE", repr(str(store))))
     assert main(["train", str(file), "--run-dir", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert "warning: the sink broken failed, training goes on: ConnectionError: offline" in printed
+    assert "warning: the sink broken failed, training continues: ConnectionError: offline" in printed
     lines = [line.split(" ", 1) for line in (run / "tracker.txt").read_text().splitlines()]
     received = {name: json.loads(fields) for name, fields in lines}
     order = ("start", "2", "4", "eval", "stop")

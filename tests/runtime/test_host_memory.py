@@ -1,4 +1,4 @@
-"""Freed memory is kept: in a process of its own, because it stays that way."""
+"""The allocator keeps freed memory; tested in a process of its own, because the setting is permanent."""
 
 import os
 import subprocess

@@ -16,7 +16,7 @@ from jaxtrain.runtime.mesh import AXES, LOGICAL_AXES, check_batch, make_mesh, nu
 
 
 class FakeDevice:
-    """What a mesh asks of a device: enough to stand for one of many slices or processes."""
+    """Stands for a device of one of many slices or processes."""
 
     platform = device_kind = "fake"
 

@@ -128,7 +128,7 @@ def whole(config, tmp_path_factory):
 
 
 def assert_same_run(folder, expected):
-    """Compares decisions and numbers with another run, but for the order in which float32 sums were taken."""
+    """Compares decisions and numbers with another run, up to the order of float32 sums."""
     (lines, events), (other_lines, other_events) = (read_metrics(f / "metrics.jsonl") for f in (folder, expected))
     assert [line["step"] for line in lines] == [line["step"] for line in other_lines]
     for line, other in zip(lines, other_lines, strict=True):

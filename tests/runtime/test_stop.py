@@ -109,7 +109,7 @@ def test_a_signal_abandons_work_at_once():
 
 
 def test_other_threads_and_several_processes_run_in_place(monkeypatch):
-    """They must not part: under several processes all stop together, after a step."""
+    """Several processes stop after the same step, so a signal does not interrupt one of them."""
     here = []
 
     def elsewhere():

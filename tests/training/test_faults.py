@@ -1,4 +1,4 @@
-"""Whole runs with deliberate faults: what is skipped, what is recorded, and that the run goes on or gives up."""
+"""Whole runs with deliberate faults: what is skipped, what is recorded, and that the run continues or gives up."""
 
 import math
 

@@ -10,6 +10,8 @@ from runs import assert_same_bits, numbers, state_of
 
 from jaxtrain.cli import main
 from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.optim import OPTIMIZERS
+from jaxtrain.schedules import SCHEDULES
 
 HEADER = """
 import dataclasses
@@ -201,8 +203,11 @@ def config():
 """
 
 
-def test_a_schedule_and_an_optimizer_of_the_users_own(store, tmp_path):
-    """A partitioned optimizer on a sharded transformer, resumed bit for bit."""
+def test_a_schedule_and_an_optimizer_of_the_users_own(store, tmp_path, monkeypatch, capsys):
+    """A partitioned optimizer on a sharded transformer, resumed bit for bit; later commands take `--config`."""
+    tables = {"optim.schedule": (SCHEDULES, "halved"), "optim.name": (OPTIMIZERS, "split")}
+    for table, name in tables.values():
+        monkeypatch.setitem(table, name, None)  # so that the entries are gone after the test
     file = write_config(tmp_path, store, TABLES)
     jaxtrain("train", file, "--run-dir", tmp_path / "whole")
     jaxtrain("train", file, "--run-dir", tmp_path / "parts", "--train.stop-after", 7)
@@ -211,6 +216,18 @@ def test_a_schedule_and_an_optimizer_of_the_users_own(store, tmp_path):
     assert_same_bits(*(state_of(tmp_path / name) for name in ("parts", "whole")))
     lines, _ = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert lines[-1]["nll"] < lines[0]["nll"] - 0.1
+    commands = ("eval --batches 1", "generate --num-tokens 1", "replay --step 6", "report")
+    for command, *flags in map(str.split, commands):
+        jaxtrain(command, tmp_path / "whole", "--config", file, *flags)
+    assert "reproduces bit for bit: step 6" in capsys.readouterr().out
+    for field, (table, name) in tables.items():
+        entry = table.pop(name)
+        for command, *flags in map(str.split, commands[: 3 + (field == "optim.schedule")]):
+            assert main([command, str(tmp_path / "whole"), *flags]) == 2
+            message = capsys.readouterr().err
+            assert f"{field}: {name!r} is none of" in message
+            assert "--config CONFIG.py" in message
+        table[name] = entry
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def moments(state):
 
 @pytest.mark.parametrize("style", MODELS)
 def test_state_is_born_in_its_parts_and_stays_there(style):
-    """The same numbers as on one device, each device with its part only; compiled once, its memory taken."""
+    """The same numbers as on one device; each device holds its shard alone, and the program compiles once."""
     program = program_of(make_config(style, (2, 2, 2)))
     state = program.init_state()
     for leaf, reference in zip(jax.tree.leaves(state), jax.tree.leaves(host_state(style)), strict=True):

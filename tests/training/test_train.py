@@ -1,4 +1,4 @@
-"""The program's loop: what it writes, that it learns, and that stopping and going on changes nothing at all."""
+"""The training loop: its records, its progress, and that a stop and a resume change no bit."""
 
 import dataclasses
 import json

@@ -63,7 +63,7 @@ def write_store(
     Args:
       folder: of the unfinished store.
       corpus: the input.
-      request: made by `prepare`; kept in the manifest.
+      request: made by `prepare`; stored in the manifest.
       limits: sizes of the work.
       num_workers: processes; None is one a core.
       stages: shows progress, see `progress.show_progress`.

@@ -53,7 +53,7 @@ def prepare(
       limits: sizes of the work.
 
     Raises:
-      ValueError: sources that cannot be read or are too small, a bad option, or `out` taken; says what to do.
+      ValueError: sources that cannot be read or are too small, a bad option, or another folder at `out`.
     """
     _check_options(out, tokenizer, validation_fraction, num_workers)
     if formats is not None:

@@ -107,7 +107,7 @@ class JsonReader:
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self._text, self._position)
-                if end < len(self._text) or not self._fill():  # a number may go on in the next chunk
+                if end < len(self._text) or not self._fill():  # a number may continue in the next chunk
                     self._position, self.number = end, self.number + 1
                     return value
             except (ValueError, RecursionError) as error:

@@ -67,7 +67,7 @@ def run_tasks(
     Args:
       function: importable by a worker; returns a JSON value.
       tasks: its arguments.
-      results: one JSON file a task; an existing file is taken as the result.
+      results: one JSON file a task; an existing file is the result of an earlier try.
       pool: where to run; None is this process.
       advance: called with the index of each finished task.
     """
@@ -96,7 +96,7 @@ def _outcomes(
     except BrokenProcessPool:
         raise RuntimeError(
             "a worker process died. In a script, call prepare() under `if __name__ == '__main__':`; short of memory, "
-            "pass a smaller num_workers. Finished units are kept: run again"
+            "pass a smaller num_workers. Finished units are stored: run again"
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.prepare.documents import SPLITS, TRAIN, SplitRule, Unit, read_blocks, read_documents
-from jaxtrain.data.store import DTYPES, documents_file, shard_file
+from jaxtrain.data.store import STORE_DTYPES, documents_file, shard_file
 from jaxtrain.data.tokenizer import load_tokenizer
 from jaxtrain.runtime.files import sha256_file, sync
 
@@ -80,7 +80,7 @@ def encode_unit(task: UnitTask) -> dict[str, Any]:
     tokenizer, folder = load_tokenizer(task.folder), Path(task.folder, "units")
     counts = {split: {"num_tokens": 0, "num_bytes": 0, "num_documents": 0} for split in SPLITS}
     starts: dict[str, list[int]] = {split: [] for split in SPLITS}
-    dtype = DTYPES[task.dtype]
+    dtype = STORE_DTYPES[task.dtype]
     boundary = np.array([tokenizer.eot_id], dtype).tobytes()
     files = {split: unit_file(folder, task.number, split, "bin") for split in SPLITS}
     with ExitStack() as stack:
@@ -155,7 +155,7 @@ def join_units(
         "num_tokens": num_tokens,
         "num_bytes": sum(count[split]["num_bytes"] for count in counts),
         "num_documents": sum(count[split]["num_documents"] for count in counts),
-        "shards": _write_shards(folder, split, len(counts), DTYPES[dtype].itemsize, shard_tokens, advance),
+        "shards": _write_shards(folder, split, len(counts), STORE_DTYPES[dtype].itemsize, shard_tokens, advance),
         "documents_sha256": sha256_file(folder / documents_file(split)),
     }
 

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T queries, S keys, H query heads, G key and value heads
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -47,6 +48,9 @@ def attend(
     Raises:
       ValueError: an unsupported argument, shapes that do not match, or a window or soft-cap that is not above 0.
     """
+    chex.assert_rank([query_BTHK, key_BSGK, value_BSGK], 4)
+    chex.assert_equal_shape([key_BSGK, value_BSGK])
+    chex.assert_equal_shape([query_BTHK, key_BSGK], dims=(0, 3))
     _check_arguments(query_BTHK, key_BSGK, positions_BT, segment_ids, window, softcap)
     _, length, _, width = query_BTHK.shape
     asked: dict[str, Any] = {

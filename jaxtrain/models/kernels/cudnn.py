@@ -9,7 +9,7 @@ Shape suffixes: B batch, T tokens, H query heads, G key and value heads, K chann
 import jax
 import jax.numpy as jnp
 
-DTYPES = ("bfloat16", "float16")
+KERNEL_DTYPES = ("bfloat16", "float16")
 AMPERE, HOPPER = (8, 0), (9, 0)  # CUDA compute capabilities
 
 
@@ -56,8 +56,8 @@ def unsupported(
     if capability is None or capability < AMPERE:
         found = "there is none" if capability is None else f"this one has {capability[0]}.{capability[1]}"
         return f"needs an NVIDIA GPU of compute capability 8.0 or later, and {found}"
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"computes in {' or '.join(DTYPES)}, not in {jnp.dtype(dtype).name}"
+    if jnp.dtype(dtype).name not in KERNEL_DTYPES:
+        return f"computes in {' or '.join(KERNEL_DTYPES)}, not in {jnp.dtype(dtype).name}"
     most = 256 if capability >= HOPPER else 128
     if head_dim % 8 or head_dim > most:
         return f"needs a head dimension that is a multiple of 8 and at most {most}, got {head_dim}"

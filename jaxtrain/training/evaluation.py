@@ -5,8 +5,8 @@ import gzip
 import lzma
 import math
 from collections.abc import Callable
-from typing import Any
 
+import chex
 from jax.sharding import Sharding
 
 from jaxtrain.data.loader import EvalBatches, Prefetcher, global_batch
@@ -16,12 +16,13 @@ from jaxtrain.losses import LossSums
 from jaxtrain.runtime.mesh import by_rows
 from jaxtrain.runtime.processes import time_limit
 from jaxtrain.runtime.stop import Stopped
+from jaxtrain.step import Batch
 from jaxtrain.training.run import Run
 
 
 def evaluate(
-    eval_step: Callable[[Any, Any], LossSums],
-    params: Any,
+    eval_step: Callable[[chex.ArrayTree, Batch], LossSums],
+    params: chex.ArrayTree,
     batches: EvalBatches,
     sharding: Sharding,
     *,
@@ -79,7 +80,7 @@ def evaluate(
 
 def evaluate_split(
     run: Run,
-    params: Any,
+    params: chex.ArrayTree,
     split: Split,
     *,
     num_batches: int | None = None,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import socket
 import sys
@@ -19,7 +20,7 @@ from jaxtrain.config import Config, parse_ranges
 from jaxtrain.data.order import skip_to
 from jaxtrain.fields import require_local
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
+from jaxtrain.runtime.config_files import flat_fields, from_json, load, to_json
 from jaxtrain.runtime.files import read_json, write_json, write_text
 from jaxtrain.training import components
 
@@ -32,7 +33,7 @@ _FREE += ("train.sample_", "train.replay_check", "train.diagnose_every", "checkp
 # Fields that select the data: free where data.store is given.
 _DATA = ("data.store", "data.sources", "data.tokenizer", "data.validation_fraction", "data.text_field")
 _PATHS = ("data.store", "data.sources", "train.init_from")
-# Fields that keep the shapes of the state, so that a run can go on with other values if the user says so.
+# Fields that keep the shapes of the state: a run resumes with other values under --allow-change.
 _CHANGEABLE = ("train.", "optim.", "guard.", "loss_scale.", "model.attention", "model.remat", "model.scan_unroll")
 _LENGTH = {"train.steps", "optim.decay_steps"}
 
@@ -88,15 +89,35 @@ def _refuse_foreign(folder: Path) -> None:
         raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
 
 
+def _lost_config(folder: Path) -> tuple[dict[str, Any], int] | None:
+    """Returns the config in the newest whole checkpoint and its step, if config.json is missing or torn."""
+    if isinstance(read_json(folder / "config.json"), dict):
+        return None
+    found = find_fingerprint(CheckpointFolder(folder / "checkpoints"))
+    return found and (found[0]["config"], found[1])
+
+
 def recover_config(folder: Path) -> None:
     """Writes config.json from the newest whole checkpoint if a crash has lost or torn the file."""
-    file = folder / "config.json"
-    if isinstance(read_json(file), dict):
-        return
-    if found := find_fingerprint(CheckpointFolder(folder / "checkpoints")):
-        fingerprint, step = found
-        write_json(file, fingerprint["config"])
-        print(f"{file} was lost: restored from the checkpoint of step {step}", file=sys.stderr)
+    if lost := _lost_config(folder):
+        values, step = lost
+        write_json(folder / "config.json", values)
+        print(f"{folder / 'config.json'} was lost: restored from the checkpoint of step {step}", file=sys.stderr)
+
+
+def read_config(folder: Path) -> Config:
+    """Reads the config of a run; a lost or torn config.json is replaced by that of a checkpoint. Writes nothing.
+
+    Raises:
+      ValueError: no run in the folder, or a config that is not valid.
+    """
+    if lost := _lost_config(folder):
+        values, step = lost
+        print(f"{folder / 'config.json'} is lost: reading that of the checkpoint of step {step}", file=sys.stderr)
+        return from_json(json.dumps(values))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
+    return load(folder / "config.json")
 
 
 def absolute_paths(config: Config, run_dir: str | Path) -> Config:
@@ -124,8 +145,8 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
 
     Args:
       folder: the run directory; the caller holds its lock.
-      config: what the run is to do.
-      step: last step that the run keeps; the config must have the same effect up to there.
+      config: config of this start.
+      step: step to resume from; up to there the config must have the same effect.
       allow_change: accept other values after that step, where the state keeps its shapes.
 
     Returns:
@@ -146,12 +167,13 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
     extends = set(changed) <= _LENGTH and config.train.steps >= step and _same_rates(old, config, step)
     if fixed or not (allow_change or extends or not changed):
         lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in (fixed or changed).items()]
-        remedy = (
-            "repeat its config, or start another run in another --run-dir (from its weights: --train.init-from)"
-            if fixed
-            else "repeat its config, change it from this step on with --allow-change, or start another run from its "
-            "weights with --train.init-from"
-        )
+        if fixed.keys() == {"train.init_from"}:
+            remedy = "initial weights are read when a run starts: repeat train.init_from, or give another --run-dir"
+        elif fixed:
+            remedy = "repeat its config, or give another --run-dir (from the weights of this run: --train.init-from)"
+        else:
+            remedy = "repeat its config, change it from this step on with --allow-change, or start another run from "
+            remedy += "its weights with --train.init-from"
         raise ValueError(f"{folder} holds a run with another config: {remedy}\n  " + "\n  ".join(lines))
     return changed
 
