@@ -5,6 +5,7 @@ Errors that a user can correct are one line on standard error. Exit codes: 2 for
 stopped after it saved, 130 after Ctrl-C, 141 if standard output was closed. `--debug` shows the traceback.
 """
 
+import contextlib
 import json
 import signal
 import sys
@@ -232,16 +233,7 @@ def _prepare(options: PrepareOptions) -> int:
     """Tokenizes text into a token store, which `--data.store` of a config names."""
     from jaxtrain.data.prepare.prepare import prepare
 
-    store = prepare(
-        options.sources,
-        options.out,
-        tokenizer=options.tokenizer,
-        validation_fraction=options.validation_fraction,
-        eot=options.eot,
-        text_field=options.text_field,
-        formats=options.formats,
-        num_workers=options.num_workers,
-    )
+    store = prepare(**vars(options))
     for name, split in (("train", store.train), ("validation", store.validation)):
         print(
             f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_bytes:,} bytes "
@@ -275,21 +267,25 @@ class EvalOptions(RunOptions):
 
 def _eval(options: EvalOptions) -> int:
     """Evaluates a run on a split of its data: loss, perplexity, bits per byte."""
+    from jaxtrain.monitoring.console import Console
     from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.processes import is_lead
     from jaxtrain.training.evaluation import compressor_bits_per_byte, evaluate_split, split_text
 
+    console = Console(0, sys.stderr)
     with compile_cache(), session(report_error):
         run, params, step = _trained(options)
         split = run.store.train if options.split == "train" else run.store.validation
         result: dict[str, Any] = {"step": step, "split": options.split}
-        result |= evaluate_split(run, params, split, num_batches=options.batches)
+        with console.busy("evaluating") if is_lead() else contextlib.nullcontext():
+            result |= evaluate_split(run, params, split, num_batches=options.batches)
     if not is_lead():
         return 0
     if options.compare:
-        text = split_text(split, run.store.tokenizer)
-        result |= {f"{name}_bits_per_byte": value for name, value in compressor_bits_per_byte(text).items()}
+        with console.busy("compressing the same text with gzip and xz"):
+            compressed = compressor_bits_per_byte(split_text(split, run.store.tokenizer))
+        result |= {f"{name}_bits_per_byte": value for name, value in compressed.items()}
     if options.json:
         print(json.dumps(result))
     else:

@@ -143,7 +143,7 @@ def check_entry(name: str, table: Iterable[str], path: str, table_name: str) -> 
     names = list(table)
     if name not in names:
         near = nearest(name, names)
-        hint = f"did you mean {near!r}? " if near else ""
+        hint = f"did you mean {near}? " if near else ""
         raise ValueError(
             f"{path}: {name!r} is none of {', '.join(names)}: {hint}If a config file adds it to {table_name}, give "
             "that file (for an existing run with --config CONFIG.py)"

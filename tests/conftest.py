@@ -68,7 +68,7 @@ def store(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config(store):
-    """A run of twelve steps of a 4-row batch that takes a second once it is compiled."""
+    """Config of twelve steps that take a second once compiled."""
     from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama
 
     return Config(

@@ -1,4 +1,4 @@
-"""The config: every field is checked, a round trip keeps it, and a file from a stranger runs nothing."""
+"""The config: every field is checked, a JSON round trip is exact, and JSON executes nothing."""
 
 import dataclasses
 import json
@@ -271,7 +271,7 @@ def test_fields_of_older_versions_that_are_gone_are_left_out():
 
 @dataclasses.dataclass(frozen=True)
 class Custom:
-    """A model of one's own; its methods are not called here."""
+    """Custom model whose methods are not called here."""
 
     width: int = 8
     rate: float = 0.5

@@ -1,4 +1,4 @@
-"""The losses of four small runs, equal to the bit to those on record: a refactoring changes no number."""
+"""Losses of four small runs against recorded ones, bit for bit: a refactoring changes no number."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def numbers(variants):
 
 
 def test_losses_equal_the_golden_record():
-    """Another jax or processor than any on record rounds differently: there the numbers must be close."""
+    """An unrecorded jax or processor rounds differently: there the numbers must be close."""
     command = [sys.executable, str(GOLDEN / "record.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

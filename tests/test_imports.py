@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; and that importing a module does nothing else."""
+"""Import directions, read from the source; importing a module has no side effects."""
 
 import ast
 import sys

@@ -49,12 +49,12 @@ def names(path):
 
 
 def big_file(folder, part):
-    """The largest data file of a part of a checkpoint."""
+    """Returns the largest data file of a part of a checkpoint."""
     return max((folder / part).rglob("d/*"), key=lambda path: path.stat().st_size)
 
 
 class Events(list):
-    """`report` of a CheckpointFolder: remembers the events."""
+    """`report` of a CheckpointFolder that records the events."""
 
     def __call__(self, event, text, **fields):
         self.append((event, text, fields))

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def three(tmp_path_factory):
-    """A folder with checkpoints of steps 1, 2 and 3, not to be changed."""
+    """Returns a folder with checkpoints of steps 1, 2 and 3; read-only."""
     from checkpoint_helpers import save_steps
 
     folder = tmp_path_factory.mktemp("checkpoints")

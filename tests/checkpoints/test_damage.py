@@ -71,7 +71,7 @@ def undo(checkpoint, file, content, everything):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_to_any_file_is_found(three, tmp_path, damage):
-    """Also in record/; a reader of the parameters alone passes over damage in rest/ only."""
+    """Damage in record/ counts too; a reader of the parameters alone ignores damage in rest/."""
     path, like = tmp_path / "checkpoints", abstract(make_state())
     whole = {"params": like.params, "rest": like.replace(params=None)}
     shutil.copytree(three / "2", path / "2")
@@ -94,7 +94,7 @@ def test_damage_to_any_file_is_found(three, tmp_path, damage):
 
 
 def seal_again(checkpoint, **changes):
-    """Gives a manifest other entries and a valid checksum."""
+    """Changes entries of a manifest and corrects its checksum."""
     manifest = json.loads((checkpoint / "manifest.json").read_text()) | changes
     del manifest["checksum"]
     checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -123,7 +123,7 @@ NOTHING = hashlib.sha256().hexdigest()
     ],
 )
 def test_a_crafted_manifest_is_damage(three, tmp_path, changes, problem):
-    """Even one with a valid checksum."""
+    """A malformed manifest is damage even if its checksum is valid."""
     shutil.copytree(three / "3", tmp_path / "3")
     seal_again(tmp_path / "3", **changes)
     with pytest.raises(Damaged, match=problem):
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_is_something_else_is_renamed(three, tmp_path, kind):
 
 
 def test_links_to_the_bytes_that_were_written_are_whole(three, tmp_path):
-    """Stores of large files keep links in place of the files."""
+    """Tools for large files replace files by links."""
     path, like = shutil.copytree(three, tmp_path / "checkpoints"), abstract(make_state())
     for number, file in enumerate(sorted(file for file in (path / "3").rglob("*") if file.is_file())):
         shutil.move(file, tmp_path / str(number))

@@ -177,7 +177,7 @@ class Command:
 
 @pytest.mark.slow
 def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
-    """Each attempt is killed at its second save; what counts is whole, and litter goes at the next start."""
+    """Each attempt is killed at its second save; listed checkpoints are whole, and the next start deletes leftovers."""
     command = Command(config, tmp_path)
     checkpoints = CheckpointFolder(command.run_dir / "checkpoints")
     newest = 0
@@ -234,7 +234,7 @@ def test_sigterm_at_any_moment(config, whole, tmp_path):
 
 
 def test_sigterm_during_a_save_lets_it_end(config, whole, tmp_path):
-    """The quick sibling of the drill: in this process, and the run resumes as if nothing had been."""
+    """Quick sibling of the drill, in this process: the run resumes with the same bits."""
     turns = []
 
     def terminate(stage):
@@ -252,7 +252,7 @@ def test_sigterm_during_a_save_lets_it_end(config, whole, tmp_path):
 
 
 def test_a_damaged_checkpoint_costs_one_interval(config, whole, tmp_path, capsys):
-    """Reported and recorded; the step is saved again."""
+    """Damage is printed and recorded; the step is saved again."""
     command = Command(with_fields(config, "train", stop_after=9), tmp_path)
     train(with_fields(config, "train", stop_after=9), command.run_dir)
     file = max((command.run_dir / "checkpoints" / "9" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -286,7 +286,7 @@ class FullDisk:
 
 
 def test_the_next_save_is_the_retry_of_a_failed_one(config, whole, tmp_path):
-    """Any number of failed saves, as long as no two follow each other."""
+    """A run survives any number of failed saves that are not consecutive."""
     hooks = QUICK._replace(make_saver=functools.partial(Saver, on_stage=FullDisk({1, 3, 5})))
     train(config, tmp_path / "run", hooks=hooks)
     failed = events(tmp_path / "run", "save_failed")
@@ -315,7 +315,7 @@ def test_a_lost_config_is_taken_from_the_newest_whole_checkpoint(config, whole, 
 
 
 def test_two_failed_saves_in_a_row_end_the_run(config, tmp_path, capsys):
-    """Exit code 1 with the reason, soon, and with the steps that were made on record; any cause will do."""
+    """The run ends soon with exit code 1 and the reason; the completed steps are recorded, whatever the cause."""
     (tmp_path / "config.json").write_text(to_json(config))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(to_json(config))
@@ -330,7 +330,7 @@ def test_two_failed_saves_in_a_row_end_the_run(config, tmp_path, capsys):
 
 
 def test_what_orbax_logs_beside_its_errors_is_for_debug(config, tmp_path, caplog):
-    """Tracebacks of what the run says in a line."""
+    """Returns the tracebacks of errors that the run reports in one line."""
     (tmp_path / "config.json").write_text(to_json(config))
     before = absl.logging.get_verbosity()
     try:
@@ -344,7 +344,7 @@ def test_what_orbax_logs_beside_its_errors_is_for_debug(config, tmp_path, caplog
 
 
 def test_two_runs_in_one_folder_are_refused(config, tmp_path, capsys):
-    """A second one touches nothing; a dead one holds nothing (the drills with kill -9 leave its file behind)."""
+    """A second process changes nothing; the lock file of a dead process locks nothing."""
     run_dir = tmp_path / "run"
     train(with_fields(config, "train", stop_after=2), run_dir)
     (tmp_path / "config.json").write_text(to_json(config))
@@ -387,7 +387,7 @@ def test_a_rewind_undoes_later_steps(config, whole, tmp_path):
 
 
 def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
-    """A fresh optimizer, and the data from their beginning."""
+    """A warm start has a fresh optimizer and reads the data from the start."""
     source = f"{whole}/checkpoints/18"
     begun = with_fields(with_fields(config, "train", init_from=source, stop_after=1), "optim", peak_lr=2e-3)
     train(begun, tmp_path / "run")
@@ -421,7 +421,7 @@ def _state(run_dir):
 
 
 def test_init_from_refuses_what_it_cannot_take(config, whole, corpus, tmp_path):
-    """And a new run's folder is not made for it."""
+    """The error creates no run directory."""
     from jaxtrain.data.prepare.prepare import prepare
 
     pytest.importorskip("tokenizers")
@@ -445,7 +445,7 @@ def test_init_from_refuses_what_it_cannot_take(config, whole, corpus, tmp_path):
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_times(config, tmp_path):
-    """In the loop, in a save, at the start, wherever it hits; the figures are printed."""
+    """Kills at random moments: in the loop, in a save, at the start. Prints the figures."""
     every, kills = 5, 32
     config = with_fields(with_fields(config, "train", steps=300, eval_every=50), "checkpoint", every=every)
     train(config, tmp_path / "whole")

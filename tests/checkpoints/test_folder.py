@@ -87,7 +87,7 @@ SCORES += ['{"' + "9" * 5000 + '": 1}', '{"1": 1' + "0" * 4000 + "}"]
 
 @pytest.mark.parametrize("text", SCORES, ids=lambda text: text[:10])
 def test_malformed_scores_are_a_warning(copy, text):
-    """One that names the file, once; the record starts anew."""
+    """A damaged scores.json is one warning that names the file; scores start anew."""
     events = Events()
     folder = CheckpointFolder(copy, keep=3, keep_best=1, report=events)
     (copy / "scores.json").write_text(text)
@@ -126,7 +126,7 @@ def test_scores_that_cannot_be_written_are_a_warning(copy):
 
 
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(copy):
-    """A name that is taken, and a folder that refuses, stand for an immutable file and for NFS."""
+    """An existing name and a read-only folder stand for an immutable file and for NFS."""
     events = Events()
     folder = CheckpointFolder(copy, keep=1, report=events)
     (copy / ".1.deleting").mkdir()

@@ -136,7 +136,7 @@ def test_a_checkpoint_of_manifest_version_1_is_restored(tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("leaf", ["params/layers/scale", "params/w", "opt_state/1/nu/w"])
 def test_a_state_that_is_not_finite_is_refused_by_name(tmp_path, leaf, value):
-    """Its bytes are those that were written, by a program without a check."""
+    """The checkpoint is whole, but was written by a program without the finite check."""
 
     def poison(path, x):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -162,7 +162,7 @@ def test_a_state_that_is_not_finite_is_refused_by_name(tmp_path, leaf, value):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_the_processes_share_the_files(count):
-    """Every file once; the data of a process to that process, the other files evenly."""
+    """Every file is hashed once: by the process that wrote it, the other files in even shares."""
     names = [f"params/ocdbt.process_{p}/d/{i}" for p in range(count) for i in range(3)]
     others = [f"params/d/{i}" for i in range(8 * count)] + [MANIFEST]
     shares = [share_of(names + others, process, count) for process in range(count)]

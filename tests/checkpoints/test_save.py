@@ -113,7 +113,7 @@ def save_all(saver, *steps):
 
 @pytest.mark.parametrize("stage", ["begin", "arrays", "unsealed", "sealed"])
 def test_two_failures_in_a_row_are_an_error(tmp_path, stage):
-    """At every stage; a success between two failures starts the count anew."""
+    """Failures at every stage; a successful save resets the count."""
     events = Events()
     saver = Saver(CheckpointFolder(tmp_path, report=events), on_stage=Disk(1, 3, 4, stage=stage))
     with pytest.raises(OSError, match=r"step 4 could not be saved: .*No space left.*free some space"), saver:
@@ -176,7 +176,7 @@ def test_a_save_that_hangs_is_given_up_and_named(tmp_path, monkeypatch):
 
 
 class Crash(BaseException):
-    """Ends the writing thread where it is, as the end of the process does."""
+    """Stops the writing thread at its current stage, as the end of the process does."""
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -207,7 +207,7 @@ def test_a_crash_at_any_stage_leaves_whole_checkpoints_and_litter(tmp_path, stag
 
 
 def test_the_log_is_on_the_disk_before_a_checkpoint_counts(tmp_path):
-    """Seen from inside: at the last stage before the rename the log has been opened for its fsync."""
+    """The log is fsynced before the rename publishes the checkpoint."""
     events, log = Events(), tmp_path / "metrics.jsonl"
     with Saver(CheckpointFolder(tmp_path / "checkpoints", report=events), log=log) as saver:
         save_all(saver, 1)  # there is no log: a warning that names it, and the checkpoint counts

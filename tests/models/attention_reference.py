@@ -9,7 +9,7 @@ import numpy as np
 
 
 def inputs(length, num_heads, num_groups, *, num_keys=None, batch_size=2, width=8, dtype=np.float32):
-    """Queries, keys, values, and a cotangent of what comes of them."""
+    """Returns queries, keys, values and a cotangent of the output."""
     rng = np.random.default_rng(length)
     num_keys = num_keys or length
     sizes = ((length, num_heads), (num_keys, num_groups), (num_keys, num_groups), (length, num_heads))
@@ -35,7 +35,7 @@ def visible(batch_size, length, num_keys, positions=None, segment_ids=None, wind
 
 
 def output_and_gradients(query, key, value, cotangent, positions=None, *, segment_ids=None, window=None, softcap=None):
-    """The output and the gradients of queries, keys and values, all float64."""
+    """Returns the output and the gradients of queries, keys and values, all float64."""
     with jax.enable_x64(True):
         query, key, value, cotangent = (np.asarray(x, np.float64) for x in (query, key, value, cotangent))
         seen_BTS = visible(*query.shape[:2], key.shape[1], positions, segment_ids, window)
@@ -55,7 +55,7 @@ def output_and_gradients(query, key, value, cotangent, positions=None, *, segmen
 
 
 def run(function, query, key, value, cotangent, *arguments):
-    """The same of a kernel, jitted: `function(query, key, value, *arguments)`."""
+    """Returns output and gradients of a jitted kernel `function(query, key, value, *arguments)`."""
 
     @jax.jit
     def both(query, key, value, cotangent, *arguments):

@@ -26,7 +26,7 @@ POSITIONS = np.array([[0, 3, 4, 5, 9, 10, 11], [2, 2, 1, 0, 11, 7, 8]], np.int32
     [*itertools.product([4, 2], [None, 3], [None, 0.7], [False, True], [False, True]), (1, None, None, False, False)],
 )
 def test_xla_agrees_with_float64(num_groups, window, softcap, segments, positions):
-    """Output and gradients, everything with everything; where there are positions, fewer queries than keys."""
+    """Output and gradients over all combinations of arguments; with positions there are fewer queries than keys."""
     arguments = inputs(T if positions else S, 4, num_groups, num_keys=S)
     places = POSITIONS if positions else None
     options = {"window": window, "softcap": softcap, "segment_ids": segments_of(2, S) if segments else None}
@@ -155,7 +155,7 @@ def test_arguments_that_do_not_fit_are_errors(monkeypatch, change, message):
 
 
 def test_auto_hands_over_what_is_asked(monkeypatch):
-    """On a GPU it falls to XLA for each thing that cuDNN cannot do, and gives the same as XLA does."""
+    """On a GPU `auto` takes XLA for each argument that cuDNN does not support."""
     gpu = type("Device", (), {"platform": "gpu", "compute_capability": "9.0"})()
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
     called = []

@@ -33,7 +33,7 @@ def an_nvidia_gpu():
 
 @pytest.fixture
 def gpu_or_xla(monkeypatch):
-    """Nothing where cuDNN runs; elsewhere JAX's XLA form of the same call takes its place."""
+    """Does nothing where cuDNN runs; elsewhere JAX's XLA form of the same call replaces it."""
     if not an_nvidia_gpu():
         plain = jax.nn.dot_product_attention
 
@@ -109,7 +109,7 @@ FORWARD, BACKWARD = "fmhaSoftmax", "fmhaSoftmaxBackward"  # without Bias: no mas
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.usefixtures("lowers_for_cuda")
 def test_it_lowers_for_a_gpu_from_here(window):
-    """In `shard_map`, rows and heads in parts: one call forward and one backward, and no scores [T, T] are left."""
+    """Sharded rows and heads in `shard_map`: one call forward, one backward, and no scores [T, T]."""
     query, key = (jax.ShapeDtypeStruct((8, 1024, n, 64), jnp.bfloat16) for n in (4, 2))
     heads = P(("data", "fsdp"), None, "tensor")
     mapped = jax.shard_map(
@@ -174,7 +174,7 @@ def test_the_capability_is_that_of_nvidia_gpus(platform, name, capability):
 
 
 def test_a_program_chooses_it_on_gpus(monkeypatch):
-    """`auto` is settled by the mesh's devices, the precision, and what the model asks."""
+    """Devices, precision and model decide what `auto` means."""
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.HOPPER)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape={"fsdp": 1})
 

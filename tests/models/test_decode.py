@@ -1,4 +1,4 @@
-"""Generation: the cache against whole forward passes, the sampling rules, a context that runs over."""
+"""Generation: the cache against whole forward passes, the sampling rules, a full context."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The linear layer beside x @ kernel + bias in float64, whichever way round its gradient is computed."""
+"""The linear layer against x @ kernel + bias in float64, for both forms of its gradient."""
 
 import jax
 import jax.numpy as jnp

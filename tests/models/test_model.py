@@ -1,4 +1,4 @@
-"""The model protocol: the built-in transformer keeps it, and a model without the optional members is complete."""
+"""The model protocol: the built-in transformer implements it; optional members may be absent."""
 
 import jax
 import jax.numpy as jnp

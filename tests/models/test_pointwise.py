@@ -1,4 +1,4 @@
-"""The pointwise functions against jax.nn's forms in float64, and what they keep."""
+"""The pointwise functions against jax.nn in float64, and their residuals."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, its Python run on the CPU: the same function as the plain one; it lowers for a TPU."""
+"""The TPU's attention kernel, interpreted on the CPU, against the plain form; it lowers for a TPU."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def test_kernel_agrees_with_plain_attention(length, num_heads, num_groups, batch
     ],
 )
 def test_window_soft_cap_and_segments_agree_with_plain_attention(options, num_groups):
-    """In blocks of 128: windows and segments that end in one, and windows that leave one out."""
+    """Windows and segments that end inside a block of 128, and windows that skip a block."""
     options = dict(options)
     arguments = inputs(384, 2, num_groups)
     if options.pop("segments", False):

@@ -68,7 +68,7 @@ def test_changing_a_token_changes_no_logit_before_it_and_no_other_row(config, pl
 
 @pytest.mark.parametrize("unroll", [1, "all"])
 def test_with_a_window_a_token_changes_the_logits_of_that_many_and_more_with_each_layer(unroll):
-    """Three layers of four keys each: what a token sees goes back 3 x 3 tokens."""
+    """Three layers with a window of four keys: a token depends on the 3 x 3 tokens before it."""
     model, params = make(dataclasses.replace(WINDOW, scan_unroll=unroll))
     tokens = tokens_of(WINDOW, length=16)
     before = run(model, params, tokens)
@@ -78,7 +78,7 @@ def test_with_a_window_a_token_changes_the_logits_of_that_many_and_more_with_eac
 
 
 def test_the_soft_cap_of_attention_reaches_every_layer():
-    """A cap of nearly 0 makes all scores alike, whatever a layer's queries are."""
+    """A cap near 0 makes all scores equal, whatever the queries are."""
     config = dataclasses.replace(LLAMA, attention_softcap=1e-6)
     model, params = make(config)
     tokens = tokens_of(config)
@@ -99,7 +99,7 @@ SEGMENTS = jnp.array([[5] * 7 + [2] * 5, [0] * 12, [1, 2] * 6, [3] + [4] * 11], 
 
 @pytest.mark.parametrize("config", [GPT2, LLAMA, WINDOW], ids=["gpt2", "llama", "window"])
 def test_a_document_s_logits_do_not_know_the_one_before_it(config):
-    """The same bits whatever is there; without segments they differ."""
+    """The other segment does not change a bit; without segments the bits differ."""
     model, params = make(config)
     tokens = tokens_of(config)[:1]
     others = tokens.at[:, :7].set((tokens[:, :7] + 3) % config.vocab_size)
@@ -114,7 +114,7 @@ def test_a_document_s_logits_do_not_know_the_one_before_it(config):
 
 
 def test_segments_in_a_batch_reach_every_layer_of_the_loss():
-    """Gradient of the second document's loss by the first one's embeddings: none, if nothing of it is seen."""
+    """The loss of the second document has no gradient with respect to the first."""
     model, params = make(GPT2)
     tokens = jnp.arange(12)[None] % 29  # no token twice
     batch = {"inputs": tokens, "labels": tokens, "where": jnp.arange(12)[None] >= 7}
@@ -183,7 +183,7 @@ def test_loss_fn_is_the_cross_entropy_of_the_logits(config):
 
 @pytest.mark.parametrize(("config", "segments"), [(GPT2, False), (LLAMA, False), (WINDOW, True)])
 def test_loss_and_gradient_are_the_same_on_a_mesh(config, segments):
-    """Every matrix in four parts, rows of unequal weight, and a vocabulary that needs padding to be in two."""
+    """Every matrix in four shards, rows of unequal weight, and a padded vocabulary in two shards."""
     config = dataclasses.replace(config, vocab_multiple=2)
     model, params = make(config)
     batch = batch_of(config)
@@ -239,7 +239,7 @@ def test_parameters_and_gradients_follow_the_compute_dtype(config):
 
 @STYLES
 def test_bfloat16_gradients_of_many_tokens_add_up(config):
-    """4,096 tokens, every third the same. Added up in bfloat16 they are 2 to 3 % off, and more with more tokens."""
+    """4,096 tokens, every third the same. Sums in bfloat16 would be wrong by 2 to 3 %."""
     model, params = make(config, scale=1.0)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
@@ -264,7 +264,7 @@ def test_gpt2_has_its_124_million_parameters():
 
 @STYLES
 def test_flops_by_formula_are_those_the_compiler_counts(config):
-    """Forward only (a third), unrolled, all scores: what the program really multiplies. Wide, so that products rule."""
+    """Counts the products of the compiled forward pass (a third of all), unrolled, in a wide model."""
     config = dataclasses.replace(config, d_model=128, d_ff=512, vocab_size=1024, scan_unroll="all")
     model = Transformer(config)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -30,13 +30,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def config(tiny_config):
-    """Eleven steps, the tenth looked into; stopped there, so that no evaluation follows."""
+    """Eleven steps with diagnostics at the tenth; no evaluation follows."""
     settings = {"steps": 300, "stop_after": 11, "diagnose_every": 10, "accumulate": 1}
     return change(tiny_config, train=settings, checkpoint={"every": 1000})
 
 
 def findings(folder):
-    """The finding events of a run by name; each was reported once."""
+    """Returns the finding events of a run by name; each was reported once."""
     events = [event for event in read_metrics(folder / "metrics.jsonl")[1] if event["event"] == "finding"]
     by_name = {event["name"]: event for event in events}
     assert len(by_name) == len(events), events
@@ -129,7 +129,7 @@ def test_a_healthy_float16_run_is_silent(run, config, tmp_path):
 
 @pytest.mark.parametrize(("clip_norm", "evidence"), [(0.1, "100 of the last 100"), (0.003, "51 steps in a row")])
 def test_clipping_saturated(run, config, tmp_path, clip_norm, evidence):
-    """The threshold is far below the norms; the second is so small that Adam's eps comes near."""
+    """Thresholds far below the norms; the second brings gradients near Adam's eps."""
     config = change(config, train={"stop_after": 105}, optim={"clip_norm": clip_norm})
     found = run(config, tmp_path / "run")
     assert found.keys() == {"clipping_saturated"}
@@ -157,7 +157,7 @@ def test_exploding_layer_by_its_updates(run, config, tmp_path):
 
 
 def test_exploding_layer_by_its_gradient(run, config, tmp_path):
-    """A layer whose norms make up for weights that are far too small: the same function, another gradient."""
+    """Scales the weights of a layer down and its norms up: the same function, another gradient."""
 
     def shift(params):
         layers = params["layers"]
@@ -231,7 +231,7 @@ def test_no_progress_without_tokens(run, config, tmp_path):
 
 
 def test_no_progress_when_nothing_changes(run, config, tmp_path):
-    """Text of which all windows are the same, and a rate so small that no parameter moves."""
+    """Identical windows, and a learning rate too small to move any parameter."""
     folder = tmp_path / "text"
     folder.mkdir()
     for name in ("1", "2", "3", "4"):
@@ -254,7 +254,7 @@ def test_throughput_dropping(tiny_config):
 
 
 def test_update_norm_rising(run, config, tmp_path):
-    """One gradient 10,000 times as large, not clipped, moves all for many steps; the loss follows later."""
+    """One unclipped gradient, 10,000 times as large, inflates many updates before the loss rises."""
     config = change(config, optim={"b2": 0.999, "clip_norm": 1e9}, guard={"sigmas": None}, train={"stop_after": 130})
     found = run(config, tmp_path / "run", faults=Faults(gradient_step=120))
     assert found["update_norm_rising"]["step"] == 122
@@ -427,7 +427,7 @@ def test_looking_changes_no_bit_and_devices_change_no_look(run, config, tmp_path
 
 @pytest.mark.parametrize(("accumulate", "axes"), [(1, {}), (2, {"data": 2, "fsdp": 2})])
 def test_the_program_is_the_same_whether_anyone_looks_or_not(config, accumulate, axes):
-    """Another program would round otherwise: on some machines a run that is looked into would not be the same run."""
+    """A separate program for logged steps would round differently, and diagnostics would change the run."""
     config = change(config, train={"accumulate": accumulate}, mesh=axes)
     mesh = make_mesh(config.mesh)
     programs = [program.make_program(change(config, train={"diagnose_every": n}), mesh, 257) for n in (None, 3)]

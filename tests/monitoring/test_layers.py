@@ -50,7 +50,7 @@ def test_a_model_without_layers_has_none():
 )
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_frozen_is_what_eps_holds_back(make, num_steps):
-    """8 numbers with sqrt(nu_hat) = 9.9 eps, 12 of 10.1 eps, and 4 without a gradient, which have no say."""
+    """8 numbers with sqrt(nu_hat) = 9.9 eps, 12 with 10.1 eps, and 4 without a gradient, which do not count."""
     eps, b2 = 1e-4, 0.9
     grads = jnp.asarray([9.9e-4] * 8 + [10.1e-4] * 12 + [0.0] * 4, jnp.float32).reshape(4, 6)
     params, grads = {"w": jnp.ones((4, 6))}, {"w": grads}

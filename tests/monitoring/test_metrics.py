@@ -1,4 +1,4 @@
-"""The record of a run: exact numbers, valid JSON, and what is left after a crash."""
+"""metrics.jsonl: exact numbers, valid JSON, and recovery after a crash."""
 
 import json
 import math
@@ -166,7 +166,7 @@ def room():
 
 
 def test_a_full_disk_holds_lines_back_and_loses_none(tmp_path, room, capsys):
-    """In the middle of a line, twice, and at the end, where it is an error."""
+    """The disk is full in the middle of a line, twice, and at the end, where it is an error."""
     path = tmp_path / "m"
     writer = JsonLines(path)
     for step in (1, 4):

@@ -1,4 +1,4 @@
-"""`--profile`: a real run's trace holds all scopes, is reported, and what cannot be traced is refused or said."""
+"""`--profile`: the trace of a real run holds all scopes and is reported; bad ranges are errors."""
 
 import dataclasses
 import gzip
@@ -199,7 +199,7 @@ ENTRY %main (head.1: f32[4]) -> f32[4] {
 
 
 def test_scopes_are_read_from_the_compiled_program():
-    """By the innermost scope, through the wrappers of transformations; a fusion without a name by most of it."""
+    """The innermost scope counts, without transformations; an unnamed fusion has its most frequent scope."""
     expected = {"a": "mlp", "b": "mlp", "c": "optimizer", "fusion": "mlp", "dot.1": "head", "att": "attention"}
     assert scopes_of(HLO) == expected
 
@@ -220,7 +220,7 @@ def op(name, start, duration, module="jit_train_step"):
 
 
 def test_time_goes_to_the_innermost_and_to_whoever_scheduled_the_task():
-    """By hand: a loop of 100 ns with a dot of 30 in it, which has a pool thread work for 40 more."""
+    """A loop of 100 ns around a dot of 30 ns, which schedules 40 ns on a pool thread."""
     caller = Line(
         [
             Event("ThunkExecutor::Execute", 0, 1000),
@@ -244,6 +244,6 @@ def test_time_goes_to_the_innermost_and_to_whoever_scheduled_the_task():
 
 
 def test_a_device_names_its_operations_by_their_text():
-    """As a TPU's line `XLA Ops` does; by the format's description, not from a TPU."""
+    """Lines as in the `XLA Ops` of a TPU, written from the description of the format."""
     line = Line([Event("%fusion.1 = f32[8]{0} fusion(%a)", 0, 10), Event("%dot.2 = f32[8] dot(%b)", 20, 5)])
     assert busy_times([read_line(line, "jit_train_step", True)]) == {"fusion.1": 10, "dot.2": 5}

@@ -19,7 +19,7 @@ CONFIG = TrainConfig(steps=40, batch_size=4, seq_len=8, log_every=10, diagnose_e
 
 
 class Collect:
-    """Sink that keeps what it receives."""
+    """Sink that records its calls."""
 
     def __init__(self, every_step=False):
         self.every_step, self.steps, self.events, self.closed = every_step, [], [], False
@@ -110,7 +110,7 @@ def test_the_end_says_how_many_steps_were_skipped_and_how_to_resume(skipped, rea
 
 
 def test_skipped_steps_are_counted_over_all_attempts(tmp_path):
-    """Those after the step that a run resumes from run again, and count once."""
+    """Steps after the checkpoint run again and count once."""
 
     config = Config(data=DataConfig(store="any"), optim=OptimConfig(warmup_steps=5), train=CONFIG)
 

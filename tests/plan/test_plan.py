@@ -1,4 +1,4 @@
-"""The plan: formulas against known models, the command, and every way in which the compiler may not answer."""
+"""The plan: formulas against known models, the command, and every failure of the compiler."""
 
 import dataclasses
 import importlib.util
@@ -173,7 +173,7 @@ def test_the_vocabulary_comes_from_config_store_or_byte_tokenizer(store, tmp_pat
 
 @pytest.fixture
 def config():
-    """A byte-level model that compiles in seconds."""
+    """Config of a byte-level model that compiles in seconds."""
     return Config(
         data=DataConfig(sources=("python-stdlib",)),
         model=llama(num_layers=2, num_heads=2, d_model=16, d_ff=32, max_seq_len=16, num_kv_heads=1),
@@ -215,7 +215,7 @@ def test_json_has_its_keys_without_a_compiler(config_file, monkeypatch, capsys):
 
 
 def pretend(monkeypatch, tmp_path, answer):
-    """Makes the child a shell script: it writes `answer` where it is asked to, or does what `answer` says."""
+    """Replaces the child by a shell script that writes or runs `answer`."""
     script = tmp_path / "python"
     body = answer if isinstance(answer, str) else f"printf '%s' '{json.dumps(answer)}' > \"$4\""
     script.write_text(f"#!/bin/sh\n{body}\n")

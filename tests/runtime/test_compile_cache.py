@@ -1,4 +1,4 @@
-"""The command line's compile cache: used by default, never in the way, and equal bits come out of it."""
+"""The compile cache of the command line: on by default, harmless when damaged, equal bits."""
 
 import json
 import os
@@ -25,7 +25,7 @@ with compile_cache():
 
 
 def run(tmp_path, *command, **variables):
-    """Runs Python with a home of its own; returns its errors and output."""
+    """Runs Python with an empty home folder; returns its errors and output."""
     environment = {key: value for key, value in os.environ.items() if key not in CACHE_VARIABLES}
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "PYTHONWARNINGS": "default", **variables}
     command = [sys.executable, *map(str, command or ("-c", PROGRAM))]

@@ -1,4 +1,4 @@
-"""The parser of HLO text, by hand-made programs, by one whose traffic can be counted, and by the real train step."""
+"""The parser of HLO text on hand-made programs, on one with known traffic, and on the real train step."""
 
 import importlib.util
 from collections import Counter
@@ -195,7 +195,7 @@ SMALL = 8000  # bytes of all scalars a step: norms, whether leaves are finite, w
 
 
 def check_traffic(found, config, kinds=None):
-    """Holds what a program moves (kind, axes, bytes) to the formula; `kinds` renames the formula's."""
+    """Compares the traffic of a program (kind, axes, bytes) with the formula; `kinds` renames the formula's."""
     expected, measured = Counter(), Counter()
     for one in make_plan(config, 250, 8).traffic:
         expected[(kinds or {}).get(one.kind, one.kind), one.axes] += one.num_bytes

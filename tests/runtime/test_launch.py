@@ -1,4 +1,4 @@
-"""The launch scripts, with a cluster played by programs of the same names: what they say is what they do."""
+"""The launch scripts, with stand-ins for the programs of a cluster: their output matches their calls."""
 
 import os
 import re
@@ -223,7 +223,7 @@ HOSTILE = [
 
 
 def run_hostile(cluster, script, arguments):
-    """Runs a launcher whose programs do what they are told; returns its exit code and the files that must not be."""
+    """Runs a launcher with stand-ins; returns its exit code and the files that must not exist."""
     folder = cluster.folder
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(folder)}
     for dry in ([], ["--dry-run"]):
@@ -237,7 +237,7 @@ def run_hostile(cluster, script, arguments):
 
 
 def test_hostile_names_are_never_run(cluster):
-    """In every argument of both scripts, on this machine and on the hosts."""
+    """Quoting in every argument of both scripts, on this machine and on the hosts."""
     hostile = [text.replace("PWN", str(cluster.folder / "PWN")) for text in HOSTILE]
     cluster("gcloud", GCLOUD.replace("FOLDER", str(cluster.folder)))
     venv = "printf '#!/bin/sh\\n' | tee $3/bin/python > $3/bin/jaxtrain"

@@ -1,4 +1,4 @@
-"""The mesh and what lies on it: sizes, slices, the one table of axes."""
+"""The mesh and its shardings: sizes, slices, the table of axes."""
 
 import dataclasses
 import itertools
@@ -88,7 +88,7 @@ def test_no_process_is_left_without_a_device():
 
 
 def test_slices_lie_along_data():
-    """Between slices goes a network: only what is replicated there, gradients once a step, may cross it."""
+    """A network joins slices: only gradients, once a step, may cross it."""
     devices = [FakeDevice(i, slice_index=i % 2) for i in range(8)]
     assert slices_of(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)) == [[[0, 0]] * 2, [[1, 1]] * 2]
     assert slices_of(make_mesh(MeshConfig(data=-1, fsdp=2), devices)) == [[[0], [0]]] * 2 + [[[1], [1]]] * 2
@@ -139,7 +139,7 @@ WHOLE = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab"), "positions
 
 @pytest.mark.parametrize(("style", "qk_norm", "tied", "bias"), list(itertools.product(STYLES, *[[False, True]] * 3)))
 def test_every_parameter_has_logical_axes(style, qk_norm, tied, bias):
-    """Matrices have two, shared out over both axes of the mesh; a vector has one, or is whole."""
+    """Matrices are sharded over both axes of the mesh; vectors over one or none."""
     config = dataclasses.replace(STYLES[style], qk_norm=qk_norm, tie_embeddings=tied, use_bias=bias)
     params = jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731

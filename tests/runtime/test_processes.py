@@ -150,7 +150,7 @@ def assert_same_run(folder, expected):
 
 
 def test_two_processes_are_one_run_with_one_record(config, whole, tmp_path):
-    """From the first step to the sample, with every matrix in parts on devices of both."""
+    """A whole run with every matrix sharded over the devices of both processes."""
     config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))
     config = changed(config, "train", sample_tokens=4, sample_prompt="1 +")
     outputs = train_in_two(config, tmp_path / "run")
@@ -232,7 +232,7 @@ def test_process_0_finds_the_damaged_checkpoint_and_all_go_back(config, whole, t
 
 @pytest.mark.slow
 def test_a_save_that_fails_ends_all_processes(config, tmp_path):
-    """Process 0 alone writes the manifest, and the other one hears of it."""
+    """Process 0 alone writes the manifest, and the other process receives its error."""
     run_dir = tmp_path / "run"
     (tmp_path / "script.py").write_text(
         "import functools, sys\n"
@@ -426,7 +426,7 @@ STRANGERS = [
 
 
 def test_strangers_at_the_port_do_no_harm():
-    """Some say nothing for ever, and are waited for by nobody."""
+    """Connections that stay silent delay nobody."""
     address = free_address()
     host, port = address.split(":")
     outcome = []

@@ -1,4 +1,4 @@
-"""Stopping: a first signal is a request, a later one is not; work that takes long is abandoned, and nothing else is."""
+"""Stopping: a first signal is a request, a later one ends the process; long work is abandoned."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,7 @@ def python(code):
 
 
 def test_signals_at_the_same_moment_are_one_request_and_a_later_one_ends_the_process():
-    """Also while the main thread is in C: the handlers are then the system's."""
+    """A later signal ends the process even while the main thread runs C code."""
     code = """
 with stop.Stop(grace_seconds=0.3).listen() as asked:
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):

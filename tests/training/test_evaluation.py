@@ -23,7 +23,7 @@ SPLIT = Split((TOKENS,), np.zeros(3, np.int64), num_bytes=100)
 
 @jax.jit
 def eval_step(scale, batch):
-    """Says that each label costs a tenth of itself: the true total is then plain to see."""
+    """Eval step in which each label costs a tenth of its id, so that the total is known."""
     where = batch["where"].astype(jnp.float32)
     nll = scale * jnp.sum(where * batch["labels"].astype(jnp.float32))
     return LossSums(nll, jnp.float32(0), jnp.float32(0), jnp.sum(where))

@@ -50,7 +50,7 @@ def test_parameters_stand_still_while_steps_are_skipped(faulty_run):
 
 
 def test_skips_do_not_move_the_schedule(faulty_run, tiny_config, tmp_path):
-    """Each step has the rate of a run without faults, the last one that of the floor; Adam counts updates."""
+    """Each step has the learning rate of a run without faults; Adam counts the updates."""
     train(faulty_config(tiny_config), tmp_path / "healthy")
     rates = [[line["learning_rate"] for line in numbers(folder)] for folder in (faulty_run, tmp_path / "healthy")]
     assert rates[0] == rates[1]
@@ -60,7 +60,7 @@ def test_skips_do_not_move_the_schedule(faulty_run, tiny_config, tmp_path):
 
 
 def test_the_guard_goes_on_after_a_restart_as_if_there_had_been_none(faulty_run, tiny_config, tmp_path):
-    """Its window is in the checkpoint, also in one written right after a skip."""
+    """The guard's window is in the checkpoint, also directly after a skip."""
     for stop in (9, 12, None):
         train(faulty_config(tiny_config, stop_after=stop), tmp_path / "run", faults=FAULTS)
     assert numbers(tmp_path / "run") == numbers(faulty_run)
@@ -69,7 +69,7 @@ def test_the_guard_goes_on_after_a_restart_as_if_there_had_been_none(faulty_run,
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_the_same_steps_are_skipped_on_a_mesh(tiny_config, tmp_path, precision):
-    """Rows, matrices and vocabulary are sharded, and one bad row is on one device only."""
+    """Rows, matrices and vocabulary are sharded; the bad row lies on one device."""
     config = change(faulty_config(tiny_config, precision=precision), mesh={"data": 2, "fsdp": 2})
     train(config, tmp_path / "run", faults=FAULTS)
     lines = numbers(tmp_path / "run")
@@ -84,7 +84,7 @@ def test_the_same_steps_are_skipped_on_a_mesh(tiny_config, tmp_path, precision):
 
 
 def test_float16_learns_as_float32_does(tiny_config, tmp_path):
-    """Its losses are those of float32 to its 11 bits."""
+    """The losses equal those of float32 within the 11 bits of float16."""
     losses = {}
     for precision in ("float32", "float16"):
         config = faulty_config(tiny_config, precision=precision, steps=30)
@@ -95,7 +95,7 @@ def test_float16_learns_as_float32_does(tiny_config, tmp_path):
 
 
 def test_float16_goes_on_after_a_restart_as_if_there_had_been_none(tiny_config, tmp_path):
-    """The scale is in the checkpoint, and how long ago it last changed."""
+    """The checkpoint holds the loss scale and the steps since its last change."""
     for name, stops in (("whole", [None]), ("parts", [5, None])):
         for stop in stops:
             config = faulty_config(tiny_config, steps=12, precision="float16", stop_after=stop)
@@ -106,7 +106,7 @@ def test_float16_goes_on_after_a_restart_as_if_there_had_been_none(tiny_config, 
 
 
 def test_a_long_spike_ends_the_run_with_its_state_and_a_report(tiny_config, tmp_path):
-    """50 steps of it are more than 10 in a row; the state has nothing of them."""
+    """50 bad steps exceed 10 in a row; none of them changed the state."""
     config = change(faulty_config(tiny_config, steps=80), checkpoint={"every": 1000})
     outcome = train(config, tmp_path / "run", faults=Faults(spike_step=9), report=True)
     lines, events = read_metrics(tmp_path / "run" / "metrics.jsonl")

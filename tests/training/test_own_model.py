@@ -232,7 +232,7 @@ def test_a_schedule_and_an_optimizer_of_the_users_own(store, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
-    [("name", "adamv", "did you mean 'adamw'"), ("name", "zzz", "OPTIMIZERS"), ("schedule", "cosin", "cosine")],
+    [("name", "adamv", "did you mean adamw?"), ("name", "zzz", "OPTIMIZERS"), ("schedule", "cosin", "cosine")],
 )
 def test_a_name_that_is_in_no_table_is_an_error_before_anything_is_written(
     field, value, remedy, store, tmp_path, capsys

@@ -1,4 +1,4 @@
-"""The program on every mesh: the same numbers, state where it belongs, and errors before anything is compiled."""
+"""The program on every mesh: equal numbers, the expected shardings, and errors before anything is compiled."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ def program_of(config):
 
 @functools.cache
 def host_batch(step):
-    """Row i keeps a token with a chance that grows from one in twenty to one: devices have very unequal weights."""
+    """Masks tokens, fewer in later rows, so that devices have very unequal weights."""
     rng = np.random.default_rng(step)
     tokens = rng.integers(0, VOCAB, (ROWS, TOKENS + 1)).astype(np.int32)
     where = rng.random((ROWS, TOKENS)) < np.linspace(0.05, 1, ROWS)[:, None]
@@ -74,7 +74,7 @@ def batch_of(program, step=0):
 
 @functools.cache
 def host_state(style):
-    """The first state, made on one device: a program of its own for every mesh takes seconds to compile."""
+    """Makes the first state on one device; compiling it for each mesh takes seconds."""
     return jax.device_get(program_of(make_config(style)).init_state())
 
 
@@ -85,7 +85,7 @@ def first_state(program, style):
 
 @functools.cache
 def trained(style, sizes, accumulate=1):
-    """Twenty steps on a mesh: the last parameters, and the metrics of every step."""
+    """Returns the parameters after twenty steps on a mesh, and the metrics of every step."""
     program = program_of(make_config(style, sizes, accumulate))
     state, history = first_state(program, style), []
     for step in range(STEPS):
@@ -95,13 +95,13 @@ def trained(style, sizes, accumulate=1):
 
 
 def relative(actual, expected):
-    """Norm of the difference of two trees, relative to the norm of the second."""
+    """Returns the norm of the difference of two trees, relative to the norm of the second."""
     square = lambda tree: sum(float(np.sum(np.square(x, dtype=np.float64))) for x in jax.tree.leaves(tree))  # noqa: E731
     return (square(jax.tree.map(np.subtract, actual, expected)) / square(expected)) ** 0.5
 
 
 def assert_same_run(actual, expected):
-    """Float32 sums in another order, and what twenty steps of Adam make of that."""
+    """Tolerance: float32 sums in another order, amplified by twenty steps of Adam."""
     (params, history), (expected_params, expected_history) = actual, expected
     for metrics, reference in zip(history, expected_history, strict=True):
         np.testing.assert_allclose(metrics["loss"], reference["loss"], rtol=1e-6)
@@ -213,7 +213,7 @@ def test_state_is_born_in_its_parts_and_stays_there(style):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
 def test_state_takes_twelve_bytes_a_parameter_over_the_devices(sizes):
-    """Norms are whole everywhere; in a model of some width they are next to nothing."""
+    """Norm scales are replicated; in a wide model they are a small share."""
     wide = dataclasses.replace(MODELS["llama"], d_model=512, d_ff=1536)
     program = program_of(dataclasses.replace(make_config("llama", sizes), model=wide))
     state = program.abstract_state
@@ -253,7 +253,7 @@ def test_any_state_of_an_optimizer_is_sharded_like_the_parameters_it_repeats(opt
 
 
 def test_a_partitioned_optimizer_trains_on_a_mesh():
-    """The same step as on one device, and every leaf keeps its sharding."""
+    """The step equals that on one device, and every leaf keeps its sharding."""
     states = {}
     for sizes in (ONE, (2, 2, 2)):
         config = make_config("llama", sizes)
@@ -271,7 +271,7 @@ def test_a_partitioned_optimizer_trains_on_a_mesh():
 
 @functools.cache
 def first_gradient(sizes, precision="float32", remat="none"):
-    """Loss and whole gradient of the first step, read off Adam's first moment."""
+    """Returns loss and gradient of the first step; the gradient is read from Adam's first moment."""
     config = make_config("llama", sizes, precision=precision, remat=remat)
     program = program_of(config)
     state, metrics = program.train_step(first_state(program, "llama"), batch_of(program))
@@ -303,7 +303,7 @@ def test_bfloat16_gradients_lose_little_by_being_reduced_as_such():
 
 
 def residuals(remat, fsdp):
-    """Shapes of what one device keeps for the backward pass."""
+    """Returns the shapes of the residuals on one device."""
     config = make_config("llama", (1, fsdp, 1), vocab_size=VOCAB, remat=remat)
     program = program_of(config)
     loss_fn = make_loss_fn(Transformer(dataclasses.replace(config.model, attention="xla"), Parallel(fsdp=fsdp)))
@@ -321,7 +321,7 @@ def residuals(remat, fsdp):
 
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_each_policy_keeps_what_it_says(fsdp):
-    """Of every layer; `[2, ...]` are both. Parameters are kept as they are, never the gathered ones."""
+    """Residuals of every layer, `[2, ...]` for both. Sharded parameters are residuals, gathered ones never."""
     rows = (2, ROWS // fsdp, TOKENS)
     # Queries; keys and values; input and attention's output; up and gate.
     products = sorted([(*rows, 4, 8), *[(*rows, 2, 8)] * 2, *[(*rows, 32)] * 2, *[(*rows, 48)] * 2])

@@ -55,7 +55,7 @@ def sixth(run_dir):
 
 @pytest.mark.parametrize(("step", "first"), [(4, 0), (9, 7), (10, 7)])
 def test_a_step_reproduces_bit_for_bit_from_the_checkpoint_before_it(run_dir, step, first):
-    """With the batches that the run saw, through skipped data; the run directory does not change."""
+    """Replays the batches that the run read, skipped data included; the run directory does not change."""
     before = snapshot(run_dir)
     result = replay(run_dir, step)
     assert snapshot(run_dir) == before
@@ -161,7 +161,7 @@ def test_another_environment_is_noted(run_dir, tmp_path, name, value):
 
 @pytest.mark.slow
 def test_other_devices_give_the_same_numbers_to_rounding(tiny_config, tmp_path):
-    """On the run's own devices to the bit, on others to rounding."""
+    """Equal bits on the devices of the run, equal up to rounding on others."""
     folder = tmp_path / "run"
     train(change(tiny_config, mesh={"data": 2, "fsdp": 2}, train={"stop_after": 7}), folder)
     same = replay(folder, 7)
@@ -233,7 +233,7 @@ def test_a_flipped_bit_ends_the_run_before_it_is_saved(tiny_config, tmp_path, nu
 
 
 def test_a_bad_micro_batch_is_found(tiny_config, tmp_path):
-    """The step that the guard skipped comes out bad again, and the row that made it so is first."""
+    """The skipped step is bad again, and the row with the fault is listed first."""
     config = change(tiny_config, train={"stop_after": 7})
     faults = Faults(nan_micro_batch_step=6)
     train(config, tmp_path / "run", faults=faults)
@@ -259,7 +259,7 @@ def test_a_damaged_checkpoint_is_passed_over(run_dir, tmp_path, capsys):
 
 
 def test_a_run_that_began_with_other_weights_is_replayed_from_those(run_dir, tiny_config, tmp_path):
-    """From those that it took, not from what that run has now."""
+    """A warm-started run replays from the initial weights that it read, even if the source has newer checkpoints."""
     shutil.copytree(run_dir, tmp_path / "source")
     for step in (10, 12):
         shutil.move(tmp_path / "source" / "checkpoints" / str(step), tmp_path / str(step))

@@ -108,7 +108,7 @@ def test_extending_needs_no_flag_where_past_learning_rates_stay(optim, stop, lat
 
 
 def test_paths_are_compared_by_what_they_name(run_dir, tiny_config, store, tmp_path, monkeypatch):
-    """By another spelling, from another working directory, and after the store was moved."""
+    """Another spelling of the path, another working directory, and a store that was moved."""
     train(change(tiny_config, data={"store": f"{store}/../{store.name}/"}, train={"stop_after": 7}), run_dir)
     shutil.copytree(store, tmp_path / "elsewhere" / "tok")
     monkeypatch.chdir(tmp_path / "elsewhere")

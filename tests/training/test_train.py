@@ -29,7 +29,7 @@ def on_devices(config, num_devices):
 
 @pytest.fixture(scope="module")
 def whole_run(tiny_config, tmp_path_factory):
-    """An undisturbed run, with evaluations on the way and a sample."""
+    """Trains an undisturbed run with evaluations and a sample."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     config = with_train(tiny_config, steps=40, eval_every=20, eval_batches=1, sample_tokens=20, sample_prompt="1 +")
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=15, keep=2))
