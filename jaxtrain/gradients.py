@@ -74,7 +74,7 @@ def accumulate_gradients(
     accumulate: int,
     axis_name: AxisName | None,
 ) -> tuple[tuple[LossSums, Metrics], Any]:
-    """Sums what `one` returns for each micro-batch."""
+    """Sums the results of `one` over the micro-batches."""
     if accumulate == 1:
         return one(params, batch, *loss_factor, keys=keys)
 

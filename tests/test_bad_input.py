@@ -99,7 +99,7 @@ def snapshot(world):
 class Bad(NamedTuple):
     arguments: str  # split at blanks; `''` is an empty argument
     message: tuple[str, ...]  # the value and the remedy
-    make: object = None  # what to make of the world before
+    make: object = None  # prepares the world
     code: int = 2
     starts: bool = False  # seen at the first step only: there is a run directory, which may be used again
 

@@ -49,7 +49,7 @@ def test_train_takes_every_field_as_a_flag_and_resumes_its_run(config_file, tmp_
     assert "stopped at step 6: finished" in printed
 
 
-def test_train_prints_what_it_is_about_to_do(run_dir, tiny_config, tmp_path, capsys):
+def test_train_prints_its_plan_first(run_dir, tiny_config, tmp_path, capsys):
     folder = tmp_path / "run"
     train(dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, stop_after=1)), folder)
     printed = capsys.readouterr().out

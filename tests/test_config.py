@@ -263,7 +263,7 @@ def test_differences_compare_the_warm_up_in_steps():
     assert differences(share, steps) == []
 
 
-def test_fields_of_older_versions_that_are_gone_are_left_out():
+def test_removed_fields_of_older_versions_are_ignored():
     values = json.loads(to_json(CONFIG)) | {"faults": {"nan_loss_step": 0, "spike_factor": 10.0}}
     values["checkpoint"]["retries"] = 3
     assert from_json(json.dumps(values)) == CONFIG

@@ -1,4 +1,4 @@
-"""Checkpoint folder of a run: which steps it holds, which of them stay, and what is discarded.
+"""Checkpoint folder of a run: complete checkpoints, retention and discarded checkpoints.
 
 Names below `checkpoints/`:
 

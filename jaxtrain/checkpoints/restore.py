@@ -103,7 +103,7 @@ def choose(
     Raises:
       ValueError: as for `restore`.
     """
-    steps = processes.broadcast_from_lead("look for checkpoints", lambda: folder.require(step))
+    steps = processes.broadcast_from_lead("find the checkpoints", lambda: folder.require(step))
     damaged: dict[int, str] = {}
     for candidate in reversed(steps) if step is None else [step]:
         problem, leaves, num_bytes = _verify_all(folder.checkpoint(candidate), tuple(like) or ("record",), gather)

@@ -129,7 +129,7 @@ class Saver:
         """
         self.wait()
         step = int(state.step)
-        saved = processes.broadcast_from_lead("look for the checkpoint", lambda: step in self._folder.steps())
+        saved = processes.broadcast_from_lead("find the checkpoint", lambda: step in self._folder.steps())
         if step == self._step or saved:
             return False
         require_finite(state, self._folder)
@@ -285,7 +285,7 @@ class Saver:
             raise RunDirectoryGone(f"the run directory {path} was moved or deleted")
 
     def _clear(self, step: int) -> None:
-        """Deletes what a failed save has written. Under several processes the next start deletes it."""
+        """Deletes the partial checkpoint of a failed save. Under several processes the next start deletes it."""
         if jax.process_count() > 1:
             return
         deadline = time.monotonic() + _CLEAR_SECONDS

@@ -77,8 +77,7 @@ def _in_order(
 def diagnose(lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], config: Config) -> list[Finding]:
     """Returns the findings of a run from its records, as `read_metrics` returns them, by step.
 
-    The run's own findings, in its events, saw every step. They are complemented by what the logged steps alone show
-    under other names.
+    The `finding` events of the run judged every step. Findings of other names from the logged steps complete them.
     """
     own = {}  # steps that ran twice, because of a crash, have the same finding twice
     for event in events:

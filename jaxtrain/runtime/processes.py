@@ -207,7 +207,7 @@ def wait_for(client: Any, key: str, deadline: float) -> str | None:
         failed = client.key_value_dir_get("jaxtrain/failed")
         left = min(deadline - time.monotonic(), _POLL_SECONDS)
         try:
-            if failed or left <= 0:  # a wait of length zero can end before the answer arrives: look without waiting
+            if failed or left <= 0:  # a wait of length zero can end before the answer arrives
                 return client.key_value_try_get(key)
             return client.blocking_key_value_get(key, max(1, int(1000 * left)))
         except jax.errors.JaxRuntimeError as error:

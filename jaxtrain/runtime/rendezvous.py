@@ -99,7 +99,7 @@ def _accept(server: socket.socket, selector: selectors.BaseSelector, stack: cont
 
 
 def _read_available(connection: socket.socket, buffer: bytearray) -> bytes | None:
-    """Reads what has arrived. Returns the greeting when it is complete or cannot become one, else None."""
+    """Reads the available bytes. Returns the greeting when it is complete or cannot become one, else None."""
     try:
         piece = connection.recv(_MAX_BYTES)
     except BlockingIOError:
@@ -113,7 +113,7 @@ def _read_available(connection: socket.socket, buffer: bytearray) -> bytes | Non
 def _register(
     line: bytes, connection: socket.socket, present: dict[int, socket.socket], num_processes: int, token: str
 ) -> str:
-    """Adds the sender of a greeting to `present` and returns a problem, if any. Ignores what is not a greeting."""
+    """Adds the sender of a greeting to `present` and returns a problem, if any. Ignores other messages."""
     greeting = _GREETING.fullmatch(line)
     if greeting is None:  # a port scanner
         return ""

@@ -1,4 +1,4 @@
-"""Early end of a run: signals, abandoned work, and an exit in spite of it."""
+"""Early end of a run: signals, abandoned threads, and an exit that does not wait for them."""
 
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ _abandoned: list[threading.Thread] = []
 
 
 class Stopped(Exception):
-    """The run was asked to stop while it did something that is not worth finishing."""
+    """A stop was requested during work that need not be finished."""
 
 
 class Stop:
@@ -74,7 +74,7 @@ class Stop:
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Runs `function` on a thread. On a signal, abandons it and raises `Stopped`.
 
-        With several processes the function runs to its end, because they stop together, after a step.
+        With several processes the function runs to its end, because all processes stop after the same step.
 
         Raises:
           Stopped: the process was asked to stop. Exceptions of the function pass through.

@@ -81,7 +81,7 @@ _REMEDIES = {
 
 
 def printable(text: str, *, encoding: str | None = None) -> str:
-    r"""Escapes what a terminal would obey or an encoding lacks; newlines and tabs stay.
+    r"""Escapes terminal controls and characters that an encoding lacks; newlines and tabs stay.
 
     Every line that may hold text from data, samples, files or configs goes through here before it is printed.
 

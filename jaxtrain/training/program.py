@@ -230,7 +230,7 @@ def _model(config: Config, mesh: Mesh, vocab_size: int) -> Model:
 
 
 def _resolve(config: Config, mesh: Mesh, vocab_size: int) -> ModelConfig:
-    """Fills in what the model config leaves open: vocabulary, attention kernel and unroll factor."""
+    """Fills in the open fields of the model config: vocabulary, attention kernel and unroll factor."""
     size = config.model.vocab_size or vocab_size
     if size < vocab_size:
         raise ValueError(

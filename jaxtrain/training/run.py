@@ -1,4 +1,4 @@
-"""A run: its config, directory, token store and program; and what is derived from these four."""
+"""Run: its config, directory, token store and program, and values derived from them."""
 
 import dataclasses
 import functools
@@ -222,7 +222,7 @@ def tokenizer_hash(run: Run) -> str:
 
 
 def fingerprint(run: Run, state: TrainState | None = None) -> dict[str, Any]:
-    """Returns what a resumed run must share with its checkpoint: data, tokenizer and decay mask.
+    """Returns the facts that a resumed run must share with its checkpoint: data, tokenizer and decay mask.
 
     The config and, given a state, its number of skipped steps are stored with it.
     """

@@ -30,7 +30,7 @@ from jaxtrain.training.run_folder import (
 
 
 class Session(NamedTuple):
-    """An opened run, with what its loop works with."""
+    """An opened run, with the collaborators of its loop."""
 
     run: Run
     recorder: Recorder
@@ -154,7 +154,7 @@ def resume(session: Session) -> tuple[TrainState, Event] | None:
     """
     run, checkpoints = session.run, session.checkpoints
     # The lead decides: others may not see yet that a rewind has renamed checkpoints.
-    if processes.broadcast_from_lead("look for checkpoints", checkpoints.latest_step) is None:
+    if processes.broadcast_from_lead("find the checkpoints", checkpoints.latest_step) is None:
         return None
     with session.recorder.pause("restoring"):
         state, saved = session.stop.run(lambda: restore(checkpoints, run.program.abstract_state, repair=True))

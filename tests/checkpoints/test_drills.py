@@ -295,7 +295,7 @@ def test_the_next_save_is_the_retry_of_a_failed_one(config, whole, tmp_path):
     assert_undisturbed(tmp_path / "run", whole)
 
 
-def test_a_lost_config_is_taken_from_the_newest_whole_checkpoint(config, whole, tmp_path, capsys):
+def test_a_lost_config_is_read_from_the_newest_whole_checkpoint(config, whole, tmp_path, capsys):
     """A power cut may leave config.json empty or torn; the run still refuses another config, and resumes."""
     run_dir = shutil.copytree(whole, tmp_path / "run")
     (run_dir / "checkpoints" / "20" / "record" / "metadata").write_bytes(b"torn")
@@ -329,7 +329,7 @@ def test_two_failed_saves_in_a_row_end_the_run(config, tmp_path, capsys):
     assert not (tmp_path / "run" / "lock").exists()
 
 
-def test_what_orbax_logs_beside_its_errors_is_for_debug(config, tmp_path, caplog):
+def test_tracebacks_of_orbax_appear_only_with_debug(config, tmp_path, caplog):
     """Returns the tracebacks of errors that the run reports in one line."""
     (tmp_path / "config.json").write_text(to_json(config))
     before = absl.logging.get_verbosity()
@@ -404,7 +404,7 @@ def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
     after, _ = _state(tmp_path / "run")
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), after.params, params)
     assert 0 < max(jax.tree.leaves(moved)) < 2 * first["learning_rate"]  # one step of a fresh Adam
-    # Once it has begun, the source is not needed any more, and the run keeps to what it began with.
+    # A started run no longer needs the source, and keeps its initial weights.
     gone = with_fields(begun, "train", stop_after=2)
     with pytest.raises(ValueError, match=r"train\.init_from: .* -> None"):
         train(with_fields(gone, "train", init_from=None), tmp_path / "run")
@@ -420,7 +420,7 @@ def _state(run_dir):
     return restore(CheckpointFolder(run_dir / "checkpoints"), run.program.abstract_state)
 
 
-def test_init_from_refuses_what_it_cannot_take(config, whole, corpus, tmp_path):
+def test_init_from_refuses_sources_that_do_not_fit(config, whole, corpus, tmp_path):
     """The error creates no run directory."""
     from jaxtrain.data.prepare.prepare import prepare
 

@@ -659,7 +659,7 @@ def test_state_is_a_plain_pytree():
     assert describe(jax.eval_shape(optimizer.update, params, state, params)[1]) == describe(state)
 
 
-def test_learning_rate_counts_its_own_steps_or_is_told():
+def test_the_schedule_counts_its_steps_or_receives_them():
     """The schedule receives 0, 1, 2, ... or the argument `step=`; the state holds the applied rate."""
     optimizer = clipped_adamw(lambda step: 0.5 ** step.astype(jnp.float32), weight_decay=0.0, clip_norm=None)
     params = jnp.ones((2, 2))

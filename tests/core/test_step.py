@@ -34,7 +34,7 @@ adamw = functools.partial(clipped_adamw, eps=1e-2, clip_norm=0.2)
 def lm_loss(params, batch):
     """The smallest language model: a table of embeddings and a head."""
     mesh = jax.typeof(batch["tokens"]).sharding.mesh
-    told = NamedSharding(mesh, P("data")) if mesh.explicit_axes else None  # there JAX wants to be told
+    told = NamedSharding(mesh, P("data")) if mesh.explicit_axes else None  # explicit axes need a sharding
     hidden = params["embed"].at[batch["tokens"]].get(out_sharding=told)
     return linear_cross_entropy(
         hidden, params["head"], batch["labels"], where=batch["mask"], chunk_size=24, z_loss=1e-3
@@ -306,7 +306,7 @@ class ToldState(NamedTuple):
     skipped: jax.Array
 
 
-def test_the_optimizer_is_told_step_and_loss():
+def test_the_optimizer_receives_step_and_loss():
     def update(updates, state, params=None, *, step, loss, value):
         del state, params
         return updates, ToldState(step, loss, value, jnp.ones((), jnp.int32))

@@ -343,7 +343,7 @@ def test_links_are_followed_and_counted_once(tmp_path):
     assert sorted(Path(file.path).read_text() for file in find_sources([f"{data}/**"])[0]) == ["x", "y"]
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path, capfd):
+def test_left_out_files_are_counted_and_named(tmp_path, capfd):
     folder = tmp_path / "folder"
     (folder / ".git").mkdir(parents=True)
     (folder / ".git" / "config").write_text("x")

@@ -102,7 +102,7 @@ def test_batches_own_their_memory():
     assert batches.batch(0)["inputs"].min() >= 0
     batch = batches.batch(0)
     assert not np.shares_memory(batch["inputs"], batch["labels"])
-    assert all(array.flags.c_contiguous for array in batch.values())  # what devices are fed from without a copy
+    assert all(array.flags.c_contiguous for array in batch.values())  # devices read these without a copy
 
 
 @pytest.mark.parametrize("num_tokens", [2, 5, 6, 7, 11, 41, 42, 60, 61, 62])
@@ -242,11 +242,11 @@ def test_prefetcher_edges():
 
 
 def test_a_data_thread_that_hangs_is_named_and_abandoned():
-    goes_on = threading.Event()
+    go = threading.Event()
 
     def on_a_dead_disk(index):
         if index == 8:
-            goes_on.wait(60)
+            go.wait(60)
         return index
 
     began = time.monotonic()
@@ -255,15 +255,15 @@ def test_a_data_thread_that_hangs_is_named_and_abandoned():
         with pytest.raises(TimeoutError, match=r"8 did not come within 1 s: .* is at .*\.py:\d+ .*JAXTRAIN_TIMEOUT"):
             next(prefetched)
     assert time.monotonic() - began < 50
-    goes_on.set()
+    go.set()
 
 
 def test_a_stop_ends_the_wait_for_a_batch():
-    goes_on, asked = threading.Event(), threading.Event()
+    go, asked = threading.Event(), threading.Event()
 
     def slow(index):
         if index == 2:
-            goes_on.wait(60)
+            go.wait(60)
         return index
 
     found = []
@@ -271,5 +271,5 @@ def test_a_stop_ends_the_wait_for_a_batch():
         threading.Timer(0.3, asked.set).start()
         found += prefetched  # finished items are still returned
         assert asked.is_set()
-        goes_on.set()
+        go.set()
     assert found == [0, 1]

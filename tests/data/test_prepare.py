@@ -357,7 +357,7 @@ def test_a_store_made_by_an_older_version_is_opened(tmp_path):
             prepare([source], tmp_path / "store")
 
 
-def test_existing_folder_is_left_alone(tmp_path, monkeypatch):
+def test_an_existing_folder_is_not_changed(tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
     first = prepare([source], tmp_path / "store")
     before = contents(tmp_path / "store")

@@ -37,7 +37,7 @@ def losses(folder):
 
 
 @given(RANGES)
-def test_steps_read_what_is_left_in_order(ranges):
+def test_steps_read_the_remaining_batches_in_order(ranges):
     """Ranges are absolute, in any order; they may overlap or repeat."""
     left_out = {index for start, length in ranges for index in range(start, start + length)}
     left = [index for index in range(200) if index not in left_out][:60]
@@ -61,7 +61,7 @@ def test_a_change_is_allowed_exactly_if_the_past_reads_the_same(old, new, step):
 @pytest.mark.parametrize(
     "text", ["5", "5:", ":5", "a:b", "-1:4", "1.5:2", "5:5", "6:5", "1:2:3", "", "²:³", f"0:{'9' * 30}"]
 )
-def test_what_is_no_range_is_refused(text):
+def test_a_text_that_is_no_range_is_refused(text):
     with pytest.raises(ValueError, match=r"data\.skip .*(START:STOP, such as|START to STOP)"):
         parse_ranges([text])
 

@@ -76,7 +76,7 @@ def test_fingerprint_follows_the_tokens_only(store, tmp_path):
     assert [opened.fingerprint == fingerprint for opened in stores] == [True, False]
 
 
-def test_refuses_what_is_no_store(tmp_path):
+def test_a_folder_that_is_no_store_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a folder: make a token store"):
         open_store(tmp_path / "missing")
     (tmp_path / "file").write_text("")

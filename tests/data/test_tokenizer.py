@@ -103,7 +103,7 @@ def test_save_and_load(bpe, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["not json", "[]", '{"type": "other"}', '{"model": {"type": "Nonsense"}}'])
-def test_load_refuses_what_is_no_tokenizer(text, tmp_path):
+def test_a_file_that_is_no_tokenizer_is_refused(text, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
@@ -193,7 +193,7 @@ def test_hf_tokenizers_of_other_kinds(kind, eot, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "unigram", "metaspace", "wordpiece"])
-def test_a_continuation_is_what_it_adds_to_the_prompt(kind, bpe, tmp_path):
+def test_a_continuation_excludes_the_prompt(kind, bpe, tmp_path):
     if kind in ("byte", "bpe"):
         tokenizer = ByteTokenizer() if kind == "byte" else bpe
     else:

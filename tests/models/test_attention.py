@@ -123,7 +123,7 @@ def test_the_fastest_kernel_that_does_it_is_chosen(platform, dtype, seq_len, hea
         ("flash", ("float32", 128, 8), {}, "unknown attention kernel 'flash': choose auto, xla, splash or cudnn"),
     ],
 )
-def test_what_a_kernel_cannot_do_is_an_error_with_the_remedy(kernel, arguments, more, message):
+def test_an_unsupported_argument_is_an_error_with_the_remedy(kernel, arguments, more, message):
     with pytest.raises(ValueError, match=message):
         check_kernel(kernel, *arguments, **more)
 
@@ -154,7 +154,7 @@ def test_arguments_that_do_not_fit_are_errors(monkeypatch, change, message):
         attend(query, key, value, **change)
 
 
-def test_auto_hands_over_what_is_asked(monkeypatch):
+def test_auto_passes_the_arguments(monkeypatch):
     """On a GPU `auto` takes XLA for each argument that cuDNN does not support."""
     gpu = type("Device", (), {"platform": "gpu", "compute_capability": "9.0"})()
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
@@ -177,7 +177,7 @@ def test_auto_hands_over_what_is_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["xla", "splash", "cudnn"])
-def test_the_mixture_is_kept_once(monkeypatch, kernel):
+def test_the_mixture_is_a_residual_once(monkeypatch, kernel):
     """A layer's residuals hold queries and mixture once, and the kernel's own residuals."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.AMPERE)

@@ -88,7 +88,7 @@ def test_most_of_the_masked_half_is_not_computed():
     assert flops > 6 * square * 36 / 64
 
 
-def test_no_square_is_kept_for_the_backward_pass():
+def test_no_square_is_a_residual():
     arguments = inputs(640, 2, 2, batch=1)
     _, derivative = jax.vjp(causal.causal_attention, *arguments[:3])
     kept = [leaf.size for leaf in jax.tree.leaves(derivative)]

@@ -75,7 +75,7 @@ def test_a_query_sees_no_later_key():
 
 
 @pytest.mark.parametrize(("window", "local"), [(None, None), (1, (0, 0)), (40, (39, 0)), (128, None)])
-def test_the_call_says_what_is_asked(monkeypatch, window, local):
+def test_the_call_passes_the_arguments(monkeypatch, window, local):
     calls = []
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.AMPERE)
     monkeypatch.setattr(

@@ -32,7 +32,7 @@ def last_token(model, params, padded, length):
 
 
 def likeliest(model, params, context):
-    padded = np.pad(context, ((0, 0), (0, 16 - context.shape[1])))  # causal: what comes after changes nothing
+    padded = np.pad(context, ((0, 0), (0, 16 - context.shape[1])))  # causal: padding after the context changes nothing
     return np.asarray(last_token(model, params, padded, context.shape[1]))
 
 
@@ -55,7 +55,7 @@ def test_greedy_text_with_a_window_is_that_of_whole_forward_passes(params):
     assert (new != generate(TransformerModel(CONFIG), params, prompt, 11, sampling=GREEDY)).any()
 
 
-def test_a_full_context_goes_on_from_its_newer_half(model, params):
+def test_a_full_context_continues_from_its_newer_half(model, params):
     prompt = np.array([[3, 1, 4]])
     new = generate(model, params, prompt, 40, sampling=GREEDY)
     assert new.shape == (1, 40)
@@ -142,7 +142,7 @@ def test_rows_end_at_the_stop_id_and_ids_above_the_vocabulary_are_never_drawn(mo
     assert len(set(ends)) > 1
 
 
-def test_a_model_without_decode_says_what_is_missing(params):
+def test_a_model_without_decode_names_the_missing_members(params):
     class Bigram:
         vocab_size = 11
 

@@ -49,7 +49,7 @@ def test_the_transformer_is_the_linen_module(params):
     assert flops_per_token(model, 6) == transformer_flops(CONFIG, 6)
 
 
-def test_what_a_model_leaves_out_has_a_default(params):
+def test_optional_members_have_defaults(params):
     bigram = Bigram()
     assert axes_of(bigram, bigram.init(jax.random.key(0))) == {"table": (None, None), "bias": (None,)}
     assert flops_per_token(bigram, 6) is None

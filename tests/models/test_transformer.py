@@ -282,7 +282,7 @@ def test_flops_with_a_window_are_those_of_the_keys_that_are_seen(window):
     np.testing.assert_allclose(actual - one, 6 * 3 * 2 * 32 * (keys - 1), rtol=1e-12)
 
 
-def test_causal_flops_leave_out_what_is_masked():
+def test_causal_flops_skip_masked_blocks():
     whole, causal = (flops_per_token(LLAMA, 512, causal=flag) for flag in (False, True))
     attention = 6 * 3 * 2 * 32 * 512  # 6 x layers x (scores and mixture) x heads x head_dim x keys
     np.testing.assert_allclose(whole - causal, attention * (1 - 513 / 1024))

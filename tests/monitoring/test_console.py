@@ -62,7 +62,7 @@ class FullLog(io.StringIO):
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_a_run_goes_on_unseen(monkeypatch, is_terminal):
+def test_a_run_continues_without_output(monkeypatch, is_terminal):
     monkeypatch.setenv("TERM", "xterm")
     stream = FullLog()
     stream.isatty = lambda: is_terminal

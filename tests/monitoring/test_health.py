@@ -337,7 +337,7 @@ def test_float16_overflow_by_its_skips(tiny_config):
     assert [(finding.name, finding.step) for finding in found] == [("float16_overflow", 20)]
 
 
-def test_remedies_name_what_there_is(tiny_config):
+def test_remedies_name_existing_fields_and_flags(tiny_config):
     """Fields of the config, and flags of `jaxtrain train`."""
     text = " ".join(rule.remedy for rule in RULES)
     named = re.findall(r"\b([a-z_]+)\.([a-z][a-z_0-9-]*)", text)
@@ -356,7 +356,7 @@ def test_every_rule_has_a_run_that_provokes_it():
         assert f'found["{name}"]' in text or f'{{"{name}"}}' in text or f'@sick("{name}"' in text, name
 
 
-# How it is told.
+# Reports of findings.
 
 
 def test_a_finding_is_printed_written_and_reported(config, tmp_path, capsys):
@@ -377,7 +377,7 @@ def test_a_finding_is_printed_written_and_reported(config, tmp_path, capsys):
     assert event["remedy"] in page
 
 
-def test_a_run_that_goes_on_does_not_say_it_again(run, config, tmp_path):
+def test_a_resumed_run_does_not_repeat_findings(run, config, tmp_path):
     config = change(config, optim={"clip_norm": 0.003})
     for stop_after in (55, 110):
         assert len(run(change(config, train={"stop_after": stop_after}), tmp_path / "run")) == 1
@@ -411,7 +411,7 @@ def test_sampled_steps_are_logged_and_others_leave_it_out(run, config, tmp_path)
         assert 0 <= line["adam_frozen_share"] < 0.5
 
 
-def test_looking_changes_no_bit_and_devices_change_no_look(run, config, tmp_path):
+def test_diagnostics_change_no_bit_and_agree_on_all_meshes(run, config, tmp_path):
     looks, others = {}, {}
     for name, every, mesh in (("blind", None, {}), ("one", 3, {}), ("four", 3, {"data": 2, "fsdp": 2})):
         run(change(config, train={"diagnose_every": every}, mesh=mesh), tmp_path / name)
@@ -426,7 +426,7 @@ def test_looking_changes_no_bit_and_devices_change_no_look(run, config, tmp_path
 
 
 @pytest.mark.parametrize(("accumulate", "axes"), [(1, {}), (2, {"data": 2, "fsdp": 2})])
-def test_the_program_is_the_same_whether_anyone_looks_or_not(config, accumulate, axes):
+def test_the_program_is_the_same_with_and_without_logged_diagnostics(config, accumulate, axes):
     """A separate program for logged steps would round differently, and diagnostics would change the run."""
     config = change(config, train={"accumulate": accumulate}, mesh=axes)
     mesh = make_mesh(config.mesh)
@@ -435,7 +435,7 @@ def test_the_program_is_the_same_whether_anyone_looks_or_not(config, accumulate,
     assert texts[0] == texts[1]
 
 
-def test_diagnose_every_may_change_when_a_run_goes_on(run, config, tmp_path):
+def test_diagnose_every_may_change_on_resume(run, config, tmp_path):
     run(change(config, train={"stop_after": 4}), tmp_path / "run")
     run(change(config, train={"diagnose_every": 5}), tmp_path / "run")
     lines, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -49,7 +49,7 @@ def test_a_model_without_layers_has_none():
     ],
 )
 @pytest.mark.parametrize("num_steps", [1, 3])
-def test_frozen_is_what_eps_holds_back(make, num_steps):
+def test_frozen_parameters_are_dominated_by_eps(make, num_steps):
     """8 numbers with sqrt(nu_hat) = 9.9 eps, 12 with 10.1 eps, and 4 without a gradient, which do not count."""
     eps, b2 = 1e-4, 0.9
     grads = jnp.asarray([9.9e-4] * 8 + [10.1e-4] * 12 + [0.0] * 4, jnp.float32).reshape(4, 6)
@@ -70,7 +70,7 @@ def test_a_gradient_so_small_that_its_square_underflows_is_frozen():
     assert measure(params, grads, params, state)["adam_frozen_share"] == 1
 
 
-def test_only_the_sampled_steps_keep_what_is_measured():
+def test_only_sampled_steps_have_diagnostics():
     measured = dict.fromkeys(DIAGNOSTICS, 1.0)
     for done in range(1, 7):
         kept = drop_unsampled({"loss": 2.0, **measured}, done, 3)
@@ -94,7 +94,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_any_optimizer_is_diagnosed_as_far_as_it_goes(name):
+def test_every_optimizer_gets_the_diagnostics_that_apply(name):
     make, has_second_moments = OTHERS[name]
     params, grads, optimizer = tree(0), tree(1), optax.with_extra_args_support(make())
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax needs them

@@ -79,7 +79,7 @@ def test_lines_are_there_when_the_process_dies(tmp_path):
     assert events[0]["event"] == "eval"
 
 
-def test_a_file_cut_anywhere_reads_and_goes_on(tmp_path):
+def test_a_file_cut_anywhere_reads_and_can_be_appended_to(tmp_path):
     path = tmp_path / "m"
     with JsonLines(path) as writer:
         writer.step(1, dict(loss=2.5))
@@ -109,7 +109,7 @@ def test_the_last_attempt_wins(tmp_path):
     assert len(events) == 1
 
 
-def test_what_a_restart_from_an_earlier_step_has_undone_is_left_out(tmp_path):
+def test_steps_replaced_by_a_restart_are_left_out(tmp_path):
     path = tmp_path / "m"
     with JsonLines(path) as writer:
         writer.event("start", "", dict(step=0))

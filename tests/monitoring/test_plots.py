@@ -68,7 +68,7 @@ def test_plot_metrics_writes_a_png(tmp_path):
     assert path.read_bytes().startswith(PNG)
 
 
-def test_smoothing_leaves_out_what_is_not_finite():
+def test_smoothing_ignores_values_that_are_not_finite():
     values = np.array([1.0, 2.0, math.nan, 4.0, 5.0, 6.0])
     np.testing.assert_allclose(plots._smooth(values, 3), [1, 1.5, 3, 4.5, 5, 6])
     np.testing.assert_allclose(plots._smooth(np.full(3, math.nan), 3), [math.nan] * 3)
@@ -178,7 +178,7 @@ def test_draw_curve_shows_means_gaps_and_constants():
     assert draw_curve([5, 5], width=15, height=2).splitlines()[:2] == ["5 |" + "\u2588" * 12, "  |" + "\u2588" * 12]
 
 
-def test_draw_curve_says_what_is_wrong():
+def test_draw_curve_errors():
     for values in ([], [math.nan]):
         with pytest.raises(ValueError, match="needs a finite value"):
             draw_curve(values)

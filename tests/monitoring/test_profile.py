@@ -32,7 +32,7 @@ def profiled(tiny_config, tmp_path_factory):
 
 
 def test_a_run_writes_a_trace_that_viewers_open(profiled):
-    folder = profiled / "profile" / "plugins" / "profile" / "steps_5-7"  # where TensorBoard looks
+    folder = profiled / "profile" / "plugins" / "profile" / "steps_5-7"  # where TensorBoard expects it
     assert {path.name for path in folder.iterdir()} == {
         f"process0.{kind}" for kind in ("xplane.pb", "trace.json.gz", "scopes.json")
     }
@@ -109,7 +109,7 @@ def test_a_damaged_trace_leaves_the_report_whole(profiled, tmp_path):
         read_times(trace)
 
 
-def test_a_run_that_goes_on_behind_the_range_says_so_and_goes_on(tiny_config, tmp_path, capsys):
+def test_a_run_resumed_after_the_range_says_so_and_trains(tiny_config, tmp_path, capsys):
     first = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, stop_after=6))
     train(first, tmp_path / "run", profile="2:4")
     assert newest_trace(tmp_path / "run").name == "steps_2-3"
@@ -219,7 +219,7 @@ def op(name, start, duration, module="jit_train_step"):
     return Event(name, start, duration, [("hlo_op", name), ("hlo_module", module)])
 
 
-def test_time_goes_to_the_innermost_and_to_whoever_scheduled_the_task():
+def test_time_counts_for_the_innermost_span_and_for_the_scheduler_of_a_task():
     """A loop of 100 ns around a dot of 30 ns, which schedules 40 ns on a pool thread."""
     caller = Line(
         [

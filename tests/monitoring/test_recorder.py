@@ -81,13 +81,13 @@ def test_metrics_are_read_one_step_late():
 
 
 def test_speed_is_measured_between_logged_steps_without_pauses():
-    now = itertools.count()  # a second between any two looks at the clock
+    now = itertools.count()  # the clock advances a second with each reading
     sink = Collect()
     recorder = Recorder(CONFIG, [sink], flops_per_step=300.0, peak_flops=100.0, clock=lambda: float(next(now)))
     run_steps(recorder, range(1, 11))  # 1 s
     with recorder.pause():
         [next(now) for _ in range(100)]
-    run_steps(recorder, range(11, 21))  # 1 s and the two looks of the pause
+    run_steps(recorder, range(11, 21))  # 1 s and the two readings of the pause
     assert [fields["step_seconds"] for fields in sink.steps] == [0.1, 0.2]
     assert [fields["tokens_per_second"] for fields in sink.steps] == [320.0, 160.0]
     assert [fields["mfu"] for fields in sink.steps] == [30.0, 15.0]

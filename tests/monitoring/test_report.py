@@ -120,7 +120,7 @@ def test_a_sample_stays_inside_the_run(tmp_path):
     assert "elsewhere" not in write_report(run).read_text()
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="no logged step"):

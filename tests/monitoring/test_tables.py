@@ -40,7 +40,7 @@ def test_cells_are_printed_as_they_are_and_escaped():
 
 
 @pytest.mark.parametrize("character", ["\x1b", "\x07", "\x00", "\r", "\x7f", "\x9b", "\u202e", "\u2028", "\ud800"])
-def test_nothing_that_a_terminal_obeys_is_left(character):
+def test_terminal_controls_are_escaped(character):
     assert character not in printable(f"a{character}b")
     assert printable("a\n\tb \u20ac \u5b57") == "a\n\tb \u20ac \u5b57"
     assert printable("\u20ac", encoding="ascii") == r"\u20ac"

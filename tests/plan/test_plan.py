@@ -86,7 +86,7 @@ def test_scores_are_held_where_no_kernel_goes_by_blocks():
     assert layer("a100", head_dim=256) - layer("h100", head_dim=256) == scores
 
 
-def test_a_window_leaves_out_what_it_hides():
+def test_a_window_skips_hidden_blocks():
     config = load(CONFIGS / "llama2_7b.py")
     whole, window = (
         make_plan(change(config, "model", attention_window=size), 32_000, 64).flops_per_step for size in (None, 1024)
@@ -95,7 +95,7 @@ def test_a_window_leaves_out_what_it_hides():
     assert whole - window == pytest.approx(4096 * config.train.batch_size * 12 * 32 * 4096 * keys, rel=1e-9)
 
 
-def test_what_has_no_known_peak_has_no_cost():
+def test_a_chip_without_a_known_peak_has_no_cost():
     config = change(load(CONFIGS / "llama2_7b.py"), "train", precision="float32")
     assert make_plan(config, 32_000, 64, find_chip("v5p")).cost is None
     assert plan_of("llama2_7b", 64).cost is None
@@ -111,7 +111,7 @@ def test_remat_policies_keep_less_and_less():
     assert kept["full"] == 16 * 4096 * 32 * 4096 * 2
 
 
-def test_tensor_parallelism_divides_what_it_should():
+def test_tensor_parallelism_divides_the_sharded_dimensions():
     config = load(CONFIGS / "llama2_7b.py")
     one = make_plan(change(config, "train", batch_size=64), 32_000, 64).memory
     two = make_plan(change(change(config, "train", batch_size=64), "mesh", tensor=2), 32_000, 64).memory
@@ -134,7 +134,7 @@ def test_topologies():
 @pytest.mark.parametrize(
     "topology", ["v5p", "v5p:", "v5p:2x2", "v6e:2x2x2", "h100:2x2", "v9:2x2", "v6e:0x4", "v6e:ax4"]
 )
-def test_unknown_topologies_are_one_line_that_says_what_is_known(topology, capsys):
+def test_unknown_topologies_are_one_line_with_the_known_ones(topology, capsys):
     assert main(["plan", str(CONFIGS / "llama2_7b.py"), "--topology", topology]) == 2
     error = capsys.readouterr().err
     assert topology in error
@@ -238,7 +238,7 @@ def pretend(monkeypatch, tmp_path, answer):
         ("echo it crashed >&2; exit 3", 1, "exit code 3"),
     ],
 )
-def test_what_goes_wrong_in_the_child_is_said(answer, code, said, config_file, monkeypatch, tmp_path, capsys):
+def test_errors_of_the_child_are_reported(answer, code, said, config_file, monkeypatch, tmp_path, capsys):
     pretend(monkeypatch, tmp_path, answer)
     assert main(["plan", config_file, "--topology", "v5e:2x2"]) == code
     assert said in capsys.readouterr().err
@@ -339,7 +339,7 @@ def test_the_real_compiler_answers_and_leaks_nothing(config_file, capsys):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no TPU compiler: pip install jaxtrain[plan]")
-def test_the_real_compiler_refuses_what_is_too_large():
+def test_the_real_compiler_rejects_a_program_that_does_not_fit():
     config = change(load(CONFIGS / "llama_1b.py"), "model", num_layers=2, vocab_size=4_000_000)
     config = dataclasses.replace(change(config, "train", batch_size=8, accumulate=1), mesh=MeshConfig(1, 1, 1))
     found = compile_step(config, 4_000_000, "v5e:1x1", 900)

@@ -38,7 +38,7 @@ def compiled(tmp_path, module="jit_step"):
     return sorted((tmp_path / "home" / "jaxtrain" / "compiled").glob(f"{module}-*"))
 
 
-def test_a_second_start_takes_what_the_first_compiled_and_has_its_bits(tmp_path):
+def test_a_second_start_reads_the_cache_and_gives_equal_bits(tmp_path):
     errors, first = run(tmp_path)
     assert "cache" not in errors
     (entry,) = compiled(tmp_path)
@@ -53,7 +53,7 @@ def test_a_second_start_takes_what_the_first_compiled_and_has_its_bits(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_second_run_takes_what_the_first_compiled_and_has_its_bits(tiny_config, tmp_path):
+def test_a_second_run_reads_the_cache_and_gives_equal_bits(tiny_config, tmp_path):
     (tmp_path / "tiny.json").write_text(to_json(tiny_config))
     lines = []
     for name in ("first", "second"):

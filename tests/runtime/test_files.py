@@ -52,7 +52,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(call, tmp_path, m
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"\0" * 64, b"\xff\xfe", b"[" * 200_000, b"1" * 5_000, b'{"a": 1}}'], ids=lambda data: data[:4]
 )
-def test_what_is_not_json_reads_as_none(data, tmp_path):
+def test_invalid_json_reads_as_none(data, tmp_path):
     (tmp_path / "x.json").write_bytes(data)
     assert read_json(tmp_path / "x.json") is None
     assert read_json(tmp_path / "missing.json") is None

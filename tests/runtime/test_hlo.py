@@ -122,7 +122,7 @@ def test_text_that_is_no_program_is_an_error():
         collectives("nothing", SHAPE)
 
 
-def test_what_a_tpu_makes_of_collectives_counts_once():
+def test_fused_collectives_of_a_tpu_count_once():
     """A gather spread over three fusions; an all-reduce and a slice fused; an operation wrapped as asynchronous."""
     gather = 'all-gather(%p), replica_groups=[4,2]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}'
     text = f"""
@@ -215,7 +215,7 @@ def check_traffic(found, config, kinds=None):
     ],
     ids=["fsdp", "all axes"],
 )
-def test_the_train_step_moves_what_the_layout_calls_for(mesh, fields):
+def test_the_traffic_of_the_train_step_follows_the_layout(mesh, fields):
     config = tiny(mesh, **fields)
     mesh = make_mesh(config.mesh)
     program = make_program(config, mesh, 250)
@@ -235,7 +235,7 @@ def test_the_train_step_moves_what_the_layout_calls_for(mesh, fields):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler: pip install jaxtrain[plan]")
-def test_the_tpu_compiler_moves_what_the_layout_calls_for():
+def test_the_traffic_of_a_tpu_program_follows_the_layout():
     config = tiny(MeshConfig(1, -1, 1), remat="full", precision="bfloat16", seq_len=128, d_model=512, d_ff=2048)
     found = compile_step(config, 250, "v5e:2x4", timeout=900)
     assert found["fits"]

@@ -51,7 +51,7 @@ def test_elsewhere_nothing_is_done(monkeypatch):
     assert not hostmem.keep_freed_memory()
 
 
-def test_a_c_library_without_it_is_left_alone(monkeypatch):
+def test_a_c_library_without_mallopt_is_ignored(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(hostmem.ctypes, "CDLL", lambda name: object())
     assert not hostmem.keep_freed_memory()

@@ -107,7 +107,7 @@ def test_slurm_without_gpus_is_one_process_a_node(cluster):
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (143, True), (138, True), (2, False), (129, False)])
-def test_a_slurm_job_queues_itself_again_only_when_it_was_told_to_stop(cluster, code, again):
+def test_a_slurm_job_requeues_itself_only_after_a_signal(cluster, code, again):
     cluster("sbatch", f"cat > {cluster.folder}/job")
     cluster("jaxtrain", f"exit {code}")
     cluster("srun", 'while [[ "$1" == --* ]]; do shift; done; "$@"')
@@ -121,7 +121,7 @@ def test_a_slurm_job_queues_itself_again_only_when_it_was_told_to_stop(cluster, 
     assert "--output=runs/logs/%x-%N.log" in calls(cluster, "srun")[0]
 
 
-def test_tpu_dry_run_prints_what_is_called(cluster):
+def test_tpu_dry_run_prints_the_commands(cluster):
     cluster("gcloud")
     arguments = ["me", "--zone", "us-east5-a", "--project", "p", *CONFIG]
     dry = call(cluster, "launch_tpu_vm", "--dry-run", *arguments)

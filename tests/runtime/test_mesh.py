@@ -114,7 +114,7 @@ def test_other_axes_do_not_reach_over_slices(sizes):
     ],
     ids=str,
 )
-def test_the_table_says_where_a_logical_axis_goes(axes, spec):
+def test_the_table_maps_logical_axes_to_mesh_axes(axes, spec):
     assert partition_spec(axes) == spec
 
 

@@ -181,7 +181,7 @@ def test_two_processes_are_one_run_with_one_record(config, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_from_one_process_to_two_and_back(config, whole, tmp_path):
+def test_a_run_resumes_on_two_processes_and_on_one_again(config, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     for step in ("6", "8"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
@@ -195,7 +195,7 @@ def test_a_run_goes_from_one_process_to_two_and_back(config, whole, tmp_path):
 
 
 def test_a_signal_to_one_stops_both_after_the_same_step(config, tmp_path):
-    config = changed(config, "train", steps=100_000, eval_every=None)  # too many to end before the signal comes
+    config = changed(config, "train", steps=100_000, eval_every=None)  # too many to end before the signal
     run_dir = tmp_path / "run"
     both = Processes(*[train_command(config, run_dir)] * 2)
     deadline = time.monotonic() + LIMIT
@@ -341,7 +341,7 @@ def test_a_process_that_hangs_is_named_and_does_not_hold_the_others(tmp_path):
     assert codes[1] != 0  # the coordinator has gone
 
 
-def test_what_fails_on_process_0_for_all_fails_on_all(tmp_path):
+def test_an_error_on_the_lead_is_an_error_everywhere(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     codes, _, errors = Processes(*[[tmp_path / "script.py", "lead"]] * 2).wait()
     assert 0 not in codes
@@ -370,7 +370,7 @@ class SlowStore:
         return self.values[key]
 
 
-def test_what_is_in_the_store_is_read_however_late_and_slow():
+def test_a_late_or_slow_value_of_the_store_is_read():
     def get(key, seconds, **values):
         return processes.wait_for(SlowStore(**values), key, time.monotonic() + seconds)
 
@@ -408,7 +408,7 @@ def test_everybody_who_came_hears_who_did_not():
     assert all("2 of 5 processes did not come within 1 s: processes 2, 4;" in text for text in came)
 
 
-def test_two_processes_with_one_number_or_another_count_are_told():
+def test_duplicate_numbers_and_other_counts_are_errors():
     same = meet_all([(4, 0), (4, 1), (4, 1)])
     assert "two processes say that they are process 1" in same[0]
     assert same == [same[0]] * 3
@@ -454,7 +454,7 @@ def test_strangers_at_the_port_do_no_harm():
         connection.close()
 
 
-def test_a_process_of_another_run_is_told_and_not_taken_in(monkeypatch):
+def test_a_process_of_another_run_is_refused_with_the_reason(monkeypatch):
     address, outcome = free_address(), []
     lead = threading.Thread(target=lambda: outcome.append(meet(address, 2, 0, 20.0)))
     monkeypatch.setenv("JAXTRAIN_TOKEN", "ours")
@@ -511,7 +511,7 @@ def test_a_cluster_is_found_or_asked_for(cluster):
 
 
 @pytest.mark.parametrize("given", [("", "2", "1"), ("host:1", "2", ""), ("host:1", "", "0"), ("host:1", "two", "0")])
-def test_half_an_address_is_an_error_with_what_there_is(cluster, given):
+def test_half_an_address_is_an_error_that_shows_it(cluster, given):
     with pytest.raises(ValueError, match=f"got .*JAX_NUM_PROCESSES='{given[1]}'"):
         cluster(**dict(zip(VARIABLES, given, strict=True)))
 

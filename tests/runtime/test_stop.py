@@ -89,19 +89,19 @@ def test_a_result_or_an_error_comes_back():
 
 
 def test_a_signal_abandons_work_at_once():
-    goes_on = threading.Event()
+    go = threading.Event()
     with Stop().listen() as asked:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         begin = time.monotonic()
         with pytest.raises(Stopped):
-            asked.run(goes_on.wait, 60)
+            asked.run(go.wait, 60)
         assert time.monotonic() - begin < 50
         assert stop.is_stuck()
         called = []
         with pytest.raises(Stopped):  # nothing new is begun
             asked.run(called.append, 1)
         assert called == []
-    goes_on.set()
+    go.set()
     deadline = time.monotonic() + 50
     while stop.is_stuck() and time.monotonic() < deadline:
         time.sleep(0.01)

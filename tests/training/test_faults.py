@@ -59,7 +59,7 @@ def test_skips_do_not_move_the_schedule(faulty_run, tiny_config, tmp_path):
     assert int(state.opt_state.inner[1].count) == int(state.opt_state.accepted) == 18 - len(REASONS)
 
 
-def test_the_guard_goes_on_after_a_restart_as_if_there_had_been_none(faulty_run, tiny_config, tmp_path):
+def test_a_restart_does_not_change_the_guard(faulty_run, tiny_config, tmp_path):
     """The guard's window is in the checkpoint, also directly after a skip."""
     for stop in (9, 12, None):
         train(faulty_config(tiny_config, stop_after=stop), tmp_path / "run", faults=FAULTS)
@@ -94,7 +94,7 @@ def test_float16_learns_as_float32_does(tiny_config, tmp_path):
     np.testing.assert_allclose(losses["float16"], losses["float32"], rtol=0.01)
 
 
-def test_float16_goes_on_after_a_restart_as_if_there_had_been_none(tiny_config, tmp_path):
+def test_a_restart_does_not_change_loss_scaling(tiny_config, tmp_path):
     """The checkpoint holds the loss scale and the steps since its last change."""
     for name, stops in (("whole", [None]), ("parts", [5, None])):
         for stop in stops:

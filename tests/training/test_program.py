@@ -281,7 +281,7 @@ def first_gradient(sizes, precision="float32", remat="none"):
 
 
 @pytest.mark.parametrize("remat", ["minimal", *map(slow, ["none", "full", "offload"])])
-def test_what_is_computed_again_changes_nothing(remat):
+def test_rematerialization_changes_no_number(remat):
     """tests/models compares them on one device."""
     loss, gradient = first_gradient((1, 8, 1), remat=remat)
     expected_loss, expected = first_gradient(ONE)
@@ -320,7 +320,7 @@ def residuals(remat, fsdp):
 
 
 @pytest.mark.parametrize("fsdp", [1, 8])
-def test_each_policy_keeps_what_it_says(fsdp):
+def test_each_policy_saves_the_documented_residuals(fsdp):
     """Residuals of every layer, `[2, ...]` for both. Sharded parameters are residuals, gathered ones never."""
     rows = (2, ROWS // fsdp, TOKENS)
     # Queries; keys and values; input and attention's output; up and gate.

@@ -129,7 +129,7 @@ def test_numbers_that_do_not_reproduce_are_named(run_dir, tmp_path):
     assert [(one["step"], one["metric"]) for one in result["differences"]] == [(8, "grad_norm")]
 
 
-def test_lines_of_an_attempt_that_was_gone_back_behind_are_not_compared(run_dir, tmp_path):
+def test_lines_replaced_by_a_rewind_are_not_compared(run_dir, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run_dir, folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()

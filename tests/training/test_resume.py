@@ -71,7 +71,7 @@ def test_settings_change_on_resume_with_the_flag_alone(sections, expected, run_d
         ({"model": {"logit_softcap": 5.0}}, "model.logit_softcap: None -> 5.0"),
     ],
 )
-def test_what_the_state_depends_on_never_changes(sections, line, run_dir, tiny_config):
+def test_fields_that_shape_the_state_never_change(sections, line, run_dir, tiny_config):
     for allow in (False, True):
         with pytest.raises(ValueError, match=r"--train\.init-from") as error:
             train(change(tiny_config, **sections), run_dir, allow_change=allow)
@@ -107,7 +107,7 @@ def test_extending_needs_no_flag_where_past_learning_rates_stay(optim, stop, lat
     assert events_of(tmp_path / "run", "config_change")
 
 
-def test_paths_are_compared_by_what_they_name(run_dir, tiny_config, store, tmp_path, monkeypatch):
+def test_paths_are_compared_by_their_target(run_dir, tiny_config, store, tmp_path, monkeypatch):
     """Another spelling of the path, another working directory, and a store that was moved."""
     train(change(tiny_config, data={"store": f"{store}/../{store.name}/"}, train={"stop_after": 7}), run_dir)
     shutil.copytree(store, tmp_path / "elsewhere" / "tok")

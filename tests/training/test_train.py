@@ -37,7 +37,7 @@ def whole_run(tiny_config, tmp_path_factory):
     return folder, config, outcome
 
 
-def test_a_run_writes_what_it_promises(whole_run):
+def test_a_run_writes_the_documented_files(whole_run):
     folder, config, outcome = whole_run
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "tokenizer.json", "metrics.jsonl", "checkpoints", "report.html", "report.png", "sample.txt")
@@ -121,8 +121,8 @@ def test_stopping_twice_in_an_epoch_and_resuming_gives_the_same_bits(tiny_config
     assert attempts == [1] * 4 + [2] * 5 + [3] * 3
 
 
-def test_sigterm_saves_and_the_run_goes_on_with_the_same_numbers(tiny_config, tmp_path):
-    config = with_train(tiny_config, steps=100_000)  # too many to end before the signal comes
+def test_sigterm_saves_and_the_run_resumes_with_the_same_numbers(tiny_config, tmp_path):
+    config = with_train(tiny_config, steps=100_000)  # too many to end before the signal
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
     process = subprocess.Popen(command(file, tmp_path / "run"), env=environment(1), stdout=subprocess.DEVNULL)
@@ -206,7 +206,7 @@ def test_metrics_are_json_for_any_reader(whole_run):
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_the_start_says_what_one_device_holds(tiny_config, tmp_path):
+def test_the_start_table_shows_the_memory_of_one_device(tiny_config, tmp_path):
     held = {}
     for name, mesh in (("whole", MeshConfig(data=1)), ("parts", MeshConfig(data=2, fsdp=2))):
         config = dataclasses.replace(tiny_config, mesh=mesh)

@@ -14,7 +14,7 @@ from jaxtrain.data.prepare.streams import naming
 from jaxtrain.fields import require_local
 
 PYTHON_STDLIB = "python-stdlib"
-# Tests, and what is not part of the library itself; `lib2to3/tests` goes with `tests`.
+# Tests and other files outside the library itself; `lib2to3/tests` goes with `tests`.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 LeftOut = dict[str, list[str]]  # reason: paths
