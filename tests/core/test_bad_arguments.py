@@ -98,7 +98,7 @@ ROWS = {
     "a batch past the split": (lambda: EvalBatches(SPLIT, 4, 4, 100).rows(99, 0, 4), "batch 99 is not among"),
     "a number of batches below 0": (
         lambda: evaluate(None, None, EvalBatches(SPLIT, 4, 4, 100), None, num_batches=-1),
-        "0 .all. or more, got -1",
+        "must be above 0, or None for the whole split; got -1",
     ),
     "no prefetch": (lambda: Prefetcher(int, 0, 3, 0), "1 or more, got 0"),
     "tokens past the split": (lambda: SPLIT.read(90, 20), r"\[90, 110\) are not in a split of 100"),
