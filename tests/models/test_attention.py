@@ -128,6 +128,12 @@ def test_an_unsupported_argument_is_an_error_with_the_remedy(kernel, arguments, 
         check_kernel(kernel, *arguments, **more)
 
 
+@pytest.mark.parametrize("shape", [(2, 7, 2, 4), (2, 8, 8), (3, 8, 2, 4)])
+def test_values_and_keys_have_one_shape(shape):
+    with pytest.raises(AssertionError, match=r"\(2, 8, 2, 4\)|rank"):
+        attend(jnp.zeros((2, 8, 4, 4)), jnp.zeros((2, 8, 2, 4)), jnp.zeros(shape))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

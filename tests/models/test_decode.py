@@ -163,3 +163,16 @@ class Successor:
 def test_any_model_with_decode_generates():
     new = generate(Successor(), {}, np.array([[1], [5]]), 12, sampling=GREEDY)
     np.testing.assert_array_equal(new, (np.arange(2, 14)[None] + np.array([[0], [4]])) % 11)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [("logits", "assert_shape"), ("cache", "float32 != int32")])
+def test_a_decode_with_other_shapes_or_dtypes_is_an_error(wrong, message):
+    class Wrong(Successor):
+        def decode(self, params, tokens, cache, num_cached):
+            logits, extended = super().decode(params, tokens, cache, num_cached)
+            if wrong == "logits":
+                return logits[:, 0], extended
+            return logits, extended if cache is None else extended.astype(jnp.float32)
+
+    with pytest.raises(AssertionError, match=message):
+        generate(Wrong(), {}, np.array([[1]]), 3, sampling=GREEDY)

@@ -46,7 +46,8 @@ def attend(
       `[B, T, H, K]`, in the queries' dtype.
 
     Raises:
-      ValueError: an unsupported argument, shapes that do not match, or a window or soft-cap that is not above 0.
+      ValueError: an unsupported argument, sizes that do not fit, or a window or soft-cap that is not above 0.
+      AssertionError: arrays of another rank, or values of another shape than the keys.
     """
     chex.assert_rank([query_BTHK, key_BSGK, value_BSGK], 4)
     chex.assert_equal_shape([key_BSGK, value_BSGK])
