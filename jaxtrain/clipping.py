@@ -191,27 +191,20 @@ def clip_adaptively(
         del state
         if params is None:
             raise ValueError("adaptive clipping needs the parameters: call update(grads, state, params)")
-        axes = jax.tree.unflatten(jax.tree.structure(params), [_Axis(axis) for axis in layer_axes(params, stacked)])
 
-        def clip(grad, param, axis):
+        def clip(grad, param, layer_axis):
             wide = jnp.asarray(grad, jnp.float32)
-            limit = ratio * jnp.maximum(_unit_norm(param, axis.layer), eps)
-            norm = _unit_norm(wide, axis.layer)
+            limit = ratio * jnp.maximum(_unit_norm(param, layer_axis), eps)
+            norm = _unit_norm(wide, layer_axis)
             clipped = wide * (limit / jnp.maximum(norm, 1e-6))
             return jnp.where(norm < limit, wide, clipped).astype(jnp.asarray(grad).dtype)
 
-        clipped = jax.tree.map(clip, grads, params, axes)
+        leaves, structure = jax.tree.flatten(grads)
+        clipped = jax.tree.unflatten(structure, map(clip, leaves, jax.tree.leaves(params), layer_axes(params, stacked)))
         norm, remaining = global_norm(grads), global_norm(clipped)
         return clipped, ClipState(norm, jnp.where(norm == 0, 1.0, remaining / jnp.where(norm == 0, 1.0, norm)))
 
     return optax.GradientTransformation(_init_clip_state, update)
-
-
-class _Axis:
-    """Layer axis of a leaf, itself a leaf although it may be None."""
-
-    def __init__(self, layer: int | None):
-        self.layer = layer
 
 
 def _unit_norm(x: Any, layer_axis: int | None) -> jax.Array:

@@ -45,26 +45,12 @@ def restore(
 
 def restore_params(
     folder: CheckpointFolder, like: chex.ArrayTree, step: int | None = None
-) -> tuple[chex.ArrayTree, int]:
-    """Reads the parameters alone; returns them and the step. Arguments and errors are those of `restore`."""
+) -> tuple[chex.ArrayTree, dict[str, Any], int]:
+    """Reads the parameters alone; returns them, the fingerprint and the step. See `restore` for the arguments."""
     step = choose(folder, {"params": like}, step)
     params = _read(folder.checkpoint(step), {"params": like})["params"]
     _require_finite(folder.checkpoint(step), {"params": params})
-    return params, step
-
-
-def read_fingerprint(folder: CheckpointFolder, step: int | None = None) -> tuple[dict[str, Any], int]:
-    """Reads the fingerprint of a checkpoint alone; returns it and the step.
-
-    Args:
-      folder: the run's checkpoints.
-      step: which checkpoint. None chooses the newest one whose fingerprint is whole.
-
-    Raises:
-      ValueError: the checkpoint is missing or damaged.
-    """
-    step = choose(folder, {}, step)
-    return _fingerprint(folder.checkpoint(step)), step
+    return params, _fingerprint(folder.checkpoint(step)), step
 
 
 def find_fingerprint(folder: CheckpointFolder, last: int | None = None) -> tuple[dict[str, Any], int] | None:
@@ -106,7 +92,7 @@ def choose(
     steps = processes.broadcast_from_lead("find the checkpoints", lambda: folder.require(step))
     damaged: dict[int, str] = {}
     for candidate in reversed(steps) if step is None else [step]:
-        problem, leaves, num_bytes = _verify_all(folder.checkpoint(candidate), tuple(like) or ("record",), gather)
+        problem, leaves, num_bytes = _verify_all(folder.checkpoint(candidate), tuple(like), gather)
         if problem:
             damaged[candidate] = problem
             continue

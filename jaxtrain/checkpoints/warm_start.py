@@ -5,7 +5,7 @@ from pathlib import Path
 import chex
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
-from jaxtrain.checkpoints.restore import read_fingerprint, restore_params
+from jaxtrain.checkpoints.restore import restore_params
 
 
 def find(source: str, run_dir: Path) -> tuple[Path, int | None]:
@@ -46,9 +46,8 @@ def read(source: str, run_dir: Path, like: chex.ArrayTree, tokenizer: str) -> tu
       ValueError: the checkpoint is missing or damaged, leaves do not fit (named by path), or the tokenizer differs.
     """
     path, step = find(source, run_dir)
-    folder = CheckpointFolder(path / "checkpoints")
-    params, step = restore_params(folder, like, step)
-    theirs = read_fingerprint(folder, step)[0].get("tokenizer")
+    params, fingerprint, step = restore_params(CheckpointFolder(path / "checkpoints"), like, step)
+    theirs = fingerprint.get("tokenizer")
     if theirs != tokenizer:
         raise ValueError(
             f"train.init_from {source}: its weights were trained with another tokenizer ({str(theirs)[:12]}..., this "

@@ -175,8 +175,8 @@ def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     if not (run.folder / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint in {run.folder}: train first, or give another run directory")
     checkpoints = CheckpointFolder(run.folder / "checkpoints")
-    params, step = restore.restore_params(checkpoints, run.program.abstract_state.params, step)
-    check_fingerprint(run, restore.read_fingerprint(checkpoints, step)[0], step)
+    params, saved, step = restore.restore_params(checkpoints, run.program.abstract_state.params, step)
+    check_fingerprint(run, saved, step)
     return params, step
 
 

@@ -394,7 +394,7 @@ def test_init_from_takes_the_weights_alone(config, whole, tmp_path):
     (event,) = events(tmp_path / "run", "start")
     assert (event["source"], event["source_step"]) == (source, 18)
     run = open_run(whole)
-    params, _ = restore_params(CheckpointFolder(whole / "checkpoints"), run.program.abstract_state.params, 18)
+    params, _, _ = restore_params(CheckpointFolder(whole / "checkpoints"), run.program.abstract_state.params, 18)
     (first,) = numbers(tmp_path / "run")
     plain = with_fields(with_fields(config, "train", stop_after=1), "optim", peak_lr=2e-3)
     train(plain, tmp_path / "plain")

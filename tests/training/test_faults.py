@@ -8,7 +8,7 @@ import pytest
 from runs import Faults, FaultyBatches, assert_same_bits, change, numbers, state_of, train
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
-from jaxtrain.checkpoints.restore import read_fingerprint
+from jaxtrain.checkpoints.restore import find_fingerprint
 from jaxtrain.data.loader import TrainBatches
 from jaxtrain.data.store import open_store
 from jaxtrain.monitoring.metrics import read_metrics
@@ -128,7 +128,7 @@ def test_a_good_step_after_too_many_bad_ones_saves_nothing(steps, tiny_config, t
     lines, events = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if line["skipped"]] == list(range(9, 20))
     assert (events[-1]["reason"], events[-1]["skipped_steps"]) == (GAVE_UP, 11)
-    saved, _ = read_fingerprint(CheckpointFolder(tmp_path / "run" / "checkpoints"))
+    saved, _ = find_fingerprint(CheckpointFolder(tmp_path / "run" / "checkpoints"))
     assert saved["skipped_steps"] == 11
 
 
