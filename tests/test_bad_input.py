@@ -198,6 +198,19 @@ COMMANDS = {
     ),
     "eval of no run": bad("eval nowhere", "nowhere is no run directory", "--run-dir of `jaxtrain train`"),
     "eval of a file": bad("eval {config}", "config.json is no run directory", "give the --run-dir"),
+    "report of no run": bad("report nowhere", "nowhere is no run directory", "--run-dir of `jaxtrain train`"),
+    "report of a run without config.json": bad(
+        "report {run}",
+        "has lost its config.json",
+        "`jaxtrain train CONFIG --run-dir",
+        make=lambda world: (world.run / "config.json").unlink(),
+    ),
+    **{
+        f"a run directory with {char}": bad(
+            f"train {{config}} --run-dir below{char}x/run", f"holds {char!r},", "--run-dir"
+        )
+        for char in "*?["
+    },
     "eval of a negative step": bad("eval {run} --step -1", "got -1", "0 or more"),
     "eval of a step that was not saved": bad("eval {run} --step 7", "no checkpoint of step 7", "there are [5, 10, 12]"),
     "eval of no batch": bad("eval {run} --batches 0", "got 0", "above 0"),

@@ -8,6 +8,7 @@ byte is checked (manifest.py). A save writes `.STEP.partial`, flushes it, seals 
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import threading
@@ -215,12 +216,13 @@ class Saver:
         Raises:
           OSError: it is the second in a row, or there are several processes.
         """
-        text = f"the checkpoint of step {self._step} could not be saved: {error}"
+        problem = _reason(error)
+        text = f"the checkpoint of step {self._step} could not be saved: {problem}"
         self._failures += 1
         gone = isinstance(error, RunDirectoryGone)
         last = gone or self._failures >= _MAX_FAILURES or jax.process_count() > 1
         after = "the run ends" if last else "the next save is the retry"
-        self._folder.report("save_failed", f"{text}; {after}", step=self._step, problem=str(error))
+        self._folder.report("save_failed", f"{text}; {after}", step=self._step, problem=problem)
         self._step = None
         if last:
             remedy = "move it back" if gone else "free some space or fix the permissions"
@@ -300,6 +302,14 @@ class Saver:
 
     def _progress(self) -> None:
         self._progress_at = time.monotonic()
+
+
+def _reason(error: Exception) -> str:
+    """Returns the message of an error; of TensorStore's many lines only what the system said and the file."""
+    if code := re.search(r"\[os_error_code='(\d+)'", str(error)):
+        path = re.search(r'Failed \w+: "([^"]+)"', str(error)) or re.search(r'file "([^"]+)"', str(error))
+        return str(OSError(int(code[1]), os.strerror(int(code[1])), *([path[1]] if path else [])))
+    return str(error)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.plots import plot_metrics
 from jaxtrain.monitoring.tables import format_seconds
 from jaxtrain.monitoring.trace import newest_trace, read_times
-from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.config_files import load_run
 
 Rows = list[tuple[str, str]]
 
@@ -51,7 +51,7 @@ def write_report(run_dir: str | Path) -> Path:
       ValueError: one of the files is missing, or no step has been logged.
     """
     run_dir = Path(run_dir)
-    config = load(run_dir / "config.json")
+    config = load_run(run_dir)
     picture = plot_metrics(run_dir, clip_norm=norm_threshold(config))
     steps, events = read_metrics(run_dir / "metrics.jsonl")
     name = html.escape(run_dir.resolve().name)
@@ -124,7 +124,7 @@ def read_findings(run_dir: str | Path) -> tuple[list[Finding], str]:
       ValueError: config or metrics are missing.
     """
     run_dir = Path(run_dir)
-    config = load(run_dir / "config.json")
+    config = load_run(run_dir)
     steps, events = read_metrics(run_dir / "metrics.jsonl")
     last = steps[-1]["step"] if steps else 0
     return diagnose(steps, events, config), f"{run_dir}: step {last:,} of {config.train.steps:,}"

@@ -59,6 +59,23 @@ def load(path: str | Path) -> Config:
         raise ValueError(f"{path}{_line_in(path, error)}: {_message(error)}; correct the config") from error
 
 
+def load_run(run_dir: str | Path) -> Config:
+    """Reads the config.json of a run directory.
+
+    Raises:
+      ValueError: no run directory, one that has lost its config.json, or a config.json that is not valid.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.json").is_file():
+        if (run_dir / "checkpoints").is_dir():
+            raise ValueError(
+                f"{run_dir} has lost its config.json: `jaxtrain train CONFIG --run-dir {run_dir}` restores it from a "
+                "checkpoint"
+            )
+        raise ValueError(f"{run_dir} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
+    return load(run_dir / "config.json")
+
+
 @contextlib.contextmanager
 def _neighbours_importable(path: Path) -> Iterator[None]:
     """Puts the folder of a config on `sys.path`, and afterwards forgets the modules that were imported from there."""

@@ -249,9 +249,14 @@ def check_fingerprint(run: Run, saved: dict[str, Any], step: int) -> None:
     now = fingerprint(run)
     for key in ("data", "tokenizer", "decay_mask"):
         if now[key] is not None and saved.get(key) != now[key]:
-            remedy = "use the code that it was made with" if key == "decay_mask" else "give its own with --data.store"
-            where = "" if key == "decay_mask" or run.store is None else f" than that in {run.store.path}"
-            raise ValueError(
-                f"the checkpoint of step {step} was made with another {key.replace('_', ' ')}{where} "
-                f"({saved.get(key)}, not {now[key]}): {remedy}"
-            )
+            if key == "decay_mask":
+                moved = sorted(set(saved.get(key) or ()) ^ set(now[key]))
+                what, remedy = f"another decay mask (it differs for {', '.join(moved)})", "use the code of that run"
+            else:
+                was, now_is = (str(value)[:12] for value in (saved.get(key), now[key]))
+                where = f" than {run.store.path} holds" if run.store is not None else ""
+                what = (
+                    f"{'other data' if key == 'data' else 'another tokenizer'}{where} (fingerprint {was}, not {now_is})"
+                )
+                remedy = "give the path of its token store with --data.store"
+            raise ValueError(f"the checkpoint of step {step} was made with {what}: {remedy}")

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.folder import CheckpointFolder, require_writable_path
 from jaxtrain.checkpoints.restore import find_fingerprint
 from jaxtrain.config import Config, parse_ranges
 from jaxtrain.data.order import skip_to
 from jaxtrain.fields import require_local
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.runtime.config_files import flat_fields, from_json, load, to_json
+from jaxtrain.runtime.config_files import flat_fields, from_json, load_run, to_json
 from jaxtrain.runtime.files import read_json, write_json, write_text
 from jaxtrain.training import components
 
@@ -115,18 +115,17 @@ def read_config(folder: Path) -> Config:
         values, step = lost
         print(f"{folder / 'config.json'} is lost: reading that of the checkpoint of step {step}", file=sys.stderr)
         return from_json(json.dumps(values))
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
-    return load(folder / "config.json")
+    return load_run(folder)
 
 
 def absolute_paths(config: Config, run_dir: str | Path) -> Config:
     """Returns the config with absolute paths, so that config.json serves from any working directory.
 
     Raises:
-      ValueError: a run directory with a scheme, such as gs://bucket/run; the config rejects its own.
+      ValueError: a run directory with a scheme, such as gs://bucket/run, or one below which Orbax cannot write.
     """
     require_local(run_dir, "--run-dir")
+    require_writable_path(Path(run_dir))
     store, init_from = _normalized(config.data.store), _normalized(config.train.init_from)
     data = dataclasses.replace(config.data, store=store)
     settings = dataclasses.replace(config.train, init_from=init_from)

@@ -99,7 +99,8 @@ def test_a_disk_without_room_is_reported_and_leaves_no_litter(tmp_path):
         assert names(tmp_path) == ["1"]
         ((text, fields),) = events.named("save_failed")
         assert "step 2 could not be saved" in text
-        assert "too large" in fields["problem"].lower()
+        assert fields["problem"].startswith("[Errno 27] File too large: '/"), fields["problem"]
+        assert len(fields["problem"].splitlines()) == 1
         assert text.endswith("the next save is the retry")
         saver.begin(make_state(2), FINGERPRINT)
     assert names(tmp_path) == ["1", "2"]

@@ -124,10 +124,10 @@ def test_paths_are_compared_by_their_target(run_dir, tiny_config, store, tmp_pat
 
 def test_other_data_is_refused(run_dir, tiny_config, corpus, tmp_path):
     prepare([str(corpus)], tmp_path / "other", validation_fraction=0.5, progress=False)
-    with pytest.raises(ValueError, match=r"another data .*other"):
+    with pytest.raises(ValueError, match=r"other data than .*other holds \(fingerprint \w{12}, not \w{12}\)"):
         train(change(tiny_config, data={"store": str(tmp_path / "other")}), run_dir)
     assert open_run(run_dir).config.data.store != str(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"another data .*other"):
+    with pytest.raises(ValueError, match=r"other data than .*other holds \(fingerprint \w{12}, not \w{12}\)"):
         restore_params(open_run(run_dir, store=str(tmp_path / "other")))
 
 
