@@ -1,8 +1,9 @@
 """The commands of `jaxtrain`.
 
 Errors that a user can correct are one line on standard error. Exit codes: 2 for a wrong command, argument or input
-(ValueError), 1 for trouble outside of jaxtrain (a missing package, a full disk), 128 + n for a run that signal n
-stopped after it saved, 130 after Ctrl-C, 141 if standard output was closed. `--debug` shows the traceback.
+(ValueError), 1 for trouble outside of jaxtrain (a missing package, a full disk), 75 for a run that made no progress
+(train.stall_minutes), 128 + n for a run that signal n stopped after it saved, 130 after Ctrl-C, 141 if standard output
+was closed. `--debug` shows the traceback.
 """
 
 import contextlib
@@ -96,6 +97,7 @@ class TrainOptions(Section):
     allow_change: bool = False  # resume with a changed config, such as more steps; the change is recorded
     rewind: Positive[int] | None = None  # resume from the checkpoint of this step; renames later ones; give it once
     profile: Annotated[str, "START:STOP"] | None = None  # steps to trace into RUN/profile, without STOP, such as 10:13
+    no_lock: bool = False  # take no lock, for a file system that has none; let no second process train in the folder
 
 
 def _train(options: TrainOptions) -> int:
@@ -111,7 +113,9 @@ def _train(options: TrainOptions) -> int:
     more = {name: getattr(options, name) for name in ("rewind", "profile", "allow_change")}
     try:
         with compile_cache(), session(report_error):
-            outcome = train(options.config, options.run_dir or "", **more)  # `parse` fills run_dir in
+            outcome = train(
+                options.config, options.run_dir or "", lock=not options.no_lock, **more
+            )  # `parse` fills run_dir in
     except OSError as error:
         if is_stuck():
             leave(report_error(error))
@@ -227,13 +231,15 @@ class PrepareOptions(Section):
     # Python file that adds to jaxtrain.data.prepare.formats.FORMATS
     formats: Annotated[str, LocalPath("FILE.py")] | None = None
     num_workers: Positive[int] | None = None  # processes; none starts one per core
+    no_lock: bool = False  # take no lock, for a file system that has none
 
 
 def _prepare(options: PrepareOptions) -> int:
     """Tokenizes text into a token store, which `--data.store` of a config names."""
     from jaxtrain.data.prepare.prepare import prepare
 
-    store = prepare(**vars(options))
+    more = dict(vars(options))
+    store = prepare(lock=not more.pop("no_lock"), **more)
     for name, split in (("train", store.train), ("validation", store.validation)):
         print(
             f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_bytes:,} bytes "

@@ -187,6 +187,8 @@ class TrainConfig(Section, section="train"):
     eval_batches: Positive[int] | None = None  # validation batches per evaluation; None takes the whole split
     replay_check: Positive[int] | None = None  # runs every Nth step twice and compares all bits; None disables it
     stop_after: Positive[int] | None = None  # step after which the run saves and stops, as if preempted
+    # minutes without progress, and at least 20 steps' time, that end the run with exit code 75; None disables it
+    stall_minutes: Positive[float] | None = 30.0
     sample_tokens: Positive[int] | None = None  # tokens of generated text in sample.txt at the end; None writes none
     sample_prompt: str = ""  # text that the sample continues
     init_from: RunFolder | None = None  # RUN or RUN/checkpoints/STEP to take initial weights from; None: random

@@ -21,7 +21,7 @@ from jaxtrain.training.run import Hooks, open_run
 CLOCKS = {"attempt", "tokens_per_second", "step_seconds", "mfu", "time"}
 # Fields of a config that its program does not depend on.
 _LOOP = ("log_every", "eval_every", "eval_batches", "stop_after", "replay_check", "init_from", "sample_tokens")
-_LOOP += ("sample_prompt", "diagnose_every")
+_LOOP += ("sample_prompt", "diagnose_every", "stall_minutes")
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxtrain.runtime.processes import compile_together
+
 _LISTED = 5  # leaves named in an error
 
 
@@ -45,7 +47,9 @@ def not_finite(tree: chex.ArrayTree) -> str:
         return ""
     sharding = next(iter(leaves.values())).sharding
     replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    finite = np.asarray(jax.jit(_are_finite, out_shardings=replicated)(list(leaves.values())))
+    check, values = jax.jit(_are_finite, out_shardings=replicated), list(leaves.values())
+    compile_together(check, values)
+    finite = np.asarray(check(values))
     bad = [_show(path) for path, ok in zip(leaves, finite, strict=True) if not ok]
     return ", ".join(bad[:_LISTED]) + (f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else "")
 

@@ -105,6 +105,9 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if self._thread is not None and processes.is_lost(error):
+            abandon(self._thread)  # the save waits for a process that is gone
+            return
         try:
             self.wait()
         except Exception:  # reported

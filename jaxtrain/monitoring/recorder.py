@@ -68,6 +68,7 @@ class Recorder:
 
     Attributes:
       sinks: the sinks, called in order.
+      begun: events of the starts of earlier attempts.
       attempt: number of times that the run was started, this one included.
       evaluated: steps that earlier attempts evaluated.
       skipped_steps: steps skipped so far, those of earlier attempts included.
@@ -97,7 +98,8 @@ class Recorder:
           clock: seconds that only grow.
         """
         self.sinks = list(sinks)
-        self.attempt = 1 + sum(event["event"] in ("start", "resume") for event in events)
+        self.begun = [event for event in events if event["event"] in ("start", "resume")]
+        self.attempt = 1 + len(self.begun)
         self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
         self.give_up = False
         self._skipped = {line["step"] for line in lines if line.get("skipped") == 1}

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain.runtime.host_memory import keep_freed_memory
-from jaxtrain.runtime.processes import LONG_SECONDS, agree, announce_failure, is_alone, time_limit
+from jaxtrain.runtime.processes import LONG_SECONDS, agree, announce_failure, is_alone, is_lost, time_limit
 from jaxtrain.runtime.rendezvous import meet
+
+_START_SECONDS = 1800.0  # for all processes of a cluster to start: nodes boot and pull images at different times
 
 
 class Cluster(NamedTuple):
@@ -56,11 +58,21 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
         agree("the end of the run", {}, timeout=LONG_SECONDS)
     except BaseException as error:
         if not announce_failure(error):
-            code = report(error)
+            code = report(_lost_connection(error) or error)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
         raise
+
+
+def _lost_connection(error: BaseException) -> OSError | None:
+    """Returns an error of one line in place of JAX's, if a collective or the coordinator has lost another process."""
+    if not is_lost(error):
+        return None
+    return ConnectionError(
+        f"the connection to another process is lost, which has failed or was killed: see the other logs; the same "
+        f"command resumes the run ({str(error).splitlines()[0]})"
+    )
 
 
 def find_cluster(timeout: float) -> Cluster:
@@ -71,7 +83,7 @@ def find_cluster(timeout: float) -> Cluster:
 def _initialize() -> None:
     if jax.distributed.is_initialized():
         return
-    timeout = time_limit()
+    timeout = time_limit(_START_SECONDS)
     cluster = find_cluster(timeout)
     if cluster.num_processes < 2:
         return

@@ -69,26 +69,46 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a folder, which is created if it is missing.
+def flock(descriptor: int, folder: Path) -> bool:
+    """Locks an open file exclusively, without waiting; returns False if another process holds its lock.
+
+    Args:
+      descriptor: the open file.
+      folder: name for the error.
 
     Raises:
-      ValueError: another process holds the lock.
-      OSError: the file system has no locks.
+      ValueError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _LOCK_UNSUPPORTED:
+            raise
+        raise ValueError(
+            f"the file system of {folder} has no locks ({os.strerror(error.errno)}): choose a folder on another one, "
+            "or give --no-lock and let no second process use this folder"
+        ) from None
+    return True
+
+
+@contextmanager
+def locked(folder: Path, *, lock: bool = True) -> Iterator[None]:
+    """Holds an exclusive lock on a folder, which is created if it is missing.
+
+    Args:
+      folder: the folder.
+      lock: False takes no lock, for a file system that has none.
+
+    Raises:
+      ValueError: another process holds the lock, or the file system has no locks.
     """
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is at work in {folder}: wait for it, or choose another folder") from None
-        except OSError as error:
-            if error.errno not in _LOCK_UNSUPPORTED:
-                raise
-            why = f"the file system of {folder} has no locks: choose a folder on another one"
-            raise OSError(error.errno, why) from None
+        if lock and not flock(descriptor, folder):
+            raise ValueError(f"another process is at work in {folder}: wait for it, or choose another folder")
         yield
     finally:
         os.close(descriptor)

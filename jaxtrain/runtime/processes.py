@@ -22,12 +22,14 @@ T = TypeVar("T")
 LONG_SECONDS = 6 * 3600.0  # limit for work on the lead alone, such as preparing the data
 _POLL_SECONDS = 1.0  # delay until the failure of another process is noticed
 _FAILURE_SECONDS = 5.0  # how long a failing process waits for the others to fail too
+# Signs in an error of JAX that another process is gone.
+_LOST = ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "oordination", "heartbeat")
 _counter = itertools.count()  # numbers the messages; equal on all processes, which send them in the same order
 
 
-def time_limit() -> float:
-    """Returns the seconds to wait for other processes: JAXTRAIN_TIMEOUT, or 300."""
-    text = os.environ.get("JAXTRAIN_TIMEOUT", "300")
+def time_limit(default: float = 300.0) -> float:
+    """Returns the seconds to wait for other processes: JAXTRAIN_TIMEOUT, or the default."""
+    text = os.environ.get("JAXTRAIN_TIMEOUT", str(default))
     with contextlib.suppress(ValueError):
         if 0 < float(text) < math.inf:
             return float(text)
@@ -147,6 +149,56 @@ def gather_on_lead(task: str, value: Any, *, key: str | None = None, timeout: fl
     if missing := [process for process, text in enumerate(texts) if text is None]:
         raise ValueError(_missing(missing, task, timeout))
     return [json.loads(text) for text in texts]
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Returns True if a collective or the coordinator has failed because another process is gone."""
+    known = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in _LOST)
+    return known and not is_alone()
+
+
+def compile_together(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for its arguments on every process before one of them calls it.
+
+    Gloo gives up 30 s after a process has begun to connect to the others, in their first collective; the times of
+    compilation may differ by more. A single process compiles when it calls.
+    """
+    if not is_alone():
+        function.lower(*arguments).compile()  # jax reuses the result in the call
+        agree("the end of compilation", {}, timeout=LONG_SECONDS)
+
+
+class Board:
+    """A text of each process, which the others read; any thread may use it. Without other processes it is empty."""
+
+    def __init__(self, name: str):
+        """Every process constructs its boards in the same order."""
+        self._key = f"jaxtrain/{name}/{next(_counter)}"
+
+    def write(self, text: str) -> None:
+        """Replaces the text of this process."""
+        if not is_alone():
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
+                _state().client.key_value_set(f"{self._key}/{_state().process_id}", text, allow_overwrite=True)
+
+    def read(self) -> dict[int, str]:
+        """Returns the texts, by process; empty if the coordinator is gone."""
+        if not is_alone():
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                texts = _state().client.key_value_dir_get(self._key)
+                return {int(key.rpartition("/")[2]): text for key, text in texts}
+        return {}
+
+
+def wait_to_leave(name: str, seconds: float) -> None:
+    """Waits for all processes, so that they end at one time; the lead, which serves the store, is the last.
+
+    A scheduler may kill the others once one has ended, and then it sees the exit code of the kill.
+    """
+    if not is_alone():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _state().client.wait_at_barrier(f"jaxtrain/{name}", int(1000 * seconds))
+        time.sleep(1.0 if is_lead() else 0.0)
 
 
 class StopVote:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtrain.config import Config
 from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.runtime.mesh import replicated
+from jaxtrain.runtime.processes import compile_together
 from jaxtrain.step import TrainState
 
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -55,7 +56,9 @@ class ReplayChecked:
             return self._train_step(state, batch)
         copy = self._copy(state)
         result = self._train_step(state, batch)
-        differs = jax.device_get(self._compare(result, self._train_step(copy, batch)))
+        second = self._train_step(copy, batch)
+        compile_together(self._compare, result, second)
+        differs = jax.device_get(self._compare(result, second))
         leaves = [
             jax.tree_util.keystr(path[1:], simple=True, separator="/")
             for path, value in jax.tree_util.tree_leaves_with_path(differs)

@@ -1,5 +1,6 @@
 """Evaluation on a split: sums over all tokens, then one division."""
 
+import contextlib
 import functools
 import gzip
 import lzma
@@ -14,8 +15,9 @@ from jaxtrain.data.store import Split
 from jaxtrain.data.tokenizer import Tokenizer
 from jaxtrain.losses import LossSums
 from jaxtrain.runtime.mesh import by_rows
-from jaxtrain.runtime.processes import time_limit
+from jaxtrain.runtime.processes import compile_together, time_limit
 from jaxtrain.runtime.stop import Stopped
+from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import Batch
 from jaxtrain.training.run import Run
 
@@ -29,6 +31,7 @@ def evaluate(
     num_batches: int | None = None,
     prefetch: int = 2,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    watchdog: Watchdog | None = None,
 ) -> dict[str, float | int]:
     """Evaluates a model on a split.
 
@@ -43,6 +46,7 @@ def evaluate(
       num_batches: number of batches from the start of the split; None takes all.
       prefetch: number of batches to load ahead.
       asked_to_stop: polled between batches.
+      watchdog: notified of each batch.
 
     Returns:
       `nll` (nats per token), `perplexity`, `bits_per_token`, `bits_per_byte`, and the number of `tokens`. Bits per byte
@@ -59,9 +63,14 @@ def evaluate(
     pending: LossSums | None = None
     fetch = functools.partial(global_batch, batches, sharding=sharding)
     with Prefetcher(fetch, 0, last, prefetch, time_limit=time_limit()) as feed:
-        for batch in feed:
+        for index, batch in enumerate(feed):
             if asked_to_stop():
                 raise Stopped
+            if index == 0:
+                with watchdog.pause() if watchdog else contextlib.nullcontext():
+                    compile_together(eval_step, params, batch)
+            if watchdog:
+                watchdog.beat()
             following = eval_step(params, batch)
             if pending is not None:  # read one batch late, while the next batch runs
                 nll, weight = nll + float(pending.nll), weight + float(pending.weight)
@@ -85,6 +94,7 @@ def evaluate_split(
     *,
     num_batches: int | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    watchdog: Watchdog | None = None,
 ) -> dict[str, float | int]:
     """Evaluates a run's model on a split, with the batch size of the run; see `evaluate`."""
     config = run.config.train
@@ -98,6 +108,7 @@ def evaluate_split(
         by_rows(run.program.mesh),
         num_batches=num_batches,
         asked_to_stop=asked_to_stop,
+        watchdog=watchdog,
     )
 
 

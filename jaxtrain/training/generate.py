@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxtrain.models.decode import Sampling, generate
 from jaxtrain.runtime.mesh import replicated
+from jaxtrain.runtime.processes import compile_together
 from jaxtrain.training.run import Run
 
 
@@ -31,7 +32,9 @@ def continue_text(
     tokenizer = run.tokenizer
     tokens = np.concatenate([[tokenizer.eot_id], tokenizer.encode(prompt)])
     if jax.process_count() > 1:  # shards of other processes arrive only by replication
-        params = jax.jit(lambda tree: tree, out_shardings=replicated(run.program.mesh))(params)
+        gather = jax.jit(lambda tree: tree, out_shardings=replicated(run.program.mesh))
+        compile_together(gather, params)
+        params = gather(params)
         params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
     else:
         params = jax.device_put(params, run.program.mesh.devices.flat[0])

@@ -21,8 +21,19 @@ from jaxtrain.monitoring.layers import drop_unsampled
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import replicated
+from jaxtrain.runtime.processes import compile_together
 from jaxtrain.step import TrainState
-from jaxtrain.training.run import NO_HOOKS, Hooks, Run, batch_source, open_run, tokenizer_hash, train_batches
+from jaxtrain.training.run import (
+    NO_HOOKS,
+    Hooks,
+    Run,
+    batch_source,
+    environment_changes,
+    init_state,
+    open_run,
+    tokenizer_hash,
+    train_batches,
+)
 from jaxtrain.trees import global_norm, is_stacked, layer_squares, path_names
 
 # Fields of a step line that depend on the clock or on restarts.
@@ -56,7 +67,9 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     _require_reached(run, step, lines, events)
     state, first = _state_before(run, step, events)
     fetch = batch_source(run)
-    train_step = run.program.train_step.lower(state, fetch(first)).compile()
+    batch = fetch(first)
+    compile_together(run.program.train_step, state, batch)
+    train_step = run.program.train_step.lower(state, batch).compile()
     logged = {line["step"]: line for line in _current(lines, events)}
     every = run.config.train.diagnose_every
     tokens_per_step = run.config.train.batch_size * run.config.train.seq_len
@@ -73,8 +86,11 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
         if done in logged:
             compared.append(done)
             differences += _differences(logged[done], values)
-    row_nll = _row_nll(run)(before.params, batch)
-    terms = _diagnosed_step(run)(before, batch)
+    row_nll, diagnosed_step = _row_nll(run), _diagnosed_step(run)
+    compile_together(row_nll, before.params, batch)
+    nll = row_nll(before.params, batch)
+    compile_together(diagnosed_step, before, batch)
+    terms = diagnosed_step(before, batch)[1].unpack()
     return {
         "step": step,
         "from_step": first,
@@ -86,7 +102,7 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
         "notes": _notes(run, step, events),
         "micro_batches": _micro_batches(terms),
         "layers": _layers(terms),
-        "rows": _rows(run, step, jax.device_get(row_nll)),
+        "rows": _rows(run, step, jax.device_get(nll)),
     }
 
 
@@ -108,7 +124,7 @@ def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[Tr
             print(f"checkpoint {saved} is damaged: {problem}; trying the one before", file=sys.stderr)
             continue
         return restore(checkpoints, run.program.abstract_state, saved)[0], saved
-    state, source = run.program.init_state(), run.config.train.init_from
+    state, source = init_state(run), run.config.train.init_from
     if source:
         begun = [event for event in events if "source_step" in event][-1]
         path, _ = warm_start.find(source, run.folder)
@@ -139,24 +155,14 @@ def _differences(logged: dict[str, Any], values: dict[str, Any]) -> list[dict[st
 
 def _notes(run: Run, step: int, events: list[dict]) -> list[str]:
     """Returns the changes of the environment that let the numbers differ without any fault."""
-    begun = [event for event in events if event["event"] in ("start", "resume") and event["step"] < step]
-    if not begun:
-        return []
-    now = {
-        "jax": jax.__version__,
-        "processes": jax.process_count(),
-        "devices": run.program.mesh.size,
-        "device": run.program.mesh.devices.flat[0].device_kind,
-    }
     return [
-        f"{name} was {begun[-1][name]} in the run and is {value} here: expect equal numbers up to rounding only"
-        for name, value in now.items()
-        if begun[-1].get(name, value) != value
+        f"{name} was {before} in the run and is {now} here: expect equal numbers up to rounding only"
+        for name, (before, now) in environment_changes(run, events, step).items()
     ]
 
 
 def _diagnosed_step(run: Run) -> Any:
-    """Returns `(state, batch) -> metrics` of the run's train step, with the terms of each micro-batch and layer.
+    """Returns the run's train step with the terms of each micro-batch and layer in its metrics.
 
     A program of its own: more results change the fusions around the gradients, and with them the last bits.
     """
@@ -168,7 +174,7 @@ def _diagnosed_step(run: Run) -> Any:
         diagnose=_layer_norms,
         micro_batch_terms=True,
     )
-    return lambda state, batch: program.train_step(state, batch)[1].unpack()
+    return program.train_step
 
 
 def _layer_norms(params: Any, grads: Any, updates: Any, opt_state: Any) -> dict[str, jax.Array]:

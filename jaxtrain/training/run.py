@@ -24,6 +24,8 @@ from jaxtrain.optim import decay_mask
 from jaxtrain.runtime.config_files import differences
 from jaxtrain.runtime.files import sha256_file, write_bytes
 from jaxtrain.runtime.mesh import by_rows, check_batch, make_mesh
+from jaxtrain.runtime.processes import compile_together
+from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
 from jaxtrain.training import components
 from jaxtrain.training.program import Program, make_program
@@ -43,6 +45,7 @@ class Hooks(NamedTuple):
       wrap_batches: wraps the training batches.
       wrap_step: wraps the compiled train step `(state, batch) -> (state, metrics)`.
       make_saver: constructs the writer of checkpoints.
+      make_watchdog: constructs the watchdog of the loop.
       write_report: writes the report when the run ends, and returns its path.
       sinks: further receivers of steps and events.
     """
@@ -52,6 +55,7 @@ class Hooks(NamedTuple):
     wrap_batches: Callable[[Batches], Batches] = _unchanged
     wrap_step: Callable[[Callable], Callable] = _unchanged
     make_saver: Callable[..., Saver] = Saver
+    make_watchdog: Callable[..., Watchdog] = Watchdog
     write_report: Callable[[Path], Any] = write_report
     sinks: Sequence[Sink] = ()
 
@@ -164,6 +168,29 @@ def batch_source(run: Run) -> Callable[[int], dict[str, jax.Array]]:
     """Returns `index -> batch`: training batches, placed on the devices."""
     batches = run.hooks.wrap_batches(train_batches(run))
     return functools.partial(global_batch, batches, sharding=by_rows(run.program.mesh))
+
+
+def init_state(run: Run) -> TrainState:
+    """Initializes the state of a run, on every process."""
+    compile_together(run.program.init_state)
+    return run.program.init_state()
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """Returns the software and the devices, on which the last bits of a run's numbers depend."""
+    return {
+        "jax": jax.__version__,
+        "processes": jax.process_count(),
+        "devices": run.program.mesh.size,
+        "device": run.program.mesh.devices.flat[0].device_kind,
+    }
+
+
+def environment_changes(run: Run, events: Sequence[dict[str, Any]], step: int) -> dict[str, tuple[Any, Any]]:
+    """Compares the environment with that of the attempt which made `step`; returns old and new values that differ."""
+    begun = [event for event in events if event["event"] in ("start", "resume") and event["step"] < step]
+    old = begun[-1] if begun else {}
+    return {name: (old[name], now) for name, now in environment(run).items() if old.get(name, now) != now}
 
 
 def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import socket
@@ -21,7 +20,7 @@ from jaxtrain.data.order import skip_to
 from jaxtrain.fields import require_local
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import flat_fields, from_json, load_run, to_json
-from jaxtrain.runtime.files import read_json, write_json, write_text
+from jaxtrain.runtime.files import flock, read_json, write_json, write_text
 from jaxtrain.training import components
 
 Changes = dict[str, tuple[Any, Any]]  # field -> old and new value
@@ -29,7 +28,7 @@ Changes = dict[str, tuple[Any, Any]]  # field -> old and new value
 # Fields that change neither the parameters nor the order of the data. The data is compared by its fingerprint when a
 # checkpoint is restored, so its path is free; `check_skip` guards data.skip.
 _FREE = ("data.prefetch", "data.skip", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
-_FREE += ("train.sample_", "train.replay_check", "train.diagnose_every", "checkpoint.")
+_FREE += ("train.stall_minutes", "train.sample_", "train.replay_check", "train.diagnose_every", "checkpoint.")
 # Fields that select the data: free where data.store is given.
 _DATA = ("data.store", "data.sources", "data.tokenizer", "data.validation_fraction", "data.text_field")
 _PATHS = ("data.store", "data.sources", "train.init_from")
@@ -41,28 +40,49 @@ _LOCK = "lock"
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, *, lock: bool = True) -> Iterator[None]:
     """Creates a run directory if it is missing, and keeps other processes from training in it.
 
     The lock ends with the block or with the process. Directories created here are removed if they are still empty.
 
+    Args:
+      folder: the run directory.
+      lock: False takes no lock, for a file system that has none.
+
     Raises:
-      ValueError: another process trains there, or the directory holds something else; nothing was touched.
+      ValueError: another process trains there, the directory holds something else, or its file system has no locks;
+        nothing was touched.
     """
     _refuse_foreign(folder)
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _lock_file(folder) if lock else contextlib.nullcontext():
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty: it holds a run
+            for path in absent:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _lock_file(folder: Path) -> Iterator[None]:
+    """Holds the lock file of a run directory, which names its owner."""
     file = folder / _LOCK
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            mine = flock(descriptor, folder)
+        except BaseException:  # no locks here: the file is nobody's
+            file.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        if not mine:
             owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise ValueError(
                 f"{folder} is being trained in by {owner}: wait for it or stop it, or give another --run-dir"
-            ) from None
+            )
         # The previous owner may have deleted the file after it was opened here: then lock the new file of that name.
         if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
             break
@@ -74,9 +94,6 @@ def run_lock(folder: Path) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # not empty: it holds a run
-            for path in absent:
-                path.rmdir()
 
 
 def _refuse_foreign(folder: Path) -> None:

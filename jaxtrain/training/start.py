@@ -17,8 +17,17 @@ from jaxtrain.data.store import TokenStore
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.stop import Stop
+from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
-from jaxtrain.training.run import Run, check_fingerprint, open_data, tokenizer_hash
+from jaxtrain.training.run import (
+    Run,
+    check_fingerprint,
+    environment,
+    environment_changes,
+    init_state,
+    open_data,
+    tokenizer_hash,
+)
 from jaxtrain.training.run_folder import (
     Changes,
     check_or_write_config,
@@ -37,6 +46,7 @@ class Session(NamedTuple):
     stop: Stop
     checkpoints: CheckpointFolder
     saver: Saver
+    watchdog: Watchdog
     changes: Changes  # fields whose value differs from that of the earlier steps
 
 
@@ -49,7 +59,7 @@ class Event(NamedTuple):
 
 
 def prepare_data(
-    config: Config, folder: Path, stack: contextlib.ExitStack, *, rewind: int | None, allow_change: bool
+    config: Config, folder: Path, stack: contextlib.ExitStack, *, rewind: int | None, allow_change: bool, lock: bool
 ) -> tuple[TokenStore, Changes]:
     """Opens the token store of a run. Before that, the lead process locks and prepares the run directory.
 
@@ -59,6 +69,7 @@ def prepare_data(
       stack: releases the lock when it closes.
       rewind: step that the run goes back to; None keeps all steps.
       allow_change: see `check_or_write_config`.
+      lock: False takes no locks, for a file system that has none.
 
     Returns:
       The store, and the fields that differ from those of the earlier steps (on the lead process).
@@ -76,7 +87,7 @@ def prepare_data(
         if config.train.init_from and not has_begun(folder):
             weights.find(config.train.init_from, folder)
         recover_config(folder)
-        stack.enter_context(run_lock(folder))
+        stack.enter_context(run_lock(folder, lock=lock))
         step = rewind or CheckpointFolder(folder / "checkpoints").latest_step() or 0
         changes = check_or_write_config(folder, config, step, allow_change=allow_change)
         if config.data.store is None and not (folder / "metrics.jsonl").exists():  # later the text may be gone
@@ -86,6 +97,7 @@ def prepare_data(
                 tokenizer=config.data.tokenizer,
                 validation_fraction=config.data.validation_fraction,
                 text_field=config.data.text_field,
+                lock=lock,
             )
         return changes
 
@@ -140,9 +152,19 @@ def start(session: Session, rewind: int | None) -> TrainState:
         text = f"rewinding to step {rewind}: renamed the checkpoints of steps {later} to STEP.rewound"
         recorder.event("rewind", text, step=rewind, renamed=later)
     state, event = resume(session) or warm_start(session) or fresh(session)
-    recorder.event(event.name, event.text, step=int(state.step), **event.fields, **_about(session))
+    step = int(state.step)
+    changed = environment_changes(session.run, recorder.begun, step)
+    recorder.event(event.name, event.text, step=step, **event.fields, **_about(session))
+    if changed:
+        recorder.event(
+            "environment_change",
+            "; ".join(f"{name} is {now}, and was {before} until step {step}" for name, (before, now) in changed.items())
+            + ": equal numbers up to rounding only",
+            step=step,
+            changes={name: {"old": before, "new": now} for name, (before, now) in changed.items()},
+        )
     if session.changes:
-        _record_changes(session, int(state.step))
+        _record_changes(session, step)
     return state
 
 
@@ -168,7 +190,7 @@ def warm_start(session: Session) -> tuple[TrainState, Event] | None:
     run, source = session.run, session.run.config.train.init_from
     if not source:
         return None
-    state = session.stop.run(run.program.init_state)
+    state = session.stop.run(lambda: init_state(run))
     like, tokenizer = run.program.abstract_state.params, tokenizer_hash(run)
     params, step = session.stop.run(lambda: weights.read(source, run.folder, like, tokenizer))
     text = f"starting from the weights of {source}, step {step}, with fresh moments"
@@ -177,7 +199,7 @@ def warm_start(session: Session) -> tuple[TrainState, Event] | None:
 
 def fresh(session: Session) -> tuple[TrainState, Event]:
     """Initializes a state from the seed."""
-    return session.stop.run(session.run.program.init_state), Event("start", "", {})
+    return session.stop.run(lambda: init_state(session.run)), Event("start", "", {})
 
 
 def _about(session: Session) -> dict[str, Any]:
@@ -186,10 +208,7 @@ def _about(session: Session) -> dict[str, Any]:
     skip = {"skip": list(run.config.data.skip)} if run.config.data.skip else {}
     return skip | {
         "attempt": session.recorder.attempt,
-        "jax": jax.__version__,
-        "processes": jax.process_count(),
-        "devices": run.program.mesh.size,
-        "device": run.program.mesh.devices.flat[0].device_kind,
+        **environment(run),
         "vocab_size": run.program.vocab_size,
         "train_tokens": run.store.train.num_tokens,
     }

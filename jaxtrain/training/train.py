@@ -54,6 +54,7 @@ def train(
     rewind: int | None = None,
     profile: str | None = None,
     allow_change: bool = False,
+    lock: bool = True,
     hooks: Hooks = NO_HOOKS,
 ) -> dict[str, Any]:
     """Trains a run, or resumes the run that the directory holds.
@@ -66,6 +67,7 @@ def train(
       rewind: resume from the checkpoint of this step and rename later ones; None resumes from the newest.
       profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; None traces none.
       allow_change: resume with another learning rate, batch size and the like, from the next step on.
+      lock: False takes no locks, for a file system that has none.
       hooks: replaces parts of the run.
 
     Returns:
@@ -78,7 +80,7 @@ def train(
     config, folder = absolute_paths(config, run_dir), Path(run_dir)
     traced = parse_profile(profile, config.train)
     with contextlib.ExitStack() as stack:
-        session = _open_session(config, folder, stack, rewind, allow_change, hooks)
+        session = _open_session(config, folder, stack, hooks, rewind=rewind, allow_change=allow_change, lock=lock)
         recorder = session.recorder
         recorder.table(f"jaxtrain: {folder}", start_table(session.run))
         if config.optim.name == "adamw":
@@ -103,16 +105,14 @@ def train(
     return outcome | {"skipped_steps": recorder.skipped_steps}
 
 
-def _open_session(
-    config: Config, folder: Path, stack: contextlib.ExitStack, rewind: int | None, allow_change: bool, hooks: Hooks
-) -> Session:
-    """Opens the data and the records of a run; `stack` closes them."""
+def _open_session(config: Config, folder: Path, stack: contextlib.ExitStack, hooks: Hooks, **options: Any) -> Session:
+    """Opens the data, with the options of `prepare_data`, and the records of a run; `stack` closes them."""
     check_optimizer(config)
     with rollback_config(folder) if processes.is_lead() else contextlib.nullcontext():
-        store, changes = prepare_data(config, folder, stack, rewind=rewind, allow_change=allow_change)
+        store, changes = prepare_data(config, folder, stack, **options)
         run = assemble(config, folder, store, hooks)
         train_batches(run)  # raises if the text is too short
-        check_resume(run, rewind)
+        check_resume(run, options["rewind"])
     stop = stack.enter_context(Stop().listen())
     recorder = stack.enter_context(_open_recorder(run))
     rule = config.checkpoint
@@ -124,7 +124,10 @@ def _open_session(
         report=recorder.event,
     )
     saver = stack.enter_context(hooks.make_saver(checkpoints, log=folder / "metrics.jsonl"))
-    return Session(run, recorder, stop, checkpoints, saver, changes)
+    watchdog = hooks.make_watchdog(
+        config.train.stall_minutes, report=lambda problem: recorder.event("stalled", "", problem=problem)
+    )
+    return Session(run, recorder, stop, checkpoints, saver, stack.enter_context(watchdog), changes)
 
 
 def _open_recorder(run: Run) -> Recorder:
@@ -172,6 +175,7 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
         Profiler(traced, run.folder, compiled, recorder) as profiler,
     ):
         for step, batch in enumerate(feed, start=first + 1):
+            session.watchdog.step(step)
             with profiler.step(step):
                 state, metrics = train_step(step, state, batch)
                 recorder.step(step, metrics)
@@ -180,7 +184,7 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
             if reason := stopping(step):
                 break
     recorder.flush()
-    with recorder.pause("saving"):
+    with recorder.pause("saving"), session.watchdog.pause():
         saver.finish(state, fingerprint(run, state))
     return state, GAVE_UP if recorder.give_up else reason or stop.reason
 
@@ -208,7 +212,7 @@ def _due_actions(session: Session) -> Callable[[int], list[Callable[[TrainState]
 
     def save(state: TrainState) -> None:
         recorder.flush()  # the log then covers the checkpoint
-        with recorder.pause():
+        with recorder.pause(), session.watchdog.pause():
             saver.begin(state, fingerprint(run, state))
 
     table = [
@@ -228,7 +232,12 @@ def _due_actions(session: Session) -> Callable[[int], list[Callable[[TrainState]
 def _checked_step(session: Session, compiled: Callable) -> Callable[..., tuple[TrainState, PackedMetrics]]:
     """Returns `(step, state, batch) -> (state, metrics)`, which runs some steps twice; see `ReplayChecked`."""
     run, recorder = session.run, session.recorder
-    checked = ReplayChecked(run.config, run.hooks.wrap_step(compiled), run.program.abstract_state)
+
+    def launch(state: TrainState, batch: Any) -> tuple[TrainState, PackedMetrics]:
+        session.watchdog.launch()
+        return compiled(state, batch)
+
+    checked = ReplayChecked(run.config, run.hooks.wrap_step(launch), run.program.abstract_state)
 
     def last_saved() -> int | None:
         with contextlib.suppress(Exception):  # the mismatch is the more important error
@@ -261,7 +270,12 @@ def _validate(session: Session, state: TrainState, num_batches: int | None, **mo
     with session.recorder.pause("evaluating"):
         measured = stop.run(
             lambda: evaluate_split(
-                run, state.params, run.store.validation, num_batches=num_batches, asked_to_stop=asked_to_stop
+                run,
+                state.params,
+                run.store.validation,
+                num_batches=num_batches,
+                asked_to_stop=asked_to_stop,
+                watchdog=session.watchdog,
             )
         )
     result = measured | more
@@ -279,7 +293,7 @@ def _finish(session: Session, state: TrainState) -> dict[str, Any]:
     config, split = run.config.train, run.store.validation
     compressed = {}
     if split.num_bytes <= _COMPRESS_LIMIT and processes.is_lead():
-        with recorder.pause("compressing the same text with gzip and xz"):
+        with recorder.pause("compressing the same text with gzip and xz"), session.watchdog.pause():
             compressed = stop.run(lambda: compressor_bits_per_byte(split_text(split, run.store.tokenizer)))
     more = {f"{name}_bits_per_byte": value for name, value in compressed.items()}
     outcome = {"evaluation": _validate(session, state, None, **more)}
@@ -291,7 +305,7 @@ def _finish(session: Session, state: TrainState) -> dict[str, Any]:
     if config.sample_tokens and hasattr(run.program.model, "decode"):
         outcome["sample"] = "sample.txt"
         prompt, count = config.sample_prompt, config.sample_tokens
-        with recorder.pause("sampling"):
+        with recorder.pause("sampling"), session.watchdog.pause():
             text = stop.run(lambda: continue_text(run, state.params, prompt, count, seed=run.config.seed))
         if processes.is_lead():
             write_text(run.folder / "sample.txt", prompt + text)

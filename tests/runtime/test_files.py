@@ -5,6 +5,7 @@ import os
 import pytest
 
 from jaxtrain.runtime.files import locked, read_json, sha256_file, write_bytes, write_json, write_text
+from jaxtrain.training.run_folder import run_lock
 
 WRITERS = {
     "bytes": (write_bytes, b"\xff\r\n", b"\xff\r\n"),
@@ -73,9 +74,30 @@ def test_locked_folder(tmp_path, monkeypatch):
     with locked(folder):  # the lock was released
         pass
 
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP])
+@pytest.mark.parametrize("lock_of", [locked, run_lock])
+def test_a_file_system_without_locks(number, lock_of, tmp_path, monkeypatch):
     def unsupported(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with pytest.raises(OSError, match="has no locks: choose a folder on another one"), locked(folder):
+    folder = tmp_path / "folder"
+    expected = r"folder has no locks \(.*\): choose .* another one, or give --no-lock"
+    with pytest.raises(ValueError, match=expected) as error, lock_of(folder):
+        pass
+    assert "\n" not in str(error.value)
+    if lock_of is run_lock:
+        assert not folder.exists()
+    with lock_of(folder, lock=False):
+        assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("lock_of", [locked, run_lock])
+def test_another_error_of_a_lock_passes(lock_of, tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output error"), lock_of(tmp_path / "folder"):
         pass

@@ -106,8 +106,11 @@ def test_slurm_without_gpus_is_one_process_a_node(cluster):
     assert "#SBATCH --job-name=mine\n" in job
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (143, True), (138, True), (2, False), (129, False)])
-def test_a_slurm_job_requeues_itself_only_after_a_signal(cluster, code, again):
+ENDS = [(0, False), (143, True), (138, True), (75, True), (1, False), (2, False), (129, False), (134, False)]
+
+
+@pytest.mark.parametrize(("code", "again"), ENDS)
+def test_a_slurm_job_requeues_itself_only_after_a_stop_or_a_stall(cluster, code, again):
     cluster("sbatch", f"cat > {cluster.folder}/job")
     cluster("jaxtrain", f"exit {code}")
     cluster("srun", 'while [[ "$1" == --* ]]; do shift; done; "$@"')

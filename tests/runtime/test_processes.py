@@ -282,7 +282,7 @@ def test_processes_that_would_restore_another_step_say_which(config, whole, tmp_
 def test_a_run_directory_that_is_not_shared_is_an_error(config, tmp_path):
     codes, _, errors = Processes(*[train_command(config, tmp_path / name) for name in ("a", "b")]).wait()
     assert codes == [2, 2], errors
-    assert all('process 0 says "there", process 1 says "not there"' in error for error in errors)
+    assert all('process 0 says "exists", process 1 says "is missing"' in error for error in errors)
     assert all("file system that they share" in error for error in errors)
 
 
@@ -347,6 +347,79 @@ def test_an_error_on_the_lead_is_an_error_everywhere(tmp_path):
     assert 0 not in codes
     assert "KeyError: 'nothing'" in errors[0]
     assert "ValueError: 'nothing'" in errors[1]
+
+
+RUN = """
+import os, signal, sys, time
+import absl.logging
+from jaxtrain.runtime.cluster import session
+from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.terminal import report_error
+from jaxtrain.training.run import Hooks
+from jaxtrain.training.train import train
+
+_, config, run_dir, what, rank = sys.argv
+absl.logging.set_verbosity(absl.logging.FATAL) # as the command line does
+
+def wrap(train_step):
+    count = 0
+    def wrapped(state, batch):
+        nonlocal count
+        count += 1
+        if count == 6 and os.environ["JAX_PROCESS_ID"] == rank:
+            if what == "hangs":
+                time.sleep(1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(state, batch)
+    return wrapped
+
+with session(report_error):
+    train(load(config), run_dir, hooks=Hooks(wrap_step=wrap, write_report=str))
+"""
+
+
+def run_script(config, tmp_path, *, timeout, **what):
+    """Starts two processes; `hangs=1` says what happens to process 1 in its sixth step."""
+    (tmp_path / "script.py").write_text(RUN)
+    (tmp_path / "config.json").write_text(to_json(config))
+    ((verb, rank),) = what.items()
+    words = [tmp_path / "script.py", tmp_path / "config.json", tmp_path / "run", verb, rank]
+    return Processes(*[words] * 2, timeout=timeout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_that_hangs_ends_all_with_their_stacks_and_a_code_to_start_again(config, tmp_path, rank):
+    """Its quick sibling with one process is in test_watchdog.py."""
+    config = changed(config, "train", stall_minutes=0.05, eval_every=None)
+    codes, _, errors = run_script(config, tmp_path, timeout=20, hangs=rank).wait()
+    assert codes == [75, 75], errors
+    for error in errors:
+        assert f": process {rank} is behind, with step 5 launched, others with 6;" in error
+        assert "Thread 0x" in error
+        assert "Traceback" not in error
+    assert "in wrapped" in errors[rank]
+    assert "in wrapped" not in errors[1 - rank]
+    (stalled,) = [event for event in read_metrics(tmp_path / "run" / "metrics.jsonl")[1] if event["event"] == "stalled"]
+    assert f"process {rank} is behind" in stalled["problem"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_survivor_of_a_killed_process_says_so_in_a_line(config, tmp_path, rank):
+    """Without process 0, which serves the store, JAX ends the others in C++ with words of its own."""
+    config = changed(config, "train", steps=1000, eval_every=None)
+    codes, _, errors = run_script(config, tmp_path, timeout=200, killed=rank).wait()
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] != 0
+    survivor = errors[1 - rank]
+    assert "Traceback" not in survivor
+    if rank == 1:
+        (line,) = [line for line in survivor.splitlines() if line.startswith("error: ")]
+        assert "the connection to another process is lost" in line
+        assert "stack trace" not in survivor
+    else:
+        assert re.search("error: the connection to another process is lost|another task died", survivor)
 
 
 class SlowStore:

@@ -1,5 +1,6 @@
 """Resuming with other settings and from other places: what a run may change, and what it says about it."""
 
+import json
 import shutil
 
 import jax
@@ -169,3 +170,31 @@ def test_the_package_names_its_parts_lazily():
     assert jaxtrain.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         jaxtrain.lode  # noqa: B018
+
+
+ENVIRONMENTS = {
+    "another jax": {"jax": "0.9.9"},
+    "another device": {"device": "TPU v9"},
+    "more devices and processes": {"devices": 64, "processes": 8},
+    "none": {},
+    "a record without them": {"jax": None, "device": None},
+}
+
+
+@pytest.mark.parametrize("before", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_another_environment_is_announced(before, run_dir, tiny_config, capsys):
+    file = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    (start,) = [line for line in lines if line.get("event") == "start"]
+    now = {name: start[name] for name in before}
+    for name, value in before.items():
+        start.pop(name) if value is None else start.update({name: value})
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    train(change(tiny_config, train={"stop_after": 8}), run_dir)
+    said = capsys.readouterr().out
+    expected = {name: {"old": value, "new": now[name]} for name, value in before.items() if value is not None}
+    assert [event["changes"] for event in events_of(run_dir, "environment_change")] == ([expected] if expected else [])
+    for name, value in expected.items():
+        assert f"{name} is {value['new']}, and was {value['old']} until step 6" in said
+    train(tiny_config, run_dir)
+    assert len(events_of(run_dir, "environment_change")) == bool(expected)  # step 8 was made here

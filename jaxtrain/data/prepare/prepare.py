@@ -33,6 +33,7 @@ def prepare(
     text_field: str = "text",
     formats: str | Path | None = None,
     num_workers: int | None = None,
+    lock: bool = True,
     progress: bool | Stages = True,
     limits: Limits = DEFAULT_LIMITS,
 ) -> TokenStore:
@@ -49,6 +50,7 @@ def prepare(
       text_field: field or column that holds the text of a record.
       formats: Python file that adds to `formats.FORMATS`; None keeps the formats as they are.
       num_workers: processes; None is one a core. The store is the same for any number.
+      lock: False takes no lock on the unfinished store, for a file system that has none.
       progress: show progress on stderr, or a function that starts a stage, see `progress.Stages`.
       limits: sizes of the work.
 
@@ -69,7 +71,7 @@ def prepare(
             return _open_existing(out, request, stages)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_folder(out)
-    with locked(partial):
+    with locked(partial, lock=lock):
         _discard_other_work(partial, request)
         if not (partial / STORE_MANIFEST).exists():
             corpus = Corpus(tuple(sources), files, left_out)
