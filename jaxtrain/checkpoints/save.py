@@ -263,13 +263,18 @@ class Saver:
     def _hash(self, step: int, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
         """Hashes the files that this process wrote; returns the entries of every process on the lead, else []."""
         partial, share, problem = self._folder.partial(step), {}, ""
+
+        def complete() -> list[str]:
+            (partial / FINGERPRINT).parent.mkdir()
+            write_json(partial / FINGERPRINT, fingerprint)
+            return list_files(partial)
+
         try:
-            if processes.is_lead():
-                (partial / FINGERPRINT).parent.mkdir()
-                write_json(partial / FINGERPRINT, fingerprint)
-            names = share_of(list_files(partial), jax.process_index(), jax.process_count())
+            # The lead alone lists the files: the others might do so while it still writes some.
+            names = processes.broadcast_from_lead("complete the checkpoint", complete, key=f"complete/{step}")
+            names = share_of(names, jax.process_index(), jax.process_count())
             share = hash_files(partial, names, self._progress)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             problem = f"{error}"
         shares = processes.gather_on_lead("seal the checkpoint", [problem, share], key=f"seal/{step}") or []
         if problem := problem or next((problem for problem, _ in shares if problem), ""):

@@ -80,12 +80,15 @@ def agree(subject: str, values: Mapping[str, Any], *, remedy: str = "", timeout:
         raise ValueError(verdict)
 
 
-def run_on_lead(task: str, function: Callable[[], T], *, timeout: float = LONG_SECONDS) -> T | None:
+def run_on_lead(
+    task: str, function: Callable[[], T], *, key: str | None = None, timeout: float = LONG_SECONDS
+) -> T | None:
     """Runs `function` on the lead process while the others wait. Returns its result there and None elsewhere.
 
     Args:
       task: verb phrase that the error names, such as "prepare the data".
       function: its exception becomes the error of every process.
+      key: name of the message, used once. None numbers the message, which only the main thread may do.
       timeout: seconds that the other processes wait.
 
     Raises:
@@ -93,7 +96,7 @@ def run_on_lead(task: str, function: Callable[[], T], *, timeout: float = LONG_S
     """
     if is_alone():
         return function()
-    state, key = _state(), f"jaxtrain/lead/{next(_counter)}"
+    state, key = _state(), f"jaxtrain/lead/{next(_counter) if key is None else key}"
     if state.process_id == 0:
         try:
             result = function()
@@ -110,12 +113,12 @@ def run_on_lead(task: str, function: Callable[[], T], *, timeout: float = LONG_S
     return None
 
 
-def broadcast_from_lead(task: str, function: Callable[[], T]) -> T:
+def broadcast_from_lead(task: str, function: Callable[[], T], *, key: str | None = None) -> T:
     """Runs `function` on the lead process and returns its result, a JSON value, everywhere. See `run_on_lead`."""
-    result = run_on_lead(task, function)
+    result = run_on_lead(task, function, key=key)
     if is_alone():
         return result
-    state, key = _state(), f"jaxtrain/broadcast/{next(_counter)}"
+    state, key = _state(), f"jaxtrain/broadcast/{next(_counter) if key is None else key}"
     if state.process_id == 0:
         state.client.key_value_set(key, json.dumps(result))
         return result

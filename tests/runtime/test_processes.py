@@ -24,6 +24,7 @@ import pytest
 from runs import Faults, train
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.manifest import verify
 from jaxtrain.checkpoints.restore import restore
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama
 from jaxtrain.monitoring.metrics import read_metrics
@@ -97,7 +98,7 @@ def train_command(config, run_dir, *, faulty=False):
 
 def train_in_two(config, run_dir):
     codes, outputs, errors = Processes(*[train_command(config, run_dir, faulty=True)] * 2).wait()
-    assert codes == [0, 0], errors
+    assert codes == [0, 0], "\n".join(errors)
     return outputs
 
 
@@ -175,6 +176,8 @@ def test_two_processes_are_one_run_with_one_record(config, whole, tmp_path):
     assert json.loads(measured)["nll"] == events[-1]["evaluation"]["nll"]
     saved = tmp_path / "run" / "checkpoints" / "8" / "params"
     assert {path.name for path in saved.iterdir()} >= {"ocdbt.process_0", "ocdbt.process_1"}
+    for step in ("3", "6", "8"):
+        verify(saved.parents[1] / step)
     hashed = [event["bytes_hashed"] for event in events if event["event"] == "saved"]
     assert hashed
     assert all(len(each) == 2 and min(each) > 0 for each in hashed)
