@@ -51,7 +51,8 @@ class Model(Protocol):
         Args:
           params: parameters in the compute dtype (`train.precision`).
           batch: `inputs` and `labels` int32 `[B, T]`, and `where` bool `[B, T]`, False at padding. `loss` may take a
-            third argument: a PRNG key, which is a function of seed, step and micro-batch.
+            third argument: a PRNG key, which is a function of seed, step and micro-batch. The key is None in
+            evaluation, where dropout is off.
 
         Returns:
           Sums over the tokens, or `(sums, {"name": float32 sum over tokens})` with further metrics.

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain.config import Config, ModelConfig, SavedModel
+from jaxtrain.gradients import takes_key
 from jaxtrain.models.kernels import cudnn
 from jaxtrain.models.kernels.attention import check_kernel, choose_kernel
 from jaxtrain.models.masters import cast_per_layer
@@ -193,7 +194,8 @@ def _global_losses(config: Config, model: Model, mesh: Mesh, params: Any, specs:
     """Losses of a user's model, which are written for whole arrays and sharded by XLA.
 
     Raises:
-      ValueError: a setting that only the built-in transformer supports, or axes that do not divide a parameter.
+      ValueError: a setting that only the built-in transformer supports, axes that do not divide a parameter, or a loss
+        that needs a key in evaluation.
     """
     leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs), strict=True)
     for (path, leaf), spec in leaves:
@@ -210,7 +212,25 @@ def _global_losses(config: Config, model: Model, mesh: Mesh, params: Any, specs:
         raise ValueError(
             f"train.{changed[0]} has no effect on {type(model).__name__}, which computes its own loss: leave it out"
         )
+    if takes_key(model.loss):
+        _check_without_key(model, params, _abstract_batch(config, mesh))
     return _Losses(model.loss, model.loss)
+
+
+def _check_without_key(model: Any, params: Any, batch: Any) -> None:
+    """Traces the evaluation of a loss that takes a key, so that it does not fail only after the training.
+
+    Raises:
+      ValueError: the loss works with a key, but not with None.
+    """
+    try:
+        jax.eval_shape(lambda params, batch: model.loss(params, batch, None), params, batch)
+    except Exception as error:
+        jax.eval_shape(model.loss, params, batch, jax.random.key(0))  # raises an error that has nothing to do with keys
+        raise ValueError(
+            f"{type(model).__name__}.loss fails where its key is None, as in evaluation: "
+            f"{type(error).__name__}: {error}; leave out dropout if the key is None"
+        ) from error
 
 
 def _model(config: Config, mesh: Mesh, vocab_size: int) -> Model:

@@ -1,7 +1,6 @@
 """Replays a train step from the checkpoint before it, and reports its micro-batches, layers and rows."""
 
 import dataclasses
-import inspect
 import math
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxtrain.checkpoints import warm_start
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.manifest import Damaged, verify
 from jaxtrain.checkpoints.restore import restore
+from jaxtrain.gradients import takes_key
 from jaxtrain.losses import LossSums
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.layers import drop_unsampled
@@ -202,7 +202,7 @@ def _row_nll(run: Run) -> Any:
     model, loss_fn = run.program.model, run.program.model.loss
     if isinstance(model, TransformerModel):  # the other attention kernels run on one device each
         loss_fn = dataclasses.replace(model, config=dataclasses.replace(model.config, attention="xla")).loss
-    takes_key = len(inspect.signature(model.loss).parameters) > 2
+    key = [None] if takes_key(model.loss) else []
     if run.hooks.wrap_loss is not None:
         loss_fn = run.hooks.wrap_loss(loss_fn)
     policy = Policy(compute=run.config.train.precision)
@@ -211,7 +211,7 @@ def _row_nll(run: Run) -> Any:
         params = policy.cast_to_compute(params)
 
         def mean_nll(row: Any) -> jax.Array:
-            result = loss_fn(params, jax.tree.map(lambda x: x[None], row), *([None] if takes_key else []))
+            result = loss_fn(params, jax.tree.map(lambda x: x[None], row), *key)
             sums: LossSums = result[0] if isinstance(result, tuple) else result
             return sums.mean_nll()
 

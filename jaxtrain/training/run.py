@@ -111,7 +111,10 @@ def open_run(
     if store is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
     if isinstance(config.model, SavedModel) and model is None:
-        raise ValueError(f"{folder} has the model {config.model.custom} of a config file: give --config CONFIG.py")
+        raise ValueError(
+            f"{folder} has the model {config.model.custom} of a config file: give --config CONFIG.py, or `model` in "
+            "Python"
+        )
     # The sizes of the built-in transformer are in config.json; the config file then serves for its schedule.
     if model is not None and not (isinstance(model, ModelConfig) and isinstance(config.model, ModelConfig)):
         saved, config = config, dataclasses.replace(config, model=model)

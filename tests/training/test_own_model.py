@@ -109,6 +109,24 @@ def write_config(folder, store, text):
     return str(file)
 
 
+DROPOUT = """
+class Dropout:
+    vocab_size = 257
+
+    def init(self, key):
+        return {{"table": jnp.zeros((257, 257))}}
+
+    def loss(self, params, batch, rng):
+        logits = params["{name}"][batch["inputs"]]
+        logits = logits * jax.random.bernoulli(rng, 0.9, logits.shape)
+        return cross_entropy(logits, batch["labels"], where=batch["where"])
+
+
+def config():
+    return run(Dropout())
+"""
+
+
 @pytest.fixture(autouse=True)
 def default_promotion():
     """Flax and optax are not written for the strict modes of the tests."""
@@ -158,6 +176,20 @@ def test_a_model_of_the_users_own_is_trained_and_resumed_bit_for_bit(text, store
     assert "--config" in capsys.readouterr().err
     assert main(["train", str(tmp_path / "whole" / "config.json"), "--run-dir", str(tmp_path / "other")]) == 2
     assert "CONFIG.py" in capsys.readouterr().err
+
+
+def test_a_loss_that_needs_its_key_is_an_error_before_the_training(store, tmp_path, capsys):
+    """Evaluation passes None; without the check, the run would fail after its last step."""
+    path = tmp_path / "mine.py"
+    path.write_text(HEADER.format(store=str(store)) + DROPOUT.format(name="table"))
+    assert main(["train", str(path), "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "Dropout.loss fails where its key is None, as in evaluation: TypeError: " in error
+    assert error.endswith("leave out dropout if the key is None\n")
+    assert not (tmp_path / "run").exists()
+    path.write_text(HEADER.format(store=str(store)) + DROPOUT.format(name="tabel"))
+    assert main(["train", str(path), "--run-dir", str(tmp_path / "run")]) == 1
+    assert "KeyError: 'tabel'" in capsys.readouterr().err  # its own error
 
 
 @pytest.mark.parametrize(
