@@ -193,8 +193,8 @@ def _memory_rows(formulas: Plan) -> list[tuple[str, ...]]:
         (names[name], format_bytes(size), format_bytes(size * formulas.num_devices))
         for name, size in memory._asdict().items()
     ]
-    state = ("of these, the state", format_bytes(memory.state), format_bytes(memory.state * formulas.num_devices))
-    return [*rows, ("all at once", format_bytes(memory.peak), format_bytes(memory.peak * formulas.num_devices)), state]
+    state = ("of which the state", format_bytes(memory.state), format_bytes(memory.state * formulas.num_devices))
+    return [*rows, ("total", format_bytes(memory.peak), format_bytes(memory.peak * formulas.num_devices)), state]
 
 
 def _compiled_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
