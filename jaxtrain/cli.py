@@ -1,9 +1,8 @@
 """The commands of `jaxtrain`.
 
-Errors that a user can correct are one line on standard error. Exit codes: 2 for a wrong command, argument or input
-(ValueError), 1 for trouble outside of jaxtrain (a missing package, a full disk), 75 for a run that made no progress
-(train.stall_minutes), 128 + n for a run that signal n stopped after it saved, 130 after Ctrl-C, 141 if standard output
-was closed. `--debug` shows the traceback.
+Errors that a user can correct are one line on standard error; `--debug` shows the traceback. Exit codes: 2 for a wrong
+command, argument or input (ValueError), 1 for trouble outside of jaxtrain (a missing package, a full disk), 75 for a
+stalled run, 128 + n for a run that signal n stopped after it saved, 130 after Ctrl-C, 141 for closed output.
 """
 
 import contextlib
