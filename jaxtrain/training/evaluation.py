@@ -35,8 +35,7 @@ def evaluate(
 ) -> dict[str, float | int]:
     """Evaluates a model on a split.
 
-    Every token but the first is predicted exactly once, in windows of the batches' length; padding at the end does not
-    count. Sums are accumulated in double precision.
+    Every token but the first is predicted exactly once; padding does not count. Sums have double precision.
 
     Args:
       eval_step: `(params, batch) -> LossSums`, jitted.
@@ -45,12 +44,10 @@ def evaluate(
       sharding: sharding of a batch.
       num_batches: number of batches from the start of the split; None takes all.
       prefetch: number of batches to load ahead.
-      asked_to_stop: polled between batches.
-      watchdog: notified of each batch.
+      asked_to_stop, watchdog: polled between batches; notified of each batch.
 
     Returns:
-      `nll` (nats per token), `perplexity`, `bits_per_token`, `bits_per_byte`, and the number of `tokens`. Bits per byte
-      use the tokens per byte of the whole split.
+      `nll` (nats per token), `perplexity`, `bits_per_token`, `bits_per_byte` (by the bytes of the split), `tokens`.
 
     Raises:
       ValueError: num_batches below 1.

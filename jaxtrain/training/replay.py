@@ -78,11 +78,8 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
         batch = fetch(done - 1)
         before = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state) if done == step else None
         state, metrics = train_step(state, batch)
-        values = {
-            "step": done,
-            **drop_unsampled(metrics.unpack(), done, every),
-            "tokens_seen": done * tokens_per_step,
-        }
+        metrics = drop_unsampled(metrics.unpack(), done, every)
+        values = {"step": done, **metrics, "tokens_seen": done * tokens_per_step}
         if done in logged:
             compared.append(done)
             differences += _differences(logged[done], values)

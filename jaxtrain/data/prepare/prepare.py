@@ -45,8 +45,7 @@ def prepare(
       out: folder of the store. A finished store of the same bytes and options is opened.
       tokenizer: `byte`, `bpe:VOCAB` (trained on the training split) or `hf:PATH`.
       eot: text of the end-of-text token of an `hf:PATH` tokenizer; None looks for the usual names.
-      validation_fraction: of the documents, chosen by hash; if that leaves a split empty, the last such fraction of
-        the text.
+      validation_fraction: share of the documents, chosen by hash, or of the end of the text if a split would be empty.
       text_field: field or column that holds the text of a record.
       formats: Python file that adds to `formats.FORMATS`; None keeps the formats as they are.
       num_workers: processes; None is one a core. The store is the same for any number.

@@ -54,14 +54,8 @@ def attend(
     chex.assert_equal_shape([query_BTHK, key_BSGK], dims=(0, 3))
     _check_arguments(query_BTHK, key_BSGK, positions_BT, segment_ids, window, softcap)
     _, length, _, width = query_BTHK.shape
-    asked: dict[str, Any] = {
-        "dtype": query_BTHK.dtype,
-        "seq_len": length,
-        "head_dim": width,
-        "positions": positions_BT is not None,
-        "segments": segment_ids is not None,
-        "softcap": softcap,
-    }
+    asked: dict[str, Any] = {"dtype": query_BTHK.dtype, "seq_len": length, "head_dim": width, "softcap": softcap}
+    asked |= {"positions": positions_BT is not None, "segments": segment_ids is not None}
     if kernel in ("auto", "cudnn"):
         device = jax.local_devices()[0]
         asked["capability"] = cudnn.capability(device)
