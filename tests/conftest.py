@@ -1,6 +1,7 @@
 """Eight simulated devices and JAX's strict modes for every test; set before jax is imported."""
 
 import atexit
+import faulthandler
 import importlib.metadata
 import os
 import shutil
@@ -30,14 +31,35 @@ import pytest  # noqa: E402
 # An example takes as long as the machine makes it wait.
 hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("no clock")
+STDERR = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also what takes minutes")
 
 
+def pytest_configure(config):
+    config.stash[STDERR] = os.dup(2)  # before pytest captures it
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item, settings):
+    """Ends a test that hangs, even in C++ with the GIL, and prints every stack; xdist names it and runs the rest."""
+    faulthandler.dump_traceback_later(settings.timeout, exit=True, file=item.config.stash[STDERR])
+    return True
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_cancel_timer(item):
+    faulthandler.cancel_dump_traceback_later()
+    return True
+
+
 def pytest_collection_modifyitems(config, items):
-    """Deselects the tests marked slow, unless --slow or `-m` is given."""
+    """Deselects the tests marked slow, unless --slow or `-m` is given; gives each of them half an hour."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
     if config.getoption("--slow") or config.getoption("-m"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

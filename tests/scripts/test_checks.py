@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from helpers import ROOT
@@ -93,3 +94,19 @@ def stubbed(shell, tmp_path):
 )
 def test_ci_fails_with_each_of_its_parts(options, code, stubbed):
     assert stubbed(**options)[0] == code
+
+
+def test_a_test_that_hangs_is_one_named_failure_with_its_stack(tmp_path):
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    (tmp_path / "test_two.py").write_text("import threading\n\n\ndef test_ends():\n    pass\n\n\n")
+    with (tmp_path / "test_two.py").open("a") as file:
+        file.write("def test_hangs():\n    threading.Event().wait()\n")
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "pytest_timeout", "-n", "1", "-o", "timeout=1"]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 1
+    assert "FAILED test_two.py::test_hangs" in done.stdout
+    assert "1 failed, 1 passed" in done.stdout
+    assert 'test_two.py", line 9 in test_hangs' in done.stderr
