@@ -50,8 +50,8 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
       `temporary_sum_bytes_per_device`, the compiler's `temp_size_in_bytes`, which on TPUs counts temporaries that share
       memory; `output_bytes_per_device`; `alias_bytes_per_device`, outputs in the memory of donated arguments;
       `code_bytes_per_device`; `host_bytes_per_device`, temporaries in host memory; `collectives` (`hlo.summarize`);
-      `estimated_seconds`, the compiler's estimate or None. For a program that does not fit:
-      `needed_bytes_per_device`, or None if the compiler does not report it, and the compiler's `message`.
+      `costs` (`costs.part_costs`); `estimated_seconds`, the compiler's estimate or None. For a program that does not
+      fit: `needed_bytes_per_device`, or None if the compiler does not report it, and the compiler's `message`.
 
     Raises:
       CompilerMissing: libtpu is not installed.
@@ -159,6 +159,7 @@ def _compile(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
 
 
 def _analyze(compiled: Any, mesh_shape: dict[str, int]) -> dict[str, Any]:
+    from jaxtrain.plan.costs import part_costs
     from jaxtrain.runtime.hlo import collectives, summarize
 
     memory = compiled.memory_analysis()
@@ -174,6 +175,7 @@ def _analyze(compiled: Any, mesh_shape: dict[str, int]) -> dict[str, Any]:
         "host_bytes_per_device": memory.host_temp_size_in_bytes,
         "peak_bytes_per_device": memory.peak_memory_in_bytes,
         "collectives": summarize(collectives(text, mesh_shape)),
+        "costs": part_costs(text),
         "estimated_seconds": _estimate(compiled, text),
     }
 

@@ -139,10 +139,14 @@ def _show(config: Config, formulas: Plan, chip: Chip | None, question: Question,
         _print_table(("memory by the TPU compiler", "per device"), _compiled_rows(result))
         if result["fits"]:
             rows = [
-                (row["kind"], ", ".join(row["axes"]), row["dtype"], f"{row['count']:,}", format_bytes(row["bytes"]))
+                (
+                    *(row["kind"], ", ".join(row["axes"]), row["dtype"], f"{row['count']:,}"),
+                    *map(format_bytes, (row["bytes"], row["blocking_bytes"])),
+                )
                 for row in result["collectives"]
             ]
-            _print_table(("collectives", "axes", "dtype", "arrays per step", "per device"), rows)
+            _print_table(("collectives", "axes", "dtype", "arrays per step", "per device", "of which block"), rows)
+            _print_table(("operations", "compiler's cycles", "memory traffic"), _cost_rows(result["costs"]))
     elif formulas.traffic:
         rows = [(one.kind, ", ".join(one.axes), one.what, format_bytes(one.num_bytes)) for one in formulas.traffic]
         _print_table(("collectives by formula", "axes", "of what", "per device and step"), rows)
@@ -211,6 +215,14 @@ def _compiled_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
     host = result["host_bytes_per_device"]
     return [*rows, ("in host memory", format_bytes(host))] if host else rows
+
+
+def _cost_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    total = {"part": "total", **{key: sum(row[key] for row in costs) for key in ("cycles", "bytes")}}
+    return [
+        (row["part"], f"{row['cycles'] / 1e6:,.1f} million" if row["cycles"] else "-", format_bytes(row["bytes"]))
+        for row in [*costs, total]
+    ]
 
 
 def _amount(result: dict[str, Any]) -> str:

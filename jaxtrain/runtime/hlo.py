@@ -35,6 +35,8 @@ class Collective(NamedTuple):
       shape: shape of the unsharded array on one device.
       count: executions per step: the product of the trip counts of the enclosing loops.
       num_bytes: bytes per step, over all executions.
+      blocking: True if nothing runs beside it; False for an asynchronous one and for one that is split over the fusions
+        of matrix products.
       source: operation of the traced program, or `""` if the compiler added the collective.
     """
 
@@ -44,6 +46,7 @@ class Collective(NamedTuple):
     shape: tuple[int, ...]
     count: int
     num_bytes: int
+    blocking: bool
     source: str
 
 
@@ -92,11 +95,17 @@ class HloModule:
         name = name or self.entry
         for instruction in self.computations.get(name, ()):
             yield name, instruction, times
-            if instruction.opcode in ("async-done", "async-update") or instruction.opcode in _reducers():
-                continue  # async-start has already named the computation; a reducer adds two numbers
+            if instruction.opcode.endswith(("-done", "-update")) or instruction.opcode in _reducers():
+                continue  # the start has already named the computation; a reducer adds two numbers
             trips = self.trip_count(name, instruction) if instruction.opcode == "while" else 1
             for called in instruction.called:
                 yield from self.walk(called, times * trips)
+
+    def overlapped(self) -> set[str]:
+        """Returns the names of the computations that run beside others: all that an asynchronous start calls."""
+        starts = [one for lines in self.computations.values() for one in lines if one.opcode.endswith("-start")]
+        called = [name for one in starts if one.opcode not in _reducers() for name in one.called]
+        return {*called, *(below for name in called for one in self.walk(name) for below in one[1].called)}
 
     def trip_count(self, parent: str, loop: Instruction) -> int:
         """Returns the trip count of a while loop: the compiler's, else the bound in the loop's condition.
@@ -119,10 +128,10 @@ class HloModule:
     def _start(self, parent: str, loop: Instruction, index: int) -> int:
         """Returns the first value of a loop's counter, 0 if it is not a plain constant."""
         lines = {line.name: line for line in self.computations[parent]}
-        state = lines.get(_operands(loop.rest)[0])
-        line = lines.get(_operands(state.rest)[index]) if state and state.opcode == "tuple" else None
+        state = lines.get(operands_of(loop.rest)[0])
+        line = lines.get(operands_of(state.rest)[index]) if state and state.opcode == "tuple" else None
         while line and line.opcode in ("copy", "bitcast", "copy-done", "copy-start", "convert"):
-            line = lines.get(_operands(line.rest)[0])
+            line = lines.get(operands_of(line.rest)[0])
         return _constant(line) if line and line.opcode == "constant" else 0
 
     def _text(self, computation: str) -> str:
@@ -141,11 +150,12 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
       ValueError: the text is not an HLO module, or has a loop of unknown length.
     """
     module = HloModule(text)
+    overlapped = module.overlapped()
     chains = set()
     found = []
     for computation, line, times in module.walk():
         opcode = line.opcode.removesuffix("-start")
-        if opcode not in KINDS + _OTHER_KINDS:
+        if not is_collective(line):
             continue
         # TPU compilers split a gather that overlaps matrix products into fusions that all name it: one transfer.
         chain = re.search(r'chain_id="(\d+)"', line.rest)
@@ -157,22 +167,34 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             continue
         # TPU compilers fuse an all-reduce and the following slice, which makes a reduce-scatter.
         kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else opcode
+        blocking = not (chain or line.opcode.endswith("-start") or computation in overlapped)
         for dtype, shape in _arrays(line, group_size):
-            num_bytes = times * math.prod(shape) * _bits(dtype) // 8
-            found.append(Collective(kind, axes, dtype, shape, times, num_bytes, line.source))
+            num_bytes = times * math.prod(shape) * bits_of(dtype) // 8
+            found.append(Collective(kind, axes, dtype, shape, times, num_bytes, blocking, line.source))
     return found
 
 
+def is_collective(line: Instruction) -> bool:
+    """Returns True for an operation that moves arrays between devices."""
+    return line.opcode.removesuffix("-start") in KINDS + _OTHER_KINDS
+
+
 def summarize(found: list[Collective]) -> list[dict]:
-    """Sums collectives by kind, axes and dtype. Returns dicts `kind axes dtype count bytes`, most bytes first."""
+    """Sums collectives by kind, axes and dtype.
+
+    Returns:
+      Dicts `kind axes dtype count bytes blocking_bytes`, most bytes first.
+    """
     sums: dict[tuple, dict] = {}
     for one in found:
         key = (one.kind, one.axes, one.dtype)
         row = sums.setdefault(
-            key, {"kind": one.kind, "axes": list(one.axes), "dtype": one.dtype, "count": 0, "bytes": 0}
+            key,
+            {"kind": one.kind, "axes": list(one.axes), "dtype": one.dtype, "count": 0, "bytes": 0, "blocking_bytes": 0},
         )
         row["count"] += one.count
         row["bytes"] += one.num_bytes
+        row["blocking_bytes"] += one.num_bytes if one.blocking else 0
     return sorted(sums.values(), key=lambda row: -row["bytes"])
 
 
@@ -180,7 +202,8 @@ def _reducers() -> tuple[str, ...]:
     return ("all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "reduce-window", "scatter", "sort", "map")
 
 
-def _operands(rest: str) -> list[str]:
+def operands_of(rest: str) -> list[str]:
+    """Returns the names of the operands, from an instruction's `rest`."""
     return re.findall(r"%([\w.~-]+)", re.split(r"\)(?:,|$)", rest, maxsplit=1)[0])
 
 
@@ -188,18 +211,24 @@ def _constant(line: Instruction) -> int:
     return int(line.rest.split(")")[0])
 
 
-def _bits(dtype: str) -> int:
+def bits_of(dtype: str) -> int:
+    """Returns the width of a dtype in memory."""
     return _BITS.get(dtype) or int(re.search(r"\d+", dtype).group())
+
+
+def arrays_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Parses the arrays of a shape, which may be a tuple, as `(dtype, dimensions)`."""
+    return [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(shape)]
 
 
 def _arrays(line: Instruction, group_size: int) -> list[tuple[str, tuple[int, ...]]]:
     """Returns the unsharded arrays of a collective, as `(dtype, shape)`."""
-    shapes = [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _ARRAY.findall(line.shape)]
-    if line.opcode in ("all-gather-start", "collective-permute-start"):
-        # The result is a tuple of operands, results and counters.
-        shapes = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
-        shapes = shapes[len(shapes) // 2 :]
-    if line.opcode == "reduce-scatter":
+    shapes, num_operands = arrays_of(line.shape), len(operands_of(line.rest))
+    if line.opcode.endswith("-start"):
+        # The result of most is a tuple of operands, results and counters; that of an all-reduce has the results alone.
+        arrays = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
+        shapes = arrays[num_operands:] if len(arrays) == 2 * num_operands else shapes
+    if line.opcode.removesuffix("-start") == "reduce-scatter":
         dimension = int(re.search(r"dimensions=\{(\d+)\}", line.rest).group(1))
         shapes = [
             (dtype, tuple(size * (group_size if i == dimension else 1) for i, size in enumerate(shape)))

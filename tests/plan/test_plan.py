@@ -260,10 +260,18 @@ def test_a_program_that_does_not_fit_is_an_answer(config_file, monkeypatch, tmp_
 
 
 def test_the_compilers_numbers_replace_the_formulas(config_file, monkeypatch, tmp_path, capsys):
-    row = {"kind": "all-gather", "axes": ["fsdp"], "dtype": "bf16", "count": 7, "bytes": 5 * 10**9}
+    row = {
+        "kind": "all-gather",
+        "axes": ["fsdp"],
+        "dtype": "bf16",
+        "count": 7,
+        "bytes": 5 * 10**9,
+        "blocking_bytes": 3 * 10**9,
+    }
     names = ("argument", "temporary", "temporary_sum", "output", "alias", "code", "peak", "host")
     answer = {f"{name}_bytes_per_device": (i + 1) * 10**9 for i, name in enumerate(names)}
-    answer |= {"fits": True, "compile_seconds": 1.0, "collectives": [row], "estimated_seconds": 0.25}
+    costs = [{"part": "head", "cycles": 2_500_000, "bytes": 10**9}, {"part": "copies", "cycles": 0, "bytes": 10**9}]
+    answer |= {"fits": True, "compile_seconds": 1.0, "collectives": [row], "costs": costs, "estimated_seconds": 0.25}
     pretend(monkeypatch, tmp_path, answer)
     assert main(["plan", config_file, "--topology", "v5e:2x2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -271,7 +279,8 @@ def test_the_compilers_numbers_replace_the_formulas(config_file, monkeypatch, tm
     assert main(["plan", config_file, "--topology", "v5e:2x2"]) == 0
     printed = capsys.readouterr().out
     assert "fits v5e: 7.00 GB of 16.91 GB" in printed  # the peak
-    assert [line for line in printed.splitlines() if "all-gather" in line and "5.00 GB" in line]
+    assert [line for line in printed.splitlines() if "all-gather" in line and "5.00 GB" in line and "3.00 GB" in line]
+    assert [line for line in printed.splitlines() if "total" in line and "2.5 million" in line and "2.00 GB" in line]
 
 
 @pytest.mark.parametrize("largest", [0, 1, 4, 5, 6, 13])
@@ -294,7 +303,7 @@ def test_max_batch_is_reported(config_file, monkeypatch, capsys):
     def fake(config, vocab_size, topology, timeout):
         rows = config.train.batch_size
         sizes = ("argument", "temporary", "output", "alias", "code", "host", "peak")
-        fits = {f"{name}_bytes_per_device": rows * 10**8 for name in sizes} | {"collectives": []}
+        fits = {f"{name}_bytes_per_device": rows * 10**8 for name in sizes} | {"collectives": [], "costs": []}
         refused = {"needed_bytes_per_device": None, "message": "no"}
         found = {"hbm_bytes": 16 * 10**9, "compile_seconds": 1.0, "fits": rows <= 48}
         return found | (fits if rows <= 48 else refused)

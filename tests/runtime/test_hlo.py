@@ -152,6 +152,45 @@ def test_fused_collectives_of_a_tpu_count_once():
     found = collectives(text, SHAPE)
     assert [one.kind for one in found] == ["all-gather", "reduce-scatter", "all-to-all"]
     assert {one.num_bytes for one in found} == {32}
+    assert [one.blocking for one in found] == [False, True, False]
+
+
+GROUPS = "replica_groups=[4,2]<=[8]"
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "shapes"),
+    [
+        (f"((f32[8,4]), f32[4,4]) reduce-scatter-start(%p), {GROUPS}, dimensions={{0}}", "reduce-scatter", [(8, 4)]),
+        (
+            f"((f32[8,4], f32[6]), (f32[4,4], f32[3])) reduce-scatter-start(%p, %q), {GROUPS}, dimensions={{0}}",
+            "reduce-scatter",
+            [(8, 4), (6,)],
+        ),
+        (f"((f32[4], f32[2]), (f32[8], f32[4])) all-gather-start(%p, %q), {GROUPS}", "all-gather", [(8,), (4,)]),
+        (f"((f32[8]), f32[8], u32[]) all-to-all-start(%p), {GROUPS}", "all-to-all", [(8,)]),
+        (f"f32[8] all-reduce-start(%p), {GROUPS}", "all-reduce", [(8,)]),
+        (f"(f32[8], f32[4]) all-reduce-start(%p, %q), {GROUPS}", "all-reduce", [(8,), (4,)]),
+    ],
+)
+def test_asynchronous_collectives_count_once(line, kind, shapes):
+    found = collectives(entry(f"%a = {line}"), SHAPE)
+    assert [(one.kind, one.shape, one.blocking) for one in found] == [(kind, shape, False) for shape in shapes]
+
+
+def test_a_collective_of_a_sparse_core_runs_beside_the_others():
+    text = f"""
+%called (p: f32[8]) -> f32[4] {{
+  %r = f32[4]{{0}} reduce-scatter(%p), {GROUPS}, dimensions={{0}}, to_apply=%add
+}}, execution_thread="sparsecore"
+
+""" + entry(
+        '%s = ((), (), (s32[1])) call-start(), async_execution_thread="sparsecore", to_apply=%called',
+        "%u = ((), (), (s32[1])) call-update(%s)",
+        "%d = f32[4]{0} call-done(%u), to_apply=%called",
+    )
+    (one,) = collectives(text, SHAPE)
+    assert (one.kind, one.num_bytes, one.blocking) == ("reduce-scatter", 32, False)
 
 
 def test_traffic_of_a_program_that_can_be_counted():
@@ -172,9 +211,23 @@ def test_traffic_of_a_program_that_can_be_counted():
     ]
     found = collectives(jax.jit(mapped).lower(*arguments).compile().as_text(), mesh.shape)
     assert summarize(found) == [
-        {"kind": "all-gather", "axes": ["fsdp"], "dtype": "f32", "count": 5, "bytes": 5 * 16 * 16 * 4},
-        {"kind": "all-reduce", "axes": ["tensor"], "dtype": "f32", "count": 5, "bytes": 5 * 2 * 16 * 4},
-        {"kind": "all-reduce", "axes": ["data", "fsdp"], "dtype": "f32", "count": 1, "bytes": 4},
+        {
+            "kind": "all-gather",
+            "axes": ["fsdp"],
+            "dtype": "f32",
+            "count": 5,
+            "bytes": 5 * 16 * 16 * 4,
+            "blocking_bytes": 5 * 16 * 16 * 4,
+        },
+        {
+            "kind": "all-reduce",
+            "axes": ["tensor"],
+            "dtype": "f32",
+            "count": 5,
+            "bytes": 5 * 2 * 16 * 4,
+            "blocking_bytes": 5 * 2 * 16 * 4,
+        },
+        {"kind": "all-reduce", "axes": ["data", "fsdp"], "dtype": "f32", "count": 1, "bytes": 4, "blocking_bytes": 4},
     ]
 
 

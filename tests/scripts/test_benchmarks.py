@@ -64,6 +64,32 @@ def test_the_loss_head_is_timed(tmp_path):
     assert [row[0] for row in json.loads(record.read_text())["tables"][0]["rows"]] == ["dense", "optax", "chunk 16"]
 
 
+def test_compiled_forms_are_compared_by_part():
+    tabulate = runpy.run_path(str(ROOT / "scripts/bench_compiled.py"))["tabulate"]
+    head, copies = ({"part": part, "cycles": 2_000_000, "bytes": 3 * 10**9} for part in ("head", "copies"))
+    forms = {
+        "before": {"temporary_bytes": 5 * 10**9, "parameters": 10**9, "costs": [head, copies]},
+        "after": {"temporary_bytes": 4 * 10**9, "parameters": 10**9, "costs": [head]},
+    }
+    table = tabulate("Compiled step", forms)
+    assert list(table.columns) == ["", "before: Mcycles", "before: GB", "after: Mcycles", "after: GB"]
+    assert table.rows == [
+        ["head", 2.0, 3.0, 2.0, 3.0],
+        ["copies", 2.0, 3.0, 0.0, 0.0],
+        ["total", 4.0, 6.0, 2.0, 3.0],
+        ["temporaries", None, 5.0, None, 4.0],
+        ["bytes per parameter", None, 6.0, None, 3.0],
+    ]
+
+
+def test_the_compiled_step_needs_the_compiler():
+    command = "import sys, runpy, importlib.util as u; f = u.find_spec; sys.argv = sys.argv[1:]; "
+    command += "u.find_spec = lambda name, *rest: None if name == 'libtpu' else f(name, *rest); "
+    command += "sys.path.insert(0, 'scripts'); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run("-c", command, "scripts/bench_compiled.py", "configs/gpt2_124m.py", "--topology", "v5e:2x2")
+    assert (done.returncode, done.stderr) == (1, 'error: no TPU compiler: pip install -e ".[plan]"\n')
+
+
 def test_a_table_is_text_and_markdown():
     columns = {"form": "", "ms": ".1f", "ratio": ".2f"}
     table = Table("Speed", columns, [["ours", 1.25, None], ["peer", 10, 8.0]], ["Note."])
