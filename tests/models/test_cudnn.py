@@ -95,6 +95,13 @@ def lowers_for_cuda(monkeypatch):
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.AMPERE)
 
 
+@pytest.fixture
+def eight_devices():
+    """Skips the test on a machine with fewer GPUs; the CPU simulates eight devices."""
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, and there are {jax.device_count()}: run it without JAX_PLATFORMS=cuda")
+
+
 def cudnn_calls(traced):
     """Names of the calls of cuDNN in a program lowered for a GPU, each with its settings."""
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -107,7 +114,7 @@ FORWARD, BACKWARD = "fmhaSoftmax", "fmhaSoftmaxBackward"  # without Bias: no mas
 
 
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.usefixtures("lowers_for_cuda")
+@pytest.mark.usefixtures("lowers_for_cuda", "eight_devices")
 def test_it_lowers_for_a_gpu_from_here(window):
     """Sharded rows and heads in `shard_map`: one call forward, one backward, and no scores [T, T]."""
     query, key = (jax.ShapeDtypeStruct((8, 1024, n, 64), jnp.bfloat16) for n in (4, 2))
@@ -143,7 +150,7 @@ def program_of(sizes, remat="none", **model):
 
 @pytest.mark.parametrize("remat", ["none", "minimal", "full"])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.usefixtures("lowers_for_cuda")
+@pytest.mark.usefixtures("lowers_for_cuda", "eight_devices")
 def test_the_whole_train_step_lowers_for_a_gpu(sizes, remat):
     """The backward pass recomputes attention only under full rematerialization."""
     made = program_of(sizes, remat, attention="cudnn", attention_window=100)
