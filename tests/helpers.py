@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+LIMIT = 240  # seconds until a test gives up on a process; each takes a few
 
 
 def user_environment(**more):
@@ -14,17 +16,15 @@ def user_environment(**more):
     return kept | {"PATH": f"{Path(sys.executable).parent}:{kept['PATH']}"} | more
 
 
-def run(command, *, cwd=None, environment=None, returncode=0):
+def call(command, **options):
+    """Runs a command to its end, LIMIT seconds at most; returns its code and output as text."""
+    options = {"capture_output": True, "text": True, "check": False, "timeout": LIMIT, **options}
+    return subprocess.run([str(part) for part in command], **options)
+
+
+def run(command, *, cwd=None, environment=None, returncode=0, timeout=LIMIT):
     """Runs a command as a user would and returns its stdout; fails on another return code, with all output."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=environment or user_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
+    done = call(command, cwd=cwd, env=environment or user_environment(), timeout=timeout)
     assert done.returncode == returncode, f"exit code {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -32,3 +32,22 @@ def run(command, *, cwd=None, environment=None, returncode=0):
 def run_python(code, **options):
     """Runs code in a Python process of its own, with warnings as errors; returns its stdout."""
     return run([sys.executable, "-W", "error", "-c", code], **options)
+
+
+STARTED = []  # tests/conftest.py kills what a test leaves behind
+
+
+def start(command, **options):
+    """Starts a process that ends with the test at the latest; its streams are text."""
+    process = subprocess.Popen([str(part) for part in command], text=True, **options)
+    STARTED.append(process)
+    return process
+
+
+def wait_until(condition, *processes):
+    """Polls until the condition holds; fails after LIMIT seconds, or when one of the processes has ended."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        assert [process.poll() for process in processes] == [None] * len(processes)
+        time.sleep(0.01)

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from helpers import call
 from runs import train
 
 from jaxtrain.cli import main
@@ -578,7 +578,7 @@ def test_exit_codes_and_tracebacks_of_the_real_command(world):
     def run(*arguments):
         command = [sys.executable, "-m", "jaxtrain.cli", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        return call(command, env=environment)
 
     interrupted = run("train", "interrupt.py")
     assert (interrupted.returncode, interrupted.stderr) == (130, "interrupted\n")

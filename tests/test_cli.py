@@ -4,19 +4,16 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, call
 
 from jaxtrain import __version__
 from jaxtrain.cli import COMMANDS, main
 from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.flags import list_flags, parse_config
 from jaxtrain.training.train import train
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +190,7 @@ def test_help_imports_no_jax():
     )
     code += "main(['--version'])\nassert 'jax' not in sys.modules and 'numpy' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = call([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0, done.stderr
 
 
@@ -320,9 +317,7 @@ def test_output_that_is_closed_or_not_utf_8_never_raises(
 def run_program(arguments, stdin=None, **environment):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = f"{sys.executable} -m jaxtrain.cli {arguments}"
-    return subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], env=environment, capture_output=True, text=True, check=False
-    )
+    return call(["bash", "-o", "pipefail", "-c", command], env=environment)
 
 
 @pytest.mark.parametrize(

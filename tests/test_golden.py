@@ -1,11 +1,11 @@
 """Losses of four small runs against recorded ones, bit for bit: a refactoring changes no number."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from helpers import call
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -21,7 +21,7 @@ def numbers(variants):
 def test_losses_equal_the_golden_record():
     """An unrecorded jax or processor rounds differently: there the numbers must be close."""
     command = [sys.executable, str(GOLDEN / "record.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = call(command)
     assert done.returncode == 0, done.stderr
     now = json.loads(done.stdout)
     file = GOLDEN / f"jax-{now['jax']}-{now['processor']}.json"

@@ -3,7 +3,6 @@
 import re
 import shutil
 import site
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -102,6 +101,7 @@ def test_the_wheel_works_outside_the_checkout(checkout, tmp_path):
 def test_a_distribution_installs_with_its_dependencies(kind, checkout, tmp_path):
     wheel, sdist = distributions(checkout, tmp_path / "dist")
     python = fresh_environment(tmp_path / "fresh")
-    run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", wheel if kind == "wheel" else sdist])
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, "check"], check=True)
+    distribution = wheel if kind == "wheel" else sdist
+    run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", distribution], timeout=900)
+    run([sys.executable, "-m", "pip", "--python", python, "check"])
     check_outside(python, tmp_path)

@@ -30,7 +30,7 @@ TOLERANCE = 0.08  # rounding differs between processors, and 900 steps amplify i
 
 def train(folder, *flags):
     """Trains the quickstart's config into a folder; returns the output."""
-    return run([*CLI, "train", "configs/quickstart.py", "--run-dir", folder, *flags], cwd=ROOT)
+    return run([*CLI, "train", "configs/quickstart.py", "--run-dir", folder, *flags], cwd=ROOT, timeout=1800)
 
 
 def records(folder):

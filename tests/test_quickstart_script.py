@@ -1,12 +1,11 @@
 """`scripts/quickstart` with options: what it prints is about the run directory that was trained in."""
 
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, call
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "quickstart"
+SCRIPT = ROOT / "scripts/quickstart"
 
 
 @pytest.mark.parametrize("form", [["--run-dir", "{run}"], ["--run-dir={run}"]], ids=["word", "equals"])
@@ -22,9 +21,7 @@ def test_another_run_directory_is_shown(form, sample, tmp_path):
     (tmp_path / "jaxtrain").chmod(0o755)
     words = [word.format(run=run) for word in form]
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", scripts / "quickstart", *words], env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = call(["bash", scripts / "quickstart", *words], env=environment)
     assert done.returncode == 0, done.stderr
     lines = [f"run:    {run}", f"report: {run}/report.html"]
     lines += [f"sample: {run}/sample.txt", "", "of-sample.txt"] if sample else []

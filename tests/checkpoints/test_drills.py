@@ -20,6 +20,7 @@ import absl.logging
 import jax
 import numpy as np
 import pytest
+from helpers import LIMIT, start
 from runs import QUICK, train
 
 from jaxtrain import cli
@@ -33,7 +34,6 @@ from jaxtrain.training.run import open_run
 from jaxtrain.training.run_folder import run_lock
 
 TIMES = {"attempt", "tokens_per_second", "step_seconds", "time"}
-LIMIT = 240  # seconds until a test gives up on a process; all of them take a few
 # Seconds that a process which is sent SIGTERM may take, its start included; unheeded it would sleep for 1000.
 GRACE = 200
 
@@ -157,21 +157,13 @@ class Command:
         self._environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONWARNINGS": "default"}
 
     def start(self, what="", where="", *flags):
-        return subprocess.Popen(
-            [*self._driver, what, where, *self._arguments, *flags],
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [*self._driver, what, where, *self._arguments, *flags]
+        return start(command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def __call__(self, what="", where="", *flags):
         """The exit code and what was written to standard error."""
         process = self.start(what, where, *flags)
-        try:
-            _, errors = process.communicate(timeout=LIMIT)
-        finally:
-            process.kill()
+        _, errors = process.communicate(timeout=LIMIT)
         return process.returncode, errors
 
 
@@ -465,7 +457,7 @@ def test_thirty_kills_at_random_times(config, tmp_path):
                 time.sleep(0.01)
             time.sleep(chance.uniform(0.0, 0.2))
         process.kill()
-        process.communicate()
+        process.communicate(timeout=LIMIT)
         assert process.returncode == -signal.SIGKILL  # it did not end before
         folder = command.run_dir / "checkpoints"
         done = max((line["step"] for line in numbers(command.run_dir)), default=0) if metrics.exists() else 0

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoint_helpers import FINGERPRINT, Events, abstract, assert_same, make_state, names
+from helpers import wait_until
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore
@@ -152,8 +153,7 @@ def test_a_failure_is_reported_without_waiting(tmp_path):
         saver.poll()
         assert events.named("save_failed") == []
         released.set()
-        while not events.named("save_failed"):
-            saver.poll()
+        wait_until(lambda: saver.poll() or events.named("save_failed"))
     assert "No space left" in events.named("save_failed")[0][0]
     assert names(tmp_path) == []
 
@@ -172,8 +172,7 @@ def test_a_save_that_hangs_is_given_up_and_named(tmp_path, monkeypatch):
     assert "waiting for the checkpoint of step 1" in events.named("save_slow")[0][0]
     assert stop.is_stuck()
     released.set()
-    while stop.is_stuck():
-        pass
+    wait_until(lambda: not stop.is_stuck())
 
 
 class Crash(BaseException):

@@ -365,7 +365,7 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else():
     train_step, state = half_step(scaling=LossScaling(initial=2.0**16, divisor=1.0))
     before = jax.tree.map(np.asarray, (state.params, state.opt_state.inner))
     scales, skipped = [], []
-    while not skipped or skipped[-1]:
+    for _ in range(10):
         state, metrics = train_step(state, lm_batch())
         scales.append(float(metrics["loss_scale"]))
         skipped.append(float(metrics["skipped"]))
@@ -373,7 +373,10 @@ def test_an_overflow_halves_the_scale_and_changes_nothing_else():
             assert metrics["skip_reason"] == 1
             after = (state.params, optax.tree_utils.tree_set(state.opt_state.inner, learning_rate=jnp.float32(0)))
             jax.tree.map(np.testing.assert_array_equal, after, before)
-    assert 3 <= len(scales) <= 10
+        else:
+            break
+    assert len(scales) >= 3
+    assert not skipped[-1]
     assert scales == [2.0 ** (16 - i) for i in range(len(scales))]
     assert state.step == len(scales)
     assert state.opt_state.accepted == 1

@@ -12,12 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import tracemalloc
 import types
 from pathlib import Path
 
 import pytest
+from helpers import LIMIT, start, wait_until
 
 from jaxtrain.cli import main
 from jaxtrain.data.prepare.documents import plan_units, read_documents
@@ -464,20 +464,12 @@ def test_workers_end_with_a_killed_prepare(number, tmp_path):
             stream.truncate(1 << 25)
     command = [sys.executable, "-m", "jaxtrain.cli", "prepare", str(tmp_path / "*.sleep"), "--num-workers", "2"]
     command += ["--out", str(tmp_path / "store"), "--formats", str(tmp_path / "sleeper.py")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-    def wait_for(condition):
-        deadline = time.monotonic() + 100
-        while not condition():
-            assert time.monotonic() < deadline
-            assert process.stderr is not None
-            time.sleep(0.05)
-
-    wait_for(lambda: len(list(tmp_path.glob("*.worker"))) == 2)
+    process = start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_until(lambda: len(list(tmp_path.glob("*.worker"))) == 2, process)
     workers = [int(path.name.split(".")[-2]) for path in tmp_path.glob("*.worker")]
     process.send_signal(number)
-    error = process.communicate(timeout=100)[1]
-    wait_for(lambda: not any(map(is_alive, workers)))
+    error = process.communicate(timeout=LIMIT)[1]
+    wait_until(lambda: not any(map(is_alive, workers)))
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert error == "interrupted\n"

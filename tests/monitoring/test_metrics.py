@@ -3,7 +3,6 @@
 import json
 import math
 import resource
-import subprocess
 import sys
 from datetime import UTC, datetime
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import call
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,7 +73,7 @@ def test_lines_are_there_when_the_process_dies(tmp_path):
         "import os, sys\nfrom jaxtrain.monitoring.metrics import JsonLines\n"
         "writer = JsonLines(sys.argv[1])\nwriter.step(1, {})\nwriter.event('eval', '', {})\nos._exit(1)"
     )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    call([sys.executable, "-c", code, path])
     steps, events = read_metrics(path)
     assert steps == [{"step": 1}]
     assert events[0]["event"] == "eval"

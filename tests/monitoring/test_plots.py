@@ -2,11 +2,11 @@
 
 import itertools
 import math
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from helpers import run_python
 
 from jaxtrain import schedules
 from jaxtrain.monitoring import plots
@@ -101,7 +101,7 @@ def test_no_pyplot_is_loaded():
         "import sys\nfrom jaxtrain.monitoring.plots import metrics_figure\nassert 'matplotlib' not in sys.modules\n"
         "metrics_figure([{'step': 1, 'grad_norm': 1.0}], [], 1.0)\nassert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python(code)
 
 
 SCHEDULES = {

@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
+from helpers import call
 
 from jaxtrain.runtime.config_files import to_json
 
@@ -29,7 +29,7 @@ def run(tmp_path, *command, **variables):
     environment = {key: value for key, value in os.environ.items() if key not in CACHE_VARIABLES}
     environment |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "PYTHONWARNINGS": "default", **variables}
     command = [sys.executable, *map(str, command or ("-c", PROGRAM))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    done = call(command, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stderr, done.stdout
 

@@ -1,10 +1,10 @@
 """The allocator keeps freed memory; tested in a process of its own, because the setting is permanent."""
 
 import os
-import subprocess
 import sys
 
 import pytest
+from helpers import run
 
 from jaxtrain.runtime import host_memory as hostmem
 
@@ -33,10 +33,7 @@ thread.join()
 def faults_of_the_second_array(how):
     # Huge pages would hide what this is about: NumPy asks for them.
     environment = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, how], env=environment, capture_output=True, text=True, check=True
-    )
-    return int(done.stdout)
+    return int(run([sys.executable, "-c", CODE, how], environment=environment))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")

@@ -4,12 +4,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from helpers import call as process
+from helpers import run, wait_until
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -35,7 +34,7 @@ def call(cluster, script, *arguments, cwd=None, code=0):
     environment["JAXTRAIN_TOKEN"] = "secret's"
     # Not Python's, in which the program would be found that these tests replace.
     command = ["bash", script if Path(script).is_absolute() else SCRIPTS / script, *arguments]
-    done = subprocess.run(command, env=environment, cwd=cwd or folder, capture_output=True, text=True, timeout=240)
+    done = process(command, env=environment, cwd=cwd or folder)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
 
@@ -117,7 +116,7 @@ def test_a_slurm_job_requeues_itself_only_after_a_stop_or_a_stall(cluster, code,
     cluster("scontrol")
     call(cluster, "launch_slurm", *CONFIG)
     environment = {**os.environ, "PATH": f"{cluster.folder / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
-    done = subprocess.run(["bash", cluster.folder / "job"], env=environment, check=False, timeout=240)
+    done = process(["bash", cluster.folder / "job"], env=environment)
     assert done.returncode == code
     assert calls(cluster, "jaxtrain") == [["train", *CONFIG[1:]]]  # the space and the quote arrived
     assert calls(cluster, "scontrol") == ([["requeue", "77"]] if again else [])
@@ -180,13 +179,6 @@ chmod +x $3/bin/*
 """
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 240  # on a loaded machine; it takes a moment
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert condition()
-
-
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="the hosts are Linux, and this is not")
 def test_tpu_vm_starts_attaches_stops_and_resumes(cluster):
     cluster("gcloud", GCLOUD.replace("FOLDER", str(cluster.folder)))
@@ -202,14 +194,14 @@ def test_tpu_vm_starts_attaches_stops_and_resumes(cluster):
             pids |= {int((host / "jaxtrain.pid").read_text()) for host in hosts}
             assert len(pids) == 2 * attempt
             line = "|".join(["train", *CONFIG[1:]]) + "|\n"
-            wait_for(lambda n=attempt, line=line: all(log.read_text().count(line) == n for log in logs))
+            wait_until(lambda n=attempt, line=line: all(log.read_text().count(line) == n for log in logs))
             assert (hosts[1] / "jaxtrain" / "pyproject.toml").is_file()
             assert not (hosts[1] / "jaxtrain" / ".git").exists()
             out = call(cluster, *command, *CONFIG)
             assert "host0: already running\nhost1: already running\nfollows 0" in out
             assert "stopping" in call(cluster, *command, "--stop")
-            wait_for(lambda n=attempt: all(log.read_text().count("stopped\n") == n for log in logs))
-            wait_for(lambda: call(cluster, *command, "--stop") == "host0: no run\nhost1: no run\n")
+            wait_until(lambda n=attempt: all(log.read_text().count("stopped\n") == n for log in logs))
+            wait_until(lambda: call(cluster, *command, "--stop") == "host0: no run\nhost1: no run\n")
     finally:
         for pid in pids:
             try:
@@ -231,11 +223,11 @@ def run_hostile(cluster, script, arguments):
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(folder)}
     for dry in ([], ["--dry-run"]):
         command = ["bash", SCRIPTS / script, *dry, *arguments]
-        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=240)
+        done = process(command, env=environment, cwd=folder)
         assert "Traceback" not in done.stderr
     if script == "launch_slurm" and done.returncode == 0:
         (folder / "printed").write_text(done.stdout)
-        subprocess.run(["bash", folder / "printed"], env=environment, cwd=folder, timeout=240, check=False)
+        process(["bash", folder / "printed"], env=environment, cwd=folder)
     return done.returncode, [path for path in folder.rglob("*PWN*") if path.name.startswith("PWN")]
 
 
@@ -266,6 +258,6 @@ def test_hostile_names_are_never_run(cluster):
 @pytest.mark.parametrize("script", ["launch_tpu_vm", "launch_slurm"])
 def test_the_scripts_are_sound_bash(script):
     assert os.access(SCRIPTS / script, os.X_OK)
-    assert subprocess.run(["bash", "-n", SCRIPTS / script], check=False).returncode == 0
+    run(["bash", "-n", SCRIPTS / script])
     if shellcheck := shutil.which("shellcheck"):
-        assert subprocess.run([shellcheck, SCRIPTS / script], check=False, stdout=sys.stderr).returncode == 0
+        run([shellcheck, SCRIPTS / script])

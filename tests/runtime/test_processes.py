@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from helpers import LIMIT, start, wait_until
 from runs import Faults, train
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
@@ -33,8 +34,6 @@ from jaxtrain.runtime.cluster import find_cluster
 from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.rendezvous import meet
 from jaxtrain.training.run import open_run
-
-LIMIT = 240  # seconds until a test gives up on a process; all of them take a few
 
 
 def free_address():
@@ -62,17 +61,12 @@ class Processes:
                 "JAX_PROCESS_ID": str(rank),
                 "JAXTRAIN_TIMEOUT": str(timeout),
             }
-            command = [sys.executable, *map(str, words)]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            self.processes.append(subprocess.Popen(command, env=environment, **pipes))
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            self.processes.append(start([sys.executable, *words], env=environment, **pipes))
 
     def wait(self):
         """The exit codes, outputs and errors."""
-        try:
-            ends = [process.communicate(timeout=LIMIT) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
+        ends = [process.communicate(timeout=LIMIT) for process in self.processes]
         return [process.returncode for process in self.processes], *zip(*ends, strict=True)
 
 
@@ -201,11 +195,8 @@ def test_a_signal_to_one_stops_both_after_the_same_step(config, tmp_path):
     config = changed(config, "train", steps=100_000, eval_every=None)  # too many to end before the signal
     run_dir = tmp_path / "run"
     both = Processes(*[train_command(config, run_dir)] * 2)
-    deadline = time.monotonic() + LIMIT
     metrics = run_dir / "metrics.jsonl"
-    while not (metrics.exists() and read_metrics(metrics)[0]) and time.monotonic() < deadline:
-        assert all(process.poll() is None for process in both.processes)
-        time.sleep(0.05)
+    wait_until(lambda: metrics.exists() and read_metrics(metrics)[0], *both.processes)
     both.processes[1].send_signal(signal.SIGTERM)
     codes, _, errors = both.wait()
     assert codes == [128 + signal.SIGTERM] * 2, errors

@@ -7,13 +7,13 @@ import functools
 import os
 import pty
 import signal
-import subprocess
 import sys
 import termios
 import threading
 import time
 
 import pytest
+from helpers import LIMIT, call, start, wait_until
 
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime import stop
@@ -41,7 +41,7 @@ def python(code):
         "-c",
         "import os, signal, sys, threading, time\nfrom jaxtrain.runtime import stop\n" + code,
     ]
-    done = subprocess.run(command, env=buffered, capture_output=True, text=True, timeout=240, check=False)
+    done = call(command, env=buffered)
     return done.returncode, done.stdout
 
 
@@ -102,10 +102,7 @@ def test_a_signal_abandons_work_at_once():
             asked.run(called.append, 1)
         assert called == []
     go.set()
-    deadline = time.monotonic() + 50
-    while stop.is_stuck() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not stop.is_stuck()
+    wait_until(lambda: not stop.is_stuck())
 
 
 def test_other_threads_and_several_processes_run_in_place(monkeypatch):
@@ -118,7 +115,7 @@ def test_other_threads_and_several_processes_run_in_place(monkeypatch):
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
-    thread.join()
+    thread.join(60)
     assert here == [True]
     monkeypatch.setattr(stop.jax, "process_count", lambda: 2)
     asked = Stop()
@@ -148,16 +145,19 @@ def test_a_closed_terminal_saves_the_run(tiny_config, tmp_path):
         os.setsid()
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take_terminal)
+    process = start(command, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take_terminal)
     os.close(slave)
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
-    while not (metrics.exists() and '"loss"' in metrics.read_text()) and time.monotonic() < deadline:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    os.set_blocking(master, False)
+
+    def has_a_step():
         with contextlib.suppress(BlockingIOError):
-            os.set_blocking(master, False)
             os.read(master, 65536)
-        time.sleep(0.05)
+        return metrics.exists() and '"loss"' in metrics.read_text()
+
+    wait_until(has_a_step, process)
     os.close(master)
-    assert process.wait(timeout=240) == 128 + signal.SIGHUP
+    assert process.wait(timeout=LIMIT) == 128 + signal.SIGHUP
     steps, events = read_metrics(metrics)
     assert (events[-1]["event"], events[-1]["reason"]) == ("stop", "SIGHUP")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [str(steps[-1]["step"])]

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from helpers import LIMIT, start
 from runs import QUICK, change, train
 
 from jaxtrain.monitoring.metrics import read_metrics
@@ -146,11 +147,14 @@ with Watchdog(0.01) as watchdog:
 def test_a_process_that_was_stopped_and_continues_is_left_alone(monkeypatch):
     monkeypatch.setenv("JAXTRAIN_TIMEOUT", "0.5")  # seconds; the limit is 2
     command = [sys.executable, "-c", SCRIPT]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.stdout.readline() not in ("10\n", ""):
-            pass
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(4)
-        process.send_signal(signal.SIGCONT)
-        _, error = process.communicate(timeout=60)
+    process = start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    limit = threading.Timer(LIMIT, process.kill)
+    limit.start()
+    while process.stdout.readline() not in ("10\n", ""):
+        pass
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    _, error = process.communicate()
+    limit.cancel()
     assert (process.returncode, error) == (0, "")

@@ -3,22 +3,19 @@
 import json
 import os
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, call
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmark import Table  # noqa: E402
+from benchmark import Table
 
 
 def run(*command, **environment):
     flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT), **environment}
-    full = [sys.executable, *command]
-    return subprocess.run(full, cwd=ROOT, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
+    return call([sys.executable, *command], cwd=ROOT, env={**os.environ, **flags})
 
 
 TINY = [

@@ -2,11 +2,10 @@
 
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, call
 
 
 @pytest.fixture
@@ -31,9 +30,7 @@ def shell(tmp_path):
         for name in stand_ins:
             stand_in(tmp_path / "bin" / name)
         kept = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=kept | environment, capture_output=True, text=True, check=False
-        )
+        done = call(command, cwd=tmp_path, env=kept | environment)
         return done.returncode, log.read_text().splitlines(), done.stderr
 
     return run
@@ -102,10 +99,8 @@ def test_a_test_that_hangs_is_one_named_failure_with_its_stack(tmp_path):
     with (tmp_path / "test_two.py").open("a") as file:
         file.write("def test_hangs():\n    threading.Event().wait()\n")
     command = [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "pytest_timeout", "-n", "1", "-o", "timeout=1"]
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=100
-    )
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = call(command, cwd=tmp_path, env=environment)
     assert done.returncode == 1
     assert "FAILED test_two.py::test_hangs" in done.stdout
     assert "1 failed, 1 passed" in done.stdout

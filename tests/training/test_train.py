@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+from helpers import LIMIT, start, wait_until
 from runs import assert_same_bits, change, numbers, state_of, train
 
 from jaxtrain.config import DataConfig, MeshConfig
@@ -125,13 +125,11 @@ def test_sigterm_saves_and_the_run_resumes_with_the_same_numbers(tiny_config, tm
     config = with_train(tiny_config, steps=100_000)  # too many to end before the signal
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
-    process = subprocess.Popen(command(file, tmp_path / "run"), env=environment(1), stdout=subprocess.DEVNULL)
+    process = start(command(file, tmp_path / "run"), env=environment(1), stdout=subprocess.DEVNULL)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and read_metrics(metrics)[0]) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: metrics.exists() and read_metrics(metrics)[0], process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=240) == 128 + signal.SIGTERM
+    assert process.wait(timeout=LIMIT) == 128 + signal.SIGTERM
     _, events = read_metrics(metrics)
     assert events[-1]["event"] == "stop"
     assert events[-1]["reason"] == "SIGTERM"
