@@ -242,7 +242,7 @@ def _prepare(options: PrepareOptions) -> int:
     for name, split in (("train", store.train), ("validation", store.validation)):
         print(
             f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_bytes:,} bytes "
-            f"({split.num_bytes / split.num_tokens:.2f} bytes per token)"
+            f"({(split.num_bytes or 0) / split.num_tokens:.2f} bytes per token)"
         )
     print(printable(f"store: {store.path}") + f" ({store.vocab_size:,} tokens in the vocabulary)")
     return 0

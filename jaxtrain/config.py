@@ -126,10 +126,12 @@ class SavedModel:
 class DataConfig(Section, section="data"):
     """Source of the tokens."""
 
-    store: Folder | None = None  # token store from `jaxtrain prepare`; None prepares RUN/data from `sources`
+    # token store from `jaxtrain prepare`, or token files of nanoGPT, llm.c, Megatron ...; None prepares `sources`
+    store: Folder | None = None
     sources: tuple[Source, ...] = ()  # files, folders, globs (text, .gz, .jsonl) or python-stdlib, if `store` is None
     tokenizer: TokenizerSpec = "byte"  # of `sources`; used if `store` is None
-    validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash; used if `store` is None
+    validation: tuple[Source, ...] = ()  # files to validate on, in place of a share of `sources` or of token files
+    validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash; of token files, their end
     text_field: str = "text"  # key of the document in a .jsonl line; used if `store` is None
     verify: bool = True  # compares the checksum of every shard with the manifest at the start
     prefetch: Positive[int] = 2  # batches loaded ahead onto the devices
@@ -142,6 +144,8 @@ class DataConfig(Section, section="data"):
             raise ValueError(
                 "data needs data.store (a folder made by `jaxtrain prepare`) or data.sources (text to prepare)"
             )
+        if self.validation and not self.store:
+            raise ValueError("data.validation goes with data.store: sources are split by data.validation_fraction")
         parse_ranges(self.skip)
 
 

@@ -33,14 +33,14 @@ def find(source: str, run_dir: Path) -> tuple[Path, int | None]:
     return path, step
 
 
-def read(source: str, run_dir: Path, like: chex.ArrayTree, tokenizer: str) -> tuple[chex.ArrayTree, int]:
+def read(source: str, run_dir: Path, like: chex.ArrayTree, tokenizer: str | None) -> tuple[chex.ArrayTree, int]:
     """Reads the parameters of another run's checkpoint; returns them and the step.
 
     Args:
       source: RUN or RUN/checkpoints/STEP.
       run_dir: directory of the run that is to start.
       like: a tree of `jax.ShapeDtypeStruct` with shardings, which the parameters must fit.
-      tokenizer: SHA-256 (hex) of the new run's tokenizer.
+      tokenizer: SHA-256 (hex) of the new run's tokenizer; None if it has none.
 
     Raises:
       ValueError: the checkpoint is missing or damaged, leaves do not fit (named by path), or the tokenizer differs.
@@ -48,7 +48,7 @@ def read(source: str, run_dir: Path, like: chex.ArrayTree, tokenizer: str) -> tu
     path, step = find(source, run_dir)
     params, fingerprint, step = restore_params(CheckpointFolder(path / "checkpoints"), like, step)
     theirs = fingerprint.get("tokenizer")
-    if theirs != tokenizer:
+    if theirs and tokenizer and theirs != tokenizer:
         raise ValueError(
             f"train.init_from {source}: its weights were trained with another tokenizer ({str(theirs)[:12]}..., this "
             f"run has {tokenizer[:12]}...): prepare the data with that run's tokenizer"

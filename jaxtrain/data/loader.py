@@ -267,7 +267,7 @@ def _read(split: Split, start: int, length: int, vocab_size: int) -> np.ndarray:
     if tokens.max() >= vocab_size:  # shards are unsigned
         position = int(np.argmax(tokens >= vocab_size))
         raise ValueError(
-            f"token id {tokens[position]} at position {start + position} of the split is not in [0, {vocab_size}): "
+            f"token id {tokens[position]} at position {start + position} of {split.name} is not in [0, {vocab_size}): "
             "the store is damaged or belongs to another vocabulary; verify it, or make it again"
         )
     return tokens

@@ -1,4 +1,6 @@
-"""Reads token stores, the folders that `prepare` writes. All files are checked, and no pickle is ever loaded.
+"""Opens token stores: folders that `prepare` writes, and token files of other tools, see `token_files`.
+
+All files are checked, and no pickle is ever loaded. A folder of `prepare` holds:
 
 manifest.json              sizes and SHA-256 of the files, and the request that made them
 tokenizer.json
@@ -9,6 +11,7 @@ validation-...             the same
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.token_files import find_token_files, join_documents, read_token_file
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, load_tokenizer
 from jaxtrain.runtime.files import sha256_file
 
@@ -27,11 +31,15 @@ STORE_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Tokens of one split, in the order of its documents; each document begins with the end-of-text token."""
+    """Tokens of one split, in the order of its documents.
+
+    Each document of `prepare` begins with the end-of-text token; other tools may end it there.
+    """
 
     shards: tuple[np.ndarray, ...]  # 1-D, unsigned; memory-mapped if they come from a store
-    document_starts: np.ndarray  # int64 [num_documents], in tokens
-    num_bytes: int  # UTF-8 bytes of the documents' text
+    document_starts: np.ndarray | None  # int64 [num_documents], in tokens; None if a token file does not tell
+    num_bytes: int | None  # UTF-8 bytes of the documents' text; None for token files
+    name: str = "the split"  # of the file or folder, for errors
 
     @cached_property
     def num_tokens(self) -> int:
@@ -39,9 +47,9 @@ class Split:
         return sum(len(shard) for shard in self.shards)
 
     @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return len(self.document_starts)
+    def num_documents(self) -> int | None:
+        """Number of documents; None if it is not known."""
+        return None if self.document_starts is None else len(self.document_starts)
 
     @cached_property
     def _shard_starts(self) -> np.ndarray:
@@ -67,16 +75,19 @@ class TokenStore:
 
     path: Path
     vocab_size: int
-    eot_id: int
+    eot_id: int | None  # None if a token file does not tell
     fingerprint: str  # SHA-256 (hex) of the tokens, their dtype and the tokenizer
     train: Split
     validation: Split
-    manifest: dict[str, Any]  # as read
+    manifest: dict[str, Any]  # as read; empty for token files
+    tokenizer_file: Path | None = None  # None for token files without a tokenizer.json beside them
 
     @cached_property
     def tokenizer(self) -> ByteTokenizer | BPETokenizer:
-        """The tokenizer of the tokens."""
-        return load_tokenizer(self.path)
+        """The tokenizer of the tokens; a ValueError if the store has none."""
+        if self.tokenizer_file is None:
+            raise ValueError(f"{self.path} has no tokenizer: put its {TOKENIZER_FILE} beside the token files")
+        return load_tokenizer(self.tokenizer_file.parent)
 
 
 def shard_file(split: str, number: int) -> str:
@@ -94,18 +105,101 @@ def partial_folder(path: Path) -> Path:
     return path.parent / f".{path.name}.partial"
 
 
-def open_store(path: str | Path, *, verify: bool = True) -> TokenStore:
+def open_store(
+    path: str | Path,
+    *,
+    verify: bool = True,
+    vocab_size: int | None = None,
+    validation: Sequence[str | Path] = (),
+    validation_fraction: float = 0.02,
+) -> TokenStore:
     """Opens a token store.
 
     Args:
-      path: the folder.
-      verify: compares the SHA-256 of every shard with the manifest, at about a gigabyte per second. Sizes and the
-        tokenizer are always checked.
+      path: a folder that `prepare` wrote; or a token file of another tool, the prefix of Megatron's, or their folder.
+      verify: compares the SHA-256 of every shard with the manifest, or checks every token of token files and finds
+        their documents, at about a gigabyte per second. Sizes, headers and the tokenizer are always checked.
+      vocab_size: for token files that do not state theirs.
+      validation: token files to validate on, in place of those beside the training files.
+      validation_fraction: share of the tokens, from the end, of token files without any validation file.
 
     Raises:
-      ValueError: the folder is no finished store of this format, or a damaged one.
+      ValueError: the path is no finished store, or a damaged one.
     """
     path = Path(path).expanduser().absolute()
+    if not (path / STORE_MANIFEST).is_file() and (found := find_token_files(path)):
+        files = found[0], [each for file in validation for each in _token_files(Path(file).expanduser().absolute())]
+        return _open_token_files(path, files[0], files[1] or found[1], verify, vocab_size, validation_fraction)
+    if validation:
+        raise ValueError(f"{path} has a validation split of its own: leave out data.validation")
+    return _open_prepared(path, verify)
+
+
+def _token_files(path: Path) -> list[Path]:
+    found = find_token_files(path)
+    if found is None:
+        raise ValueError(f"{path} is no token file, as data.store is: name one with the suffix .bin, .idx or .npy")
+    return [*found[0], *found[1]]
+
+
+def _open_token_files(
+    path: Path,
+    train_paths: Sequence[Path],
+    validation_paths: Sequence[Path],
+    verify: bool,
+    vocab_size: int | None,
+    validation_fraction: float,
+) -> TokenStore:
+    train, validation = ([read_token_file(file) for file in files] for files in (train_paths, validation_paths))
+    files = [*train, *validation]
+    tokenizer_file = files[0].path.parent / TOKENIZER_FILE
+    has_tokenizer = tokenizer_file.is_file()
+    known = load_tokenizer(tokenizer_file.parent).vocab_size if has_tokenizer else vocab_size
+    vocab_size = files[0].vocab_size or known
+    if vocab_size is None:
+        raise ValueError(
+            f"{path} does not state its vocabulary: set model.vocab_size (GPT-2 has 50257), or describe the tokens in "
+            f'{files[0].path.with_suffix(".json").name}: {{"vocab_size": 50257}}'
+        )
+    eot_ids = {file.eot_id: file.path for file in files if file.eot_id is not None}
+    if len(eot_ids) > 1:
+        raise ValueError(
+            f"{' and '.join(map(str, eot_ids.values()))} have different end-of-text tokens: keep them apart"
+        )
+    splits = []
+    for part in (train, validation):
+        positions = [file.scan(vocab_size) if verify else None for file in part]
+        name = str(part[0].path) if len(part) == 1 else str(path)
+        if part:
+            splits.append(Split(tuple(file.tokens for file in part), join_documents(part, positions), None, name))
+    if not validation:
+        splits = _cut_tail(splits[0], join_documents(train, [None] * len(train)), validation_fraction)
+    content = [[file.digest() for file in part] for part in (train, validation)] + [splits[0].num_tokens]
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    tokenizer = tokenizer_file if has_tokenizer else None
+    return TokenStore(path, vocab_size, next(iter(eot_ids), None), fingerprint, *splits, {}, tokenizer)
+
+
+def _cut_tail(split: Split, indexed: np.ndarray | None, fraction: float) -> list[Split]:
+    """Cuts a split in two, at the start of a document if an index tells the documents (`indexed`, in tokens)."""
+    cut = int(split.num_tokens * (1 - fraction))
+    if indexed is not None and len(indexed) > 1:
+        cut = int(indexed[min(max(int(np.searchsorted(indexed, cut)), 1), len(indexed) - 1)])
+    starts = split.document_starts
+    if not 0 < cut < split.num_tokens:
+        raise ValueError(f"{split.name} has too few tokens to hold out {fraction:g} of them: name validation files")
+    parts = []
+    for begin, end in ((0, cut), (cut, split.num_tokens)):
+        offsets = split._shard_starts.tolist()
+        shards = (
+            shard[max(begin - at, 0) : end - at] for at, shard in zip(offsets, split.shards, strict=False) if at < end
+        )
+        within = None if starts is None else np.union1d([begin], starts[(starts >= begin) & (starts < end)]) - begin
+        parts.append(Split(tuple(shard for shard in shards if len(shard)), within, None, split.name))
+    return parts
+
+
+def _open_prepared(path: Path, verify: bool) -> TokenStore:
     manifest = _read_manifest(path)
     try:
         found = (manifest["format"], manifest["version"])
@@ -130,7 +224,7 @@ def open_store(path: str | Path, *, verify: bool = True) -> TokenStore:
         raise _damaged(path, f"{STORE_MANIFEST} lacks a key or holds a wrong value: {error!r}") from None
     if not (path / TOKENIZER_FILE).is_file() or sha256_file(path / TOKENIZER_FILE) != tokenizer_sha256:
         raise _damaged(path, f"{TOKENIZER_FILE} is missing or is not the tokenizer of the tokens")
-    return TokenStore(path, vocab_size, eot_id, fingerprint, train, validation, manifest)
+    return TokenStore(path, vocab_size, eot_id, fingerprint, train, validation, manifest, path / TOKENIZER_FILE)
 
 
 def manifest_fingerprint(manifest: dict[str, Any]) -> str:
@@ -181,7 +275,7 @@ def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, v
         raise _damaged(path, f"{file.name} is not int64 [{entry['num_documents']}]")
     if verify and sha256_file(file) != entry["documents_sha256"]:
         raise _damaged(path, f"the checksum of {file.name} is not the manifest's")
-    split = Split(tuple(shards), starts, _number(entry, "num_bytes"))
+    split = Split(tuple(shards), starts, _number(entry, "num_bytes"), f"the {name} split of {path}")
     if not shards or split.num_tokens != entry["num_tokens"]:
         raise _damaged(path, f"the shards of {name} have {split.num_tokens} tokens, not {entry['num_tokens']}")
     return split

@@ -89,8 +89,8 @@ class LabelLeak(Rule):
         )
 
     def check_evaluation(self, event: Line) -> Verdict:
-        bits = event["bits_per_byte"]
-        if not bits < self.FLOOR_BITS:
+        bits = event.get("bits_per_byte")  # absent if the data does not tell the bytes of its text
+        if bits is None or not bits < self.FLOOR_BITS:
             return CLEAR
         return Found(
             f"{bits:.3g} bits per byte on held-out text; no model is known to need fewer than {self.FLOOR_BITS:g}"

@@ -145,8 +145,8 @@ def plan_vocab(config: Config) -> int:
     data = config.data
     if getattr(config.model, "vocab_size", None):
         return config.model.vocab_size
-    if data.store and Path(data.store).is_dir():
-        return open_store(data.store, verify=False).vocab_size
+    if data.store and (Path(data.store).exists() or Path(f"{data.store}.idx").exists()):
+        return open_store(data.store, verify=False, validation=data.validation).vocab_size
     if not data.store and data.tokenizer == "byte":
         return ByteTokenizer.vocab_size
     raise ValueError("the vocabulary size depends on an untrained tokenizer: give it with --model.vocab-size")

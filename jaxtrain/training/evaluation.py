@@ -6,6 +6,7 @@ import gzip
 import lzma
 import math
 from collections.abc import Callable
+from typing import Any
 
 import chex
 from jax.sharding import Sharding
@@ -32,7 +33,7 @@ def evaluate(
     prefetch: int = 2,
     asked_to_stop: Callable[[], bool] = lambda: False,
     watchdog: Watchdog | None = None,
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """Evaluates a model on a split.
 
     Every token but the first is predicted exactly once; padding does not count. Sums have double precision.
@@ -47,7 +48,8 @@ def evaluate(
       asked_to_stop, watchdog: polled between batches; notified of each batch.
 
     Returns:
-      `nll` (nats per token), `perplexity`, `bits_per_token`, `bits_per_byte` (by the bytes of the split), `tokens`.
+      `nll` (nats per token), `perplexity`, `bits_per_token`, `tokens`, and `bits_per_byte` (by the bytes of the
+      split) or a `note` why it is absent.
 
     Raises:
       ValueError: num_batches below 1.
@@ -75,11 +77,15 @@ def evaluate(
     nll, weight = nll + float(pending.nll), weight + float(pending.weight)
     split = batches.split
     bits_per_token = nll / weight / math.log(2)
+    if split.num_bytes is None:
+        more = {"note": f"no bits per byte: {split.name} does not store the bytes of its text"}
+    else:
+        more = {"bits_per_byte": bits_per_token * (split.num_tokens - 1) / split.num_bytes}
     return {
         "nll": nll / weight,
         "perplexity": math.exp(min(nll / weight, 700.0)),
         "bits_per_token": bits_per_token,
-        "bits_per_byte": bits_per_token * (split.num_tokens - 1) / split.num_bytes,
+        **more,
         "tokens": round(weight),
     }
 
@@ -92,7 +98,7 @@ def evaluate_split(
     num_batches: int | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     watchdog: Watchdog | None = None,
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """Evaluates a run's model on a split, with the batch size of the run; see `evaluate`."""
     config = run.config.train
     batches = EvalBatches(

@@ -22,17 +22,20 @@ class TrainedModel:
       config: config of the run.
       params: parameters, a tree of float32 arrays.
       step: train steps that the parameters have seen.
-      tokenizer: tokenizer of the data.
     """
 
     def __init__(self, run: Run, params: chex.ArrayTree, step: int):
         self.config: Config = run.config
         self.params, self.step = params, step
-        self.tokenizer: Tokenizer = run.tokenizer
         self._run = run
 
     def __repr__(self) -> str:
         return f"TrainedModel({str(self._run.folder)!r}, step={self.step})"
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the data; a ValueError if the run was trained on token files without one."""
+        return self._run.tokenizer
 
     def logits(self, tokens: Any) -> jax.Array:
         """Returns the float32 logits `[B, T, V]` of the token after each of `tokens`, int `[B, T]`."""

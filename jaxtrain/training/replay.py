@@ -238,12 +238,13 @@ def _layers(terms: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 
 def _rows(run: Run, step: int, row_nll: np.ndarray) -> list[dict[str, Any]]:
     """Returns the rows of the batch with their documents, in order of falling loss. NaN comes first."""
-    batches, split, tokenizer = train_batches(run), run.store.train, run.store.tokenizer
+    batches, split = train_batches(run), run.store.train
+    starts = np.zeros(1) if split.document_starts is None else split.document_starts
     length = batches.seq_len + 1
     rows = []
     for row, begin in enumerate(batches.positions(step - 1, 0, batches.batch_size).tolist()):
         tokens = split.read(begin, length)
-        documents = np.searchsorted(split.document_starts, [begin, begin + length - 1], side="right") - 1
+        documents = np.searchsorted(starts, [begin, begin + length - 1], side="right") - 1
         repeated, period = longest_repetition(tokens)
         rows.append(
             {
@@ -254,10 +255,14 @@ def _rows(run: Run, step: int, row_nll: np.ndarray) -> list[dict[str, Any]]:
                 "documents": [int(document) for document in documents],
                 "repeated_tokens": repeated,
                 "repeated_period": period,
-                "text": _escape(tokenizer.decode(tokens[:_TEXT_TOKENS])),
+                "text": _escape(_text(run, tokens[:_TEXT_TOKENS])),
             }
         )
     return sorted(rows, key=lambda row: -math.inf if math.isnan(row["nll"]) else -row["nll"])
+
+
+def _text(run: Run, tokens: np.ndarray) -> str:
+    return run.tokenizer.decode(tokens) if run.store.tokenizer_file else f"token ids {' '.join(map(str, tokens))}"
 
 
 def longest_repetition(tokens: np.ndarray) -> tuple[int, int]:

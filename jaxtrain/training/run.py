@@ -15,7 +15,7 @@ from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.save import Saver
 from jaxtrain.config import Config, MeshConfig, ModelConfig, SavedModel, parse_ranges, to_dict
 from jaxtrain.data.loader import Batches, TrainBatches, global_batch
-from jaxtrain.data.store import TokenStore, open_store
+from jaxtrain.data.store import Split, TokenStore, open_store
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
@@ -74,7 +74,9 @@ class Run(NamedTuple):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the data; the run directory has a copy."""
+        """The tokenizer of the data; the run directory has a copy. A ValueError if token files came without one."""
+        if self.store is None and not (self.folder / TOKENIZER_FILE).is_file():
+            raise ValueError(f"{self.folder} has no {TOKENIZER_FILE}: copy that of its tokens there")
         return self.store.tokenizer if self.store is not None else load_tokenizer(self.folder)
 
 
@@ -121,24 +123,33 @@ def open_run(
         if changed := differences(saved, config):
             raise ValueError(f"{folder} has another model than that of --config\n  " + "\n  ".join(changed))
     config = dataclasses.replace(config, mesh=_mesh_for(config, len(jax.devices())))
-    if not data and (folder / TOKENIZER_FILE).is_file():
-        program = _make_program(config, load_tokenizer(folder).vocab_size, hooks)
-        return Run(config, folder, None, program, hooks)
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
+    vocab_size = load_tokenizer(folder).vocab_size if has_tokenizer else getattr(config.model, "vocab_size", None)
+    if not data and vocab_size:
+        return Run(config, folder, None, _make_program(config, vocab_size, hooks), hooks)
     return assemble(config, folder, open_data(config, folder), hooks)
 
 
 def open_data(config: Config, folder: Path) -> TokenStore:
     """Opens the token store of a run: `data.store`, or the one in the run directory."""
-    path = Path(config.data.store or folder / "data").expanduser()
-    if config.data.store and not path.exists():
+    data, path = config.data, Path(config.data.store or folder / "data").expanduser()
+    if data.store is None:
+        return open_store(path, verify=data.verify)
+    if not (path.exists() or Path(f"{path}.idx").exists()):
         raise ValueError(f"no token store at {path.absolute()}: if it was moved, give its path with --data.store")
-    return open_store(path, verify=config.data.verify)
+    return open_store(
+        path,
+        verify=data.verify,
+        vocab_size=getattr(config.model, "vocab_size", None),
+        validation=data.validation,
+        validation_fraction=data.validation_fraction,
+    )
 
 
 def save_tokenizer(run: Run) -> None:
-    """Copies the tokenizer into the run directory, so that generating text needs no token store."""
-    source, copy = run.store.path / TOKENIZER_FILE, run.folder / TOKENIZER_FILE
-    if not copy.is_file() or copy.read_bytes() != source.read_bytes():
+    """Copies the tokenizer, if there is one, into the run directory, so that generating text needs no token store."""
+    source, copy = run.store.tokenizer_file, run.folder / TOKENIZER_FILE
+    if source and (not copy.is_file() or copy.read_bytes() != source.read_bytes()):
         write_bytes(copy, source.read_bytes())
 
 
@@ -233,7 +244,7 @@ def start_table(run: Run) -> list[tuple[str, str]]:
         ("parameters", f"{num_params:,}, computing in {settings.precision}"),
         ("memory per device", memory),
         ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {axes}" if axes else "")),
-        ("data", f"{split.num_tokens:,} tokens of {split.num_documents:,} documents in {run.store.path}"),
+        ("data", f"{split.num_tokens:,} tokens{_documents(split)} in {run.store.path}"),
         *skipped,
         ("tokens per step", batch),
         ("epochs", f"{tokens * settings.steps / split.num_tokens:.2f} in {settings.steps:,} steps"),
@@ -241,14 +252,19 @@ def start_table(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+def _documents(split: Split) -> str:
+    return "" if split.num_documents is None else f" of {split.num_documents:,} documents"
+
+
 def _bytes_per_device(tree: Any) -> int:
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def tokenizer_hash(run: Run) -> str:
-    """Returns the SHA-256 (hex) of the tokenizer of a run."""
-    return sha256_file((run.store.path if run.store is not None else run.folder) / TOKENIZER_FILE)
+def tokenizer_hash(run: Run) -> str | None:
+    """Returns the SHA-256 (hex) of the tokenizer of a run; None for token files without one."""
+    file = run.store.tokenizer_file if run.store is not None else run.folder / TOKENIZER_FILE
+    return sha256_file(file) if file and file.is_file() else None
 
 
 def fingerprint(run: Run, state: TrainState | None = None) -> dict[str, Any]:

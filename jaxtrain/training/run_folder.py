@@ -30,8 +30,8 @@ Changes = dict[str, tuple[Any, Any]]  # field -> old and new value
 _FREE = ("data.prefetch", "data.skip", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
 _FREE += ("train.stall_minutes", "train.sample_", "train.replay_check", "train.diagnose_every", "checkpoint.")
 # Fields that select the data: free where data.store is given.
-_DATA = ("data.store", "data.sources", "data.tokenizer", "data.validation_fraction", "data.text_field")
-_PATHS = ("data.store", "data.sources", "train.init_from")
+_DATA = ("data.store", "data.sources", "data.tokenizer", "data.validation", "data.text_field")  # and its fraction
+_PATHS = ("data.store", "data.sources", "data.validation", "train.init_from")
 # Fields that keep the shapes of the state: a run resumes with other values under --allow-change.
 _CHANGEABLE = ("train.", "optim.", "guard.", "loss_scale.", "model.attention", "model.remat", "model.scan_unroll")
 _LENGTH = {"train.steps", "optim.decay_steps"}
@@ -144,7 +144,8 @@ def absolute_paths(config: Config, run_dir: str | Path) -> Config:
     require_local(run_dir, "--run-dir")
     require_writable_path(Path(run_dir))
     store, init_from = _normalized(config.data.store), _normalized(config.train.init_from)
-    data = dataclasses.replace(config.data, store=store)
+    validation = tuple(map(_normalized, config.data.validation)) if store else config.data.validation
+    data = dataclasses.replace(config.data, store=store, validation=validation)
     settings = dataclasses.replace(config.train, init_from=init_from)
     return dataclasses.replace(config, data=data, train=settings)
 

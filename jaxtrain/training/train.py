@@ -110,6 +110,11 @@ def _open_session(config: Config, folder: Path, stack: contextlib.ExitStack, hoo
     check_optimizer(config)
     with rollback_config(folder) if processes.is_lead() else contextlib.nullcontext():
         store, changes = prepare_data(config, folder, stack, **options)
+        if config.train.sample_tokens and store.tokenizer_file is None:
+            raise ValueError(
+                f"train.sample_tokens {config.train.sample_tokens} needs a tokenizer: put its tokenizer.json beside "
+                f"{store.path}, or set train.sample_tokens to none"
+            )
         run = assemble(config, folder, store, hooks)
         train_batches(run)  # raises if the text is too short
         check_resume(run, options["rewind"])
@@ -279,9 +284,8 @@ def _validate(session: Session, state: TrainState, num_batches: int | None, **mo
             )
         )
     result = measured | more
-    text = (
-        f"validation at step {step}: nll {result['nll']:.4f}, perplexity {result['perplexity']:.2f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte"
+    text = f"validation at step {step}: nll {result['nll']:.4f}, perplexity {result['perplexity']:.2f}" + (
+        f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
     )
     session.recorder.event("eval", text, step=step, **result)
     return result
@@ -292,7 +296,7 @@ def _finish(session: Session, state: TrainState) -> dict[str, Any]:
     run, recorder, stop = session.run, session.recorder, session.stop
     config, split = run.config.train, run.store.validation
     compressed = {}
-    if split.num_bytes <= _COMPRESS_LIMIT and processes.is_lead():
+    if split.num_bytes is not None and split.num_bytes <= _COMPRESS_LIMIT and processes.is_lead():
         with recorder.pause("compressing the same text with gzip and xz"), session.watchdog.pause():
             compressed = stop.run(lambda: compressor_bits_per_byte(split_text(split, run.store.tokenizer)))
     more = {f"{name}_bits_per_byte": value for name, value in compressed.items()}
