@@ -147,7 +147,9 @@ class Console:
 
     def _parts(self, step: int, fields: Mapping[str, Any]) -> list[str]:
         left = statistics.median(self._step_seconds) * max(self._total_steps - step, 0)
-        mark = " skipped" if fields.get("skipped") else " clipped" if fields.get("clip_factor", 1.0) < 1 else ""
+        clipped = fields.get("clipped", fields.get("clip_factor", 1.0) < 1) / fields.get("steps", 1)
+        mark = " skipped" if fields.get("skipped") else f" {clipped:.0%} clipped" if 0 < clipped < 1 else ""
+        mark = mark or (" clipped" if clipped else "")
         parts = [
             f"step {step}/{self._total_steps} {step / self._total_steps:.1%}",
             f"{float(fields['tokens_per_second']):,.0f} tokens/s",

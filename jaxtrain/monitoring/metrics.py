@@ -123,8 +123,10 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
       `(step lines, event lines)`. A step line has
 
       - `step` (1 is the first) and `attempt`, the number of times that the run was started;
-      - the metrics of `make_train_step`, such as `loss`, `nll`, `grad_norm`, `clip_factor`, `learning_rate`, `tokens`
-        and `skipped`; every `train.diagnose_every`-th step also has those of `layer_diagnostics`;
+      - the metrics of `make_train_step`, such as `loss`, `nll`, `grad_norm`, `clip_factor`, `learning_rate` and
+        `tokens`, as `interval.summarize` takes them from the `steps` steps that the line covers (absent: 1), and its
+        `clipped`, `skipped` and `grad_norm_max`; every `train.diagnose_every`-th step also has those of
+        `layer_diagnostics`;
       - `tokens_seen` since the start, `tokens_per_second` and `step_seconds` since the last logged step, and `mfu`, the
         FLOP utilization as a fraction, where the peak of the device is known.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtrain.config import TrainConfig
 from jaxtrain.monitoring.console import Console
+from jaxtrain.monitoring.interval import Values, summarize
 from jaxtrain.monitoring.layers import drop_unsampled
 from jaxtrain.monitoring.metrics import JsonLines, PackedMetrics, read_metrics
 from jaxtrain.monitoring.rules import RunFacts
@@ -106,6 +107,7 @@ class Recorder:
         self._config, self._console, self._clock = config, console, clock
         self._failed: set[str] = set()  # names of the sinks whose failure was reported
         self._pending: tuple[int, PackedMetrics] | None = None
+        self._unlogged: list[Values] = []  # metrics of the steps since the last logged one
         self._logged_step: int | None = None
         self._since = clock()
         self._tokens_per_step = config.batch_size * config.seq_len
@@ -181,13 +183,17 @@ class Recorder:
 
     def step(self, step: int, metrics: PackedMetrics) -> None:
         """Takes the metrics of a step that was just launched, and records the step before it."""
-        self.flush()
+        self._read()
         if self._logged_step is None:
             self._logged_step = step - 1
         self._pending = (step, metrics)
 
     def flush(self) -> None:
-        """Waits for the last launched step and records it."""
+        """Waits for the last launched step, and logs all steps that were not logged yet."""
+        self._read(log=True)
+
+    def _read(self, log: bool = False) -> None:
+        """Reads the pending step, and logs the interval that ends with it if it is due or `log` asks for it."""
         if self._pending is None:
             return
         step, metrics = self._pending
@@ -198,14 +204,20 @@ class Recorder:
             self._skipped.add(step)
         sampled = bool(config.diagnose_every) and step % config.diagnose_every == 0
         values = drop_unsampled(values, step, config.diagnose_every)
-        fields = {"step": step, "attempt": self.attempt, **values, "tokens_seen": step * self._tokens_per_step}
-        # A skipped step is always logged: the record then holds the exact number of them.
-        logged = step % config.log_every == 0 or step == config.steps or sampled or step in self._skipped
-        if logged := logged or self.give_up:
-            fields |= self._timing(step)
+        self._unlogged.append(values)
+        # A skipped step ends its interval: the record then holds the step of each.
+        log = log or step % config.log_every == 0 or step == config.steps or sampled or step in self._skipped
+        log = log or self.give_up
+        fields = {"step": step, "attempt": self.attempt, "tokens_seen": step * self._tokens_per_step}
+        fields |= self._timing(step) if log else {}
+        line = fields | summarize(self._unlogged) if log else {}
         for sink in self.sinks:
-            if logged or getattr(sink, "every_step", False):
-                self._call(sink, sink.step, step, fields)
+            if getattr(sink, "every_step", False):
+                self._call(sink, sink.step, step, fields | values)
+            elif log:
+                self._call(sink, sink.step, step, line)
+        if log:
+            self._unlogged = []
 
     def _timing(self, step: int) -> dict[str, float]:
         """Returns the speed since the step logged before."""

@@ -23,7 +23,9 @@ def show(result: dict[str, Any]) -> None:
         print(format_table(("step", "metric", "logged", "replayed"), rows, left=("metric",)), end="\n\n")
     logged = result["logged"] or {}
     rows = [(k, _exact(value), _exact(logged[k]) if k in logged else "") for k, value in result["metrics"].items()]
-    print(format_table(("metric", "replayed", "logged"), rows), end="\n\n")
+    covered = logged.get("steps", 1)
+    head = "logged" if covered == 1 else f"logged for {covered} steps"
+    print(format_table(("metric", "replayed", head), rows), end="\n\n")
     names = ("micro_batch", "loss", "nll", "tokens", "grad_norm")
     print(format_table(names, [[_short(one[name]) for name in names] for one in result["micro_batches"]]), end="\n\n")
     names = ("grad_norm", "param_norm", "update_norm", "update_ratio")

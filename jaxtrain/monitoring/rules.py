@@ -127,7 +127,7 @@ class ClippingSaturated(Rule):
 
     def __init__(self, facts: RunFacts):
         super().__init__(facts)
-        self._factors, self._norms, self._tiny = Window(self.LONG), Window(), 0
+        self._factors, self._shares, self._norms, self._tiny = Window(self.LONG), Window(self.LONG), Window(), 0
 
     def check(self, line: Line) -> Verdict:
         factor, norm = line["clip_factor"], line["grad_norm"]
@@ -143,16 +143,18 @@ class ClippingSaturated(Rule):
             return CLEAR  # a share of the units is clipped in nearly every step
         if self.after_warmup(line):
             self._factors.add(factor)
+            self._shares.add(line.get("clipped", factor < 1) / line.get("steps", 1))
             self._norms.add(norm)
         if not self._norms.full:
             return CLEAR
         if not factor < 1:
             return CLEAR  # a saturated run shows it in its next step
         count = WINDOW if self._factors.median(-WINDOW) < self.HARD else self.LONG
-        clipped = sum(value < 1 for value in list(self._factors)[-count:])
+        clipped = sum(list(self._shares)[-count:])
         if clipped <= self.SHARE * count:
             return CLEAR
-        return Found(f"{clipped} of the last {count} steps were clipped, median grad_norm {self._norms.median():.3g}")
+        middle = self._norms.median()
+        return Found(f"{clipped:.0f} of the last {count} steps were clipped, median grad_norm {middle:.3g}")
 
 
 class SpikesCaught(Rule):
@@ -169,16 +171,17 @@ class SpikesCaught(Rule):
         self._norms = Window()
 
     def check(self, line: Line) -> Verdict:
-        norm, skipped, factor = line["grad_norm"], line["skipped"] == 1, line["clip_factor"]
+        norm, skipped, factor = line.get("grad_norm_max", line["grad_norm"]), line["skipped"] == 1, line["clip_factor"]
         if skipped and line["skip_reason"] in (LOSS_SPIKE, GRAD_NORM_SPIKE):
             return Found(f"a step was skipped because {_skip_reason(line)} (grad_norm {norm:.3g})")
         if skipped or not math.isfinite(norm):
             return UNKNOWN
         middle = self._norms.median() if self._norms.full else math.inf
-        self._norms.add(norm)
+        self._norms.add(line["grad_norm"])
         if norm <= self.TIMES * middle or not factor < 1:
             return CLEAR
-        return Found(f"grad_norm {norm:.3g}, {norm / middle:.0f} x its median, was clipped by a factor {factor:.2g}")
+        factor = f" by a factor {factor:.2g}" if line.get("steps", 1) == 1 else ""
+        return Found(f"grad_norm {norm:.3g}, {norm / middle:.0f} x its median, was clipped{factor}")
 
 
 class UpdateNormRising(Rule):

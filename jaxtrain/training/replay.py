@@ -17,6 +17,7 @@ from jaxtrain.checkpoints.restore import restore
 from jaxtrain.gradients import takes_key
 from jaxtrain.losses import LossSums
 from jaxtrain.models.model import TransformerModel
+from jaxtrain.monitoring.interval import summarize
 from jaxtrain.monitoring.layers import drop_unsampled
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.precision import Policy
@@ -55,9 +56,9 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
 
     Returns:
       `step`; `from_step` (0 is the start of the run); `metrics` as recomputed; `logged`, the step's line or None;
-      `compared_steps`, those logged since `from_step`; `reproduces`, True if they are equal to the bit, None if there
-      are none; `differences` (step, metric, logged, replayed); `notes`; and `micro_batches`, `layers` and `rows` of the
-      step. Rows come in order of falling loss.
+      `compared_steps`, those whose lines cover only steps since `from_step`; `reproduces`, True if these lines are
+      equal to the bit, None if there are none; `differences` (step, metric, logged, replayed); `notes`; and
+      `micro_batches`, `layers` and `rows` of the step. Rows come in order of falling loss.
 
     Raises:
       ValueError: no such run, or a step that it has not reached.
@@ -73,16 +74,18 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     logged = {line["step"]: line for line in _current(lines, events)}
     every = run.config.train.diagnose_every
     tokens_per_step = run.config.train.batch_size * run.config.train.seq_len
-    differences, compared = [], []
+    differences, compared, replayed = [], [], []
     for done in range(first + 1, step + 1):
         batch = fetch(done - 1)
         before = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state) if done == step else None
         state, metrics = train_step(state, batch)
         metrics = drop_unsampled(metrics.unpack(), done, every)
         values = {"step": done, **metrics, "tokens_seen": done * tokens_per_step}
-        if done in logged:
+        replayed.append({name: value.tolist() for name, value in metrics.items()})
+        covered = logged.get(done, {}).get("steps", 1)  # older lines hold the metrics of one step
+        if done in logged and covered <= len(replayed):
             compared.append(done)
-            differences += _differences(logged[done], values)
+            differences += _differences(logged[done], values | summarize(replayed[-covered:]))
     row_nll, diagnosed_step = _row_nll(run), _diagnosed_step(run)
     compile_together(row_nll, before.params, batch)
     nll = row_nll(before.params, batch)

@@ -403,7 +403,7 @@ def test_sampled_steps_are_logged_and_others_leave_it_out(run, config, tmp_path)
     config = change(config, train={"log_every": 4, "diagnose_every": 5})
     run(config, tmp_path / "run")
     lines, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [4, 5, 8, 10]
+    assert [(line["step"], line["steps"]) for line in lines] == [(4, 4), (5, 1), (8, 3), (10, 2), (11, 1)]
     assert [line["step"] for line in lines if "layer_grad_norm" in line] == [5, 10]
     for line in (lines[1], lines[3]):
         assert len(line["layer_grad_norm"]) == len(line["layer_update_ratio"]) == 2

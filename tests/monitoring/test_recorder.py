@@ -62,7 +62,7 @@ def test_sinks_receive_logged_steps_and_those_that_ask_every_step():
     assert [fields["step"] for fields in logged.steps] == [10, 20, 30, 33, 40]
     assert [fields["step"] for fields in every.steps] == list(range(1, 41))
     assert [fields["step"] for fields in every.steps if "layer_grad_norm" in fields] == [20, 40]
-    assert logged.steps[0]["loss"] == 10.0
+    assert (logged.steps[0]["loss"], every.steps[9]["loss"]) == (5.5, 10.0)  # a mean, and a step's own
     assert type(logged.steps[0]["loss"]) is float
     assert logged.steps[1]["layer_grad_norm"] == [1.0, 2.0]
     assert logged.steps[0]["tokens_seen"] == 10 * 4 * 8

@@ -48,7 +48,7 @@ def test_a_run_writes_the_documented_files(whole_run):
     assert [line["step"] for line in steps] == list(range(1, 41))
     contract = "loss nll z_loss grad_norm clip_factor update_norm param_norm learning_rate tokens"
     contract += " skipped skip_reason give_up"
-    contract += " step tokens_seen tokens_per_second step_seconds attempt"
+    contract += " step steps clipped grad_norm_max tokens_seen tokens_per_second step_seconds attempt"
     assert all(set(line) == set(contract.split()) for line in steps)
     assert steps[-1]["tokens_seen"] == 40 * 8 * 16
     kinds = [event["event"] for event in events if event["event"] != "saved"]
