@@ -196,7 +196,7 @@ def test_help_imports_no_jax():
 
 MISTAKES = [
     (["trian"], "unknown command 'trian': did you mean train?"),
-    (["zzzzzz"], "known: train, report"),
+    (["zzzzzz"], "known: train, plan"),
     (["train"], "give a config first: jaxtrain train CONFIG"),
     (["train", "--run-dir", "x"], "give a config first"),
     (["train", "nowhere.py"], "no config file nowhere.py"),

@@ -77,6 +77,7 @@ LAYERS = [
     {"models", "data", "monitoring", "checkpoints"},
     {"training"},
     {"plan"},
+    {"commands"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in sorted(names)}

@@ -10,7 +10,7 @@ from dataclasses import MISSING
 
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.runtime.config_files import load
-from jaxtrain.runtime.flags import Command, Flag, field_docs, kind_of, list_flags, metavar, positional_metavar, usage
+from jaxtrain.runtime.flags import Command, Flag, field_docs, kind_of, list_flags, metavar, positional_metavars, usage
 
 _COLUMN = 36  # characters before the text of a flag
 
@@ -22,10 +22,9 @@ def show_help(command: Command, words: Sequence[str]) -> str:
     positional = command.options.positional
     lines = [f"usage: {usage(command)}", "", *_wrap(inspect.getdoc(command.run) or "", width), ""]
     lines += ["example:", f"  jaxtrain {command.example}", ""]
-    lines += [
-        "argument:",
-        *_entry(positional_metavar(command.options), field_docs(command.options)[positional], width),
-    ]
+    arguments, docs = positional_metavars(command.options), field_docs(command.options)
+    lines += ["argument:" if len(arguments) == 1 else "arguments:"]
+    lines += [line for name, word in arguments.items() for line in _entry(word, docs[name], width)]
     titles, groups = {"": "options:"}, {"": []}
     for item in dataclasses.fields(Config) if positional == "config" else ():
         cls = ModelConfig if item.name == "model" else item.type

@@ -1,7 +1,8 @@
 """Command-line flags of option dataclasses, parsed with suggestions.
 
 Every field of an option class is a flag, `run_dir` as `--run-dir`; the fields of a Config are dotted, as
-`--train.steps`. The field that `positional` names is given without a flag. The comment beside a field is its help.
+`--train.steps`. The fields that `positional` names, one or several (`"run file"`), are given without a flag. The
+comment beside a field is its help.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ class Command(NamedTuple):
 
     Attributes:
       name: word after `jaxtrain`.
-      options: option class; its attribute `positional` names one field.
+      options: option class; its attribute `positional` names the fields without a flag.
       run: function of the options that returns an exit code; its docstring is the description.
       example: command line without `jaxtrain`.
     """
@@ -83,19 +84,27 @@ def parse(command: Command, words: Sequence[str]) -> Any:
         given.setdefault("run_dir", f"runs/{Path(file).stem}")
     if config is not None:
         given["config"] = _change(config, {path: given.pop(path) for path in list(given) if path in _paths(config)})
-    elif rest and positional:
-        hint = typing.get_type_hints(command.options, include_extras=True)[positional]
-        many = typing.get_origin(hint) is tuple
-        given[positional] = check_value(hint, tuple(rest) if many else rest[0], metavar(hint))
-        rest = [] if many else rest[1:]
+    else:
+        rest = _read_positional(command, rest, given)
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; `jaxtrain {command.name} --help` lists the flags")
-    if config is None and positional and not given.get(positional):
-        raise ValueError(f"{positional_metavar(command.options)} is missing: {usage(command)}")
     for flag in flags.values():
         if flag.default is MISSING and flag.path not in given:
             raise ValueError(f"{flag.name} {metavar(flag.hint)} is missing: {flag.help}")
     return command.options(**given)
+
+
+def _read_positional(command: Command, words: list[str], given: dict[str, Any]) -> list[str]:
+    """Adds the values without a flag to `given`; returns the words that are left. A tuple takes all of them."""
+    hints = typing.get_type_hints(command.options, include_extras=True)
+    for name in command.options.positional.split():
+        hint = hints[name]
+        if not words:
+            raise ValueError(f"{metavar(hint)} is missing: {usage(command)}")
+        taken = len(words) if kind_of(hint) is tuple else 1
+        given[name] = check_value(hint, tuple(words) if kind_of(hint) is tuple else words[0], metavar(hint))
+        words = words[taken:]
+    return words
 
 
 @dataclass(frozen=True)
@@ -194,9 +203,9 @@ def list_flags(options: type[Any], config: Config | None) -> Iterator[Flag]:
     """Yields the flags of an option class; the defaults are the values of the config, if there is one."""
     hints, docs = typing.get_type_hints(options, include_extras=True), field_docs(options)
     for item in dataclasses.fields(options):
-        if item.name != options.positional:
+        if item.name not in options.positional.split():
             yield Flag(item.name, hints[item.name], item.default, docs.get(item.name, ""))
-    if hints[options.positional] is Config:
+    if hints.get("config") is Config:
         yield from _config_flags(config)
 
 
@@ -269,13 +278,17 @@ def _class_lines(cls: type[Any]) -> Iterator[str]:
 def usage(command: Command) -> str:
     """Returns `jaxtrain NAME POSITIONAL [flags]`."""
     required = [flag for flag in list_flags(command.options, None) if flag.default is MISSING and "." not in flag.path]
-    parts = [positional_metavar(command.options), *(f"{flag.name} {metavar(flag.hint)}" for flag in required)]
+    parts = [
+        *positional_metavars(command.options).values(),
+        *(f"{flag.name} {metavar(flag.hint)}" for flag in required),
+    ]
     return " ".join(["jaxtrain", command.name, *parts, "[flags]"])
 
 
-def positional_metavar(options: type[Any]) -> str:
-    """Returns the word that stands for the argument without a flag."""
-    return metavar(typing.get_type_hints(options, include_extras=True)[options.positional])
+def positional_metavars(options: type[Any]) -> dict[str, str]:
+    """Returns the word that stands for each value without a flag, by the name of its field."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    return {name: metavar(hints[name]) for name in options.positional.split()}
 
 
 def metavar(hint: Any) -> str:

@@ -1,0 +1,1 @@
+"""Options and functions of the commands, by subject; `cli.py` lists them."""
