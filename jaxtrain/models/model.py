@@ -38,7 +38,10 @@ class Model(Protocol):
     - `flops_per_token(seq_len)`: FLOPs to train on one token. Without it no FLOP utilization is shown.
     - `vocab_size`: number of token ids. It must not be below that of the data.
     - `decode(params, tokens, cache, num_cached)`, together with `max_seq_len`: see `TransformerModel.decode`. Without
-      it the model generates no text.
+      it the model generates no text. The cache is None, with `num_cached` 0, or as `decode` returned it; `num_cached`
+      is a scalar.
+    - `init_cache(params, batch_size, length)`: allocates a cache. With it, `num_cached` is None or `[B]`.
+    - `logits(params, tokens)`: float32 logits `[B, T, V]`, for `jaxtrain.load`; without it `decode` gives them.
     """
 
     def init(self, key: jax.Array) -> Any:
@@ -112,26 +115,38 @@ class TransformerModel:
         """Returns the FLOPs to train on one token; see `size.flops_per_token`."""
         return size.flops_per_token(self.config, seq_len)
 
+    def init_cache(self, params: Params, batch_size: int, length: int) -> Cache:
+        """Allocates an empty cache for `length` tokens a row, in the dtype of the parameters."""
+        return empty_cache(self.config, batch_size, length, jax.tree.leaves(params)[0].dtype)
+
     def decode(
-        self, params: Params, tokens_BT: jax.Array, cache: Cache | None, num_cached: jax.typing.ArrayLike
+        self, params: Params, tokens_BT: jax.Array, cache: Cache | None, num_cached: jax.typing.ArrayLike | None
     ) -> tuple[jax.Array, Cache]:
         """Returns the logits of the next token after each token, and the extended cache.
 
         Args:
           params: parameters; they compute in their own dtype.
           tokens_BT: token ids `[B, T]`, T at most `max_seq_len`.
-          cache: keys and values of the tokens before these. None allocates an empty cache.
-          num_cached: number of valid tokens in the cache; the new tokens are written after them.
+          cache: keys and values of the tokens before these. None allocates an empty cache of `max_seq_len` tokens.
+          num_cached: number of valid tokens in the cache, or `[B]` one a row; the new tokens are written after them.
+            None: the cache is empty, so that the new tokens attend to each other alone.
 
         Returns:
           Float32 logits `[B, T, V]` and a cache of constant shapes and dtypes.
         """
         if cache is None:
-            cache = empty_cache(self.config, tokens_BT.shape[0], jax.tree.leaves(params)[0].dtype)
+            cache, num_cached = self.init_cache(params, tokens_BT.shape[0], self.max_seq_len), None
         module = Transformer(self.config)
         extended: Any
-        hidden_BTD, extended = module.apply({"params": params}, tokens_BT, cache, jnp.int32(num_cached))
+        start = None if num_cached is None else jnp.asarray(num_cached, jnp.int32)
+        hidden_BTD, extended = module.apply({"params": params}, tokens_BT, cache, start)
         return logits(module, params, hidden_BTD), extended
+
+    def logits(self, params: Params, tokens_BT: jax.Array) -> jax.Array:
+        """Returns the float32 logits `[B, T, V]` of the token after each token, in the dtype of the parameters."""
+        module = Transformer(self.config)
+        hidden_BTD, _ = module.apply({"params": params}, tokens_BT)
+        return logits(module, params, hidden_BTD)
 
 
 def axes_of(model: Model, params: Any) -> Any:

@@ -41,6 +41,16 @@ class Cache(NamedTuple):
     key: jax.Array
     value: jax.Array
 
+    def write(self, new: "Cache", start: jax.Array | None) -> "Cache":
+        """Returns one layer's cache with the new tokens `[B, T, G, K]` at `start`: a position, or one a row; None: 0."""
+
+        def put(old: jax.Array, new: jax.Array, start: jax.typing.ArrayLike) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=old.ndim - 3)
+
+        start = 0 if start is None else start
+        put = jax.vmap(put) if jnp.ndim(start) else put
+        return jax.tree.map(lambda old, new: put(old, new, start), self, new)
+
 
 class TokenContext(NamedTuple):
     """Facts about the tokens that all layers share: positions, rotary tables, cache length, segments."""
@@ -84,16 +94,15 @@ class Attention(nn.Module):
         if context.rope is not None:
             query_BTHK, key_BTGK = rotate(query_BTHK, context.rope), rotate(key_BTGK, context.rope)
         attend_to = functools.partial(attend, window=c.attention_window, softcap=c.attention_softcap)
-        if cache is None:
+        if cache is not None:
+            cache = cache.write(Cache(key_BTGK, value_BTGK), context.num_cached)
+        if cache is None or context.num_cached is None:
             query_BTHK, key_BTGK = checkpoint_name(query_BTHK, "query"), checkpoint_name(key_BTGK, "key")
             value_BTGK = checkpoint_name(value_BTGK, "value")
             segment_ids_BT = context.segment_ids_BT
-            mixed_BTHK = attend_to(query_BTHK, key_BTGK, value_BTGK, segment_ids=segment_ids_BT, kernel=c.attention)
+            kernel = c.attention if cache is None or c.attention == "xla" else "auto"  # a prompt may have any length
+            mixed_BTHK = attend_to(query_BTHK, key_BTGK, value_BTGK, segment_ids=segment_ids_BT, kernel=kernel)
         else:
-            new = Cache(key_BTGK, value_BTGK)
-            cache = jax.tree.map(
-                lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, context.num_cached, axis=1), cache, new
-            )
             mixed_BTHK = attend_to(query_BTHK, cache.key, cache.value, context.positions_BT, kernel="xla")
         mixed_BTF = mixed_BTHK.reshape(*x_BTD.shape[:-1], -1)
         out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")
@@ -181,7 +190,8 @@ class Transformer(nn.Module):
         Args:
           tokens_BT: integer token ids.
           cache: keys and values of the tokens before these (`empty_cache`), or None.
-          num_cached: number of valid tokens in the cache, int32 scalar. The new tokens are written after them.
+          num_cached: number of valid tokens in the cache, int32 scalar or `[B]`. The new tokens are written after them.
+            None: the cache is empty.
           segment_ids: int `[B, T]`. A token attends to its own segment only. Positions do not restart at segments.
 
         Returns:
@@ -200,7 +210,7 @@ class Transformer(nn.Module):
         with jax.named_scope("embed"):
             x_BTD = look_up(table_VD, tokens_BT, p)
         start = jnp.zeros((), jnp.int32) if num_cached is None else num_cached
-        positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+        positions_BT = jnp.broadcast_to(start.reshape(-1, 1) + jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
         rope = None
         if c.positions == "rope":
             rope = rope_tables(positions_BT, c.channels_per_head, c.rope_theta)
@@ -291,9 +301,9 @@ def logits(model: Transformer, params: Params, hidden_BTD: jax.Array) -> jax.Arr
     return cap * jnp.tanh(raw_BTV / cap) if cap else raw_BTV
 
 
-def empty_cache(config: ModelConfig, batch_size: int, dtype: jax.typing.DTypeLike) -> Cache:
-    """Allocates a cache for `max_seq_len` tokens."""
-    shape = (config.num_layers, batch_size, config.max_seq_len, config.kv_heads, config.channels_per_head)
+def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
+    """Allocates a cache for `length` tokens a row."""
+    shape = (config.num_layers, batch_size, length, config.kv_heads, config.channels_per_head)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 

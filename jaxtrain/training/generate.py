@@ -41,12 +41,12 @@ def continue_text(
     new = generate(
         run.program.model,
         params,
-        tokens[None],
+        [tokens],
         num_tokens,
         seed=seed,
         sampling=sampling,
         vocab_size=tokenizer.vocab_size,
-        stop_id=tokenizer.eot_id if stop else None,
+        stop_ids=(tokenizer.eot_id,) if stop else (),
     )[0]
     if stop and new[-1] == tokenizer.eot_id:
         new = new[:-1]

@@ -215,7 +215,7 @@ def test_cache_gives_the_logits_of_the_whole_sequence(config):
     model, params = make(config)
     tokens = tokens_of(config, 2, 16)
     expected = run(model, params, tokens)
-    cache = empty_cache(config, 2, jnp.float32)
+    cache = empty_cache(config, 2, config.max_seq_len, jnp.float32)
     step = jax.jit(lambda tokens, cache, length: model.apply({"params": params}, tokens, cache, length))
     hidden, cache = step(tokens[:, :5], cache, jnp.int32(0))
     pieces = [hidden]
@@ -315,7 +315,11 @@ def test_errors_name_the_values():
         model.apply({"params": params}, jnp.zeros((1, 17), jnp.int32))
     with pytest.raises(ValueError, match="a cache holds one segment per row: leave out segment_ids"):
         model.apply(
-            {"params": params}, jnp.zeros((1, 3), jnp.int32), empty_cache(GPT2, 1, "float32"), 0, segment_ids=SEGMENTS
+            {"params": params},
+            jnp.zeros((1, 3), jnp.int32),
+            empty_cache(GPT2, 1, 16, "float32"),
+            0,
+            segment_ids=SEGMENTS,
         )
     with pytest.raises(ValueError, match="vocab_size"):
         init_params(Transformer(dataclasses.replace(GPT2, vocab_size=None)), jax.random.key(0))
