@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtrain.config import Config
+    from jaxtrain.inference.load import TrainedModel, load
     from jaxtrain.losses import LossSums, cross_entropy, linear_cross_entropy
     from jaxtrain.optim import clipped_adamw, decay_mask
     from jaxtrain.step import TrainState, make_eval_step, make_train_step
-    from jaxtrain.training.load import TrainedModel, load
     from jaxtrain.training.train import train
 
 __version__ = "0.1.0"
@@ -33,12 +33,12 @@ _MODULES = {
     "Config": "config",
     "LossSums": "losses",
     "TrainState": "step",
-    "TrainedModel": "training.load",
+    "TrainedModel": "inference.load",
     "clipped_adamw": "optim",
     "cross_entropy": "losses",
     "decay_mask": "optim",
     "linear_cross_entropy": "losses",
-    "load": "training.load",
+    "load": "inference.load",
     "make_eval_step": "step",
     "make_train_step": "step",
     "train": "training.train",

@@ -75,6 +75,7 @@ LAYERS = [
     {"step"},
     {"runtime"},
     {"models", "data", "monitoring", "checkpoints"},
+    {"inference"},
     {"training"},
     {"plan"},
     {"commands"},

@@ -5,7 +5,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import chex
 import jax
@@ -15,14 +15,16 @@ from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.leaves import NotFinite, compare, describe, not_finite
 from jaxtrain.checkpoints.manifest import FINGERPRINT, Damaged, Verified, verify
 from jaxtrain.runtime import processes
-from jaxtrain.step import TrainState
+
+if TYPE_CHECKING:  # it imports optax, which reading parameters does not need
+    from jaxtrain.step import TrainState
 
 _LISTED = 20  # differing leaves named in an error
 
 
 def restore(
-    folder: CheckpointFolder, like: TrainState, step: int | None = None, *, repair: bool = False
-) -> tuple[TrainState, dict[str, Any]]:
+    folder: CheckpointFolder, like: "TrainState", step: int | None = None, *, repair: bool = False
+) -> tuple["TrainState", dict[str, Any]]:
     """Reads a TrainState and its fingerprint.
 
     Args:

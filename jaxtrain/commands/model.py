@@ -1,4 +1,4 @@
-"""Commands on the model of a run: eval, generate, replay."""
+"""Commands on the model of a run: eval, replay."""
 
 import contextlib
 import json
@@ -6,10 +6,12 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from jaxtrain.fields import Bounds, Folder, LocalPath, NotNegative, Positive, RunFolder, Section
+from jaxtrain.fields import Folder, LocalPath, NotNegative, Positive, RunFolder, Section
 from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.flags import Command
-from jaxtrain.runtime.terminal import printable, report_error
+from jaxtrain.runtime.terminal import report_error
+
+Checkpoint = NotNegative[int] | Literal["best"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class EvalOptions(RunOptions):
     """Options of `jaxtrain eval`."""
 
     split: Literal["validation", "train"] = "validation"  # part of the token store
-    step: NotNegative[int] | None = None  # checkpoint; none takes the newest
+    step: Checkpoint | None = None  # checkpoint; best has the lowest validation loss; none takes the newest
     batches: Positive[int] | None = None  # batches from the start of the split; none takes all
     compare: bool = False  # compress the same text with gzip -9 and xz -9
     json: bool = False  # print one JSON object
@@ -64,47 +66,6 @@ def run_evaluate(options: EvalOptions) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(RunOptions):
-    """Options of `jaxtrain generate`."""
-
-    prompt: str = ""  # text to continue
-    num_tokens: Positive[int] = 256  # tokens to add
-    temperature: NotNegative[float] = 0.8  # divides the logits; 0 takes the likeliest token
-    top_k: Positive[int] | None = None  # draws among the k likeliest tokens; none draws among all
-    # draws among the likeliest tokens that hold this share of the probability
-    top_p: Annotated[float, Bounds("in (0, 1]", 0, 1, includes_high=True)] = 1.0
-    seed: NotNegative[int] = 0  # of the random numbers
-    step: NotNegative[int] | None = None  # checkpoint; none takes the newest
-    past_end: bool = False  # continues after the end-of-text token
-
-
-def run_generate(options: GenerateOptions) -> int:
-    """Continues a text with the model of a run."""
-    from jaxtrain.models.decode import Sampling
-    from jaxtrain.runtime.cluster import session
-    from jaxtrain.runtime.compile_cache import compile_cache
-    from jaxtrain.runtime.processes import is_lead
-    from jaxtrain.training.generate import continue_text
-
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    with compile_cache(), session(report_error):
-        run, params, _ = _trained(options, data=False)
-        text = continue_text(
-            run,
-            params,
-            options.prompt,
-            options.num_tokens,
-            seed=options.seed,
-            sampling=sampling,
-            stop=not options.past_end,
-        )
-    if is_lead():
-        text = options.prompt + text
-        print(printable(text) if sys.stdout.isatty() else text)  # a file gets the text as it is
-    return 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReplayOptions(RunOptions):
     """Options of `jaxtrain replay`."""
 
@@ -123,30 +84,31 @@ def run_replay(options: ReplayOptions) -> int:
 
     with compile_cache(), session(report_error):
         agree("the command", asdict(options), remedy="start them with the same one")
-        result = replay(options.run, options.step, store=options.data_store, model=_model(options))
+        result = replay(options.run, options.step, store=options.data_store, model=model_of(options))
     if is_lead():
         print(json.dumps(encode(result))) if options.json else show(result)
     return 0
 
 
-def _model(options: RunOptions) -> Any:
+def model_of(options: RunOptions) -> Any:
+    """Returns the model of the config file that the options name, if they do."""
     return load(options.config).model if options.config else None
 
 
-def _trained(options: EvalOptions | GenerateOptions, data: bool = True) -> tuple[Any, Any, int]:
+def _trained(options: EvalOptions) -> tuple[Any, Any, int]:
     """Opens a run; returns it with the parameters of a checkpoint and its step, the same on every process."""
+    from jaxtrain.inference.load import find_step
     from jaxtrain.runtime.processes import agree
     from jaxtrain.training.run import open_run, restore_params
 
     agree("the command", asdict(options), remedy="start them with the same one")
-    run = open_run(options.run, store=options.data_store, model=_model(options), data=data)
-    params, step = restore_params(run, options.step)
+    run = open_run(options.run, store=options.data_store, model=model_of(options))
+    params, step = restore_params(run, find_step(run.folder, options.step))
     agree("the checkpoint", {"step": step}, remedy="the run must be on a file system that they share")
     return run, params, step
 
 
 COMMANDS = [
     Command("eval", EvalOptions, run_evaluate, "eval runs/first --compare"),
-    Command("generate", GenerateOptions, run_generate, 'generate runs/first --prompt "def " --temperature 0.5'),
     Command("replay", ReplayOptions, run_replay, "replay runs/first --step 120"),
 ]

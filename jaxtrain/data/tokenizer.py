@@ -48,6 +48,11 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the token ids of each text."""
 
+    def encode_special(self, text: str) -> np.ndarray:
+        """Returns the token ids of a text that spells out special tokens, as chat templates do."""
+        first, *others = map(self.encode, text.split(END_OF_TEXT))
+        return np.concatenate([first, *(np.append(np.int32(self.eot_id), part) for part in others)])
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids."""
 
@@ -132,6 +137,12 @@ class BPETokenizer(Tokenizer):
         return library
 
     @cached_property
+    def _special_library(self) -> Any:
+        library = _import_tokenizers().Tokenizer.from_str(self._library.to_str())
+        library.encode_special_tokens = False
+        return library
+
+    @cached_property
     def _ids(self) -> dict[str, int]:
         return self._library.get_vocab(with_added_tokens=True)
 
@@ -176,6 +187,10 @@ class BPETokenizer(Tokenizer):
         return [
             self._encode_cut(text) if self.eot_id in found else found for text, found in zip(texts, ids, strict=True)
         ]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """Returns the token ids of a text in which special tokens are spelled out."""
+        return np.array(self._special_library.encode(text, add_special_tokens=False).ids, np.int32)
 
     def _encode_cut(self, text: str) -> np.ndarray:
         """Encodes a text that spells the end-of-text token, cut inside every such spelling."""

@@ -42,7 +42,7 @@ class Cache(NamedTuple):
     value: jax.Array
 
     def write(self, new: "Cache", start: jax.Array | None) -> "Cache":
-        """Returns one layer's cache with the new tokens `[B, T, G, K]` at `start`: a position, or one a row; None: 0."""
+        """Returns one layer's cache with the new tokens `[B, T, G, K]` at position `start`, or `[B]`, or 0."""
 
         def put(old: jax.Array, new: jax.Array, start: jax.typing.ArrayLike) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=old.ndim - 3)

@@ -12,8 +12,9 @@ import optax
 
 from jaxtrain.checkpoints import restore
 from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.run_config import read_config
 from jaxtrain.checkpoints.save import Saver
-from jaxtrain.config import Config, MeshConfig, ModelConfig, SavedModel, parse_ranges, to_dict
+from jaxtrain.config import Config, MeshConfig, ModelConfig, parse_ranges, to_dict
 from jaxtrain.data.loader import Batches, TrainBatches, global_batch
 from jaxtrain.data.store import Split, TokenStore, open_store
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -21,7 +22,6 @@ from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
 from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.optim import decay_mask
-from jaxtrain.runtime.config_files import differences
 from jaxtrain.runtime.files import sha256_file, write_bytes
 from jaxtrain.runtime.mesh import by_rows, check_batch, make_mesh
 from jaxtrain.runtime.processes import compile_together
@@ -29,7 +29,6 @@ from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
 from jaxtrain.training import components
 from jaxtrain.training.program import Program, make_program
-from jaxtrain.training.run_folder import read_config
 
 
 def _unchanged(x: Any) -> Any:
@@ -109,19 +108,9 @@ def open_run(
       ValueError: no run in the folder, another model, or no token store where the config says.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder, model)
     if store is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
-    if isinstance(config.model, SavedModel) and model is None:
-        raise ValueError(
-            f"{folder} has the model {config.model.custom} of a config file: give --config CONFIG.py, or `model` in "
-            "Python"
-        )
-    # The sizes of the built-in transformer are in config.json; the config file then serves for its schedule.
-    if model is not None and not (isinstance(model, ModelConfig) and isinstance(config.model, ModelConfig)):
-        saved, config = config, dataclasses.replace(config, model=model)
-        if changed := differences(saved, config):
-            raise ValueError(f"{folder} has another model than that of --config\n  " + "\n  ".join(changed))
     config = dataclasses.replace(config, mesh=_mesh_for(config, len(jax.devices())))
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     vocab_size = load_tokenizer(folder).vocab_size if has_tokenizer else getattr(config.model, "vocab_size", None)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import socket
 import sys
@@ -13,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.checkpoints.folder import CheckpointFolder, require_writable_path
-from jaxtrain.checkpoints.restore import find_fingerprint
+from jaxtrain.checkpoints.folder import require_writable_path
+from jaxtrain.checkpoints.run_config import lost_config
 from jaxtrain.config import Config, parse_ranges
 from jaxtrain.data.order import skip_to
 from jaxtrain.fields import require_local
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.runtime.config_files import flat_fields, from_json, load_run, to_json
-from jaxtrain.runtime.files import flock, read_json, write_json, write_text
+from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
+from jaxtrain.runtime.files import flock, write_json, write_text
 from jaxtrain.training import components
 
 Changes = dict[str, tuple[Any, Any]]  # field -> old and new value
@@ -106,33 +105,12 @@ def _refuse_foreign(folder: Path) -> None:
         raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
 
 
-def _lost_config(folder: Path) -> tuple[dict[str, Any], int] | None:
-    """Returns the config in the newest whole checkpoint and its step, if config.json is missing or torn."""
-    if isinstance(read_json(folder / "config.json"), dict):
-        return None
-    found = find_fingerprint(CheckpointFolder(folder / "checkpoints"))
-    return found and (found[0]["config"], found[1])
-
-
 def recover_config(folder: Path) -> None:
     """Writes config.json from the newest whole checkpoint if a crash has lost or torn the file."""
-    if lost := _lost_config(folder):
+    if lost := lost_config(folder):
         values, step = lost
         write_json(folder / "config.json", values)
         print(f"{folder / 'config.json'} was lost: restored from the checkpoint of step {step}", file=sys.stderr)
-
-
-def read_config(folder: Path) -> Config:
-    """Reads the config of a run; a lost or torn config.json is replaced by that of a checkpoint. Writes nothing.
-
-    Raises:
-      ValueError: no run in the folder, or a config that is not valid.
-    """
-    if lost := _lost_config(folder):
-        values, step = lost
-        print(f"{folder / 'config.json'} is lost: reading that of the checkpoint of step {step}", file=sys.stderr)
-        return from_json(json.dumps(values))
-    return load_run(folder)
 
 
 def absolute_paths(config: Config, run_dir: str | Path) -> Config:

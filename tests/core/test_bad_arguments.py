@@ -13,13 +13,13 @@ from jaxtrain.data.loader import EvalBatches, Prefetcher, TrainBatches
 from jaxtrain.data.order import permute
 from jaxtrain.data.store import Split
 from jaxtrain.data.tokenizer import ByteTokenizer, parse_spec
+from jaxtrain.models.decode import Sampling
 from jaxtrain.monitoring.plots import plot_schedule
 from jaxtrain.optim import clipped_adamw
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import check_batch, make_mesh, partition_spec
 from jaxtrain.step import TrainState, make_train_step
 from jaxtrain.training.evaluation import evaluate
-from jaxtrain.training.generate import Sampling
 from jaxtrain.training.replay import replay
 
 LOGITS, LABELS = jnp.zeros((2, 3, 5)), jnp.zeros((2, 3), jnp.int32)

@@ -1,0 +1,126 @@
+"""The command `jaxtrain generate`."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from jaxtrain.commands.model import Checkpoint, RunOptions, model_of
+from jaxtrain.fields import Bounds, LocalPath, NotNegative, Positive
+from jaxtrain.runtime.flags import Command
+from jaxtrain.runtime.terminal import printable, report_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(RunOptions):
+    """Options of `jaxtrain generate`."""
+
+    prompt: str = ""  # text to continue
+    # file with a prompt, or a JSON object with "prompt" or "messages", on each line; - reads standard input
+    prompts: Annotated[str, LocalPath("FILE")] | None = None
+    num_tokens: Positive[int] = 256  # tokens to add
+    batch_size: Positive[int] = 8  # prompts that run together
+    temperature: NotNegative[float] = 0.8  # divides the logits; 0 takes the likeliest token
+    top_k: Positive[int] | None = None  # draws among the k likeliest tokens; none draws among all
+    # draws among the likeliest tokens that hold this share of the probability
+    top_p: Annotated[float, Bounds("in (0, 1]", 0, 1, includes_high=True)] = 1.0
+    # draws among the tokens with at least this share of the probability of the likeliest
+    min_p: Annotated[float, Bounds("in [0, 1]", 0, 1, includes_low=True, includes_high=True)] = 0.0
+    repetition_penalty: Positive[float] = 1.0  # makes tokens of the context less likely; 1 changes nothing
+    seed: NotNegative[int] = 0  # of the random numbers
+    stop: tuple[str, ...] = ()  # strings that end the text, and are left out of it
+    past_end: bool = False  # continues after the end-of-text token
+    chat: bool = False  # applies the tokenizer's chat template; a prompt is the user's message
+    stream: bool = False  # prints the text while it is generated, one prompt at a time
+    step: Checkpoint | None = None  # checkpoint; best has the lowest validation loss; none takes the newest
+    average: Positive[int] = 1  # newest checkpoints whose parameters are averaged
+    json: bool = False  # print a JSON object for each prompt
+
+
+def run_generate(options: GenerateOptions) -> int:
+    """Continues a text, or each prompt of a file, with a trained model."""
+    from jaxtrain.inference.generate import complete
+    from jaxtrain.inference.load import load
+    from jaxtrain.models.decode import Sampling, Timing
+    from jaxtrain.runtime.cluster import session
+    from jaxtrain.runtime.compile_cache import compile_cache
+    from jaxtrain.runtime.processes import agree, is_lead
+
+    if options.stream and options.json:
+        raise ValueError("--stream prints text and --json objects: leave out one of them")
+    records = _read_records(options)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    timing = Timing()
+    with compile_cache(), session(report_error):
+        agree("the command", asdict(options), remedy="start them with the same one")
+        model = load(
+            options.run, options.step, model=model_of(options), average=options.average, store=options.data_store
+        )
+        agree("the checkpoint", {"step": model.step}, remedy="the run must be on a file system that they share")
+        completions = complete(
+            model.model,
+            model.params,
+            model.tokenizer,
+            _prompts(model.folder, model.tokenizer, records, options.chat),
+            options.num_tokens,
+            batch_size=1 if options.stream else options.batch_size,
+            seed=options.seed,
+            sampling=sampling,
+            stop=options.stop,
+            stop_ids=() if options.past_end else None,
+            on_text=(lambda _, text: _write(text)) if options.stream and is_lead() else None,
+            timing=timing,
+        )
+        for record in records:
+            if options.stream and is_lead():
+                _write(record.get("prompt", "") if not options.chat else "")
+            completion = next(completions)
+            if is_lead():
+                _show(options, record, completion, many=len(records) > 1)
+    if is_lead():
+        print(timing, file=sys.stderr)
+    return 0
+
+
+def _read_records(options: GenerateOptions) -> list[dict[str, Any]]:
+    from jaxtrain.inference.prompts import read_prompts
+
+    if options.prompts is None:
+        return [{"prompt": options.prompt}]
+    if options.prompt:
+        raise ValueError("--prompt and --prompts are both given: leave out one of them")
+    return read_prompts(options.prompts)
+
+
+def _prompts(folder: Any, tokenizer: Any, records: list[dict[str, Any]], chat: bool) -> list[Any]:
+    """Returns each record's text or, with a chat template, its token ids."""
+    if not chat:
+        if any("prompt" not in record for record in records):
+            raise ValueError("a prompt holds messages: give --chat, which applies the chat template")
+        return [record["prompt"] for record in records]
+    from jaxtrain.data.chat import read_template
+
+    template = read_template(folder)
+    chats = [record.get("messages") or [{"role": "user", "content": record["prompt"]}] for record in records]
+    texts = [template.render(messages, add_generation_prompt=True) for messages in chats]
+    return [tokenizer.encode_special(text).tolist() for text in texts]
+
+
+def _show(options: GenerateOptions, record: dict[str, Any], completion: Any, *, many: bool) -> None:
+    if options.json:
+        result = {"text": completion.text, "tokens": completion.num_tokens, "finish": completion.finish}
+        print(json.dumps(record | result, ensure_ascii=False))
+    elif options.stream:
+        print()
+    else:
+        text = completion.text if options.chat else record["prompt"] + completion.text
+        print(printable(text) if sys.stdout.isatty() else text)  # a file gets the text as it is
+
+
+def _write(text: str) -> None:
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+COMMANDS = [
+    Command("generate", GenerateOptions, run_generate, 'generate runs/first --prompt "def " --temperature 0.5'),
+]

@@ -1,0 +1,1 @@
+"""Use of a trained model: loading, generated text, prompts and chat, evaluation harnesses."""

@@ -1,0 +1,135 @@
+"""Text from a model: prompts in batches, stop strings, streaming."""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import chex
+
+from jaxtrain.data.tokenizer import Tokenizer
+from jaxtrain.models.decode import Sampling, Timing, generate
+
+UNFINISHED = "\ufffd"  # how an incomplete character is decoded
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated text.
+
+    Attributes:
+      text: the new text only, without the stop string or the end-of-text token that ended it.
+      num_tokens: number of generated tokens.
+      finish: "length" after `num_tokens` tokens, "stop" at a stop string, "end" at the end-of-text token.
+    """
+
+    text: str
+    num_tokens: int
+    finish: Literal["length", "stop", "end"]
+
+
+def complete(
+    model: Any,
+    params: chex.ArrayTree,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    num_tokens: int,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+    timing: Timing | None = None,
+) -> Iterator[Completion]:
+    """Continues texts, each as the beginning of a document; yields the completions in the order of the prompts.
+
+    A prompt's completion depends on the seed and the prompt alone, not on the batch, up to rounding. The second copy
+    of a prompt draws other numbers than the first.
+
+    Args:
+      model, params, tokenizer: the model; one device per process computes.
+      prompts: texts, which follow the end-of-text token, or token ids, which are taken as they are.
+      num_tokens: tokens to add to each.
+      batch_size: prompts that run together.
+      seed, sampling, timing: see `decode.generate`.
+      stop: strings that end a completion, also where they span tokens.
+      stop_ids: ids that end a completion. None takes the end-of-text token; () never stops at a token.
+      on_text: called with the number of a prompt and its further text while it is generated.
+
+    Raises:
+      ValueError: an empty stop string, or an argument that `decode.generate` rejects.
+    """
+    if not all(stop):
+        raise ValueError("a stop string is '': leave it out, or give at least one character")
+    ends = (tokenizer.eot_id,) if stop_ids is None else tuple(stop_ids)
+    rows = [[tokenizer.eot_id, *tokenizer.encode(p).tolist()] if isinstance(p, str) else list(p) for p in prompts]
+    copies: collections.Counter = collections.Counter()
+    streams = []
+    for row in map(tuple, rows):
+        streams.append(copies[row])
+        copies[row] += 1
+    for start in range(0, len(rows), batch_size):
+        texts = [_Text(tokenizer, row, tuple(stop), ends) for row in rows[start : start + batch_size]]
+
+        def on_tokens(row: int, tokens: list[int], start: int = start, texts: list[_Text] = texts) -> bool:
+            ended = texts[row].update(tokens)
+            if on_text is not None and (more := texts[row].take(ended or len(tokens) == num_tokens)):
+                on_text(start + row, more)
+            return ended
+
+        new = generate(
+            model,
+            params,
+            rows[start : start + batch_size],
+            num_tokens,
+            seed=seed,
+            streams=streams[start : start + batch_size],
+            sampling=sampling,
+            vocab_size=tokenizer.vocab_size,
+            stop_ids=ends,
+            on_tokens=on_tokens if stop or on_text else None,
+            every=1 if on_text else 16,
+            timing=timing,
+        )
+        for text, tokens in zip(texts, new, strict=True):
+            yield text.completion(tokens.tolist())
+
+
+@dataclass
+class _Text:
+    """Text of a row while its tokens arrive."""
+
+    tokenizer: Tokenizer
+    prompt: list[int]
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    text: str = ""
+    finish: Literal["length", "stop", "end"] = "length"
+    _taken: int = field(default=0)  # characters that `take` has returned
+
+    def update(self, tokens: list[int]) -> bool:
+        """Decodes all new tokens; returns True if the text has ended."""
+        ended = bool(tokens) and tokens[-1] in self.stop_ids
+        self.text = self.tokenizer.continuation(self.prompt, tokens[:-1] if ended else tokens)
+        found = [place for string in self.stop if (place := self.text.find(string)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        self.finish = "stop" if found else "end" if ended else "length"
+        return self.finish != "length"
+
+    def take(self, ended: bool) -> str:
+        """Returns the text since the last call; holds back what may be half a character or half a stop string."""
+        safe = len(self.text)
+        if not ended:
+            whole = self.text.rstrip(UNFINISHED)
+            halves = (string[:n] for string in self.stop for n in range(1, len(string)))
+            safe = len(whole) - max([0, *(len(half) for half in halves if whole.endswith(half))])
+        more, self._taken = self.text[self._taken : safe], max(safe, self._taken)
+        return more
+
+    def completion(self, tokens: list[int]) -> Completion:
+        """Returns the whole text of the new tokens."""
+        self.update(tokens)
+        return Completion(self.text, len(tokens), self.finish)

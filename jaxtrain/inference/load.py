@@ -1,0 +1,200 @@
+"""A trained model for use from Python, without the training loop."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore_params
+from jaxtrain.checkpoints.run_config import read_config
+from jaxtrain.config import Config, ModelConfig
+from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from jaxtrain.inference.generate import complete
+from jaxtrain.losses import LossSums
+from jaxtrain.models.decode import Sampling
+from jaxtrain.models.model import TransformerModel
+from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.runtime.files import sha256_file
+from jaxtrain.runtime.mesh import replicated
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class TrainedModel:
+    """Model with trained parameters.
+
+    Attributes:
+      model: the functions of the model: `init(key)`, `loss(params, batch)` and, for text, `decode`.
+      params: parameters, a tree of float32 arrays on one device.
+      config: config of the run.
+      step: train steps that the parameters have seen.
+      folder: the run directory.
+      maybe_tokenizer: see `tokenizer`.
+    """
+
+    model: Any
+    params: chex.ArrayTree
+    config: Config
+    step: int
+    folder: Path
+    maybe_tokenizer: Tokenizer | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the data; a ValueError if the run was trained on token files without one."""
+        if self.maybe_tokenizer is None:
+            raise ValueError(f"{self.folder} has no tokenizer: put the {TOKENIZER_FILE} of its token files there")
+        return self.maybe_tokenizer
+
+    def __repr__(self) -> str:
+        return f"TrainedModel({str(self.folder)!r}, step={self.step})"
+
+    def logits(self, tokens: Any) -> jax.Array:
+        """Returns the float32 logits `[B, T, V]` of the token after each of `tokens`, int `[B, T]`.
+
+        Raises:
+          ValueError: more tokens than the model's context, or a custom model that has neither `logits` nor `decode`.
+        """
+        return self._logits(self.params, jnp.asarray(tokens, jnp.int32))
+
+    def loss(self, batch: dict[str, Any]) -> LossSums:
+        """Returns the loss, summed over the tokens of a batch: `inputs`, `labels` int `[B, T]` and `where` bool."""
+        return self._loss(self.params, {name: jnp.asarray(value) for name, value in batch.items()})
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        num_tokens: int = 64,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        batch_size: int = 8,
+    ) -> Any:
+        """Continues a text, or a list of texts. Returns the new text, or a list.
+
+        Args:
+          prompt: beginning of a document; several run in batches.
+          num_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed: see `jaxtrain generate --help`.
+          stop: strings that end a text; they are left out of it.
+          batch_size: prompts that run together.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        options: dict[str, Any] = {"seed": seed, "sampling": sampling, "batch_size": batch_size}
+        stop = [stop] if isinstance(stop, str) else stop
+        made = complete(self.model, self.params, self.tokenizer, prompts, num_tokens, stop=stop, **options)
+        texts = [completion.text for completion in made]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        if hasattr(self.model, "logits"):
+            return jax.jit(self.model.logits)
+        if not hasattr(self.model, "decode"):
+            raise ValueError(f"{type(self.model).__name__} has neither logits nor decode: add one, see models/model.py")
+        return jax.jit(lambda params, tokens: self.model.decode(params, tokens, None, 0)[0])
+
+    @functools.cached_property
+    def _loss(self) -> Any:
+        return jax.jit(self.model.loss)
+
+
+def load(
+    run_dir: str | Path,
+    step: int | Literal["best"] | None = None,
+    *,
+    model: Any = None,
+    average: int = 1,
+    store: str | None = None,
+) -> TrainedModel:
+    """Loads the model of a run onto the first device of each process; imports nothing of the training.
+
+    Args:
+      run_dir: directory of a run that has a checkpoint.
+      step: step of the checkpoint, or "best" for the lowest validation loss in metrics.jsonl; None takes the newest.
+      model: the model of a run whose config file defined its own.
+      average: number of checkpoints, the newest up to `step`, whose parameters are averaged (arXiv:1706.03762, 6.1).
+      store: token store with the tokenizer, for a run directory that has no copy of it; None takes that of the config.
+
+    Raises:
+      ValueError: no run, no such checkpoint, or a damaged one.
+
+    Example:
+      model = jaxtrain.load("runs/quickstart")
+      print(model.generate("def main"))
+    """
+    folder = Path(run_dir)
+    config = read_config(folder, model)
+    step = find_step(folder, step)
+    source = folder
+    if not (folder / TOKENIZER_FILE).is_file():
+        source = Path(store or config.data.store or folder / "data").expanduser()
+    tokenizer = load_tokenizer(source) if (source / TOKENIZER_FILE).is_file() else None
+    definition = config.model
+    if isinstance(definition, ModelConfig):
+        vocab_size = definition.vocab_size or (tokenizer or load_tokenizer(source)).vocab_size
+        definition = TransformerModel(dataclasses.replace(definition, vocab_size=vocab_size, attention="auto"))
+    if average < 1:
+        raise ValueError(f"average must be 1 or more checkpoints, got {average}")
+    everywhere = replicated(Mesh(_first_devices(), ("processes",)))
+    shapes = jax.eval_shape(definition.init, jax.random.key(0))
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+    params, step = _read(folder, like, step, average, sha256_file(source / TOKENIZER_FILE) if tokenizer else None)
+    params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+    return TrainedModel(definition, params, config, step, folder, tokenizer)
+
+
+def _first_devices() -> np.ndarray:
+    """Returns the first device of each process."""
+    first: dict[int, jax.Device] = {}
+    for device in jax.devices():
+        first.setdefault(device.process_index, device)
+    return np.array(list(first.values()))
+
+
+def _read(folder: Path, like: Any, step: int | None, average: int, tokenizer_sha256: str | None) -> tuple[Any, int]:
+    """Reads the mean of the parameters of `average` checkpoints, the last one of `step`; returns it with that step."""
+    if not (folder / "checkpoints").is_dir():
+        raise ValueError(f"no checkpoint in {folder}: train first, or give another run directory")
+    checkpoints = CheckpointFolder(folder / "checkpoints")
+    params, saved, step = restore_params(checkpoints, like, step)
+    if tokenizer_sha256 and saved.get("tokenizer") != tokenizer_sha256:
+        raise ValueError(f"the checkpoint of step {step} was made with another tokenizer than {folder} holds")
+    earlier = [other for other in checkpoints.steps() if other < step]
+    if len(earlier) < average - 1:
+        raise ValueError(
+            f"average {average} needs as many checkpoints up to step {step}, and {folder} has {1 + len(earlier)}"
+        )
+    for other in earlier[len(earlier) - average + 1 :]:
+        params = jax.tree.map(jnp.add, params, restore_params(checkpoints, like, other)[0])
+    return (jax.tree.map(lambda leaf: leaf / average, params) if average > 1 else params), step
+
+
+def find_step(folder: Path, step: int | Literal["best"] | None) -> int | None:
+    """Returns the step of the checkpoint with the lowest recorded validation loss for "best", and other steps as given.
+
+    Raises:
+      ValueError: no checkpoint was evaluated.
+    """
+    if step != "best":
+        return step
+    events = read_metrics(folder / "metrics.jsonl")[1]
+    losses = {event["step"]: event["nll"] for event in events if event["event"] == "eval"}
+    saved = set(CheckpointFolder(folder / "checkpoints").require())
+    if not losses.keys() & saved:
+        raise ValueError(
+            f"no checkpoint in {folder} was evaluated, so that none is the best: give a step of {sorted(saved)}"
+        )
+    return min(losses.keys() & saved, key=lambda step: (losses[step], step))
