@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import absl.logging
 
 from jaxtrain import __version__
-from jaxtrain.commands import data, generate, model, report, train
+from jaxtrain.commands import compress, data, generate, model, report, train
 from jaxtrain.fields import suggest
 from jaxtrain.runtime.flag_help import show_help
 from jaxtrain.runtime.flags import parse
@@ -69,10 +69,8 @@ def _overview() -> str:
     )
 
 
-COMMANDS = {
-    command.name: command
-    for command in (*train.COMMANDS, *model.COMMANDS, *generate.COMMANDS, *report.COMMANDS, *data.COMMANDS)
-}
+_SUBJECTS = (train, model, generate, compress, report, data)
+COMMANDS = {command.name: command for subject in _SUBJECTS for command in subject.COMMANDS}
 
 
 if __name__ == "__main__":

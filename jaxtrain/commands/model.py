@@ -38,11 +38,12 @@ class EvalOptions(RunOptions):
 
 def run_evaluate(options: EvalOptions) -> int:
     """Evaluates a run on a split of its data: loss, perplexity, bits per byte."""
+    from jaxtrain.data.compressors import compressor_bits_per_byte
     from jaxtrain.monitoring.console import Console
     from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.processes import is_lead
-    from jaxtrain.training.evaluation import compressor_bits_per_byte, evaluate_split, split_text
+    from jaxtrain.training.evaluation import evaluate_split, split_text
 
     console = Console(0, sys.stderr)
     with compile_cache(), session(report_error):

@@ -134,7 +134,7 @@ def _read(flags: dict[str, Flag], words: list[str], command: Command) -> tuple[d
             rest.append(word)
             continue
         name, equals, text = word.partition("=")
-        name = name.replace("_", "-")
+        name = {"-o": "--out"}.get(name, name.replace("_", "-"))
         flag = spellings.get(name)
         if name in negations and not equals:
             given[negations[name].path] = False

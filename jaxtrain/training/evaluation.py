@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import gzip
-import lzma
 import math
 from collections.abc import Callable
 from typing import Any
@@ -113,17 +111,6 @@ def evaluate_split(
         asked_to_stop=asked_to_stop,
         watchdog=watchdog,
     )
-
-
-def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
-    """Compresses a text as one file with gzip -9 and xz -9. Returns the bits per byte, `gzip` and `xz`.
-
-    Unlike the model, a compressor learns from these bytes alone, in one pass.
-    """
-    return {
-        "gzip": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
-        "xz": 8 * len(lzma.compress(text, preset=9)) / len(text),
-    }
 
 
 def split_text(split: Split, tokenizer: Tokenizer) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.config import Config
+from jaxtrain.data.compressors import compressor_bits_per_byte
 from jaxtrain.data.loader import Prefetcher
 from jaxtrain.models.model import flops_per_token
 from jaxtrain.monitoring.metrics import PackedMetrics
@@ -26,7 +27,7 @@ from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.step import TrainState
 from jaxtrain.training.components import check_optimizer
 from jaxtrain.training.double_check import ReplayChecked, ReplayMismatch
-from jaxtrain.training.evaluation import compressor_bits_per_byte, evaluate_split, split_text
+from jaxtrain.training.evaluation import evaluate_split, split_text
 from jaxtrain.training.generate import continue_text
 from jaxtrain.training.run import (
     NO_HOOKS,

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import MeshConfig
+from jaxtrain.data.compressors import compressor_bits_per_byte
 from jaxtrain.data.loader import EvalBatches
 from jaxtrain.data.store import Split, open_store
 from jaxtrain.losses import LossSums
 from jaxtrain.runtime.mesh import by_rows, make_mesh
 from jaxtrain.runtime.stop import Stopped
-from jaxtrain.training.evaluation import compressor_bits_per_byte, evaluate, split_text
+from jaxtrain.training.evaluation import evaluate, split_text
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 103).astype(np.uint16)
 SPLIT = Split((TOKENS,), np.zeros(3, np.int64), num_bytes=100)
