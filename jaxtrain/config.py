@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 
 from jaxtrain.fields import (
     Bounds,
-    Folder,
     Fraction,
     FractionOrZero,
     NotNegative,
@@ -22,6 +21,7 @@ from jaxtrain.fields import (
     Section,
     Share,
     Source,
+    Store,
     TokenizerSpec,
     check_entry,
 )
@@ -127,7 +127,7 @@ class DataConfig(Section, section="data"):
     """Source of the tokens."""
 
     # token store from `jaxtrain prepare`, or token files of nanoGPT, llm.c, Megatron ...; None prepares `sources`
-    store: Folder | None = None
+    store: Store | None = None
     sources: tuple[Source, ...] = ()  # files, folders, globs (text, .gz, .jsonl) or python-stdlib, if `store` is None
     tokenizer: TokenizerSpec = "byte"  # of `sources`; used if `store` is None
     validation: tuple[Source, ...] = ()  # files to validate on, in place of a share of `sources` or of token files
@@ -144,8 +144,6 @@ class DataConfig(Section, section="data"):
             raise ValueError(
                 "data needs data.store (a folder made by `jaxtrain prepare`) or data.sources (text to prepare)"
             )
-        if self.validation and not self.store:
-            raise ValueError("data.validation goes with data.store: sources are split by data.validation_fraction")
         parse_ranges(self.skip)
 
 

@@ -36,9 +36,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class LocalPath:
-    """Marks text that is a path on a local file system; `metavar` stands for it in `--help`."""
+    """Marks text that is a path on a local file system, or also a URL; `metavar` stands for it in `--help`."""
 
     metavar: str
+    or_url: bool = False
 
 
 T = TypeVar("T", int, float)
@@ -48,7 +49,8 @@ Fraction = Annotated[T, Bounds("between 0 and 1", 0, 1)]
 FractionOrZero = Annotated[T, Bounds("in [0, 1)", 0, 1, includes_low=True)]
 Share = Annotated[T, Bounds("in [0, 1]", 0, 1, includes_low=True, includes_high=True)]
 Folder = Annotated[str, LocalPath("DIR")]
-Source = Annotated[str, LocalPath("SOURCE")]
+Source = Annotated[str, LocalPath("SOURCE", or_url=True)]
+Store = Annotated[str, LocalPath("STORE", or_url=True)]
 TokenizerSpec = Annotated[str, LocalPath("byte|bpe:VOCAB|hf:FILE")]
 RunFolder = Annotated[str, LocalPath("RUN")]
 
@@ -110,7 +112,7 @@ def check_value(hint: Any, value: Any, path: str) -> Any:
     if origin is Annotated:
         kind, rule = typing.get_args(hint)
         value = check_value(kind, value, path)
-        if isinstance(rule, LocalPath):
+        if isinstance(rule, LocalPath) and not (rule.or_url and is_url(value)):
             require_local(value, path)
         elif isinstance(rule, Bounds) and not rule.allows(value):
             finite = " and finite" if math.isinf(rule.high) and not math.isfinite(value) else ""
@@ -148,6 +150,11 @@ def check_entry(name: str, table: Iterable[str], path: str, table_name: str) -> 
             f"{path}: {name!r} is none of {', '.join(names)}: {hint}If a config file adds it to {table_name}, give "
             "that file (for an existing run with --config CONFIG.py)"
         )
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Returns True for text that begins with a `scheme://`, such as gs://bucket/run."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(path)))
 
 
 def require_local(path: str | os.PathLike, name: str) -> None:

@@ -13,9 +13,10 @@ class PrepareOptions(Section):
     """Options of `jaxtrain prepare`."""
 
     positional = "sources"
-    sources: tuple[Source, ...]  # files, folders or globs of text or records, or python-stdlib
+    sources: tuple[Source, ...]  # files, folders, globs or URLs of text or records, python-stdlib, or - for stdin
     out: Folder  # folder of the new token store
     tokenizer: TokenizerSpec = "byte"  # bpe is trained on the sources; hf is a tokenizer.json
+    validation: tuple[Source, ...] = ()  # files to validate on, in place of a share of the sources
     validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash
     eot: str | None = None  # end-of-text token of hf:FILE; none looks for the usual names
     text_field: str = "text"  # field or column that holds the text of a record

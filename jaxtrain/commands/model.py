@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from jaxtrain.fields import Folder, LocalPath, NotNegative, Positive, RunFolder, Section
+from jaxtrain.fields import LocalPath, NotNegative, Positive, RunFolder, Section, Store
 from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import report_error
@@ -22,7 +22,7 @@ class RunOptions(Section):
     run: RunFolder  # run directory
     # config file of the run, if it defines a model, schedule or optimizer
     config: Annotated[str, LocalPath("CONFIG.py")] | None = None
-    data_store: Folder | None = None  # path of the token store, if it has moved
+    data_store: Store | None = None  # token store, if it has moved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.remote import fetch_store
 from jaxtrain.data.token_files import find_token_files, join_documents, read_token_file
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, load_tokenizer
+from jaxtrain.fields import is_url
 from jaxtrain.runtime.files import sha256_file
 
 STORE_FORMAT = "jaxtrain-tokens"
@@ -117,6 +119,7 @@ def open_store(
 
     Args:
       path: a folder that `prepare` wrote; or a token file of another tool, the prefix of Megatron's, or their folder.
+        An fsspec URL of one of them is copied into the local cache.
       verify: compares the SHA-256 of every shard with the manifest, or checks every token of token files and finds
         their documents, at about a gigabyte per second. Sizes, headers and the tokenizer are always checked.
       vocab_size: for token files that do not state theirs.
@@ -126,13 +129,17 @@ def open_store(
     Raises:
       ValueError: the path is no finished store, or a damaged one.
     """
-    path = Path(path).expanduser().absolute()
+    path = _local_path(path, verify)
     if not (path / STORE_MANIFEST).is_file() and (found := find_token_files(path)):
-        files = found[0], [each for file in validation for each in _token_files(Path(file).expanduser().absolute())]
+        files = found[0], [each for file in validation for each in _token_files(_local_path(file, verify))]
         return _open_token_files(path, files[0], files[1] or found[1], verify, vocab_size, validation_fraction)
     if validation:
         raise ValueError(f"{path} has a validation split of its own: leave out data.validation")
     return _open_prepared(path, verify)
+
+
+def _local_path(path: str | Path, verify: bool) -> Path:
+    return fetch_store(str(path), verify=verify) if is_url(path) else Path(path).expanduser().absolute()
 
 
 def _token_files(path: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.data.store import open_store
 from jaxtrain.data.tokenizer import ByteTokenizer
+from jaxtrain.fields import is_url
 from jaxtrain.losses import CARRY_LIMIT, DEFAULT_CHUNK
 from jaxtrain.models.kernels.attention import choose_kernel
 from jaxtrain.models.layout import logical_axes
@@ -145,7 +146,7 @@ def plan_vocab(config: Config) -> int:
     data = config.data
     if getattr(config.model, "vocab_size", None):
         return config.model.vocab_size
-    if data.store and (Path(data.store).exists() or Path(f"{data.store}.idx").exists()):
+    if data.store and (is_url(data.store) or Path(data.store).exists() or Path(f"{data.store}.idx").exists()):
         return open_store(data.store, verify=False, validation=data.validation).vocab_size
     if not data.store and data.tokenizer == "byte":
         return ByteTokenizer.vocab_size

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxtrain.runtime.files import cache_folder
+
 _MIN_SECONDS = 0.0  # programs that compile faster are not stored
 
 
@@ -28,7 +30,7 @@ def compile_cache() -> Iterator[None]:
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         yield
         return
-    folder = _default_folder()
+    folder = cache_folder("compiled")
     if problem := _prepare(folder):
         print(f"no compile cache: {problem}; JAX_COMPILATION_CACHE_DIR names another folder", file=sys.stderr)
         yield
@@ -43,13 +45,6 @@ def compile_cache() -> Iterator[None]:
         stack.callback(reset_cache)
         reset_cache()
         yield
-
-
-def _default_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # the XDG specification ignores relative paths
-        base = os.path.expanduser("~/.cache")
-    return Path(base) / "jaxtrain" / "compiled"
 
 
 def _prepare(folder: Path) -> str:

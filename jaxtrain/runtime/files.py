@@ -63,6 +63,14 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def cache_folder(name: str) -> Path:
+    """Returns the path of a folder in the user's cache (XDG_CACHE_HOME, or ~/.cache); it may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification ignores relative paths
+        base = os.path.expanduser("~/.cache")
+    return Path(base) / "jaxtrain" / name
+
+
 def sha256_file(path: Path) -> str:
     """Returns the SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as stream:

@@ -18,6 +18,7 @@ from jaxtrain.config import Config, MeshConfig, ModelConfig, parse_ranges, to_di
 from jaxtrain.data.loader import Batches, TrainBatches, global_batch
 from jaxtrain.data.store import Split, TokenStore, open_store
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from jaxtrain.fields import is_url
 from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
 from jaxtrain.monitoring.tables import format_bytes
@@ -121,13 +122,14 @@ def open_run(
 
 def open_data(config: Config, folder: Path) -> TokenStore:
     """Opens the token store of a run: `data.store`, or the one in the run directory."""
-    data, path = config.data, Path(config.data.store or folder / "data").expanduser()
+    data = config.data
     if data.store is None:
-        return open_store(path, verify=data.verify)
-    if not (path.exists() or Path(f"{path}.idx").exists()):
+        return open_store(folder / "data", verify=data.verify)
+    path = Path(data.store).expanduser()
+    if not (is_url(data.store) or path.exists() or Path(f"{path}.idx").exists()):
         raise ValueError(f"no token store at {path.absolute()}: if it was moved, give its path with --data.store")
     return open_store(
-        path,
+        data.store,
         verify=data.verify,
         vocab_size=getattr(config.model, "vocab_size", None),
         validation=data.validation,

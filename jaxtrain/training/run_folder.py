@@ -16,7 +16,7 @@ from jaxtrain.checkpoints.folder import require_writable_path
 from jaxtrain.checkpoints.run_config import lost_config
 from jaxtrain.config import Config, parse_ranges
 from jaxtrain.data.order import skip_to
-from jaxtrain.fields import require_local
+from jaxtrain.fields import is_url, require_local
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
 from jaxtrain.runtime.files import flock, write_json, write_text
@@ -190,7 +190,7 @@ def _normalized(path: Any) -> Any:
     """Returns an absolute path without `.` and `..`, for one path or a list of them."""
     if isinstance(path, list):
         return [_normalized(each) for each in path]
-    return os.path.abspath(os.path.expanduser(path)) if path else path
+    return os.path.abspath(os.path.expanduser(path)) if path and not is_url(path) else path
 
 
 def _same_rates(old: Config, new: Config, step: int) -> bool:

@@ -12,16 +12,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tracemalloc
 import types
 from pathlib import Path
 
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
+import zstandard
 from helpers import LIMIT, start, wait_until
 
 from jaxtrain.cli import main
 from jaxtrain.data.prepare.documents import plan_units, read_documents
-from jaxtrain.data.prepare.formats import FORMATS, Format, find_format
+from jaxtrain.data.prepare.formats import FORMATS, Format
 from jaxtrain.data.prepare.passes import Limits
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.prepare.sources import find_sources
@@ -148,7 +153,6 @@ BAD = {
     "a.pdf": (b"%PDF-1.7\n", "is a PDF: extract its text"),
     "a.png": (b"\x89PNG\r\n", "is an image"),
     "a.npy": (b"\x93NUMPY\x01", "is a numpy file"),
-    "a.tar.gz": (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\0" + bytes(249)), "is a tar archive: unpack it"),
     "a.sqlite": (b"SQLite format 3\0", "is an SQLite database"),
     "empty.txt": (b"", "hold no text"),
     "mark.txt": (BOM, "hold no text"),
@@ -157,7 +161,7 @@ BAD = {
     "empty.gz": (gzip.compress(b""), "hold no text"),
     "blank.jsonl": (b'\n{"text": ""}\n', "hold no text"),
     "tiny.txt": (b"a", "1 bytes of text are too few to hold out 0.02"),
-    "character.txt": ("漢".encode(), "the train split has no document; add text"),
+    "character.txt": ("漢".encode(), "the train split has no document: add text"),
 }
 
 
@@ -188,76 +192,169 @@ def test_a_missing_extra_is_named(name, data, module, message, tmp_path, monkeyp
     assert main(["prepare", str(tmp_path / name), "--out", str(tmp_path / "store")]) == 1
 
 
-class ParquetFile:
-    """Stand-in of `pyarrow.parquet.ParquetFile`: two row groups of the texts, which begin at bytes 4 and 60."""
-
-    schema_arrow = types.SimpleNamespace(names=["id", "text"])
-    num_row_groups = 2
-
-    def __init__(self, path):
-        assert Path(path).read_bytes().startswith(b"PAR1")
-        offsets = types.SimpleNamespace
-        groups = [offsets(column=lambda _, start=start: offsets(data_page_offset=start)) for start in (4, 60)]
-        self.metadata = offsets(row_group=lambda number: groups[number])
-
-    def iter_batches(self, size, row_groups, columns):
-        assert columns == ["text"]
-        texts = {0: [*TEXTS[:3], None], 1: TEXTS[4:]}[row_groups[0]]
-        yield types.SimpleNamespace(column=lambda _: types.SimpleNamespace(to_pylist=lambda: texts))
-
-
-def test_parquet_is_read_by_row_groups(tmp_path, monkeypatch):
-    module = types.ModuleType("pyarrow.parquet")
-    module.ParquetFile = ParquetFile
-    monkeypatch.setitem(sys.modules, "pyarrow", types.ModuleType("pyarrow"))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
-    for name in ("a.parquet", "a.bin"):
-        (tmp_path / name).write_bytes(b"PAR1" + bytes(96))
-        assert find_format(str(tmp_path / name)) == ".parquet"
-        for unit_bytes in (1000, 50, 7):
-            assert read(tmp_path / name, unit_bytes=unit_bytes) == TEXTS
-        with pytest.raises(ValueError, match=r"has no column 'body' \(it has: id, text\)"):
-            read(tmp_path / name, "body")
+def test_columns_of_parquet_and_arrow_files(tmp_path):
+    """Every container and string type, by name or content, compressed or in row groups; nulls are empty documents."""
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        columns = {"id": list(range(len(TEXTS))), "text": pyarrow.array([*TEXTS[:3], None, *TEXTS[4:]]).cast(kind)}
+        rows = pyarrow.table(columns)
+        pyarrow.parquet.write_table(rows, tmp_path / "a.parquet", row_group_size=3)
+        pyarrow.feather.write_feather(rows, tmp_path / "a.feather", chunksize=3)
+        for name, writer in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+            with writer(str(tmp_path / name), rows.schema) as stream:
+                stream.write_table(rows, 3)
+        for name in ("a.parquet", "a.feather", "file.arrow", "stream.arrow"):
+            data = (tmp_path / name).read_bytes()
+            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+            (tmp_path / "renamed.bin").write_bytes(data)
+            for path in (name, f"{name}.gz", *(["renamed.bin"] if name != "stream.arrow" else [])):
+                for unit_bytes in (100_000, 50):
+                    assert read(tmp_path / path, unit_bytes=unit_bytes) == TEXTS, path
+            for field, message in (("body", r"no column 'body' \(it has: id, text\)"), ("id", "'id' is int, not text")):
+                with pytest.raises(ValueError, match=f"{name} .*{message}; set text_field"):
+                    read(tmp_path / name, field)
+            (tmp_path / name).write_bytes(data[: len(data) // 2])
+            with pytest.raises(ValueError, match=name):
+                read(tmp_path / name)
 
 
-class ZstandardFrame:
-    """Stand-in of `zstandard.ZstdDecompressor().decompressobj()`: a frame is magic, one length byte, content."""
-
-    def __init__(self):
-        self._data, self.eof, self.unused_data = b"", False, b""
-
-    def decompressobj(self):
-        return self
-
-    def decompress(self, data):
-        assert not self.eof
-        self._data += data
-        if not b"\x28\xb5\x2f\xfd".startswith(self._data[:4]):
-            raise KeyError("zstd decompressor error")
-        if len(self._data) < 5 or len(self._data) < 5 + self._data[4]:
-            return b""
-        end, self.eof = 5 + self._data[4], True
-        self.unused_data = self._data[end:]
-        return self._data[5:end]
+def write_dataset(folder, parts, prefix="data"):
+    """Writes a folder as `datasets.Dataset.save_to_disk` does."""
+    folder.mkdir(parents=True)
+    names = [f"{prefix}-{number:05d}-of-{len(parts):05d}.arrow" for number in range(len(parts))]
+    for name, texts in zip(names, parts, strict=True):
+        rows = pyarrow.table({"text": texts})
+        with pyarrow.ipc.new_stream(str(folder / name), rows.schema) as stream:
+            stream.write_table(rows)
+    state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": "1", "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {"text": {"dtype": "string"}}}))
+    (folder / "cache-1234.arrow").write_bytes((folder / names[0]).read_bytes())
 
 
-def test_all_frames_of_a_zstandard_file_are_read(tmp_path, monkeypatch):
-    module = types.ModuleType("zstandard")
-    module.ZstdDecompressor, module.ZstdError = ZstandardFrame, KeyError
-    monkeypatch.setitem(sys.modules, "zstandard", module)
+def test_hugging_face_dataset_folders(tmp_path):
+    folder = tmp_path / "saved"
+    write_dataset(folder / "train", [TEXTS[:5], TEXTS[5:]])
+    write_dataset(folder / "test", [["other"]])
+    assert read(folder / "train") == TEXTS
+    assert find_sources([str(folder / "train")])[1] == {
+        "of a dataset's records": [
+            str(folder / "train" / name) for name in ("cache-1234.arrow", "dataset_info.json", "state.json")
+        ]
+    }
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    with pytest.raises(ValueError, match="is a dataset with the splits train, test: name one of their folders"):
+        find_sources([str(folder)])
+    (folder / "train" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(ValueError, match=r"is damaged: it lacks data-00001-of-00002\.arrow"):
+        find_sources([str(folder / "train")])
+
+
+def write_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+def test_tars_of_text(tmp_path):
+    members = {}
+    for number, text in enumerate(TEXTS):
+        base = f"./part/{number:04d}"
+        members |= {f"{base}.cls": b"\xff", f"{base}.json": json.dumps({"text": text, "id": 1}).encode()}
+        if number % 2:
+            members |= {f"{base}.txt": text.encode(), f"{base}.json": b"{}", f"{base}.seg.png": b"\x89PNG"}
+    members["._0001.txt"] = b"\0\5"
+    for name, mode in (("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz"), ("shard", "w")):
+        write_tar(tmp_path / name, members, mode)
+        assert read(tmp_path / name) == TEXTS, name
+    write_tar(tmp_path / "a.tar", {"1.body": b"mine", "1.txt": b"not mine"})
+    assert read(tmp_path / "a.tar", "body") == ["mine"]
+    cases = [
+        (
+            {"x/1.jpg": b"", "x/1.cls": b""},
+            r"sample 'x/1' cannot be used: it has no file text, txt, .* \(it has: jpg, cls\)",
+        ),
+        ({"1.json": b'{"body": "a"}'}, r"sample '1' cannot be used: it has no field 'text'"),
+        ({"1.txt": b"\xe9"}, "sample '1' cannot be used: .*utf-8"),
+        ({"1.txt": b"a", "./1.txt": b"b"}, "sample '1' cannot be used: two of its files have the same suffix"),
+    ]
+    for members, message in cases:
+        write_tar(tmp_path / "bad.tar", members)
+        with pytest.raises(ValueError, match=rf"bad\.tar {message}"):
+            read(tmp_path / "bad.tar")
+    write_tar(tmp_path / "a.tar", {"1.txt": b"one"})
+    data = (tmp_path / "a.tar").read_bytes()
+    write_tar(tmp_path / "b.tar", {"2.txt": b"two"})
+    (tmp_path / "two.tar").write_bytes(data + (tmp_path / "b.tar").read_bytes())
+    assert read(tmp_path / "two.tar") == ["one", "two"]
+    (tmp_path / "cut.tar").write_bytes(data[:1024] + data[:200])
+    (tmp_path / "end.tar").write_bytes(data[:1024])
+    (tmp_path / "body.tar").write_bytes(data[:600])
+    (tmp_path / "damaged.tar").write_bytes(data[:1024] + b"\1" * 512 + data)
+    (tmp_path / "words.tar").write_bytes(b"words " * 200)
+    with tarfile.open(tmp_path / "link.tar", "w") as archive:
+        link = tarfile.TarInfo("1.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    for name, message in (
+        ("cut", "cannot be read"),
+        ("words", "cannot be read"),
+        ("link", "neither a file nor a fold"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\.tar .*{message}"):
+            read(tmp_path / f"{name}.tar")
+
+
+def test_standard_input(tmp_path, monkeypatch, capfd):
+    shapes = {
+        "lines": JSON_LINES.encode(),
+        "array": json.dumps(RECORDS).encode(),
+        "packed": gzip.compress(JSON_LINES.encode()),
+        "text": "".join(TEXTS).encode(),
+    }
+    for name, data in shapes.items():
+        for _ in range(2):  # the same input is the same store
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+            assert main(["prepare", "-", "--out", str(tmp_path / name), "--validation-fraction", "0.3"]) == 0
+        store = open_store(tmp_path / name)
+        total = sum(len(text.encode()) for text in TEXTS)
+        assert store.train.num_bytes + store.validation.num_bytes == total, name
+        assert store.manifest["sources"] == ["-"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(shapes)
+    terminal = types.SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    with pytest.raises(ValueError, match="which is a terminal: pipe text into it"):
+        prepare(["-"], tmp_path / "more")
+
+
+def test_validation_files_of_ones_own(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train", "val"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(f"{name} {n}") + "\n" for n in range(50)))
+    store = prepare([str(folder)], tmp_path / "store", validation=[str(folder / "val.jsonl")], num_workers=1)
+    assert (store.manifest["split"], store.manifest["left_out"]) == ("files", {"in the validation files": 1})
+    for name, split in (("train", store.train), ("val", store.validation)):
+        text = store.tokenizer.decode(split.read(0, split.num_tokens)).split("<|endoftext|>")[1:]
+        assert text == [f"{name} {n}" for n in range(50)]
+    (source,) = store.manifest["splits"]["validation"]["sources"]
+    assert source == {"source": str(folder / "val.jsonl"), "num_tokens": 340, "num_bytes": 290, "num_documents": 50}
+    for options in ({}, {"validation": [str(folder / "train.jsonl")]}):
+        with pytest.raises(ValueError, match="is not the token store of this request"):
+            prepare([str(folder)], tmp_path / "store", **options)
+
+
+def test_all_frames_of_a_zstandard_file_are_read(tmp_path):
     data = JSON_LINES.encode()
-    frames = b"".join(
-        b"\x28\xb5\x2f\xfd" + bytes([len(data[i : i + 200])]) + data[i : i + 200] for i in range(0, len(data), 200)
-    )
+    frames = b"".join(zstandard.compress(data[i : i + 200]) for i in range(0, len(data), 200))
     for name in ("a.jsonl.zst", "a.ndjson"):
         (tmp_path / name).write_bytes(frames)
         assert read(tmp_path / name) == TEXTS
-    (tmp_path / "cut.txt").write_bytes(frames[:-1])
-    with pytest.raises(ValueError, match=r"cut\.txt cannot be read: it ends within a frame"):
-        read(tmp_path / "cut.txt")
-    (tmp_path / "damaged.txt").write_bytes(frames + b"more")
-    with pytest.raises(ValueError, match=r"damaged\.txt cannot be read: .*zstd decompressor error"):
-        read(tmp_path / "damaged.txt")
+    for bad, message in ((frames[:-1], "it ends within a frame"), (frames + b"more", "Unknown frame descriptor")):
+        (tmp_path / "bad.txt").write_bytes(bad)
+        with pytest.raises(ValueError, match=rf"bad\.txt cannot be read: .*{message}"):
+            read(tmp_path / "bad.txt")
 
 
 def test_records_of_any_size_across_reads(tmp_path):
@@ -437,10 +534,13 @@ def test_a_format_without_its_file_needs_one_process(tmp_path, monkeypatch):
 
 
 SLEEPER = """
-import os, time
+import multiprocessing, os, time
 from jaxtrain.data.prepare.formats import FORMATS, Format
 
 def sleep(path, start, stop, text_field):
+    if multiprocessing.parent_process() is None:  # the split is chosen there
+        yield from map(str, range(1000))
+        return
     open(f"{path}.{os.getpid()}.worker", "w").close()
     time.sleep(120)
     yield "x"

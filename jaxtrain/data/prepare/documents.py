@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import NamedTuple
 
 from jaxtrain.data.prepare.formats import FORMATS
 from jaxtrain.data.prepare.sources import SourceFile
@@ -33,10 +34,20 @@ Unit = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Choice of the held-out documents: by hash, or the tail of the corpus."""
+    """Choice of the held-out documents: by hash, or the tail of the corpus. Files with a split of their own keep it."""
 
     fraction: float  # of the documents, or of the bytes
     tail_start: int | None = None  # UTF-8 bytes of the corpus before its held-out tail; None: split by hash
+
+
+class Block(NamedTuple):
+    """Consecutive text of one document in one split."""
+
+    document: int  # number of the document among those that were read together
+    file: SourceFile
+    split: str
+    first: bool  # True if the document starts here in this split
+    text: str
 
 
 def plan_units(files: Sequence[SourceFile], unit_bytes: int) -> list[Unit]:
@@ -59,8 +70,8 @@ def _cut_file(file: SourceFile, unit_bytes: int) -> list[Piece]:
     return [Piece(file, start, stop, stop - start) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
-def read_documents(unit: Unit, text_field: str) -> Iterator[tuple[str, Document]]:
-    """Yields (key, document) of each document of a unit; the hash of the key, or of the text, decides the split.
+def read_documents(unit: Unit, text_field: str) -> Iterator[tuple[SourceFile, Document]]:
+    """Yields (file, document) of each document of a unit.
 
     Raises:
       ValueError: a file that its format cannot read; names the file, and the line where there are lines.
@@ -69,13 +80,13 @@ def read_documents(unit: Unit, text_field: str) -> Iterator[tuple[str, Document]
         with naming(piece.file.path):
             reader = FORMATS[piece.file.format].documents
             for document in reader(piece.file.path, piece.start, piece.stop, text_field):
-                yield piece.file.key, document
+                yield piece.file, document
 
 
 def read_blocks(
-    documents: Iterable[tuple[str, Document]], rule: SplitRule, offset: int, size: int
-) -> Iterator[tuple[str, bool, str]]:
-    """Yields (split, True if a document starts here, text) of blocks of about `size` characters.
+    documents: Iterable[tuple[SourceFile, Document]], rule: SplitRule, offset: int, size: int
+) -> Iterator[Block]:
+    """Yields blocks of about `size` characters; an empty document has none.
 
     Args:
       documents: as `read_documents` yields them.
@@ -83,39 +94,80 @@ def read_blocks(
       offset: UTF-8 bytes of document text that come before these documents in the corpus.
       size: characters a block.
     """
-    for (_, split), parts in groupby(_assign_splits(documents, rule, offset), key=itemgetter(0, 1)):
-        for number, block in enumerate(split_blocks((text for _, _, text in parts), size)):
-            yield split, number == 0, block
+    for number, (file, document) in enumerate(documents):
+        if file.split or rule.tail_start is None:
+            split = file.split or (VALIDATION if hash_document(file.key, document)[0] < rule.fraction else TRAIN)
+            parts: Iterable[tuple[str, str]] = ((split, text) for text in _parts(document))
+        else:
+            parts = _cut_at(document, rule.tail_start - offset)
+            offset += hash_document(file.key, document)[1]
+        for split, group in groupby(parts, key=itemgetter(0)):
+            for index, text in enumerate(split_blocks((text for _, text in group), size)):
+                yield Block(number, file, split, index == 0, text)
 
 
-def _assign_splits(
-    documents: Iterable[tuple[str, Document]], rule: SplitRule, offset: int
-) -> Iterator[tuple[int, str, str]]:
-    """Yields (document's number, split, text) of the parts of documents."""
-    for number, (key, document) in enumerate(documents):
-        parts = (document,) if isinstance(document, str) else document
-        if rule.tail_start is None:
-            split = VALIDATION if hash_fraction((key,) if key else parts) < rule.fraction else TRAIN
-            yield from ((number, split, text) for text in parts)
-            continue
-        for text in parts:
-            data = text.encode("utf-8")
-            cut = min(max(rule.tail_start - offset, 0), len(data))
-            while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80:  # inside a character
-                cut -= 1
-            offset += len(data)
-            if cut > 0:
-                yield number, TRAIN, data[:cut].decode("utf-8")
-            if cut < len(data):
-                yield number, VALIDATION, data[cut:].decode("utf-8")
+def choose_split(units: Sequence[Unit], text_field: str, fraction: float) -> tuple[SplitRule, list[int]]:
+    """Returns a split by hash if that gives both splits documents, otherwise one by position.
+
+    Reads documents only until both splits have one. Files with a split of their own are not read.
+
+    Returns:
+      The rule and, for a split by position, the UTF-8 bytes of document text in each unit.
+
+    Raises:
+      ValueError: too little text for two splits.
+    """
+    sizes, splits = [], set()
+    if any(piece.file.split for unit in units for piece in unit):
+        return SplitRule(fraction), []
+    for unit in units:
+        sizes.append(0)
+        for file, document in read_documents(unit, text_field):
+            hashed, num_bytes = hash_document(file.key, document)
+            sizes[-1] += num_bytes
+            if num_bytes:
+                splits.add(hashed < fraction)
+            if len(splits) == 2:
+                return SplitRule(fraction), []
+    num_bytes = sum(sizes)
+    if num_bytes == 0:
+        raise ValueError("the sources hold no text: every file or document in them is empty")
+    tail_start = int(num_bytes * (1 - fraction))
+    if not 0 < tail_start < num_bytes:
+        raise ValueError(
+            f"{num_bytes} bytes of text are too few to hold out {fraction:g} of them for validation: "
+            "add text or change validation_fraction"
+        )
+    return SplitRule(fraction, tail_start), sizes
 
 
-def hash_fraction(parts: Iterable[str]) -> float:
-    """Returns a number in [0, 1], a fixed and evenly spread function of a text: the head of its SHA-256."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8"))
-    return int.from_bytes(digest.digest()[:8], "big") / 2**64
+def _parts(document: Document) -> Iterable[str]:
+    return (document,) if isinstance(document, str) else document
+
+
+def _cut_at(document: Document, position: int) -> Iterator[tuple[str, str]]:
+    """Yields (split, text) of a document's parts, cut at a position in UTF-8 bytes or the start of its character."""
+    for text in _parts(document):
+        data = text.encode("utf-8")
+        cut = min(max(position, 0), len(data))
+        while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80:  # inside a character
+            cut -= 1
+        position -= len(data)
+        if cut > 0:
+            yield TRAIN, data[:cut].decode("utf-8")
+        if cut < len(data):
+            yield VALIDATION, data[cut:].decode("utf-8")
+
+
+def hash_document(key: str, document: Document) -> tuple[float, int]:
+    """Returns a number in [0, 1], the head of the SHA-256 of the key or else of the text, and the text's bytes."""
+    digest, num_bytes = hashlib.sha256(key.encode("utf-8")), 0
+    for part in _parts(document):
+        data = part.encode("utf-8")
+        num_bytes += len(data)
+        if not key:
+            digest.update(data)
+    return int.from_bytes(digest.digest()[:8], "big") / 2**64, num_bytes
 
 
 def split_blocks(parts: Iterable[str], size: int) -> Iterator[str]:

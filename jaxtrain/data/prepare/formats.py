@@ -21,8 +21,13 @@ import functools
 import io
 import json
 import os
+import posixpath
+import re
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, BinaryIO
 
 from jaxtrain.data.prepare.streams import (
@@ -32,10 +37,14 @@ from jaxtrain.data.prepare.streams import (
     JsonReader,
     TextReader,
     import_extra,
+    is_compressed,
     open_stream,
 )
+from jaxtrain.fields import is_url
 
 HEAD_BYTES = 1 << 16  # read to tell formats apart
+_ROWS = 1024  # of a column, converted at a time
+_TEXT_SUFFIXES = ("txt", "text", "md")
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,9 @@ def find_format(path: str) -> str:
         return suffix
     with open_stream(path) as stream:
         head = stream.read(HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
-    if head.startswith(b"PAR1"):
-        return ".parquet"
+    for name_of, magic, offset in ((".parquet", b"PAR1", 0), (".arrow", b"ARROW1", 0), (".tar", b"ustar", 257)):
+        if head[offset:].startswith(magic):
+            return name_of
     for magic, offset, what, remedy in _FOREIGN:
         if head[offset:].startswith(magic):
             raise ValueError(f"is {what}: {remedy}, or leave it out")
@@ -82,6 +92,8 @@ def find_format(path: str) -> str:
         return ".json" if first_line.startswith(b"[") or not _is_json(head, first_line) else ".jsonl"
     if FORMATS[suffix].documents is _line_documents:
         return ".json" if first_line.startswith(b"[") or first_line == b"{" else ".jsonl"
+    if suffix == "" and "." not in name and re.match(rb'\[\s*[{"]', head.lstrip()):
+        return ".json"
     if suffix == "" and "." not in name and first_line.startswith(b"{") and _is_json(head, first_line):
         return ".jsonl"
     return suffix
@@ -232,16 +244,106 @@ def _table_lines(text: io.TextIOWrapper, limit: int) -> Iterator[str]:
 
 def _parquet_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
     """Yields one column of a Parquet file: the row groups whose first byte lies in [start, stop)."""
-    file = import_extra("pyarrow.parquet", "Parquet", "parquet").ParquetFile(path)
-    if text_field not in file.schema_arrow.names:
-        names = ", ".join(file.schema_arrow.names)
-        raise ValueError(f"has no column {text_field!r} (it has: {names}); set text_field")
-    for group in range(file.num_row_groups):
-        first = file.metadata.row_group(group).column(0).data_page_offset
-        if start <= first and (stop is None or first < stop):
-            for batch in file.iter_batches(1024, row_groups=[group], columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield "" if text is None else _record_text({text_field: text}, text_field)
+    library = import_extra("pyarrow.parquet", "Parquet", "parquet")
+    with _open_seekable(path) as stream, library.ParquetFile(stream) as file:
+        _require_column(file.schema_arrow.names, text_field)
+        for group in range(file.num_row_groups):
+            first = file.metadata.row_group(group).column(0).data_page_offset
+            if start <= first and (stop is None or first < stop):
+                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[text_field]):
+                    yield from _column_texts(batch.column(0), text_field)
+
+
+def _arrow_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
+    """Yields one column of an Arrow IPC file (also Feather) or stream, as Hugging Face datasets are stored."""
+    library = import_extra("pyarrow", "Arrow", "parquet")
+    with _open_seekable(path) as stream:
+        is_file = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        with (library.ipc.open_file if is_file else library.ipc.open_stream)(stream) as reader:
+            _require_column(reader.schema.names, text_field)
+            numbers = range(reader.num_record_batches) if is_file else None
+            for batch in reader if numbers is None else map(reader.get_batch, numbers):
+                yield from _column_texts(batch.column(text_field), text_field)
+
+
+def _open_seekable(path: str) -> Any:
+    """Opens a file for pyarrow: memory-mapped if it is local and plain."""
+    library = import_extra("pyarrow", "Arrow or Parquet", "parquet")
+    if is_url(path) or is_compressed(path):
+        return library.PythonFile(open_stream(path), mode="r")
+    return library.memory_map(path)
+
+
+def _require_column(names: Iterable[str], text_field: str) -> None:
+    if text_field not in names:
+        raise ValueError(f"has no column {text_field!r} (it has: {', '.join(names)}); set text_field")
+
+
+def _column_texts(column: Any, text_field: str) -> Iterator[str]:
+    for first in range(0, len(column), _ROWS):
+        for text in column.slice(first, _ROWS).to_pylist():
+            yield "" if text is None else _record_text({text_field: text}, text_field)
+
+
+def _tar_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
+    """Yields the text of each sample of a WebDataset tar: the files that share a name up to its first dot.
+
+    The text is the file with the suffix `text_field`, txt, text or md, or else that field of a JSON file.
+    """
+    with open_stream(path) as stream, _open_tar(stream) as archive:
+        for key, members in groupby(_tar_files(archive, {text_field, *_TEXT_SUFFIXES, "json"}), key=itemgetter(0)):
+            files = [(suffix, data) for _, suffix, data in members]
+            sample = dict(files)
+            found = next((suffix for suffix in (text_field, *_TEXT_SUFFIXES) if suffix in sample), None)
+            try:
+                if len(sample) < len(files):
+                    raise ValueError("two of its files have the same suffix")
+                if found is None and "json" not in sample:
+                    has = ", ".join(sample)
+                    raise ValueError(f"it has no file {text_field}, txt, text, md or json (it has: {has})")
+                yield _record_text(json.loads(sample["json"]), text_field) if found is None else sample[found].decode()
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"sample {key!r} cannot be used: {error}; correct or remove it") from None
+
+
+class _Member(tarfile.TarInfo):
+    """Member whose damaged header is an error; tarfile takes it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any) -> Any:
+        """Reads the next header; a ReadError if it is damaged, or if the file ends before the end of the tar."""
+        try:
+            member = super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                tarfile_.ended = True
+            elif not (isinstance(error, tarfile.EmptyHeaderError) and tarfile_.ended):  # type: ignore[attr-defined]
+                raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from None
+            raise
+        tarfile_.ended = False
+        return member
+
+
+def _open_tar(stream: BinaryIO) -> tarfile.TarFile:
+    """Opens a tar, or several one after another, to be read in order."""
+    return tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, ignore_zeros=True)
+
+
+def _tar_files(archive: tarfile.TarFile, read: set[str]) -> Iterator[tuple[str, str, bytes]]:
+    """Yields (key, suffix, content) of each file; the content is empty unless the suffix is among `read`."""
+    for member in archive:
+        archive.members.clear()  # type: ignore[attr-defined] # it would grow with the archive
+        folder, name = posixpath.split(posixpath.normpath(member.name))
+        if member.isdir() or name.startswith("._"):  # macOS adds `._name` with attributes
+            continue
+        stream = archive.extractfile(member) if member.isreg() else None
+        if stream is None:
+            raise ValueError(f"has the member {member.name!r}, which is neither a file nor a folder: remove it")
+        base, _, suffix = name.partition(".")
+        if member.size > MAX_RECORD_BYTES and suffix in read:
+            raise ValueError(f"has the member {member.name!r} of more than {MAX_RECORD_BYTES:,} bytes: cut it")
+        yield posixpath.join(folder, base), suffix, stream.read() if suffix in read else b""
 
 
 def _is_json(head: bytes, first_line: bytes) -> bool:
@@ -270,14 +372,13 @@ _FOREIGN = [
             (b"\x04\x22\x4d\x18", "lz4"),
         )
     ),
-    (b"ustar", 257, "a tar archive", "unpack it"),
     *(
         (magic, 0, what, "extract its text")
         for magic, what in (
             (b"%PDF-", "a PDF"),
             (b"SQLite format 3\0", "an SQLite database"),
             (b"\x89HDF", "an HDF5 file"),
-            (b"ARROW1", "an Arrow file"),
+            (b"FEA1", "a Feather file of version 1"),
             (b"\x93NUMPY", "a numpy file"),
             (b"Obj\x01", "an Avro file"),
             (b"\x89PNG", "an image"),
@@ -295,5 +396,7 @@ FORMATS: dict[str, Format] = {
     ".csv": Format(functools.partial(_table_documents, ",")),
     ".tsv": Format(functools.partial(_table_documents, "\t")),
     ".parquet": Format(_parquet_documents, splittable=True),
+    **dict.fromkeys((".arrow", ".feather"), Format(_arrow_documents)),
+    ".tar": Format(_tar_documents),
 }
 BUILT_IN = frozenset(FORMATS.values())

@@ -1,18 +1,17 @@
-"""Fills the folder of a new token store: scan, choose the split, make the tokenizer, encode, join, manifest."""
+"""Fills the folder of a new token store: choose the split, make the tokenizer, encode, join, manifest."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.data.prepare.documents import SPLITS, TRAIN, SplitRule, Unit, plan_units
+from jaxtrain.data.prepare.documents import SPLITS, SplitRule, Unit, choose_split, plan_units
 from jaxtrain.data.prepare.formats import BUILT_IN, FORMATS
 from jaxtrain.data.prepare.progress import Stages
-from jaxtrain.data.prepare.sources import LeftOut, SourceFile
+from jaxtrain.data.prepare.sources import LeftOut, SourceFile, file_version
 from jaxtrain.data.prepare.tasks import run_tasks, worker_pool
-from jaxtrain.data.prepare.units import UnitTask, encode_unit, join_units, scan_unit, token_dtype, training_texts
+from jaxtrain.data.prepare.units import UnitTask, encode_unit, join_units, token_dtype, training_texts
 from jaxtrain.data.store import STORE_FORMAT, STORE_MANIFEST, STORE_VERSION
 from jaxtrain.data.tokenizer import (
     TOKENIZER_FILE,
@@ -23,7 +22,7 @@ from jaxtrain.data.tokenizer import (
     read_hf,
     train_bpe,
 )
-from jaxtrain.runtime.files import sha256_file, write_json
+from jaxtrain.runtime.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -73,32 +72,31 @@ def write_store(
     """
     units = plan_units(corpus.files, limits.unit_bytes)
     sizes = [sum(piece.size for piece in unit) for unit in units]
-    rule = SplitRule(request["validation_fraction"])
+    chosen = folder / "units" / "split.json"
+    if (found := read_json(chosen)) is None:
+        advance = stages("choosing the split", None)
+        rule, unit_texts = choose_split(units, request["text_field"], request["validation_fraction"])
+        advance(0)
+        found = [rule.tail_start, unit_texts]
+        write_json(chosen, found)
+    rule, offsets = SplitRule(request["validation_fraction"], found[0]), [0, *accumulate(found[1])]
     tasks = [
-        UnitTask(unit, number, rule, request["text_field"], str(folder), limits.block_characters)
-        for number, unit in enumerate(units)
+        UnitTask(unit, number, rule, request["text_field"], str(folder), limits.block_characters, offset)
+        for number, (unit, offset) in enumerate(zip_longest(units, offsets[: len(units)], fillvalue=0))
     ]
-    results = [folder / "units" / f"{number:06d}" for number in range(len(units))]
+    tokenizer = _make_tokenizer(folder, request, tasks, limits.bpe_sample_bytes, stages)
+    dtype = token_dtype(tokenizer.vocab_size)
+    tasks = [replace(task, dtype=dtype) for task in tasks]
+    results = [folder / "units" / f"{number:06d}.json" for number in range(len(units))]
     with worker_pool(num_workers, len(units), _format_files(units, num_workers)) as pool:
-        scan_results = [path.with_suffix(".scan.json") for path in results]
-        scans = run_tasks(scan_unit, tasks, scan_results, pool, stages("reading", sizes))
-        rule = _choose_split(rule, scans)
-        offsets = accumulate((_scanned_bytes([scan]) for scan in scans), initial=0)
-        tasks = [replace(task, rule=rule, offset=offset) for task, offset in zip(tasks, offsets, strict=False)]
-        train_bytes = _scanned_bytes(scans, (TRAIN,)) if rule.tail_start is None else rule.tail_start
-        rate = min(1.0, limits.bpe_sample_bytes / train_bytes)
-        tokenizer = _make_tokenizer(folder, request, tasks, rate, stages)
-        dtype = token_dtype(tokenizer.vocab_size)
-        tasks = [replace(task, dtype=dtype) for task in tasks]
-        encode_results = [path.with_suffix(".json") for path in results]
-        counts = run_tasks(encode_unit, tasks, encode_results, pool, stages("tokenizing", sizes))
-    hashes = {path: digest for scan in scans for path, digest in scan["sha256"].items()}
-    _refuse_changed(corpus.files, hashes)
+        counts = run_tasks(encode_unit, tasks, results, pool, stages("tokenizing", sizes))
+    hashes = {path: digest for count in counts for path, digest in count["sha256"].items()}
+    _refuse_changed(corpus.files)
     splits = {
         split: join_units(folder, split, counts, dtype, limits.shard_tokens, stages(f"writing {split}", sizes))
         for split in SPLITS
     }
-    write_json(folder / STORE_MANIFEST, _make_manifest(corpus, request, rule, tokenizer, splits, scans, hashes))
+    write_json(folder / STORE_MANIFEST, _make_manifest(corpus, request, rule, tokenizer, splits, counts, hashes))
 
 
 def _make_manifest(
@@ -107,16 +105,16 @@ def _make_manifest(
     rule: SplitRule,
     tokenizer: ByteTokenizer | BPETokenizer,
     splits: dict[str, Any],
-    scans: Sequence[dict],
+    counts: Sequence[dict],
     hashes: dict[str, str],
 ) -> dict[str, Any]:
     left_out = {reason: len(paths) for reason, paths in corpus.left_out.items()}
-    if num_empty := sum(scan["num_empty"] for scan in scans):
+    if num_empty := sum(count["num_empty"] for count in counts):
         left_out["empty documents"] = num_empty
     return {
         "format": STORE_FORMAT,
         "version": STORE_VERSION,
-        "split": "documents" if rule.tail_start is None else "tail",
+        "split": _describe_split(corpus, rule),
         "dtype": token_dtype(tokenizer.vocab_size),
         "vocab_size": tokenizer.vocab_size,
         "eot_id": tokenizer.eot_id,
@@ -139,30 +137,16 @@ def _format_files(units: Sequence[Unit], num_workers: int | None) -> list[str]:
     return sorted(file for file in custom.values() if file)
 
 
-def _scanned_bytes(scans: Sequence[dict], splits: Sequence[str] = SPLITS) -> int:
-    return sum(scan[split]["num_bytes"] for scan in scans for split in splits)
-
-
-def _choose_split(rule: SplitRule, scans: Sequence[dict]) -> SplitRule:
-    """Returns a split by hash if that gives both splits documents, otherwise a split by position."""
-    num_bytes = _scanned_bytes(scans)
-    if num_bytes == 0:
-        raise ValueError("the sources hold no text: every file or document in them is empty")
-    if all(_scanned_bytes(scans, (split,)) for split in SPLITS):
-        return rule
-    tail_start = int(num_bytes * (1 - rule.fraction))
-    if not 0 < tail_start < num_bytes:
-        raise ValueError(
-            f"{num_bytes} bytes of text are too few to hold out {rule.fraction:g} of them for validation: "
-            "add text or change validation_fraction"
-        )
-    return replace(rule, tail_start=tail_start)
+def _describe_split(corpus: Corpus, rule: SplitRule) -> str:
+    if any(file.split for file in corpus.files):
+        return "files"
+    return "documents" if rule.tail_start is None else "tail"
 
 
 def _make_tokenizer(
-    folder: Path, request: dict[str, Any], tasks: Sequence[UnitTask], rate: float, stages: Stages
+    folder: Path, request: dict[str, Any], tasks: Sequence[UnitTask], sample_bytes: int, stages: Stages
 ) -> ByteTokenizer | BPETokenizer:
-    """Loads the tokenizer of an earlier try, or makes it; BPE learns from a share `rate` of the training split."""
+    """Loads the tokenizer of an earlier try, or makes it; BPE learns from `sample_bytes` of the training split."""
     if (folder / TOKENIZER_FILE).exists():
         return load_tokenizer(folder)
     kind, argument = parse_spec(request["tokenizer"])
@@ -172,15 +156,13 @@ def _make_tokenizer(
         tokenizer = read_hf(argument, request.get("eot"))
     else:
         advance = stages(f"training {request['tokenizer']}", None)
-        tokenizer = train_bpe(training_texts(tasks, rate), int(argument))
+        tokenizer = train_bpe(training_texts(tasks, sample_bytes), int(argument))
         advance(0)
     tokenizer.save(folder)
     return tokenizer
 
 
-def _refuse_changed(files: Sequence[SourceFile], hashes: dict[str, str]) -> None:
+def _refuse_changed(files: Sequence[SourceFile]) -> None:
     for file in files:
-        status = os.stat(file.path)
-        touched = (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns)
-        if touched and (status.st_size != file.size or hashes.get(file.path) != sha256_file(Path(file.path))):
+        if file_version(file.path) != (file.size, file.version):
             raise ValueError(f"{file.path} changed while it was being read: run prepare again when it is complete")

@@ -1,26 +1,29 @@
 """Makes a token store from text. An interrupted run is resumed; a store appears whole or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.data.prepare.formats import FORMATS
 from jaxtrain.data.prepare.passes import DEFAULT_LIMITS, Corpus, Limits, write_store
 from jaxtrain.data.prepare.progress import Stages, show_progress
-from jaxtrain.data.prepare.sources import PYTHON_STDLIB, SourceFile, describe_left_out, find_sources
+from jaxtrain.data.prepare.sources import PYTHON_STDLIB, SourceFile, content_hash, describe_left_out, find_sources
+from jaxtrain.data.prepare.streams import CHUNK_BYTES
 from jaxtrain.data.prepare.tasks import run_format_file
 from jaxtrain.data.store import STORE_FORMAT, STORE_MANIFEST, TokenStore, open_store, partial_folder
 from jaxtrain.data.tokenizer import parse_spec, read_hf
-from jaxtrain.fields import require_local
+from jaxtrain.fields import is_url, require_local
 from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder, write_json
 
-CODE_VERSION = 2  # raise when the tokens made from the same request change
+STDIN = "-"
+CODE_VERSION = 3  # raise when the tokens made from the same request change
 
 
 def prepare(
@@ -29,6 +32,7 @@ def prepare(
     *,
     tokenizer: str = "byte",
     eot: str | None = None,
+    validation: Sequence[str] = (),
     validation_fraction: float = 0.02,
     text_field: str = "text",
     formats: str | Path | None = None,
@@ -40,11 +44,12 @@ def prepare(
     """Tokenizes text into a new token store and opens it.
 
     Args:
-      sources: files, folders, globs, or `python-stdlib`. Each file is read by its format: JSON lines, JSON, CSV, TSV,
-        Parquet, or else one document of UTF-8 text; any of them compressed with gzip, bzip2, xz or Zstandard.
+      sources: files, folders, globs, URLs, `python-stdlib`, or `-` for standard input. Each file is read by its format,
+        see docs/data.md.
       out: folder of the store. A finished store of the same bytes and options is opened.
       tokenizer: `byte`, `bpe:VOCAB` (trained on the training split) or `hf:PATH`.
       eot: text of the end-of-text token of an `hf:PATH` tokenizer; None looks for the usual names.
+      validation: sources of the validation split, which then is no share of `sources`.
       validation_fraction: share of the documents, chosen by hash, or of the end of the text if a split would be empty.
       text_field: field or column that holds the text of a record.
       formats: Python file that adds to `formats.FORMATS`; None keeps the formats as they are.
@@ -60,29 +65,69 @@ def prepare(
     if formats is not None:
         _register_formats(Path(formats).expanduser())
     out = Path(os.path.abspath(Path(out).expanduser()))
-    files, left_out = find_sources(sources)
-    _refuse_inside_source(sources, out)
-    options = {"validation_fraction": validation_fraction, "text_field": text_field}
-    request = _make_request(files, {**_tokenizer_request(tokenizer, eot), **options}, limits)
-    shown = show_progress(progress) if isinstance(progress, bool) else nullcontext(progress)
-    if os.path.lexists(out):
+    with _spooled_input(sources, out) as (names, spooled):
+        files, left_out = find_sources(names, validation)
+        corpus = Corpus((*sources, *validation), [_rename_source(file, spooled) for file in files], left_out)
+        _refuse_inside_source([*names, *validation], out)
+        options = {"validation_fraction": validation_fraction, "text_field": text_field}
+        request = _make_request(corpus.files, {**_tokenizer_request(tokenizer, eot), **options}, limits)
+        shown = show_progress(progress) if isinstance(progress, bool) else nullcontext(progress)
         with shown as stages:
-            return _open_existing(out, request, stages)
+            if os.path.lexists(out):
+                return _open_existing(out, request, stages)
+            _make_store(out, corpus, request, limits=limits, num_workers=num_workers, stages=stages, lock=lock)
+    store = open_store(out, verify=False)
+    if line := describe_left_out(store.manifest.get("left_out", {}), left_out):
+        print(line, file=sys.stderr)
+    return store
+
+
+def _make_store(out: Path, corpus: Corpus, request: dict[str, Any], *, lock: bool, **options: Any) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_folder(out)
     with locked(partial, lock=lock):
         _discard_other_work(partial, request)
         if not (partial / STORE_MANIFEST).exists():
-            corpus = Corpus(tuple(sources), files, left_out)
-            with _deleted_if_refused(partial), shown as stages:
-                write_store(partial, corpus, request, limits=limits, num_workers=num_workers, stages=stages)
+            with _deleted_if_refused(partial):
+                write_store(partial, corpus, request, **options)
         shutil.rmtree(partial / "units", ignore_errors=True)
         os.rename(partial, out)
         sync_folder(out.parent)
-    store = open_store(out, verify=False)
-    if line := describe_left_out(store.manifest.get("left_out", {}), left_out):
-        print(line, file=sys.stderr)
-    return store
+
+
+@contextmanager
+def _spooled_input(sources: Sequence[str], out: Path) -> Iterator[tuple[Sequence[str], str]]:
+    """Copies standard input, if `-` is a source, to a file beside the store, for the block.
+
+    The file is named after its content: after an interruption the same input resumes.
+
+    Yields:
+      The sources with the file in place of `-`, and its path.
+    """
+    if isinstance(sources, str) or STDIN not in sources:
+        yield sources, ""
+        return
+    if sys.stdin.isatty():
+        raise ValueError("the source - is standard input, which is a terminal: pipe text into it, or name files")
+    folder = out.parent / f".{out.name}.stdin"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        digest = hashlib.sha256()
+        with open(folder / "partial", "wb") as stream:
+            while data := sys.stdin.buffer.read(CHUNK_BYTES):
+                digest.update(data)
+                stream.write(data)
+        path = folder / digest.hexdigest()
+        os.rename(folder / "partial", path)
+        os.utime(path, ns=(0, 0))
+        yield [str(path) if source == STDIN else source for source in sources], str(path)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _rename_source(file: SourceFile, spooled: str) -> SourceFile:
+    return replace(file, source=STDIN) if file.source == spooled else file
 
 
 def _check_options(out: str | Path, tokenizer: str, validation_fraction: float, num_workers: int | None) -> None:
@@ -139,7 +184,7 @@ def _tokenizer_request(spec: str, eot: str | None) -> dict[str, Any]:
 def _refuse_inside_source(sources: Sequence[str], out: Path) -> None:
     for source in sources:
         folder = Path(os.path.abspath(Path(source).expanduser()))
-        if source != PYTHON_STDLIB and folder.is_dir() and out.is_relative_to(folder):
+        if source != PYTHON_STDLIB and not is_url(source) and folder.is_dir() and out.is_relative_to(folder):
             raise ValueError(f"the store {out} would lie in its own source folder {folder}: put it elsewhere")
 
 
@@ -173,7 +218,8 @@ def _is_same_request(manifest: dict[str, Any], request: dict[str, Any], stages: 
 
 
 def _is_same_file(old: list, new: list, hashes: dict[str, str]) -> bool:
-    return old[1:3] == new[1:3] and (old[:4] == new[:4] or hashes[old[0]] == sha256_file(Path(new[0])))
+    same = old[1:3] == new[1:3] and (old[6:] or [""]) == new[6:]
+    return same and (old[:4] == new[:4] or hashes[old[0]] == content_hash(new[0]))
 
 
 def _discard_other_work(partial: Path, request: dict[str, Any]) -> None:

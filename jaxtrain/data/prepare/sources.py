@@ -1,4 +1,4 @@
-"""Finds the files of a corpus: paths, folders, globs, and the running Python's standard library."""
+"""Finds the files of a corpus: paths, folders, globs, URLs, and the running Python's standard library."""
 
 import glob
 import hashlib
@@ -6,12 +6,14 @@ import os
 import stat
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jaxtrain.data import remote
 from jaxtrain.data.prepare.formats import find_format
 from jaxtrain.data.prepare.streams import naming
-from jaxtrain.fields import require_local
+from jaxtrain.fields import is_url, require_local
+from jaxtrain.runtime.files import read_json, sha256_file
 
 PYTHON_STDLIB = "python-stdlib"
 # Tests and other files outside the library itself; `lib2to3/tests` goes with `tests`.
@@ -22,41 +24,73 @@ LeftOut = dict[str, list[str]]  # reason: paths
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file, with its size and date at the time it was found."""
+    """One input file, with its size and version at the time it was found."""
 
-    path: str  # absolute
+    path: str  # absolute, or a URL
     key: str  # decides the document's split; "": the text does
     size: int  # bytes on disk
-    mtime_ns: int  # last change, nanoseconds since 1970
+    version: str  # changes with the content: nanoseconds of the last change, or an object store's tag
     format: str  # key in FORMATS
+    source: str = ""  # through which it was found, as the user named it
+    split: str = ""  # "train" or "validation"; "": `documents.SplitRule` decides
 
 
-def find_sources(sources: Sequence[str]) -> tuple[list[SourceFile], LeftOut]:
+def find_sources(sources: Sequence[str], validation: Sequence[str] = ()) -> tuple[list[SourceFile], LeftOut]:
     """Lists the files of the sources in the order of their names, sorted within a folder or glob.
 
     Symbolic links are followed, to folders too. A file that is found under two names is listed once.
+
+    Args:
+      sources: files, folders, globs, fsspec URLs or `python-stdlib`.
+      validation: the same, for files that make the validation split; they are left out of the training split.
 
     Returns:
       The files, and the paths that were left out by reason (hidden, empty, not regular files).
 
     Raises:
-      ValueError: a source without files or with a `scheme://`, a broken link, or a folder that cannot be read.
+      ValueError: a source without files, a broken link, or a folder that cannot be read.
     """
     if isinstance(sources, str) or not sources:
         raise ValueError(f"sources must be a list of files, folders, globs or {PYTHON_STDLIB}; got {sources!r}")
-    files: dict[str, SourceFile] = {}
     left_out: LeftOut = {}
+    files = _find(sources, left_out)
+    held_out = _find(validation, left_out)
+    if doubled := [file.path for key, file in files.items() if key in held_out]:
+        left_out["in the validation files"] = doubled
+    found = [replace(file, split="train" if held_out else "") for key, file in files.items() if key not in held_out]
+    found += [replace(file, split="validation") for file in held_out.values()]
+    if empty := [file.path for file in found if file.size == 0]:
+        left_out["empty"] = empty
+    return found, left_out
+
+
+def _find(sources: Sequence[str], left_out: LeftOut) -> dict[str, SourceFile]:
+    files: dict[str, SourceFile] = {}
     for source in sources:
-        require_local(source, "a source")
         if source == PYTHON_STDLIB:
             found = _stdlib_files(Path(sysconfig.get_path("stdlib")))
+        elif is_url(source):
+            found = [_source_file(url) for url in remote.find_files(source, left_out)]
         else:
-            found = [_source_file(path) for path in _paths(source, left_out)]
+            require_local(source, "a source")
+            found = [_source_file(str(path)) for path in _paths(source, left_out)]
         for file in found:
-            files.setdefault(os.path.realpath(file.path), file)
-    if empty := [file.path for file in files.values() if file.size == 0]:
-        left_out["empty"] = empty
-    return list(files.values()), left_out
+            real = file.path if is_url(file.path) else os.path.realpath(file.path)
+            files.setdefault(real, replace(file, source=source))
+    return files
+
+
+def file_version(path: str) -> tuple[int, str]:
+    """Returns the size in bytes of a file or URL, and a text that changes with its content."""
+    if is_url(path):
+        return remote.file_version(path)
+    status = os.stat(path)
+    return status.st_size, str(status.st_mtime_ns)
+
+
+def content_hash(path: str) -> str:
+    """Returns the SHA-256 (hex) of a file; of a URL, the version, which needs no second download."""
+    return remote.file_version(path)[1] if is_url(path) else sha256_file(Path(path))
 
 
 def describe_left_out(counts: dict[str, int], names: LeftOut) -> str:
@@ -126,6 +160,11 @@ def _walk(folder: Path, skip: Callable[[str], bool], left_out: LeftOut | None = 
     left_out = {} if left_out is None else left_out
     for root, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         skipped = [name for name in folders + files if skip(name)]
+        if parts := _dataset_files(root, files):
+            left_out.setdefault("of a dataset's records", []).extend(
+                os.path.join(root, n) for n in sorted(set(files) - parts)
+            )
+            files = sorted(parts)
         real = {name: os.path.realpath(os.path.join(root, name)) for name in folders if name not in skipped}
         folders[:] = [name for name in real if real[name] not in visited]
         visited.update(real.values())
@@ -139,6 +178,28 @@ def _walk(folder: Path, skip: Callable[[str], bool], left_out: LeftOut | None = 
         if skipped:
             left_out.setdefault("hidden", []).extend(os.path.join(root, name) for name in sorted(skipped))
     return sorted(Path(path).relative_to(folder).as_posix() for path in paths)
+
+
+def _dataset_files(folder: str, files: Sequence[str]) -> set[str]:
+    """Returns the data files of a folder that `datasets.save_to_disk` wrote; empty for other folders.
+
+    Raises:
+      ValueError: a folder of several splits, of which one must be named, or one that lacks a data file.
+    """
+    if "dataset_dict.json" in files:
+        splits = (read_json(Path(folder, "dataset_dict.json")) or {}).get("splits") or ["SPLIT"]
+        raise ValueError(
+            f"{folder} is a dataset with the splits {', '.join(splits)}: name one of their folders, such as "
+            f"{os.path.join(folder, splits[0])} (and another for validation)"
+        )
+    if not {"state.json", "dataset_info.json"} <= set(files):
+        return set()
+    state = read_json(Path(folder, "state.json")) or {}
+    parts = {part.get("filename") for part in state.get("_data_files", ())}
+    if not parts or parts - set(files):
+        missing = ", ".join(map(str, parts - set(files))) or "data files in state.json"
+        raise ValueError(f"the dataset {folder} is damaged: it lacks {missing}; save it again")
+    return parts
 
 
 def _refuse_unreadable(error: OSError) -> None:
@@ -157,11 +218,11 @@ def _is_regular(path: Path) -> bool:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _source_file(path: Path, key: str = "") -> SourceFile:
-    status = path.stat()
-    with naming(str(path)):
-        name = "" if key or not status.st_size else find_format(str(path))
-    return SourceFile(os.path.abspath(path), key, status.st_size, status.st_mtime_ns, name)
+def _source_file(path: str, key: str = "") -> SourceFile:
+    size, version = file_version(path)
+    with naming(path):
+        name = "" if key or not size else find_format(path)
+    return SourceFile(path if is_url(path) else os.path.abspath(path), key, size, version, name)
 
 
 def _stdlib_files(folder: Path) -> list[SourceFile]:
@@ -173,7 +234,7 @@ def _stdlib_files(folder: Path) -> list[SourceFile]:
         data = (folder / name).read_bytes()
         digest = hashlib.sha256(data).digest()
         if data and digest not in seen and _is_utf8(data):
-            files.append(_source_file(folder / name, key=name))
+            files.append(_source_file(str(folder / name), key=name))
             seen.add(digest)
     if not files:
         raise ValueError(

@@ -7,35 +7,59 @@ import importlib
 import io
 import json
 import lzma
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
+
+from jaxtrain.data import remote
+from jaxtrain.fields import is_url
 
 MAX_RECORD_BYTES = 1 << 27  # of one line, JSON value or table row: a record is held in memory
 CHUNK_BYTES = 1 << 22  # of text read at a time
 
 
 def open_stream(path: str) -> BinaryIO:
-    """Opens a file for reading; decompresses gzip, bzip2, xz and Zstandard, which are recognised by content.
+    """Opens a file or URL for reading; decompresses gzip, bzip2, xz and Zstandard, which are recognised by content.
 
     Raises:
       ValueError: the name promises a compression that the content does not have.
       ImportError: Zstandard without its extra.
     """
-    with open(path, "rb") as stream:
+    with open_binary(path) as stream:
         head = stream.read(10)
     for suffix, (name, matches, opener) in COMPRESSIONS.items():
         if matches(head):
-            return opener(path)
+            if not is_url(path):
+                return opener(path)
+            file = open_binary(path)
+            return _Decompressed(opener(file), file)
         if head and path.lower().endswith(suffix):
             raise ValueError(f"is not a {name} file, as its name says: rename it or replace it")
-    return open(path, "rb")
+    return open_binary(path)
+
+
+class _Decompressed(io.BufferedReader):
+    """Decompressed stream that closes the file below it, as those that open a path themselves do."""
+
+    def __init__(self, stream: Any, file: BinaryIO):
+        super().__init__(stream)
+        self._file = file
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+
+def open_binary(path: str) -> BinaryIO:
+    """Opens a file or URL for reading, as it is."""
+    return remote.open_file(path) if is_url(path) else open(path, "rb")
 
 
 def is_compressed(path: str) -> bool:
     """Returns True if `open_stream` decompresses the file."""
-    with open(path, "rb") as stream:
+    with open_binary(path) as stream:
         head = stream.read(10)
     return any(matches(head) for _, matches, _ in COMPRESSIONS.values())
 
@@ -47,7 +71,7 @@ def naming(path: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ImportError(f"{path} {error}") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
         raise ValueError(f"{path} cannot be read: {error}; replace the file or leave it out") from None
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
@@ -128,10 +152,10 @@ class JsonReader:
 class _ZstandardFile(io.RawIOBase):
     """Decompressed bytes of all frames of a Zstandard file; an EOFError if the last frame is cut."""
 
-    def __init__(self, path: str):
+    def __init__(self, file: str | BinaryIO):
         self._library = import_extra("zstandard", "Zstandard", "zstd")
         self._frame, self._left, self._ready = None, b"", b""
-        self._stream = open(path, "rb")  # noqa: SIM115 - `close` closes it
+        self._stream = open(file, "rb") if isinstance(file, str) else file  # noqa: SIM115 - `close` closes it
 
     def readable(self) -> bool:
         return True
@@ -159,8 +183,8 @@ class _ZstandardFile(io.RawIOBase):
         super().close()
 
 
-def _open_zstandard(path: str) -> BinaryIO:
-    return io.BufferedReader(_ZstandardFile(path), 1 << 16)
+def _open_zstandard(file: str | BinaryIO) -> BinaryIO:
+    return io.BufferedReader(_ZstandardFile(file), 1 << 16)
 
 
 def import_extra(module: str, name: str, extra: str) -> Any:
@@ -172,7 +196,7 @@ def import_extra(module: str, name: str, extra: str) -> Any:
 
 
 # Suffix: name, test of a file's first 10 bytes, opener.
-COMPRESSIONS: dict[str, tuple[str, Callable[[bytes], bool], Callable[[str], Any]]] = {
+COMPRESSIONS: dict[str, tuple[str, Callable[[bytes], bool], Callable[[Any], Any]]] = {
     ".gz": ("gzip", lambda head: head[:2] == b"\x1f\x8b", gzip.open),
     ".bz2": ("bzip2", lambda head: head[:3] == b"BZh" and head[4:] in (b"1AY&SY", b"\x17rE8P\x90"), bz2.open),
     ".xz": ("xz", lambda head: head[:6] == b"\xfd7zXZ\0", lzma.open),

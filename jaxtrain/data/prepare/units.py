@@ -1,6 +1,7 @@
-"""The passes over one unit of a corpus, `scan_unit` and `encode_unit`, and the join of all units into shards."""
+"""Tokens of one unit of a corpus, text to train a tokenizer on, and the join of all units into shards."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,18 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.prepare.documents import SPLITS, TRAIN, SplitRule, Unit, read_blocks, read_documents
+from jaxtrain.data.prepare.documents import SPLITS, TRAIN, Block, SplitRule, Unit, read_blocks, read_documents
+from jaxtrain.data.prepare.sources import content_hash
 from jaxtrain.data.store import STORE_DTYPES, documents_file, shard_file
 from jaxtrain.data.tokenizer import load_tokenizer
 from jaxtrain.runtime.files import sha256_file, sync
 
 BATCH_CHARACTERS = 1 << 21
 COPY_BYTES = 1 << 24
+COUNTS = ("num_tokens", "num_bytes", "num_documents")
 
 
 @dataclass(frozen=True)
 class UnitTask:
-    """One unit to scan or to encode, with all that a worker needs to know."""
+    """One unit to encode, with all that a worker needs to know."""
 
     unit: Unit
     number: int  # of the unit in the corpus
@@ -29,13 +32,8 @@ class UnitTask:
     text_field: str
     folder: str  # of the unfinished store: has the tokenizer, and `units`, where the unit's files go
     block_characters: int
-    offset: int = 0  # UTF-8 bytes of document text before the unit
+    offset: int = 0  # UTF-8 bytes of document text before the unit, for a split by position
     dtype: str = "uint16"
-
-    def blocks(self) -> Iterator[tuple[str, bool, str]]:
-        """Yields the unit's blocks of text as `read_blocks` does."""
-        documents = read_documents(self.unit, self.text_field)
-        return read_blocks(documents, self.rule, self.offset, self.block_characters)
 
 
 def unit_file(folder: Path, number: int, split: str, suffix: str) -> Path:
@@ -48,15 +46,20 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def scan_unit(task: UnitTask) -> dict[str, Any]:
-    """Reads a unit once.
+def encode_unit(task: UnitTask) -> dict[str, Any]:
+    """Writes a unit's tokens and document starts, one file a split.
+
+    Each document is the end-of-text token and then its tokens. Starts are in tokens from the unit's first.
 
     Returns:
-      `num_bytes` and `num_documents` of each split, `num_empty` documents, and `sha256` of each file that starts in
-      the unit.
+      For each split, COUNTS by source; `num_empty` documents; `sha256` of each file that starts in the unit.
     """
-    counts = {split: {"num_bytes": 0, "num_documents": 0} for split in SPLITS}
-    num_read = 0
+    tokenizer, folder = load_tokenizer(task.folder), Path(task.folder, "units")
+    counts: dict[str, dict[str, list[int]]] = {split: defaultdict(lambda: [0, 0, 0]) for split in SPLITS}
+    starts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    num_tokens, num_read, num_used, last = dict.fromkeys(SPLITS, 0), 0, 0, -1
+    dtype = STORE_DTYPES[task.dtype]
+    boundary = np.array([tokenizer.eot_id], dtype).tobytes()
 
     def documents():
         nonlocal num_read
@@ -64,61 +67,55 @@ def scan_unit(task: UnitTask) -> dict[str, Any]:
             num_read += 1
             yield document
 
-    for split, first, text in read_blocks(documents(), task.rule, 0, task.block_characters):
-        counts[split]["num_bytes"] += len(text.encode("utf-8"))
-        counts[split]["num_documents"] += first
-    paths = [piece.file.path for piece in task.unit if piece.start == 0]
-    num_empty = num_read - sum(count["num_documents"] for count in counts.values())
-    return {**counts, "num_empty": num_empty, "sha256": {path: sha256_file(Path(path)) for path in paths}}
-
-
-def encode_unit(task: UnitTask) -> dict[str, Any]:
-    """Writes a unit's tokens and document starts, one file a split; returns `num_tokens`, `num_bytes`, ... of each.
-
-    Each document is the end-of-text token and then its tokens. Starts are in tokens from the unit's first.
-    """
-    tokenizer, folder = load_tokenizer(task.folder), Path(task.folder, "units")
-    counts = {split: {"num_tokens": 0, "num_bytes": 0, "num_documents": 0} for split in SPLITS}
-    starts: dict[str, list[int]] = {split: [] for split in SPLITS}
-    dtype = STORE_DTYPES[task.dtype]
-    boundary = np.array([tokenizer.eot_id], dtype).tobytes()
-    files = {split: unit_file(folder, task.number, split, "bin") for split in SPLITS}
     with ExitStack() as stack:
+        files = {split: unit_file(folder, task.number, split, "bin") for split in SPLITS}
         streams = {split: stack.enter_context(open(file, "wb")) for split, file in files.items()}
-        for batch in _batches(task.blocks()):
-            for (split, first, text), ids in zip(batch, tokenizer.encode_batch([b[2] for b in batch]), strict=True):
-                count = counts[split]
-                if first:
-                    starts[split].append(count["num_tokens"])
-                    streams[split].write(boundary)
-                    count["num_tokens"] += 1
-                    count["num_documents"] += 1
-                streams[split].write(ids.astype(dtype).tobytes())
-                count["num_tokens"] += len(ids)
-                count["num_bytes"] += len(text.encode("utf-8"))
+        blocks = read_blocks(documents(), task.rule, task.offset, task.block_characters)
+        for batch in _batches(blocks):
+            for block, ids in zip(batch, tokenizer.encode_batch([block.text for block in batch]), strict=True):
+                split, stream = block.split, streams[block.split]
+                if block.first:
+                    starts[split].append(num_tokens[split])
+                    stream.write(boundary)
+                stream.write(ids.astype(dtype).tobytes())
+                size = len(ids) + block.first
+                num_tokens[split] += size
+                count = counts[split][block.file.source]
+                count[0] += size
+                count[1] += len(block.text.encode("utf-8"))
+                count[2] += block.first
+                num_used, last = num_used + (block.document != last), block.document
         for stream in streams.values():
             sync(stream)
     for split in SPLITS:
         with open(unit_file(folder, task.number, split, "npy"), "wb") as stream:
             np.save(stream, np.array(starts[split], np.int64), allow_pickle=False)
             sync(stream)
-    return counts
+    paths = [piece.file.path for piece in task.unit if piece.start == 0]
+    found = {split: dict(counts[split]) for split in SPLITS}
+    return {**found, "num_empty": num_read - num_used, "sha256": {path: content_hash(path) for path in paths}}
 
 
-def training_texts(tasks: Iterable[UnitTask], rate: float) -> Iterator[str]:
-    """Yields blocks of the training split's text: an evenly spread share `rate` of them."""
-    blocks = (text for task in tasks for split, _, text in task.blocks() if split == TRAIN)
-    for number, text in enumerate(blocks, 1):
-        if int(number * rate) > int((number - 1) * rate):
-            yield text
+def training_texts(tasks: Sequence[UnitTask], max_bytes: int) -> Iterator[str]:
+    """Yields about `max_bytes` of the training split's text in blocks: an equal share from the start of each unit."""
+    total = sum(piece.size for task in tasks for piece in task.unit)
+    for task in tasks:
+        left = max_bytes * sum(piece.size for piece in task.unit) / total
+        documents = read_documents(task.unit, task.text_field)
+        for block in read_blocks(documents, task.rule, task.offset, task.block_characters):
+            if block.split == TRAIN:
+                if left <= 0:
+                    break
+                yield block.text
+                left -= len(block.text)
 
 
-def _batches(blocks: Iterable[tuple[str, bool, str]]) -> Iterator[list[tuple[str, bool, str]]]:
+def _batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     """Groups blocks into lists of about BATCH_CHARACTERS."""
     batch, size = [], 0
     for block in blocks:
         batch.append(block)
-        size += len(block[2])
+        size += len(block.text)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -142,19 +139,25 @@ def join_units(
     Returns:
       The split's part of the manifest.
     """
-    starts, num_tokens = [], 0
-    for number, count in enumerate(counts):
-        starts.append(np.load(unit_file(folder / "units", number, split, "npy"), allow_pickle=False) + num_tokens)
-        num_tokens += count[split]["num_tokens"]
-    if num_tokens == 0:  # the whole text is less than a character each
-        raise ValueError(f"the text is too small to split: the {split} split has no document; add text")
+    totals: dict[str, list[int]] = {}
+    for count in counts:
+        for source, values in count[split].items():
+            totals[source] = [sum(pair) for pair in zip(totals.get(source, (0, 0, 0)), values, strict=True)]
+    if not totals:  # the whole text is less than a character each
+        raise ValueError(f"the {split} split has no document: add text")
+    sums = dict(zip(COUNTS, (sum(column) for column in zip(*totals.values(), strict=True)), strict=True))
     with open(folder / documents_file(split), "wb") as stream:
-        np.save(stream, np.concatenate(starts), allow_pickle=False)
+        header = {"descr": "<i8", "fortran_order": False, "shape": (sums["num_documents"],)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        first = 0
+        for number, count in enumerate(counts):
+            starts = np.load(unit_file(folder / "units", number, split, "npy"), allow_pickle=False)
+            stream.write((starts + first).astype("<i8").tobytes())
+            first += sum(values[0] for values in count[split].values())
         sync(stream)
     return {
-        "num_tokens": num_tokens,
-        "num_bytes": sum(count[split]["num_bytes"] for count in counts),
-        "num_documents": sum(count[split]["num_documents"] for count in counts),
+        **sums,
+        "sources": [{"source": source, **dict(zip(COUNTS, values, strict=True))} for source, values in totals.items()],
         "shards": _write_shards(folder, split, len(counts), STORE_DTYPES[dtype].itemsize, shard_tokens, advance),
         "documents_sha256": sha256_file(folder / documents_file(split)),
     }

@@ -1,0 +1,151 @@
+"""Files of object stores (`gs://`, `s3://`, any fsspec URL): sources to read, token stores to copy into a local cache.
+
+fsspec is in the extra `remote`; a scheme may need a package of its own, such as gcsfs or s3fs. Their usual environment
+variables and files give the credentials.
+"""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import io
+import json
+import os
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jaxtrain.runtime.files import cache_folder, read_json, sha256_file, write_json
+
+_BUFFER_BYTES = 1 << 20
+_SUMS = "checksums.json"
+_BESIDE = (".bin", ".idx", ".json")  # suffixes of the files that go with a token file
+_SHARED = ("tokens.json", "tokenizer.json")
+
+Version = tuple[int, str]  # bytes, and a text that changes with the content
+
+
+@contextlib.contextmanager
+def _reaching(url: str) -> Iterator[None]:
+    """Turns the errors of a remote file system into one line."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{url} needs fsspec and its package for this scheme: {error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"no file or folder {url}: check the URL") from None
+    except Exception as error:  # every file system has its own
+        raise ValueError(f"{url} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    try:
+        import fsspec
+    except ImportError:
+        raise ImportError("pip install 'jaxtrain[remote]'") from None
+    return fsspec.core.url_to_fs(url)
+
+
+def open_file(url: str) -> BinaryIO:
+    """Opens a URL for reading; the stream can seek."""
+    with _reaching(url):
+        system, path = _filesystem(url)
+        return io.BufferedReader(system.open(path, "rb"), _BUFFER_BYTES)
+
+
+def file_version(url: str) -> Version:
+    """Returns the size of a URL in bytes, and a text that changes with its content."""
+    with _reaching(url):
+        system, path = _filesystem(url)
+        return system.size(path), system.ukey(path)
+
+
+def find_files(url: str, left_out: dict[str, list[str]]) -> list[str]:
+    """Returns the URLs of a file, of the files below a folder, or of those that a glob matches, sorted.
+
+    Args:
+      url: the URL.
+      left_out: gets the hidden files below folders, under "hidden".
+
+    Raises:
+      ValueError: no such file.
+    """
+    with _reaching(url):
+        system, path = _filesystem(url)
+        entries = sorted(system.glob(path)) if glob.has_magic(path) else [path]
+        found = []
+        for entry in entries:
+            names = sorted(system.find(entry)) if system.isdir(entry) else [entry]
+            for name in names:
+                inside = posixpath.relpath(name, entry if name != entry else posixpath.dirname(entry)).split("/")
+                hidden = name != path and any(part.startswith(".") for part in inside)
+                full = url if name == path else system.unstrip_protocol(name)
+                (left_out.setdefault("hidden", []) if hidden else found).append(full)
+        if not found:
+            raise FileNotFoundError
+        return found
+
+
+def fetch_store(url: str, *, verify: bool = True) -> Path:
+    """Copies a token store, a token file or a folder of token files into the local cache; returns its path there.
+
+    A file that was copied before is not copied again while the URL has the same files in the same versions. Copies of
+    older versions stay until they are deleted.
+
+    Args:
+      url: the store.
+      verify: compares the cached files with the checksums of their download.
+
+    Raises:
+      ValueError: the URL does not exist, or a download has another size than the URL.
+    """
+    with _reaching(url):
+        system, path = _filesystem(url)
+        folder, files = _store_files(system, path.rstrip("/"))
+        key = hashlib.sha256(json.dumps([url, sorted(files.items())]).encode()).hexdigest()[:32]
+        local = cache_folder("stores") / key
+        with _exclusive(local):
+            sums = read_json(local / _SUMS) or {}
+            for name, (size, _) in files.items():
+                target = local / name
+                intact = name in sums and target.is_file() and target.stat().st_size == size
+                if intact and (not verify or sha256_file(target) == sums[name]):
+                    continue
+                partial = target.with_name(f"{name}.partial")
+                system.get_file(posixpath.join(folder, name), str(partial))
+                if partial.stat().st_size != size:
+                    raise OSError(f"{name} has {partial.stat().st_size} bytes after the download, not {size}")
+                sums[name] = sha256_file(partial)
+                os.replace(partial, target)
+                write_json(local / _SUMS, sums)
+    name = posixpath.relpath(path, folder)
+    return local if name == "." else local / name
+
+
+def _store_files(system: Any, path: str) -> tuple[str, dict[str, Version]]:
+    """Returns the folder of a store and the version of each of its files, by name."""
+    folder = path if system.isdir(path) else posixpath.dirname(path)
+    listed = {posixpath.basename(entry["name"].rstrip("/")): entry for entry in system.ls(folder, detail=True)}
+    names = [name for name, entry in listed.items() if entry["type"] == "file" and not name.startswith(".")]
+    if folder != path:
+        base, suffix = posixpath.splitext(posixpath.basename(path))
+        stem = base if suffix in _BESIDE else base + suffix
+        wanted = {posixpath.basename(path), *(stem + suffix for suffix in _BESIDE), *_SHARED}
+        names = [name for name in names if name in wanted]
+    if not set(names) - set(_SHARED):
+        raise FileNotFoundError
+    return folder, {name: (listed[name]["size"], system.ukey(posixpath.join(folder, name))) for name in names}
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Creates a folder and keeps other processes of this machine from filling it at the same time."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # no locks: both download, and each replaces whole files
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
