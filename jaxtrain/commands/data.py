@@ -1,9 +1,11 @@
-"""Commands on data: prepare."""
+"""Commands on data: prepare, inspect."""
 
+import json
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
-from jaxtrain.fields import Folder, Fraction, LocalPath, Positive, Section, Source, TokenizerSpec
+from jaxtrain.fields import Folder, Fraction, LocalPath, NotNegative, Positive, Section, Source, Store, TokenizerSpec
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import printable
 
@@ -41,6 +43,76 @@ def run_prepare(options: PrepareOptions) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class InspectOptions(Section):
+    """Options of `jaxtrain inspect`."""
+
+    positional = "path"
+    path: Store  # token store, token files, or run directory
+    windows: NotNegative[int] = 3  # windows of text to show of each split
+    json: bool = False  # print one JSON object
+
+
+def run_inspect(options: InspectOptions) -> int:
+    """Shows what a token store, or the data of a run, holds: documents, tokens, duplicates, repetitions, text."""
+    from jaxtrain.data.inspection import UNSTATED_VOCABULARY, inspect_store
+    from jaxtrain.data.store import open_store
+    from jaxtrain.training.run import open_data, read_config
+
+    if Path(options.path, "config.json").is_file():
+        store = open_data(read_config(Path(options.path)), Path(options.path))
+    else:
+        store = open_store(options.path, vocab_size=UNSTATED_VOCABULARY)
+    stores = getattr(store, "sources", {}) or {"": store}
+    found = {name: inspect_store(each, options.windows) for name, each in stores.items()}
+    if options.json:
+        print(json.dumps(found if list(found) != [""] else found[""]))
+        return 0
+    for name, result in found.items():
+        _show(name, result)
+    return 0
+
+
+def _show(name: str, found: dict[str, Any]) -> None:
+    from jaxtrain.data.inspection import escape
+    from jaxtrain.monitoring.tables import format_table
+
+    size = f"{found['vocab_size']:,} tokens in the vocabulary" if found["vocab_size"] else "vocabulary not stated"
+    print(printable(f"{name + ': ' if name else ''}{found['path']} ({size})"))
+    for split, values in found["splits"].items():
+        print(f"\n{split}: {values['tokens']:,} tokens, {values['distinct_tokens']:,} of them distinct, ", end="")
+        print(f"{values['unigram_entropy_bits']:.2f} bits of entropy each" + _bytes(values))
+        if "documents" in values:
+            sizes = values["document_tokens"]
+            print(
+                f"{values['documents']:,} documents: median {sizes['median']:,} tokens, mean {sizes['mean']:,.0f}, "
+                f"99% {sizes['p99']:,}, longest {sizes['max']:,}"
+            )
+            head = ["source", "documents", "tokens", "copies", "share of tokens", "repetitive"]
+            rows = [{"source": "all", **values}, *values["sources"]]
+            print(format_table(head, [_source_row(row) for row in rows], cut=["source"]))
+        rows = [
+            [f"'{printable(escape(top['text']))}'", str(top["id"]), f"{top['count'] / values['tokens']:.2%}"]
+            for top in values["top_tokens"]
+        ]
+        print(format_table(["frequent token", "id", "share"], rows, cut=["frequent token"]))
+        for row in values.get("longest", ()):
+            print(f"document {row['document']:,} of {row['tokens']:,} tokens: {printable(escape(row['text']))}")
+        for row in values["windows"]:
+            print(f"window at token {row['position']:,}: {printable(escape(row['text']))}")
+    print("\n" + printable("\n".join(f"alarm: {alarm}" for alarm in found["alarms"]) or "no alarms"))
+
+
+def _bytes(values: dict[str, Any]) -> str:
+    return f", {values['bytes']:,} bytes ({values['bytes_per_token']:.2f} per token)" if "bytes" in values else ""
+
+
+def _source_row(row: dict[str, Any]) -> list[str]:
+    numbers = [f"{row[name]:,}" for name in ("documents", "tokens", "duplicate_documents")]
+    return [printable(row["source"]), *numbers, f"{row['duplicate_tokens']:.1%}", f"{row['repetitive_documents']:,}"]
+
+
 COMMANDS = [
     Command("prepare", PrepareOptions, run_prepare, "prepare texts/ --tokenizer bpe:8192 --out stores/texts"),
+    Command("inspect", InspectOptions, run_inspect, "inspect stores/texts"),
 ]

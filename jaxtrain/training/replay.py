@@ -14,6 +14,7 @@ from jaxtrain.checkpoints import warm_start
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.manifest import Damaged, verify
 from jaxtrain.checkpoints.restore import restore
+from jaxtrain.data.inspection import escape, longest_repetition
 from jaxtrain.gradients import takes_key
 from jaxtrain.losses import LossSums
 from jaxtrain.models.model import TransformerModel
@@ -40,7 +41,6 @@ from jaxtrain.trees import global_norm, is_stacked, layer_squares, path_names
 # Fields of a step line that depend on the clock or on restarts.
 _NOT_COMPARED = {"attempt", "tokens_per_second", "step_seconds", "mfu", "time"}
 _TEXT_TOKENS = 48  # tokens of a row that are shown as text
-_LONGEST_PERIOD = 32  # longest n-gram, in tokens, whose repetitions are searched
 
 
 def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: Any) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _rows(run: Run, step: int, row_nll: np.ndarray) -> list[dict[str, Any]]:
                 "documents": [int(document) for document in documents],
                 "repeated_tokens": repeated,
                 "repeated_period": period,
-                "text": _escape(_text(run, tokens[:_TEXT_TOKENS])),
+                "text": escape(_text(run, tokens[:_TEXT_TOKENS])),
             }
         )
     return sorted(rows, key=lambda row: -math.inf if math.isnan(row["nll"]) else -row["nll"])
@@ -266,23 +266,3 @@ def _rows(run: Run, step: int, row_nll: np.ndarray) -> list[dict[str, Any]]:
 
 def _text(run: Run, tokens: np.ndarray) -> str:
     return run.tokenizer.decode(tokens) if run.store.tokenizer_file else f"token ids {' '.join(map(str, tokens))}"
-
-
-def longest_repetition(tokens: np.ndarray) -> tuple[int, int]:
-    """Finds the longest stretch that repeats one n-gram, n up to 32. Returns its number of tokens and n, or (0, 0).
-
-    Such documents cause gradient spikes (arXiv:2501.00656).
-    """
-    best = (0, 0)
-    for period in range(1, min(_LONGEST_PERIOD, len(tokens) - 1) + 1):
-        same = np.concatenate([[False], tokens[period:] == tokens[:-period], [False]])
-        edges = np.flatnonzero(same[1:] != same[:-1])
-        longest = int((edges[1::2] - edges[::2]).max(initial=0))
-        if longest >= period and longest + period > best[0]:
-            best = (longest + period, period)
-    return best
-
-
-def _escape(text: str) -> str:
-    """Escapes the control characters of a text."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
