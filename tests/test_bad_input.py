@@ -480,19 +480,27 @@ RUNS = {
 
 REMOTE = {
     f"{url}: {name}": bad(words.replace("URL", url), url, "no local path", "mount it", **fields)
-    for url in ("gs://bucket/x", "s3://bucket/x", "hf://org/x", "memory://x")
+    for url in ("gs://bucket/x", "memory://x")
     for name, words, fields in (
         ("run directory", "train {config} --run-dir URL", {}),
         ("run", "eval URL", {}),
-        ("store", TRAIN + " --data.store URL", {}),
-        ("sources", TRAIN + " --data.sources a.txt URL", {}),
         ("tokenizer", TRAIN + " --data.tokenizer hf:URL", {}),
         ("weights", TRAIN + " --train.init-from URL", {}),
         ("config of a run", "eval {run} --config URL", {}),
-        ("moved store", "generate {run} --data.store URL", {}),
         ("new store", "prepare {corpus} --out URL", {}),
-        ("text", "prepare URL --out {out}", {}),
         ("picture", "schedule {config} --png URL.png", {}),
+    )
+} | {
+    f"{url}: {name}": bad(words.replace("URL", url), f"{url}{reason}", code=code, **fields)
+    for url, reason, code in (
+        ("memory://bucket/none", ": check the URL", 2),
+        ("s3://bucket/x", " needs fsspec and its package for this scheme: Install s3fs", 1),
+        ("none://bucket/x", " cannot be read: ValueError: Protocol not known: none", 2),
+    )
+    for name, words, fields in (
+        ("store", TRAIN + " --data.store URL", {}),
+        ("moved store", "eval {run} --data.store URL", {}),
+        ("validation", "prepare {corpus} --validation URL --out {out}", {}),
         ("in a config", "train c.json", {"make": values(data={"store": url})}),
     )
 }

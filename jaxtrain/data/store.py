@@ -130,7 +130,8 @@ def open_store(
       ValueError: the path is no finished store, or a damaged one.
     """
     path = _local_path(path, verify)
-    if not (path / STORE_MANIFEST).is_file() and (found := find_token_files(path)):
+    prepared = any((path / name).exists() for name in (STORE_MANIFEST, documents_file("train")))
+    if not prepared and (found := find_token_files(path)):
         files = found[0], [each for file in validation for each in _token_files(_local_path(file, verify))]
         return _open_token_files(path, files[0], files[1] or found[1], verify, vocab_size, validation_fraction)
     if validation:
