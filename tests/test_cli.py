@@ -160,7 +160,8 @@ def test_help_of_every_command(name, columns, monkeypatch, capsys):
     for flag in list_flags(COMMANDS[name].options, None):
         assert f"  {flag.name}" in printed
         assert flag.help, flag
-    positional = {"prepare": "SOURCE...", "train": "CONFIG", "plan": "CONFIG", "schedule": "CONFIG"}.get(name, "RUN")
+    positional = {"prepare": "SOURCE...", "train": "CONFIG", "plan": "CONFIG", "schedule": "CONFIG"}
+    positional = (positional | {"inspect": "STORE|RUN"}).get(name, "RUN")
     assert f"jaxtrain {name} {positional} " in lines[0]
     assert f"  {positional} " in printed
     if positional == "CONFIG":

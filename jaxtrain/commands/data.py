@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from jaxtrain.fields import Folder, Fraction, LocalPath, NotNegative, Positive, Section, Source, Store, TokenizerSpec
+from jaxtrain.fields import Folder, Fraction, LocalPath, NotNegative, Positive, Section, Source, TokenizerSpec
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import printable
 
@@ -48,7 +48,7 @@ class InspectOptions(Section):
     """Options of `jaxtrain inspect`."""
 
     positional = "path"
-    path: Store  # token store, token files, or run directory
+    path: Annotated[str, LocalPath("STORE|RUN", or_url=True)]  # token store, token files, or run directory
     windows: NotNegative[int] = 3  # windows of text to show of each split
     json: bool = False  # print one JSON object
 
