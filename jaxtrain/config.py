@@ -7,7 +7,6 @@ user's own code is executed. A run directory holds `config.json`, which is read 
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -24,11 +23,12 @@ from jaxtrain.fields import (
     Store,
     TokenizerSpec,
     check_entry,
+    parse_ranges,
 )
+from jaxtrain.mixture import parse_mixture, parse_stores
 
 Clipping = Literal["global_norm", "zclip", "adaptive"]
 Remat = Literal["none", "minimal", "full", "offload"]
-Ranges = tuple[tuple[int, int], ...]
 
 _DEFAULT_WARMUP = 100  # optimizer steps
 
@@ -137,13 +137,32 @@ class DataConfig(Section, section="data"):
     prefetch: Positive[int] = 2  # batches loaded ahead onto the devices
     # batches to leave out, without STOP; step i reads batch i - 1 if none is left out; a resumed run may add later ones
     skip: tuple[Annotated[str, "START:STOP"], ...] = ()
+    stores: tuple[Annotated[str, "NAME=DIR"], ...] = ()  # token stores to mix, in place of `store`
+    # shares of `stores` by stage, such as "web:0.7 code:0.3 until 0.8, then web:1"; None: in proportion to their sizes
+    mixture: str | None = None
+    max_epochs: Positive[float] | None = None  # passes over any source that a run may not exceed; None: no limit
+    mask_documents: bool = False  # attention sees no other document of the row, and the loss does not cross into one
+    restart_positions: bool = False  # positions count from the start of each document; needs mask_documents
+    # concatenate: rows are windows of the text; best_fit: rows hold whole documents and padding; needs mask_documents
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.store or self.sources):
+        if not (self.store or self.stores or self.sources):
             raise ValueError(
-                "data needs data.store (a folder made by `jaxtrain prepare`) or data.sources (text to prepare)"
+                "data needs data.store (a folder made by `jaxtrain prepare`), data.stores (several to mix) or "
+                "data.sources (text to prepare)"
             )
+        if self.stores and self.store:
+            raise ValueError("data.stores replaces data.store: give one of them")
+        parse_stores(self.stores)
+        if self.mixture is not None:
+            if not self.stores:
+                raise ValueError("data.mixture mixes data.stores, and there are none: list them as NAME=DIR")
+            parse_mixture(self.mixture)
+        if not self.mask_documents and (self.restart_positions or self.packing == "best_fit"):
+            name = "restart_positions" if self.restart_positions else "packing best_fit"
+            raise ValueError(f"data.{name} keeps documents apart: set data.mask_documents too")
         parse_ranges(self.skip)
 
 
@@ -169,6 +188,8 @@ class OptimConfig(Section, section="optim"):
     # adaptive: clips each unit of a matrix to clip_norm times the norm of its weights (0.01 is usual)
     clipping: Clipping = "global_norm"
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of Adam's first moment
+    # paths of parameters that stay as they are: "embedding", "layers/attention/*", or "!head" for all but the head
+    frozen: tuple[Annotated[str, "PATTERN"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -358,40 +379,3 @@ def _describe(model: Any) -> dict[str, Any]:
         except (TypeError, ValueError):  # such as a function or an array
             continue
     return {"custom": type(model).__name__, "fields": fields}
-
-
-def parse_range(text: str, name: str) -> range:
-    """Reads a range START:STOP of whole numbers, without STOP.
-
-    Args:
-      text: such as "12000:12200".
-      name: the option, for errors.
-
-    Raises:
-      ValueError: not two whole numbers, or an empty range.
-    """
-    parts = text.split(":")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
-        raise ValueError(f"{name} {text!r} is not a range: write START:STOP, such as 10:13")
-    found = range(int(parts[0]), int(parts[1]))
-    if not found:
-        raise ValueError(f"{name} {text!r} is empty: it means START to STOP - 1, so STOP must be larger than START")
-    return found
-
-
-def parse_ranges(texts: Sequence[str]) -> Ranges:
-    """Reads the START:STOP texts of `data.skip`.
-
-    Returns:
-      The same batches as ranges [START, STOP) in ascending order, with gaps between them.
-
-    Raises:
-      ValueError: see `parse_range`.
-    """
-    merged: list[tuple[int, int]] = []
-    for part in sorted((parse_range(text, "data.skip") for text in texts), key=lambda part: part.start):
-        if merged and part.start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], part.stop))
-        else:
-            merged.append((part.start, part.stop))
-    return tuple(merged)

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+Ranges = tuple[tuple[int, int], ...]
+
 _INT_LIMIT = 2**31  # counters on devices have 32 bits
 
 
@@ -237,3 +239,40 @@ def suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
     """Returns "did you mean ...?" with the nearest name, or the list of known names; `prefix` stands before them."""
     near = nearest(name, known)
     return f"did you mean {prefix}{near}?" if near else f"known: {', '.join(known)}"
+
+
+def parse_range(text: str, name: str) -> range:
+    """Reads a range START:STOP of whole numbers, without STOP.
+
+    Args:
+      text: such as "12000:12200".
+      name: the option, for errors.
+
+    Raises:
+      ValueError: not two whole numbers, or an empty range.
+    """
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
+        raise ValueError(f"{name} {text!r} is not a range: write START:STOP, such as 10:13")
+    found = range(int(parts[0]), int(parts[1]))
+    if not found:
+        raise ValueError(f"{name} {text!r} is empty: it means START to STOP - 1, so STOP must be larger than START")
+    return found
+
+
+def parse_ranges(texts: Sequence[str]) -> Ranges:
+    """Reads the START:STOP texts of `data.skip`.
+
+    Returns:
+      The same batches as ranges [START, STOP) in ascending order, with gaps between them.
+
+    Raises:
+      ValueError: see `parse_range`.
+    """
+    merged: list[tuple[int, int]] = []
+    for part in sorted((parse_range(text, "data.skip") for text in texts), key=lambda part: part.start):
+        if merged and part.start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], part.stop))
+        else:
+            merged.append((part.start, part.stop))
+    return tuple(merged)

@@ -27,6 +27,7 @@ from jaxtrain.trees import (
     layer_axes,
     named_leaves,
     num_dims,
+    present_names,
     stack_of,
 )
 
@@ -79,8 +80,8 @@ def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] | None = None) 
     shapes = named_leaves(params)
     axes = layer_axes(params, stacked)
     decays = [
-        num_dims(shape, axis) >= 2 and not is_vector(names, shapes)
-        for (names, shape), axis in zip(shapes.items(), axes, strict=True)
+        num_dims(shapes[names], axis) >= 2 and not is_vector(names, shapes)
+        for names, axis in zip(present_names(params), axes, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), decays)
 

@@ -39,6 +39,14 @@ def _replace(self: Any, **changes: Any) -> Any:
     return dataclasses.replace(self, **changes)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """Place of a parameter that is left out of a tree: its shape, and no leaf."""
+
+    shape: tuple[int, ...]
+
+
 def path_names(path: KeyPath) -> list[str]:
     """Returns the names along a path of `jax.tree_util`, without the attribute of a wrapper such as `nnx.Param`."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
@@ -79,14 +87,24 @@ def distinct(tree: Any) -> Any:
 
 
 def named_leaves(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Returns the shape of each leaf by the names along its path, in the order of the leaves."""
+    """Returns the shape of each leaf, and of each `Absent`, by the names along its path, in the order of the leaves."""
     shapes: dict[tuple[str, ...], tuple[int, ...]] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_absent):
         names = tuple(path_names(path))
         if names in shapes:  # two attributes of one wrapper
             names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         shapes[names] = shape_of(leaf)
     return shapes
+
+
+def present_names(tree: Any) -> list[tuple[str, ...]]:
+    """Returns the names of the leaves, as in `named_leaves`, without those of `Absent`."""
+    leaves = jax.tree.leaves(tree, is_leaf=_is_absent)
+    return [names for names, leaf in zip(named_leaves(tree), leaves, strict=True) if not _is_absent(leaf)]
+
+
+def _is_absent(node: Any) -> bool:
+    return isinstance(node, Absent)
 
 
 def is_vector(names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]) -> bool:
@@ -132,7 +150,7 @@ def layer_axes(params: Any, stacked: tuple[str, ...] | None = None) -> list[int 
             members = [names for names in shapes if stacks[names] == stack]
             find = _proven_axis if stacked is None else _given_axis
             axis_of[stack] = find(stack, members, shapes)
-    return [axis_of[stack] for stack in stacks.values()]
+    return [axis_of[stacks[names]] for names in present_names(params)]
 
 
 def num_dims(shape: tuple[int, ...], layer_axis: int | None) -> int:

@@ -48,8 +48,11 @@ LARGE = ["32,4096,32,8,128", "8,2048,16,16,128", "8,2048,32,32,64", "16,1024,32,
 Form = Callable[..., jax.Array]
 
 
-def forms_for(shape: Shape, dtype: jnp.dtype, window: int | None) -> dict[str, Form]:
-    """Returns the kernels that this machine can run; ours by XLA is first."""
+def forms_for(shape: Shape, dtype: jnp.dtype, window: int | None, num_segments: int | None) -> dict[str, Form]:
+    """Returns the kernels that this machine can run; ours by XLA is first. With segments: the kernels that take them.
+
+    The fastest kernel without segments is then last, to show what they cost.
+    """
     device = jax.devices()[0]
     capability = cudnn.capability(device)
     fastest = choose_kernel(device.platform, dtype, shape.tokens, shape.width, capability=capability)
@@ -59,7 +62,18 @@ def forms_for(shape: Shape, dtype: jnp.dtype, window: int | None) -> dict[str, F
         forms["jax.nn xla"] = functools.partial(
             jax.nn.dot_product_attention, is_causal=True, local_window_size=local, implementation="xla"
         )
-    return forms | {fastest: functools.partial(attend, kernel=fastest, window=window)}
+    plain = forms | {fastest: functools.partial(attend, kernel=fastest, window=window)}
+    if num_segments is None:
+        return plain
+    ids = jnp.broadcast_to(jnp.arange(shape.tokens) * num_segments // shape.tokens, (shape.rows, shape.tokens))
+    serving = {
+        "xla",
+        choose_kernel(device.platform, dtype, shape.tokens, shape.width, segments=True, capability=capability),
+    }
+    forms = {
+        name: functools.partial(attend, kernel=name, window=window, segment_ids=ids) for name in sorted(serving)[::-1]
+    }
+    return forms | {f"{fastest}, one segment": plain[fastest]}
 
 
 def compile_both(form: Form, arguments: tuple[jax.Array, ...]) -> tuple[Form, Form] | None:
@@ -85,6 +99,8 @@ def check(compiled: dict[str, tuple[Form, Form]], arguments: tuple[jax.Array, ..
     """Ends the program if the output or a gradient of a kernel differs from that of the first; also warms up."""
     first = None
     for name, (forward, both) in compiled.items():
+        if name.endswith("one segment"):  # another result
+            continue
         jax.block_until_ready(forward(*arguments[:3]))
         results = [np.asarray(leaf, np.float32) for leaf in both(*arguments)]
         first = first or results
@@ -102,7 +118,7 @@ def bench(shape: Shape, options: argparse.Namespace) -> Table:
         jax.random.normal(key, (shape.rows, shape.tokens, n, shape.width), dtype)
         for key, n in zip(keys, heads, strict=True)
     )
-    forms = forms_for(shape, dtype, options.window)
+    forms = forms_for(shape, dtype, options.window, options.segments)
     tried = {name: compile_both(form, arguments) for name, form in forms.items()}
     compiled = {name: pair for name, pair in tried.items() if pair}
     exact = dtype == jnp.float32 and jax.devices()[0].platform == "cpu"  # accelerators round products
@@ -117,7 +133,8 @@ def bench(shape: Shape, options: argparse.Namespace) -> Table:
     flops = 4 * seen * shape.width
     table = Table(
         f"Attention: B {shape.rows}, T {shape.tokens:,}, H {shape.heads}/{shape.groups}, K {shape.width}, {dtype.name}"
-        + (f", window {options.window}" if options.window else ""),
+        + (f", window {options.window}" if options.window else "")
+        + (f", {options.segments} segments" if options.segments else ""),
         {"kernel": "", "forward ms": ".3f", "forward TFLOP/s": ".3f", "forward / xla": ".3f"}
         | {"both ms": ".3f", "both TFLOP/s": ".3f", "both / xla": ".3f"},
         notes=[f"Median of {options.repeats} interleaved runs; both: with backward, 3.5 times the FLOPs of forward."],
@@ -140,6 +157,7 @@ def main() -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32" if on_cpu else "bfloat16"
     )
     arguments.add_argument("--window", type=int, help="number of newest keys that a query attends to; default: all")
+    arguments.add_argument("--segments", type=int, help="equal segments of a row that attention keeps apart")
     arguments.add_argument("--repeats", type=int, default=7)
     options = arguments.parse_args()
     options.shape = options.shape or [Shape.parse(text) for text in (SMALL if on_cpu else LARGE)]

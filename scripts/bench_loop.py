@@ -26,7 +26,8 @@ from jaxtrain.config import CheckpointConfig, Config, DataConfig
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import open_store
 from jaxtrain.runtime.config_files import load
-from jaxtrain.training.run import Hooks, assemble, batch_source
+from jaxtrain.training.batches import batch_source
+from jaxtrain.training.run import Hooks, assemble
 from jaxtrain.training.train import train
 
 

@@ -56,6 +56,7 @@ class Ours:
             "labels": jax.random.randint(keys[1], shape, 0, vocab_size),
             "where": jnp.ones(shape, bool),
         }
+        batch |= {name: jnp.zeros(shape, jnp.int32) for name in program.abstract_batch.keys() - batch.keys()}
         self._batch = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), batch, program.abstract_batch)
         begin = time.perf_counter()
         self._step = program.train_step.lower(self._state, self._batch).compile()

@@ -1,13 +1,15 @@
 """Commands on data: prepare, inspect."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from jaxtrain.fields import Folder, Fraction, LocalPath, NotNegative, Positive, Section, Source, TokenizerSpec
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import printable
+
+_TEXT_OPTIONS, _COMPLETION_OPTIONS = ("text_field", "formats", "num_workers"), ("chat_template",)
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,37 @@ class PrepareOptions(Section):
     formats: Annotated[str, LocalPath("FILE.py")] | None = None
     num_workers: Positive[int] | None = None  # processes; none starts one per core
     no_lock: bool = False  # take no lock, for a file system that has none
+    completions: bool = False  # records hold a prompt and its completion, or chat messages; train on completions alone
+    chat_template: Folder | None = None  # folder with a chat template, if that of the tokenizer has none
+
+    def __post_init__(self):
+        super().__post_init__()
+        unused = _TEXT_OPTIONS if self.completions else _COMPLETION_OPTIONS
+        for item in fields(self):
+            if item.name in unused and getattr(self, item.name) != item.default:
+                other = "goes without" if self.completions else "goes with"
+                raise ValueError(f"--{item.name.replace('_', '-')} {other} --completions: change one of them")
 
 
 def run_prepare(options: PrepareOptions) -> int:
     """Tokenizes text into a token store, which `--data.store` of a config names."""
-    from jaxtrain.data.prepare.prepare import prepare
-
     more = dict(vars(options))
-    store = prepare(lock=not more.pop("no_lock"), **more)
+    lock = not more.pop("no_lock")
+    if more.pop("completions"):
+        from jaxtrain.data.prepare.completions import prepare_completions
+
+        store = prepare_completions(lock=lock, **{name: more[name] for name in more if name not in _TEXT_OPTIONS})
+    else:
+        from jaxtrain.data.prepare.prepare import prepare
+
+        store = prepare(lock=lock, **{name: more[name] for name in more if name not in _COMPLETION_OPTIONS})
     for name, split in (("train", store.train), ("validation", store.validation)):
         print(
             f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_bytes:,} bytes "
             f"({(split.num_bytes or 0) / split.num_tokens:.2f} bytes per token)"
+            if split.masks is None
+            else f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_labels:,} tokens "
+            "to train on"
         )
     print(printable(f"store: {store.path}") + f" ({store.vocab_size:,} tokens in the vocabulary)")
     return 0

@@ -43,7 +43,7 @@ def run_evaluate(options: EvalOptions) -> int:
     from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.processes import is_lead
-    from jaxtrain.training.evaluation import evaluate_split, split_text
+    from jaxtrain.training.evaluation import evaluate_sources, split_text
 
     console = Console(0, sys.stderr)
     with compile_cache(), session(report_error):
@@ -51,7 +51,7 @@ def run_evaluate(options: EvalOptions) -> int:
         split = run.store.train if options.split == "train" else run.store.validation
         result: dict[str, Any] = {"step": step, "split": options.split}
         with console.busy("evaluating") if is_lead() else contextlib.nullcontext():
-            result |= evaluate_split(run, params, split, num_batches=options.batches)
+            result |= evaluate_sources(run, params, options.split, num_batches=options.batches)
     if not is_lead():
         return 0
     if options.compare:

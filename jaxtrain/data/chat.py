@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE_FILES = (TEMPLATE_FILE, TOKENIZER_CONFIG)
 _FORMS = f"{TEMPLATE_FILE} or a chat_template in {TOKENIZER_CONFIG}"
 
 Message = Mapping[str, Any]

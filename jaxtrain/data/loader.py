@@ -1,7 +1,7 @@
 """Batches of tokens: a pure function of (seed, step), so that a resumed run needs only its step number.
 
-A batch is a dict of numpy arrays [batch_size, seq_len]: `inputs` int32, `labels` int32 (the token after each input) and
-`where` bool (True for the labels that count).
+A batch is a dict of numpy arrays [batch_size, seq_len]: `inputs` int32, `labels` int32 (the token after each input),
+`where` bool (True for the labels that count), and segments and positions if `rows.Documents` says so.
 """
 
 import queue
@@ -11,21 +11,23 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
 
-from jaxtrain.config import Ranges
 from jaxtrain.data.order import permute, skip_to
+from jaxtrain.data.packing import PackedWindows
+from jaxtrain.data.rows import PLAIN, Documents, Piece, RowReader, TokenBatch
 from jaxtrain.data.store import Split
+from jaxtrain.fields import Ranges
+from jaxtrain.mixture import Mixture
 
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.2  # between polls for a stop while a batch is awaited
-
-TokenBatch = dict[str, np.ndarray]
 
 
 class Batches(Protocol):
@@ -39,9 +41,26 @@ class Batches(Protocol):
         """Returns rows [start, stop) of batch `index`."""
 
 
+class Windows(NamedTuple):
+    """Windows of a range of a split's tokens: seq_len tokens apart, each with the token that follows it."""
+
+    start: int  # first token
+    num_tokens: int
+    seq_len: int
+
+    @property
+    def count(self) -> int:
+        """Number of windows, those of one epoch."""
+        return max((self.num_tokens - 1) // self.seq_len, 0)
+
+    def pieces(self, window: int) -> list[Piece]:
+        """Returns the tokens of a window."""
+        return [(self.start + window * self.seq_len, self.seq_len)]
+
+
 @dataclass(frozen=True, eq=False)
 class TrainBatches:
-    """Endless shuffled training batches; every epoch covers each window of the split once, in a new order."""
+    """Endless shuffled training batches; every epoch covers each window of a source once, in a new order."""
 
     split: Split
     seed: int
@@ -49,6 +68,9 @@ class TrainBatches:
     seq_len: int  # tokens
     vocab_size: int
     skip: Ranges = ()  # batches left out, see `config.data.skip`
+    mixture: Mixture | None = None  # of `sources`; None: the split is one source
+    sources: tuple[Windows | PackedWindows, ...] = ()  # of the mixture, or of the split; (): all its plain windows
+    documents: Documents = PLAIN
 
     def __post_init__(self):
         _require_sizes(self.batch_size, self.seq_len)
@@ -60,18 +82,20 @@ class TrainBatches:
 
     @property
     def num_windows(self) -> int:
-        """Windows per epoch: seq_len tokens apart, each with the token that follows it."""
-        return (self.split.num_tokens - 1) // self.seq_len
+        """Windows of one pass over all sources."""
+        return sum(source.count for source in self._sources)
+
+    @cached_property
+    def _sources(self) -> tuple[Windows | PackedWindows, ...]:
+        return self.sources or (Windows(0, self.split.num_tokens, self.seq_len),)
 
     def rows(self, step: int, start: int, stop: int) -> TokenBatch:
         """Returns rows [start, stop) of a step's batch, `where` all True; a ValueError if a token is out of range."""
-        windows = np.empty((stop - start, self.seq_len + 1), np.int32)
-        for row, position in enumerate(self.positions(step, start, stop).tolist()):
-            windows[row] = _read(self.split, position, self.seq_len + 1, self.vocab_size)
-        return _batch(windows, np.ones((stop - start, self.seq_len), bool))
+        reader = RowReader(self.split, self.seq_len, self.vocab_size, self.documents)
+        return reader.read(self.pieces(step, start, stop))
 
-    def positions(self, step: int, start: int, stop: int) -> np.ndarray:
-        """Returns the first token of rows [start, stop) of a step's batch: int64 positions in the split.
+    def pieces(self, step: int, start: int, stop: int) -> list[list[Piece]]:
+        """Returns the pieces of the split in rows [start, stop) of a step's batch.
 
         Steps count from 0 here: 0 is the step that users see as 1.
         """
@@ -79,15 +103,48 @@ class TrainBatches:
         if step < 0:
             raise ValueError(f"steps count from 0, got {step}")
         first = skip_to(step, self.skip) * self.batch_size
-        windows = np.empty(stop - start, np.int64)
-        position = first + start
-        while position < first + stop:  # one pass per epoch
-            epoch, offset = divmod(position, self.num_windows)
-            count = min(first + stop - position, self.num_windows - offset)
-            order = permute(np.arange(offset, offset + count), self.num_windows, (self.seed, epoch))
-            windows[position - first - start :][:count] = order
-            position += count
-        return windows * self.seq_len
+        if self.mixture is None:
+            return self._shuffled(0, first + start, first + stop)
+        chosen = self.mixture.sources(first + start, first + stop)
+        before = self.mixture.counts(first + start)
+        read = [
+            iter(self._shuffled(source, count, count + chosen.count(source))) for source, count in enumerate(before)
+        ]
+        return [next(read[source]) for source in chosen]
+
+    def _shuffled(self, source: int, start: int, stop: int) -> list[list[Piece]]:
+        """Returns the pieces of the sequences [start, stop) of a source, counted over all its epochs."""
+        windows, rows = self._sources[source], []
+        while start < stop:  # one pass per epoch
+            epoch, offset = divmod(start, windows.count)
+            end = offset + min(stop - start, windows.count - offset)
+            order = permute(np.arange(offset, end), windows.count, (self.seed, epoch))
+            rows += [windows.pieces(window) for window in order.tolist()]
+            start += end - offset
+        return rows
+
+    def tokens_seen(self, steps: int) -> dict[str, int]:
+        """Returns the tokens that the first `steps` steps read of each source of a mixture; `{}` without one."""
+        if self.mixture is None:
+            return {}
+        end = skip_to(steps - 1, self.skip) + 1 if steps else 0
+        counts = np.array(self.mixture.counts(end * self.batch_size), np.int64)
+        for start, stop in self.skip:
+            if start < end:
+                skipped = (self.mixture.counts(batch * self.batch_size) for batch in (start, stop))
+                counts += np.subtract(*skipped)
+        return dict(zip(self.mixture.names, (counts * self.seq_len).tolist(), strict=True))
+
+    @property
+    def is_packed(self) -> bool:
+        """True if rows hold pieces of documents and padding."""
+        return any(isinstance(source, PackedWindows) for source in self._sources)
+
+    def padding_share(self, start: int, stop: int) -> float:
+        """Returns the share of the tokens of steps [start, stop), counted from 0, that are padding."""
+        rows = (row for step in range(start, stop) for row in self.pieces(step, 0, self.batch_size))
+        filled = sum(length for row in rows for _, length in row)
+        return 1 - filled / ((stop - start) * self.batch_size * self.seq_len)
 
     def batch(self, step: int) -> TokenBatch:
         """Returns the batch of a step."""
@@ -105,6 +162,7 @@ class EvalBatches:
     batch_size: int  # sequences
     seq_len: int  # tokens
     vocab_size: int
+    documents: Documents = PLAIN
 
     def __post_init__(self):
         _require_sizes(self.batch_size, self.seq_len)
@@ -125,18 +183,10 @@ class EvalBatches:
         _require_rows(start, stop, self.batch_size)
         if not 0 <= index < self.num_batches:
             raise ValueError(f"batch {index} is not among the {self.num_batches} of the split")
-        windows = np.zeros((stop - start, self.seq_len + 1), np.int32)
-        lengths = np.zeros(stop - start, np.int64)  # labels per row
-        first = index * self.batch_size + start
-        for row, window in enumerate(range(first, min(first + stop - start, self._num_windows))):
-            begin = window * self.seq_len
-            length = min(self.seq_len + 1, self.split.num_tokens - begin)
-            windows[row, :length] = _read(self.split, begin, length, self.vocab_size)
-            lengths[row] = length - 1
-        where = np.arange(self.seq_len)[None, :] < lengths[:, None]
-        batch = _batch(windows, where)
-        # The last token of a ragged window has no label: as an input it would be padding with a value.
-        return {**batch, "inputs": np.where(where, batch["inputs"], 0)}
+        first, num_labels = (index * self.batch_size + start) * self.seq_len, self.split.num_tokens - 1
+        begins = range(first, first + (stop - start) * self.seq_len, self.seq_len)
+        rows = [[(begin, min(self.seq_len, num_labels - begin))] if begin < num_labels else [] for begin in begins]
+        return RowReader(self.split, self.seq_len, self.vocab_size, self.documents).read(rows)
 
     def batch(self, index: int) -> TokenBatch:
         """Returns a whole batch."""
@@ -260,21 +310,6 @@ class Prefetcher(Generic[T]):
             except BaseException as error:
                 self._ready.put((None, error))
                 return
-
-
-def _read(split: Split, start: int, length: int, vocab_size: int) -> np.ndarray:
-    tokens = split.read(start, length)
-    if tokens.max() >= vocab_size:  # shards are unsigned
-        position = int(np.argmax(tokens >= vocab_size))
-        raise ValueError(
-            f"token id {tokens[position]} at position {start + position} of {split.name} is not in [0, {vocab_size}): "
-            "the store is damaged or belongs to another vocabulary; verify it, or make it again"
-        )
-    return tokens
-
-
-def _batch(windows: np.ndarray, where: np.ndarray) -> TokenBatch:
-    return {"inputs": windows[:, :-1].copy(), "labels": windows[:, 1:].copy(), "where": where}
 
 
 def _require_sizes(batch_size: int, seq_len: int) -> None:

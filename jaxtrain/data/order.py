@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxtrain.config import Ranges
+from jaxtrain.fields import Ranges
 
 NUM_ROUNDS = 8
 _MASK = (1 << 64) - 1

@@ -5,14 +5,15 @@ All files are checked, and no pickle is ever loaded. A folder of `prepare` holds
 manifest.json              sizes and SHA-256 of the files, and the request that made them
 tokenizer.json
 train-00000.bin ...        tokens, raw little-endian uint16 or uint32
+train-00000.mask ...       uint8 per token, 1 for the labels that count; only in stores of completions
 train-documents.npy        int64: first token of each document
 validation-...             the same
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from jaxtrain.runtime.files import sha256_file
 
 STORE_FORMAT = "jaxtrain-tokens"
 STORE_VERSION = 1
+MASKED_VERSION = 2  # of stores with masks, which readers of version 1 would ignore
 STORE_MANIFEST = "manifest.json"
 STORE_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -42,6 +44,7 @@ class Split:
     document_starts: np.ndarray | None  # int64 [num_documents], in tokens; None if a token file does not tell
     num_bytes: int | None  # UTF-8 bytes of the documents' text; None for token files
     name: str = "the split"  # of the file or folder, for errors
+    masks: tuple[np.ndarray, ...] | None = None  # uint8, like `shards`: 1 for the labels that count; None: all do
 
     @cached_property
     def num_tokens(self) -> int:
@@ -57,18 +60,33 @@ class Split:
     def _shard_starts(self) -> np.ndarray:
         return np.cumsum([0, *(len(shard) for shard in self.shards)])
 
+    @cached_property
+    def num_labels(self) -> int:
+        """Number of labels that count in one pass: all tokens but the first, or those in `masks`."""
+        if self.masks is None:
+            return self.num_tokens - 1
+        return sum(int(np.count_nonzero(mask)) for mask in self.masks) - int(self.masks[0][0])
+
     def read(self, start: int, length: int) -> np.ndarray:
         """Returns a copy of tokens [start, start + length), in the store's dtype; a ValueError beyond the split."""
+        return self._read(self.shards, start, length)
+
+    def read_mask(self, start: int, length: int) -> np.ndarray:
+        """Returns a copy of the mask of tokens [start, start + length), uint8; the split must have `masks`."""
+        assert self.masks is not None
+        return self._read(self.masks, start, length)
+
+    def _read(self, arrays: Sequence[np.ndarray], start: int, length: int) -> np.ndarray:
         stop = start + length
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) are not in a split of {self.num_tokens} tokens")
         first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         pieces = []
-        for begin, shard in zip(self._shard_starts[first:].tolist(), self.shards[first:], strict=False):
+        for begin, array in zip(self._shard_starts[first:].tolist(), arrays[first:], strict=False):
             if begin >= stop:
                 break
-            pieces.append(shard[max(start - begin, 0) : stop - begin])
-        return np.concatenate(pieces) if pieces else np.empty(0, self.shards[0].dtype)
+            pieces.append(array[max(start - begin, 0) : stop - begin])
+        return np.concatenate(pieces) if pieces else np.empty(0, arrays[0].dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +101,7 @@ class TokenStore:
     validation: Split
     manifest: dict[str, Any]  # as read; empty for token files
     tokenizer_file: Path | None = None  # None for token files without a tokenizer.json beside them
+    sources: Mapping[str, "TokenStore"] = field(default_factory=dict)  # stores that this one joins, see `join_stores`
 
     @cached_property
     def tokenizer(self) -> ByteTokenizer | BPETokenizer:
@@ -95,6 +114,11 @@ class TokenStore:
 def shard_file(split: str, number: int) -> str:
     """Returns the file name of a shard."""
     return f"{split}-{number:05d}.bin"
+
+
+def mask_file(split: str, number: int) -> str:
+    """Returns the file name of the mask of a shard."""
+    return f"{split}-{number:05d}.mask"
 
 
 def documents_file(split: str) -> str:
@@ -213,10 +237,10 @@ def _open_prepared(path: Path, verify: bool) -> TokenStore:
         found = (manifest["format"], manifest["version"])
     except (KeyError, TypeError):
         raise _damaged(path, f"{STORE_MANIFEST} does not name its format") from None
-    if found != (STORE_FORMAT, STORE_VERSION):
+    if found not in ((STORE_FORMAT, STORE_VERSION), (STORE_FORMAT, MASKED_VERSION)):
         raise ValueError(
-            f"{path} has format {found[0]!r} version {found[1]!r}; this jaxtrain reads {STORE_FORMAT!r} version "
-            f"{STORE_VERSION}: make the store again with `jaxtrain prepare`"
+            f"{path} has format {found[0]!r} version {found[1]!r}; this jaxtrain reads {STORE_FORMAT!r} versions "
+            f"{STORE_VERSION} and {MASKED_VERSION}: make the store again with `jaxtrain prepare`"
         )
     try:
         dtype = STORE_DTYPES[manifest["dtype"]]
@@ -226,7 +250,8 @@ def _open_prepared(path: Path, verify: bool) -> TokenStore:
         tokenizer_sha256 = manifest["tokenizer"]["sha256"]
         fingerprint = manifest_fingerprint(manifest)
         train, validation = (
-            _open_split(path, name, manifest["splits"][name], dtype, verify) for name in ("train", "validation")
+            _open_split(path, name, manifest["splits"][name], dtype, verify, found[1] == MASKED_VERSION)
+            for name in ("train", "validation")
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"{STORE_MANIFEST} lacks a key or holds a wrong value: {error!r}") from None
@@ -238,12 +263,16 @@ def _open_prepared(path: Path, verify: bool) -> TokenStore:
 def manifest_fingerprint(manifest: dict[str, Any]) -> str:
     """Returns the SHA-256 (hex) of a manifest's entries about the tokens; a KeyError if one is missing."""
     splits = {
-        name: [[(shard["num_tokens"], shard["sha256"]) for shard in split["shards"]], split["documents_sha256"]]
+        name: [[_shard_content(shard) for shard in split["shards"]], split["documents_sha256"]]
         for name, split in sorted(manifest["splits"].items())
     }
     keys = ("format", "version", "dtype", "vocab_size", "eot_id")
     content = [*(manifest[key] for key in keys), manifest["tokenizer"]["sha256"], splits]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _shard_content(shard: dict[str, Any]) -> list[Any]:
+    return [shard["num_tokens"], shard["sha256"], *([shard["mask_sha256"]] if "mask_sha256" in shard else [])]
 
 
 def _read_manifest(path: Path) -> Any:
@@ -261,19 +290,27 @@ def _read_manifest(path: Path) -> Any:
         raise _damaged(path, f"{STORE_MANIFEST} is not JSON: {error}") from None
 
 
-def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, verify: bool) -> Split:
-    shards = []
+def _open_array(file: Path, length: int, dtype: np.dtype, digest: str, verify: bool) -> np.ndarray:
+    size = length * dtype.itemsize
+    if not file.is_file():
+        raise _damaged(file.parent, f"{file.name} is missing")
+    if file.stat().st_size != size or size == 0:
+        raise _damaged(file.parent, f"{file.name} has {file.stat().st_size} bytes, its manifest says {size}")
+    if verify and sha256_file(file) != digest:
+        raise _damaged(file.parent, f"the checksum of {file.name} is not the manifest's")
+    # A plain view: slicing an np.memmap costs more than copying a window.
+    return np.memmap(file, dtype, "r").view(np.ndarray)
+
+
+def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, verify: bool, masked: bool) -> Split:
+    shards, masks = [], []
     for number, shard in enumerate(entry["shards"]):
-        file = path / shard_file(name, number)
-        size = _number(shard, "num_tokens") * dtype.itemsize
-        if not file.is_file():
-            raise _damaged(path, f"{file.name} is missing")
-        if file.stat().st_size != size or size == 0:
-            raise _damaged(path, f"{file.name} has {file.stat().st_size} bytes, its manifest says {size}")
-        if verify and sha256_file(file) != shard["sha256"]:
-            raise _damaged(path, f"the checksum of {file.name} is not the manifest's")
-        # A plain view: slicing an np.memmap costs more than copying a window.
-        shards.append(np.memmap(file, dtype, "r").view(np.ndarray))
+        length = _number(shard, "num_tokens")
+        shards.append(_open_array(path / shard_file(name, number), length, dtype, shard["sha256"], verify))
+        if masked:
+            masks.append(
+                _open_array(path / mask_file(name, number), length, np.dtype(np.uint8), shard["mask_sha256"], verify)
+            )
     file = path / documents_file(name)
     try:
         starts = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
@@ -283,7 +320,8 @@ def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, v
         raise _damaged(path, f"{file.name} is not int64 [{entry['num_documents']}]")
     if verify and sha256_file(file) != entry["documents_sha256"]:
         raise _damaged(path, f"the checksum of {file.name} is not the manifest's")
-    split = Split(tuple(shards), starts, _number(entry, "num_bytes"), f"the {name} split of {path}")
+    place = f"the {name} split of {path}"
+    split = Split(tuple(shards), starts, _number(entry, "num_bytes"), place, tuple(masks) if masked else None)
     if not shards or split.num_tokens != entry["num_tokens"]:
         raise _damaged(path, f"the shards of {name} have {split.num_tokens} tokens, not {entry['num_tokens']}")
     return split

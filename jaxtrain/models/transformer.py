@@ -184,6 +184,7 @@ class Transformer(nn.Module):
         num_cached: jax.Array | None = None,
         *,
         segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the decoder.
 
@@ -192,7 +193,8 @@ class Transformer(nn.Module):
           cache: keys and values of the tokens before these (`empty_cache`), or None.
           num_cached: number of valid tokens in the cache, int32 scalar or `[B]`. The new tokens are written after them.
             None: the cache is empty.
-          segment_ids: int `[B, T]`. A token attends to its own segment only. Positions do not restart at segments.
+          segment_ids: int `[B, T]`. A token attends to its own segment only.
+          positions: int `[B, T]`, for the position encoding. None counts from the start of the row, or of the cache.
 
         Returns:
           Hidden states `[B, T, D]` after the final norm, in the parameters' dtype, and the extended cache.
@@ -211,6 +213,7 @@ class Transformer(nn.Module):
             x_BTD = look_up(table_VD, tokens_BT, p)
         start = jnp.zeros((), jnp.int32) if num_cached is None else num_cached
         positions_BT = jnp.broadcast_to(start.reshape(-1, 1) + jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+        positions_BT = positions_BT if positions is None else positions
         rope = None
         if c.positions == "rope":
             rope = rope_tables(positions_BT, c.channels_per_head, c.rope_theta)
@@ -319,14 +322,15 @@ def make_loss_fn(
 
     Returns:
       The loss function. Its batch holds `inputs` and `labels` int32 `[B, T]`, `where` bool `[B, T]`, and optionally
-      `segment_ids` int32 `[B, T]`, which attention does not cross. Its parameters may be `WithMasters`.
+      `segment_ids` and `positions` int32 `[B, T]`; see `Transformer`. Its parameters may be `WithMasters`.
     """
     c, p = model.config, model.parallel
 
     def loss_fn(params: Params, batch: dict[str, jax.Array]) -> LossSums:
         params, masters = params if isinstance(params, WithMasters) else (params, None)
         variables = {"params": params} | ({"masters": {"layers": masters["layers"]}} if masters else {})
-        hidden_BTD, _ = model.apply(variables, batch["inputs"], segment_ids=batch.get("segment_ids"))
+        documents = {name: batch.get(name) for name in ("segment_ids", "positions")}
+        hidden_BTD, _ = model.apply(variables, batch["inputs"], **documents)
         with jax.named_scope("head"):
             hidden_BTD, kernel_DV = barrier_gradients(hidden_BTD, head_kernel(params))
             return linear_cross_entropy(

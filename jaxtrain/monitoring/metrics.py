@@ -127,8 +127,9 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
         `tokens`, as `interval.summarize` takes them from the `steps` steps that the line covers (absent: 1), and its
         `clipped`, `skipped` and `grad_norm_max`; every `train.diagnose_every`-th step also has those of
         `layer_diagnostics`;
-      - `tokens_seen` since the start, `tokens_per_second` and `step_seconds` since the last logged step, and `mfu`, the
-        FLOP utilization as a fraction, where the peak of the device is known.
+      - `tokens_seen` since the start, `tokens_seen/NAME` from each source of a mixture, `padding_share` if packed,
+        `tokens_per_second` and `step_seconds` since the last logged step, and `mfu`, the FLOP utilization as a
+        fraction, where the peak of the device is known.
 
       Step lines are sorted. Lines that a `start` or `resume` from an earlier step has replaced are left out. Event
       lines have `event` and `time`; all of them are returned, in the order of writing. Damaged lines are left out.

@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from jaxtrain.config import TrainConfig, parse_range
+from jaxtrain.config import TrainConfig
+from jaxtrain.fields import parse_range
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.trace import SCOPES
 from jaxtrain.runtime.files import write_json

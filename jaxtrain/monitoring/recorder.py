@@ -25,6 +25,7 @@ def open_recorder(
     flops_per_step: float | None = None,
     peak_flops: float | None = None,
     sinks: Sequence[Sink] = (),
+    more: Callable[[int, int], dict[str, Any]] = lambda first, last: {},
 ) -> "Recorder":
     """Builds the recorder of a run directory.
 
@@ -37,6 +38,7 @@ def open_recorder(
       flops_per_step: FLOPs of the model in one step; None leaves `mfu` out.
       peak_flops: peak FLOP/s of all devices together; None leaves `mfu` out.
       sinks: further sinks.
+      more: returns further fields of a line from the first and the last step that it covers.
     """
     file, config = folder / "metrics.jsonl", facts.config.train
     lines, events = read_metrics(file) if file.exists() else ([], [])
@@ -49,6 +51,7 @@ def open_recorder(
         peak_flops=peak_flops,
         lines=lines,
         events=events,
+        more=more,
     )
     if console:
         recorder.sinks += map(BackgroundSink, sinks)
@@ -86,6 +89,7 @@ class Recorder:
         peak_flops: float | None = None,
         lines: Sequence[dict[str, Any]] = (),
         events: Sequence[dict[str, Any]] = (),
+        more: Callable[[int, int], dict[str, Any]] = lambda first, last: {},
         clock: Callable[[], float] = time.perf_counter,
     ):
         """Starts the clock.
@@ -94,7 +98,7 @@ class Recorder:
           config: number and size of the steps, and which of them are logged.
           sinks: receivers of steps and events.
           console: where `say`, `table` and `pause` show their text; None shows nothing.
-          flops_per_step, peak_flops: see `open_recorder`.
+          flops_per_step, peak_flops, more: see `open_recorder`.
           lines, events: records of the earlier attempts, as `read_metrics` returns them.
           clock: seconds that only grow.
         """
@@ -104,7 +108,7 @@ class Recorder:
         self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
         self.give_up = False
         self._skipped = {line["step"] for line in lines if line.get("skipped") == 1}
-        self._config, self._console, self._clock = config, console, clock
+        self._config, self._console, self._clock, self._more = config, console, clock, more
         self._failed: set[str] = set()  # names of the sinks whose failure was reported
         self._pending: tuple[int, PackedMetrics] | None = None
         self._unlogged: list[Values] = []  # metrics of the steps since the last logged one
@@ -209,7 +213,7 @@ class Recorder:
         log = log or step % config.log_every == 0 or step == config.steps or sampled or step in self._skipped
         log = log or self.give_up
         fields = {"step": step, "attempt": self.attempt, "tokens_seen": step * self._tokens_per_step}
-        fields |= self._timing(step) if log else {}
+        fields |= self._more(self._logged_step + 1, step) | self._timing(step) if log else {}
         line = fields | summarize(self._unlogged) if log else {}
         for sink in self.sinks:
             if getattr(sink, "every_step", False):

@@ -19,6 +19,7 @@ from jaxtrain.data.store import open_store
 from jaxtrain.data.tokenizer import ByteTokenizer
 from jaxtrain.fields import is_url
 from jaxtrain.losses import CARRY_LIMIT, DEFAULT_CHUNK
+from jaxtrain.mixture import parse_stores
 from jaxtrain.models.kernels.attention import choose_kernel
 from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.size import flops_per_token, matrices_per_layer
@@ -146,9 +147,10 @@ def plan_vocab(config: Config) -> int:
     data = config.data
     if getattr(config.model, "vocab_size", None):
         return config.model.vocab_size
-    if data.store and (is_url(data.store) or Path(data.store).exists() or Path(f"{data.store}.idx").exists()):
-        return open_store(data.store, verify=False, validation=data.validation).vocab_size
-    if not data.store and data.tokenizer == "byte":
+    store = next(iter(parse_stores(data.stores).values()), data.store)
+    if store and (is_url(store) or Path(store).exists() or Path(f"{store}.idx").exists()):
+        return open_store(store, verify=False, validation=data.validation).vocab_size
+    if not store and data.tokenizer == "byte":
         return ByteTokenizer.vocab_size
     raise ValueError("the vocabulary size depends on an untrained tokenizer: give it with --model.vocab-size")
 

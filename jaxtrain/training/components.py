@@ -15,6 +15,7 @@ from jaxtrain.monitoring.layers import layer_diagnostics
 from jaxtrain.optim import OPTIMIZERS
 from jaxtrain.precision import LossScaling
 from jaxtrain.schedules import SCHEDULES, Schedule
+from jaxtrain.training.frozen import freeze_updates
 
 
 def make_schedule(config: Config) -> Schedule:
@@ -41,8 +42,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer of the config under the schedule, behind the guard."""
     check_optimizer(config)
     optim, guard = config.optim, config.guard
+    optimizer = OPTIMIZERS[optim.name].make(optim, make_schedule(config), _make_clip(config))
     return skip_bad_steps(
-        OPTIMIZERS[optim.name].make(optim, make_schedule(config), _make_clip(config)),
+        freeze_updates(optimizer, optim.frozen) if optim.frozen else optimizer,
         window=guard.window,
         sigmas=guard.sigmas,
         clip_norm=None if optim.clipping == "adaptive" else optim.clip_norm,  # a ratio if adaptive

@@ -18,6 +18,7 @@ from jaxtrain.runtime.processes import compile_together, time_limit
 from jaxtrain.runtime.stop import Stopped
 from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import Batch
+from jaxtrain.training.batches import documents
 from jaxtrain.training.run import Run
 
 
@@ -78,7 +79,7 @@ def evaluate(
     if split.num_bytes is None:
         more = {"note": f"no bits per byte: {split.name} does not store the bytes of its text"}
     else:
-        more = {"bits_per_byte": bits_per_token * (split.num_tokens - 1) / split.num_bytes}
+        more = {"bits_per_byte": bits_per_token * split.num_labels / split.num_bytes}
     return {
         "nll": nll / weight,
         "perplexity": math.exp(min(nll / weight, 700.0)),
@@ -100,7 +101,11 @@ def evaluate_split(
     """Evaluates a run's model on a split, with the batch size of the run; see `evaluate`."""
     config = run.config.train
     batches = EvalBatches(
-        split, batch_size=config.batch_size, seq_len=config.seq_len, vocab_size=run.program.vocab_size
+        split,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        vocab_size=run.program.vocab_size,
+        documents=documents(run),
     )
     return evaluate(
         run.program.eval_step,
@@ -111,6 +116,31 @@ def evaluate_split(
         asked_to_stop=asked_to_stop,
         watchdog=watchdog,
     )
+
+
+def evaluate_sources(run: Run, params: chex.ArrayTree, split: str, **options: Any) -> dict[str, Any]:
+    """Evaluates a run's model on a split of all its data.
+
+    Args:
+      run, params, options: see `evaluate_split`; `num_batches` counts those of each source.
+      split: "train" or "validation".
+
+    Returns:
+      The results of `evaluate` over all tokens and, for a mixture, each source's as `nll/NAME` and so on.
+    """
+    sources = {name: getattr(store, split) for name, store in run.store.sources.items()}
+    if not sources:
+        return evaluate_split(run, params, getattr(run.store, split), **options)
+    results = {name: evaluate_split(run, params, source, **options) for name, source in sources.items()}
+    tokens = sum(result["tokens"] for result in results.values())
+    nll = sum(result["nll"] * result["tokens"] for result in results.values()) / tokens
+    whole = {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "bits_per_token": nll / math.log(2)}
+    if all("bits_per_byte" in result for result in results.values()):
+        labels = sum(source.num_labels for source in sources.values())
+        num_bytes = sum(source.num_bytes for source in sources.values())
+        whole["bits_per_byte"] = whole["bits_per_token"] * labels / num_bytes
+    each = {f"{key}/{name}": value for name, result in results.items() for key, value in result.items()}
+    return whole | {"tokens": tokens} | each
 
 
 def split_text(split: Split, tokenizer: Tokenizer) -> bytes:

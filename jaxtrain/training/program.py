@@ -29,6 +29,7 @@ from jaxtrain.runtime.mesh import (
 )
 from jaxtrain.step import Batch, TrainState, make_eval_step, make_train_step
 from jaxtrain.training import components
+from jaxtrain.training.frozen import freeze_gradients
 
 # Largest number of layers that is unrolled by default, by platform: compilation takes longer. Unrolled, the four layers
 # of the smallest model of the benchmarks take 0.95 of the time of the loop (--model.scan-unroll). GPUs: not measured.
@@ -98,8 +99,9 @@ def make_program(
     shardings = state_shardings(shapes, specs, mesh)
     make_losses = _sharded_losses if isinstance(model, TransformerModel) else _global_losses
     losses = make_losses(config, model, mesh, shapes.params, specs)
+    train_loss = freeze_gradients(losses.train_loss, config.optim.frozen) if config.optim.frozen else losses.train_loss
     step = make_train_step(
-        wrap_loss(losses.train_loss) if wrap_loss else losses.train_loss,
+        wrap_loss(train_loss) if wrap_loss else train_loss,
         optimizer,
         accumulate=settings.accumulate,
         policy=None if losses.cast_per_layer else policy,
@@ -280,6 +282,7 @@ def _kernel(config: Config, mesh: Mesh) -> str:
         "seq_len": config.train.seq_len,
         "head_dim": model.channels_per_head,
         "softcap": model.attention_softcap,
+        "segments": config.data.mask_documents,
         "capability": cudnn.capability(device),
     }
     if model.attention == "auto":
@@ -314,4 +317,6 @@ def _abstract(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeD
 def _abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.train.batch_size, config.train.seq_len)
     dtypes = {"inputs": jnp.int32, "labels": jnp.int32, "where": jnp.bool_}
+    documents = {"segment_ids": config.data.mask_documents, "positions": config.data.restart_positions}
+    dtypes |= {name: jnp.int32 for name, given in documents.items() if given}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows(mesh)) for name, dtype in dtypes.items()}

@@ -25,16 +25,15 @@ from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.runtime.processes import compile_together
 from jaxtrain.step import TrainState
+from jaxtrain.training.batches import batch_source, train_batches
 from jaxtrain.training.run import (
     NO_HOOKS,
     Hooks,
     Run,
-    batch_source,
     environment_changes,
     init_state,
     open_run,
     tokenizer_hash,
-    train_batches,
 )
 from jaxtrain.trees import global_norm, is_stacked, layer_squares, path_names
 
@@ -243,18 +242,19 @@ def _rows(run: Run, step: int, row_nll: np.ndarray) -> list[dict[str, Any]]:
     """Returns the rows of the batch with their documents, in order of falling loss. NaN comes first."""
     batches, split = train_batches(run), run.store.train
     starts = np.zeros(1) if split.document_starts is None else split.document_starts
-    length = batches.seq_len + 1
     rows = []
-    for row, begin in enumerate(batches.positions(step - 1, 0, batches.batch_size).tolist()):
-        tokens = split.read(begin, length)
-        documents = np.searchsorted(starts, [begin, begin + length - 1], side="right") - 1
+    for row, pieces in enumerate(batches.pieces(step - 1, 0, batches.batch_size)):
+        ends = [min(start + length + 1, split.num_tokens) for start, length in pieces]  # each with its last label
+        tokens = np.concatenate([split.read(piece[0], end - piece[0]) for piece, end in zip(pieces, ends, strict=True)])
+        begin, end = min(pieces)[0], max(ends)
+        documents = np.searchsorted(starts, [begin, end - 1], side="right") - 1
         repeated, period = longest_repetition(tokens)
         rows.append(
             {
                 "row": row,
                 "micro_batch": row % run.config.train.accumulate,
                 "nll": float(row_nll[row]),
-                "tokens": [begin, begin + length],
+                "tokens": [begin, end],
                 "documents": [int(document) for document in documents],
                 "repeated_tokens": repeated,
                 "repeated_period": period,

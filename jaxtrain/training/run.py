@@ -1,7 +1,6 @@
 """Run: its config, directory, token store and program, and values derived from them."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,21 +13,22 @@ from jaxtrain.checkpoints import restore
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.run_config import read_config
 from jaxtrain.checkpoints.save import Saver
-from jaxtrain.config import Config, MeshConfig, ModelConfig, parse_ranges, to_dict
-from jaxtrain.data.loader import Batches, TrainBatches, global_batch
-from jaxtrain.data.store import Split, TokenStore, open_store
+from jaxtrain.config import Config, MeshConfig, ModelConfig, to_dict
+from jaxtrain.data.chat import TEMPLATE_FILES
+from jaxtrain.data.joined import join_stores
+from jaxtrain.data.loader import Batches
+from jaxtrain.data.store import TokenStore, open_store
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from jaxtrain.fields import is_url
+from jaxtrain.mixture import parse_stores
 from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
-from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.optim import decay_mask
 from jaxtrain.runtime.files import sha256_file, write_bytes
-from jaxtrain.runtime.mesh import by_rows, check_batch, make_mesh
+from jaxtrain.runtime.mesh import check_batch, make_mesh
 from jaxtrain.runtime.processes import compile_together
 from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
-from jaxtrain.training import components
 from jaxtrain.training.program import Program, make_program
 
 
@@ -111,7 +111,8 @@ def open_run(
     folder = Path(folder)
     config = read_config(folder, model)
     if store is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
+        data = dataclasses.replace(config.data, store=store, stores=(), mixture=None)
+        config = dataclasses.replace(config, data=data)
     config = dataclasses.replace(config, mesh=_mesh_for(config, len(jax.devices())))
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     vocab_size = load_tokenizer(folder).vocab_size if has_tokenizer else getattr(config.model, "vocab_size", None)
@@ -121,8 +122,16 @@ def open_run(
 
 
 def open_data(config: Config, folder: Path) -> TokenStore:
-    """Opens the token store of a run: `data.store`, or the one in the run directory."""
-    data = config.data
+    """Opens the token store of a run: `data.store`, `data.stores` joined, or the one in the run directory.
+
+    Raises:
+      ValueError: a store that is missing, damaged, or tokenized differently than the others.
+    """
+    data, vocab_size = config.data, getattr(config.model, "vocab_size", None)
+    if data.stores:
+        stores = parse_stores(data.stores)
+        options = {"verify": data.verify, "vocab_size": vocab_size, "validation_fraction": data.validation_fraction}
+        return join_stores({name: open_store(path, **options) for name, path in stores.items()})
     if data.store is None:
         return open_store(folder / "data", verify=data.verify)
     path = Path(data.store).expanduser()
@@ -131,17 +140,20 @@ def open_data(config: Config, folder: Path) -> TokenStore:
     return open_store(
         data.store,
         verify=data.verify,
-        vocab_size=getattr(config.model, "vocab_size", None),
+        vocab_size=vocab_size,
         validation=data.validation,
         validation_fraction=data.validation_fraction,
     )
 
 
 def save_tokenizer(run: Run) -> None:
-    """Copies the tokenizer, if there is one, into the run directory, so that generating text needs no token store."""
-    source, copy = run.store.tokenizer_file, run.folder / TOKENIZER_FILE
-    if source and (not copy.is_file() or copy.read_bytes() != source.read_bytes()):
-        write_bytes(copy, source.read_bytes())
+    """Copies the tokenizer and its chat template into the run directory, so that generating text needs no store."""
+    if run.store.tokenizer_file is None:
+        return
+    for name in (TOKENIZER_FILE, *TEMPLATE_FILES):
+        source, copy = run.store.tokenizer_file.with_name(name), run.folder / name
+        if source.is_file() and (not copy.is_file() or copy.read_bytes() != source.read_bytes()):
+            write_bytes(copy, source.read_bytes())
 
 
 def _mesh_for(config: Config, num_devices: int) -> MeshConfig:
@@ -154,25 +166,6 @@ def _mesh_for(config: Config, num_devices: int) -> MeshConfig:
         num_rows = math.gcd(config.train.batch_size // config.train.accumulate, num_devices)
         divisible = isinstance(config.model, ModelConfig) and config.model.d_model % num_rows == 0
         return MeshConfig(data=1, fsdp=num_rows) if config.mesh.fsdp != 1 and divisible else MeshConfig(data=num_rows)
-
-
-def train_batches(run: Run) -> TrainBatches:
-    """Returns the training batches of a run; step i + 1 reads batch i."""
-    config = run.config
-    return TrainBatches(
-        run.store.train,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        seq_len=config.train.seq_len,
-        vocab_size=run.program.vocab_size,
-        skip=parse_ranges(config.data.skip),
-    )
-
-
-def batch_source(run: Run) -> Callable[[int], dict[str, jax.Array]]:
-    """Returns `index -> batch`: training batches, placed on the devices."""
-    batches = run.hooks.wrap_batches(train_batches(run))
-    return functools.partial(global_batch, batches, sharding=by_rows(run.program.mesh))
 
 
 def init_state(run: Run) -> TrainState:
@@ -212,46 +205,6 @@ def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     return params, step
 
 
-def start_table(run: Run) -> list[tuple[str, str]]:
-    """Returns the rows of the table that a run prints when it starts."""
-    config, model, split = run.config, run.program.model, run.store.train
-    state, mesh, settings = run.program.abstract_state, run.program.mesh, config.train
-    devices = mesh.devices.flatten()
-    name = type(model).__name__
-    if isinstance(config.model, ModelConfig):
-        c = model.config
-        name = f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    tokens = settings.batch_size * settings.seq_len
-    batch = f"{tokens:,} = {settings.batch_size} sequences x {settings.seq_len}"
-    if settings.accumulate > 1:
-        batch += f", in {settings.accumulate} micro-batches"
-    parameters, optimizer = (format_bytes(_bytes_per_device(x)) for x in (state.params, state.opt_state))
-    memory = f"parameters {parameters}, gradients {parameters}, optimizer {optimizer}"
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    skipped = [("skipped batches", " ".join(config.data.skip))] if config.data.skip else []
-    return [
-        ("model", name),
-        ("parameters", f"{num_params:,}, computing in {settings.precision}"),
-        ("memory per device", memory),
-        ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {axes}" if axes else "")),
-        ("data", f"{split.num_tokens:,} tokens{_documents(split)} in {run.store.path}"),
-        *skipped,
-        ("tokens per step", batch),
-        ("epochs", f"{tokens * settings.steps / split.num_tokens:.2f} in {settings.steps:,} steps"),
-        ("learning rate", components.describe_schedule(config)),
-    ]
-
-
-def _documents(split: Split) -> str:
-    return "" if split.num_documents is None else f" of {split.num_documents:,} documents"
-
-
-def _bytes_per_device(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
 def tokenizer_hash(run: Run) -> str | None:
     """Returns the SHA-256 (hex) of the tokenizer of a run; None for token files without one."""
     file = run.store.tokenizer_file if run.store is not None else run.folder / TOKENIZER_FILE
@@ -265,12 +218,22 @@ def fingerprint(run: Run, state: TrainState | None = None) -> dict[str, Any]:
     """
     values = {
         "config": to_dict(run.config),
-        "data": run.store.fingerprint if run.store is not None else None,
+        "data": None if run.store is None else identity(run.store),
         "tokenizer": tokenizer_hash(run),
         "decay_mask": _decayed(run),
     }
     accepted = None if state is None else optax.tree_utils.tree_get(state.opt_state, "accepted")
     return values if accepted is None else values | {"skipped_steps": int(state.step) - int(accepted)}
+
+
+def identity(store: TokenStore) -> str | dict[str, str]:
+    """Returns the fingerprint of a store, or those of its sources by name."""
+    return {name: source.fingerprint for name, source in store.sources.items()} or store.fingerprint
+
+
+def by_name(identity: str | dict[str, str]) -> dict[str, str]:
+    """Returns the fingerprints of sources by name; the source of a single store is named ""."""
+    return identity if isinstance(identity, dict) else {"": identity}
 
 
 def _decayed(run: Run) -> list[str]:
@@ -285,7 +248,10 @@ def check_fingerprint(run: Run, saved: dict[str, Any], step: int) -> None:
     """Raises a ValueError if a checkpoint was made with other data, another tokenizer or another decay mask."""
     now = fingerprint(run)
     for key in ("data", "tokenizer", "decay_mask"):
-        if now[key] is not None and saved.get(key) != now[key]:
+        same = saved.get(key) == now[key]
+        if key == "data" and now[key] and saved.get(key):  # a run may add sources
+            same = set(by_name(saved[key]).values()) <= set(by_name(now[key]).values())
+        if now[key] is not None and not same:
             if key == "decay_mask":
                 moved = sorted(set(saved.get(key) or ()) ^ set(now[key]))
                 what, remedy = f"another decay mask (it differs for {', '.join(moved)})", "use the code of that run"
@@ -295,5 +261,5 @@ def check_fingerprint(run: Run, saved: dict[str, Any], step: int) -> None:
                 what = (
                     f"{'other data' if key == 'data' else 'another tokenizer'}{where} (fingerprint {was}, not {now_is})"
                 )
-                remedy = "give the path of its token store with --data.store"
+                remedy = "give the path of its token store with --data.store, or all of a mixture with --data.stores"
             raise ValueError(f"the checkpoint of step {step} was made with {what}: {remedy}")

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from jaxtrain.checkpoints.folder import require_writable_path
 from jaxtrain.checkpoints.run_config import lost_config
-from jaxtrain.config import Config, parse_ranges
+from jaxtrain.config import Config
 from jaxtrain.data.order import skip_to
-from jaxtrain.fields import is_url, require_local
+from jaxtrain.fields import is_url, parse_ranges, require_local
+from jaxtrain.mixture import parse_stores
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
 from jaxtrain.runtime.files import flock, write_json, write_text
@@ -26,13 +27,16 @@ Changes = dict[str, tuple[Any, Any]]  # field -> old and new value
 
 # Fields that change neither the parameters nor the order of the data. The data is compared by its fingerprint when a
 # checkpoint is restored, so its path is free; `check_skip` guards data.skip.
-_FREE = ("data.prefetch", "data.skip", "data.verify", "mesh.", "train.log_every", "train.eval_", "train.stop_after")
-_FREE += ("train.stall_minutes", "train.sample_", "train.replay_check", "train.diagnose_every", "checkpoint.")
-# Fields that select the data: free where data.store is given.
+_FREE = ("data.prefetch", "data.skip", "data.verify", "data.max_epochs", "mesh.", "train.log_every", "train.eval_")
+_FREE += ("train.stop_after", "train.stall_minutes", "train.sample_", "train.replay_check", "train.diagnose_every")
+_FREE += ("checkpoint.",)
+# Fields that select the data: free where data.store or data.stores is given.
 _DATA = ("data.store", "data.sources", "data.tokenizer", "data.validation", "data.text_field")  # and its fraction
 _PATHS = ("data.store", "data.sources", "data.validation", "train.init_from")
 # Fields that keep the shapes of the state: a run resumes with other values under --allow-change.
-_CHANGEABLE = ("train.", "optim.", "guard.", "loss_scale.", "model.attention", "model.remat", "model.scan_unroll")
+_CHANGEABLE = ("data.mixture", "data.mask_documents", "data.restart_positions", "data.packing", "train.", "optim.")
+_CHANGEABLE += ("guard.", "loss_scale.", "model.attention", "model.remat", "model.scan_unroll")
+_FIXED = ("train.init_from", "optim.frozen")
 _LENGTH = {"train.steps", "optim.decay_steps"}
 
 _LOCK = "lock"
@@ -123,7 +127,8 @@ def absolute_paths(config: Config, run_dir: str | Path) -> Config:
     require_writable_path(Path(run_dir))
     store, init_from = _normalized(config.data.store), _normalized(config.train.init_from)
     validation = tuple(map(_normalized, config.data.validation)) if store else config.data.validation
-    data = dataclasses.replace(config.data, store=store, validation=validation)
+    stores = tuple(f"{name}={_normalized(path)}" for name, path in parse_stores(config.data.stores).items())
+    data = dataclasses.replace(config.data, store=store, stores=stores, validation=validation)
     settings = dataclasses.replace(config.train, init_from=init_from)
     return dataclasses.replace(config, data=data, train=settings)
 
@@ -158,7 +163,7 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
         return {}
     old = from_json(file.read_text())
     changed = _changes(old, config)
-    fixed = {k: v for k, v in changed.items() if not k.startswith(_CHANGEABLE) or k == "train.init_from"}
+    fixed = {k: v for k, v in changed.items() if not k.startswith(_CHANGEABLE) or k in _FIXED}
     extends = set(changed) <= _LENGTH and config.train.steps >= step and _same_rates(old, config, step)
     if fixed or not (allow_change or extends or not changed):
         lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in (fixed or changed).items()]
@@ -176,7 +181,7 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
 def _changes(old: Config, new: Config) -> Changes:
     """Returns the fields that differ, without those that a resumed run is free to change."""
     before, after = flat_fields(old), flat_fields(new)
-    free = _FREE + (_DATA if new.data.store else ())
+    free = _FREE + (_DATA if new.data.store or new.data.stores else ())
     changed = {}
     for key in sorted(before.keys() | after.keys()):
         values = before.get(key), after.get(key)

@@ -1,6 +1,7 @@
 """Start of a run: its data, then its state, which is resumed, warm-started or fresh."""
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +12,19 @@ from jaxtrain.checkpoints import warm_start as weights
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import find_fingerprint, restore
 from jaxtrain.checkpoints.save import Saver
-from jaxtrain.config import Config, to_dict
+from jaxtrain.config import Config, ModelConfig, to_dict
+from jaxtrain.data.packing import PackedWindows
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import TokenStore
+from jaxtrain.mixture import describe
 from jaxtrain.monitoring.recorder import Recorder
+from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.stop import Stop
 from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
+from jaxtrain.training import components
+from jaxtrain.training.batches import check_mixture, train_batches
 from jaxtrain.training.run import (
     Run,
     check_fingerprint,
@@ -90,7 +96,8 @@ def prepare_data(
         stack.enter_context(run_lock(folder, lock=lock))
         step = rewind or CheckpointFolder(folder / "checkpoints").latest_step() or 0
         changes = check_or_write_config(folder, config, step, allow_change=allow_change)
-        if config.data.store is None and not (folder / "metrics.jsonl").exists():  # later the text may be gone
+        prepares = config.data.store is None and not config.data.stores
+        if prepares and not (folder / "metrics.jsonl").exists():  # later the text may be gone
             prepare(
                 config.data.sources,
                 folder / "data",
@@ -132,6 +139,7 @@ def check_resume(run: Run, rewind: int | None) -> None:
 def _check_saved(run: Run, saved: dict[str, Any], step: int) -> None:
     check_fingerprint(run, saved, step)
     check_skip(saved["config"]["data"].get("skip", ()), run.config.data.skip, step)
+    check_mixture(run, saved, step)
 
 
 def start(session: Session, rewind: int | None) -> TrainState:
@@ -225,3 +233,51 @@ def _record_changes(session: Session, step: int) -> None:
         step=step,
         changes={key: {"old": before, "new": after} for key, (before, after) in session.changes.items()},
     )
+
+
+def start_table(run: Run) -> list[tuple[str, str]]:
+    """Returns the rows of the table that a run prints when it starts."""
+    config, model, split = run.config, run.program.model, run.store.train
+    state, mesh, settings = run.program.abstract_state, run.program.mesh, config.train
+    devices = mesh.devices.flatten()
+    name = type(model).__name__
+    if isinstance(config.model, ModelConfig):
+        c = model.config
+        name = f"{c.num_layers} layers, d_model {c.d_model}, {c.num_heads} heads, {c.vocab_size:,} tokens"
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    tokens = settings.batch_size * settings.seq_len
+    batch = f"{tokens:,} = {settings.batch_size} sequences x {settings.seq_len}"
+    if settings.accumulate > 1:
+        batch += f", in {settings.accumulate} micro-batches"
+    parameters, optimizer = (format_bytes(_bytes_per_device(x)) for x in (state.params, state.opt_state))
+    memory = f"parameters {parameters}, gradients {parameters}, optimizer {optimizer}"
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    skipped = [("skipped batches", " ".join(config.data.skip))] if config.data.skip else []
+    batches = train_batches(run)
+    documents = "" if split.num_documents is None else f" of {split.num_documents:,} documents"
+    where = " ".join(f"{name}={store.path}" for name, store in run.store.sources.items()) or run.store.path
+    packed = [source.padding for source in batches.sources if isinstance(source, PackedWindows)]
+    packing = [("packing", f"best fit, padding {' '.join(f'{share:.1%}' for share in packed)}")] if packed else []
+    mixed, epochs = [], f"{tokens * settings.steps / split.num_tokens:.2f}"
+    if batches.mixture is not None:
+        mixed = [("mixture", describe(batches.mixture))]
+        seen, sizes = batches.tokens_seen(settings.steps), run.store.sources
+        epochs = ", ".join(f"{name} {seen[name] / sizes[name].train.num_tokens:.2f}" for name in seen)
+    return [
+        ("model", name),
+        ("parameters", f"{num_params:,}, computing in {settings.precision}"),
+        ("memory per device", memory),
+        ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {axes}" if axes else "")),
+        ("data", f"{split.num_tokens:,} tokens{documents} in {where}"),
+        *mixed,
+        *packing,
+        *skipped,
+        ("tokens per step", batch),
+        ("epochs", f"{epochs} in {settings.steps:,} steps"),
+        ("learning rate", components.describe_schedule(config)),
+    ]
+
+
+def _bytes_per_device(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

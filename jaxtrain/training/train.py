@@ -25,23 +25,22 @@ from jaxtrain.runtime.chips import peak_flops
 from jaxtrain.runtime.files import write_text
 from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.step import TrainState
+from jaxtrain.training.batches import batch_source, train_batches
 from jaxtrain.training.components import check_optimizer
 from jaxtrain.training.double_check import ReplayChecked, ReplayMismatch
-from jaxtrain.training.evaluation import evaluate_split, split_text
+from jaxtrain.training.evaluation import evaluate_sources, split_text
+from jaxtrain.training.frozen import describe_frozen
 from jaxtrain.training.generate import continue_text
 from jaxtrain.training.run import (
     NO_HOOKS,
     Hooks,
     Run,
     assemble,
-    batch_source,
     fingerprint,
     save_tokenizer,
-    start_table,
-    train_batches,
 )
 from jaxtrain.training.run_folder import absolute_paths, rollback_config, write_config
-from jaxtrain.training.start import Session, check_resume, prepare_data, start
+from jaxtrain.training.start import Session, check_resume, prepare_data, start, start_table
 
 _COMPRESS_LIMIT = 16 * 2**20  # bytes of a split that are compressed for comparison; more would take minutes
 
@@ -86,6 +85,8 @@ def train(
         recorder.table(f"jaxtrain: {folder}", start_table(session.run))
         if config.optim.name == "adamw":
             recorder.say(decay_report(session.run.program.abstract_state.params, decay_mask))
+        if config.optim.frozen:
+            recorder.say(describe_frozen(session.run.program.abstract_state.params, config.optim.frozen))
         try:
             state = start(session, rewind)
             if processes.is_lead():
@@ -137,7 +138,12 @@ def _open_session(config: Config, folder: Path, stack: contextlib.ExitStack, hoo
 
 
 def _open_recorder(run: Run) -> Recorder:
-    settings, program = run.config.train, run.program
+    settings, program, batches = run.config.train, run.program, train_batches(run)
+
+    def more(first: int, last: int) -> dict[str, Any]:
+        seen = {f"tokens_seen/{name}": count for name, count in batches.tokens_seen(last).items()}
+        return seen | ({"padding_share": batches.padding_share(first - 1, last)} if batches.is_packed else {})
+
     per_token = flops_per_token(program.model, settings.seq_len)
     peak = peak_flops(program.mesh.devices.flat[0].device_kind, settings.precision)
     return open_recorder(
@@ -146,6 +152,7 @@ def _open_recorder(run: Run) -> Recorder:
         flops_per_step=per_token and settings.batch_size * settings.seq_len * per_token,
         peak_flops=peak and peak * program.mesh.size,
         sinks=run.hooks.sinks,
+        more=more,
     )
 
 
@@ -275,10 +282,10 @@ def _validate(session: Session, state: TrainState, num_batches: int | None, **mo
     asked_to_stop = stop.asked if processes.is_alone() else lambda: False
     with session.recorder.pause("evaluating"):
         measured = stop.run(
-            lambda: evaluate_split(
+            lambda: evaluate_sources(
                 run,
                 state.params,
-                run.store.validation,
+                "validation",
                 num_batches=num_batches,
                 asked_to_stop=asked_to_stop,
                 watchdog=session.watchdog,
@@ -288,6 +295,8 @@ def _validate(session: Session, state: TrainState, num_batches: int | None, **mo
     text = f"validation at step {step}: nll {result['nll']:.4f}, perplexity {result['perplexity']:.2f}" + (
         f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
     )
+    if run.store.sources:
+        text += " (nll " + ", ".join(f"{name} {result[f'nll/{name}']:.4f}" for name in run.store.sources) + ")"
     session.recorder.event("eval", text, step=step, **result)
     return result
 
@@ -297,7 +306,12 @@ def _finish(session: Session, state: TrainState) -> dict[str, Any]:
     run, recorder, stop = session.run, session.recorder, session.stop
     config, split = run.config.train, run.store.validation
     compressed = {}
-    if split.num_bytes is not None and split.num_bytes <= _COMPRESS_LIMIT and processes.is_lead():
+    if (
+        split.masks is None
+        and split.num_bytes is not None
+        and split.num_bytes <= _COMPRESS_LIMIT
+        and processes.is_lead()
+    ):
         with recorder.pause("compressing the same text with gzip and xz"), session.watchdog.pause():
             compressed = stop.run(lambda: compressor_bits_per_byte(split_text(split, run.store.tokenizer)))
     more = {f"{name}_bits_per_byte": value for name, value in compressed.items()}

@@ -209,7 +209,7 @@ def test_sigterm_at_any_moment(config, whole, tmp_path):
 
     stopped_at("stuck", "global_batch", 0)  # the first batch, whose shapes the compiler needs
     assert numbers(command.run_dir) == []
-    stopped_at("stuck", "evaluate_split", 7)  # the last step that was done, though no step to save
+    stopped_at("stuck", "evaluate_sources", 7)  # the last step that was done, though no step to save
     assert evaluations(command.run_dir) == {}  # no result of a part of the split
     stopped_at("stuck", "restore", 7)
     code, errors = command("terminate", "unsealed")  # in the save of step 8
@@ -219,7 +219,7 @@ def test_sigterm_at_any_moment(config, whole, tmp_path):
     assert command("terminate twice", "unsealed")[0] == -signal.SIGTERM
     assert checkpoints.latest_step() == stopped
     stopped_at("stuck", "continue_text", 20)
-    stopped_at("stuck", "evaluate_split", 20)
+    stopped_at("stuck", "evaluate_sources", 20)
     code, errors = command()
     assert code == 0, errors
     assert_undisturbed(command.run_dir, whole)

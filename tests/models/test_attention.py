@@ -118,7 +118,12 @@ def test_the_fastest_kernel_that_does_it_is_chosen(platform, dtype, seq_len, hea
         ("cudnn", ("float32", 128, 8), H100, 'in bfloat16 or float16, not in float32: use "xla"'),
         ("cudnn", ("float16", 128, 12), H100, "a head dimension that is a multiple of 8 and at most 256, got 12: use"),
         ("cudnn", ("float16", 128, 136), A100, "a multiple of 8 and at most 128, got 136: use"),
-        ("cudnn", ("float16", 128, 8), {"segments": True, **H100}, '"cudnn" takes no segment ids: use "xla"'),
+        (
+            "cudnn",
+            ("float16", 128, 8),
+            {"segments": True, **H100},
+            '"cudnn" takes no segment ids; "xla" does, at 5 times',
+        ),
         ("cudnn", ("float16", 128, 8), {"softcap": 30.0, **H100}, '"cudnn" has no soft-cap, got 30: use "xla"'),
         ("flash", ("float32", 128, 8), {}, "unknown attention kernel 'flash': choose auto, xla, splash or cudnn"),
     ],

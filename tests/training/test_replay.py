@@ -16,9 +16,10 @@ from jaxtrain.config import MeshConfig
 from jaxtrain.monitoring.interval import summarize
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import from_json, to_json
+from jaxtrain.training.batches import batch_source
 from jaxtrain.training.replay import longest_repetition
 from jaxtrain.training.replay import replay as run_again
-from jaxtrain.training.run import batch_source, open_run, restore_params
+from jaxtrain.training.run import open_run, restore_params
 
 
 def replay(run_dir, step, hooks=QUICK):

@@ -16,7 +16,8 @@ from jaxtrain.config import DataConfig, MeshConfig
 from jaxtrain.data.store import open_store
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import from_json, to_json
-from jaxtrain.training.run import assemble, open_run, start_table
+from jaxtrain.training.run import assemble, open_run
+from jaxtrain.training.start import start_table
 
 
 def with_train(config, **fields):

@@ -69,8 +69,8 @@ def attend(
         return splash_attention(*arrays, segment_ids=segment_ids, window=window, softcap=softcap)
     if kernel == "cudnn":
         return cudnn_attention(*arrays, window=window)
-    if positions_BT is None and segment_ids is None and window is None and softcap is None:
-        return causal_attention(*arrays)
+    if positions_BT is None and window is None and softcap is None:
+        return causal_attention(*arrays, segment_ids)
     visible_BTS = _visible(length, key_BSGK.shape[1], positions_BT, segment_ids, window)
     # The other kernels name their residuals themselves; this name would save their results twice.
     return checkpoint_name(_attend_xla(query_BTHK, key_BSGK, value_BSGK, visible_BTS, softcap), ATTENTION)

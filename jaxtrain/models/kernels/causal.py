@@ -20,20 +20,23 @@ _SHORT = 512
 
 
 @jax.custom_vjp
-def causal_attention(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array) -> jax.Array:
+def causal_attention(
+    query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array, segment_ids_BT: jax.Array | None = None
+) -> jax.Array:
     """Computes causal attention (arXiv:1706.03762), `[B, T, H, K]` in the queries' dtype.
 
-    Products and softmax accumulate in float32. Supports first-order reverse-mode differentiation only.
+    With `segment_ids_BT` a query attends to keys of its own segment only. Products and softmax accumulate in float32.
+    Supports first-order reverse-mode differentiation only.
     """
-    return _forward(query_BTHK, key_BTGK, value_BTGK)[0]
+    return _forward(query_BTHK, key_BTGK, value_BTGK, segment_ids_BT)[0]
 
 
-def _forward(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array):
+def _forward(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array, segment_ids_BT: jax.Array | None):
     query_BGMTK = _by_group(query_BTHK, key_BTGK.shape[2])
     key_BGSK, value_BGSK = key_BTGK.swapaxes(1, 2), value_BTGK.swapaxes(1, 2)
     mixed, log_sum = [], []
     for start, stop in _blocks(query_BTHK.shape[1]):
-        scores_BGRS = _scores(query_BGMTK, key_BGSK, start, stop)
+        scores_BGRS = _scores(query_BGMTK, key_BGSK, segment_ids_BT, start, stop)
         top_BGR1 = jnp.max(scores_BGRS, axis=-1, keepdims=True)
         weights_BGRS = jnp.exp(scores_BGRS - top_BGR1)
         total_BGR1 = jnp.sum(weights_BGRS, axis=-1, keepdims=True)
@@ -44,10 +47,12 @@ def _forward(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array):
     # Named in the layout that the derivative reads, so that rematerialization can save them.
     mixed_BGMTK = checkpoint_name(jnp.concatenate(mixed, axis=3), ATTENTION)
     log_sum_BGMT1 = checkpoint_name(jnp.concatenate(log_sum, axis=3), ATTENTION)
-    return _by_token(mixed_BGMTK), (query_BGMTK, key_BGSK, value_BGSK, mixed_BGMTK, log_sum_BGMT1)
+    residuals = query_BGMTK, key_BGSK, value_BGSK, mixed_BGMTK, log_sum_BGMT1
+    return _by_token(mixed_BGMTK), (residuals, segment_ids_BT)
 
 
-def _backward(residuals, gradient_BTHK: jax.Array):
+def _backward(saved, gradient_BTHK: jax.Array):
+    residuals, segment_ids_BT = saved
     if gradient_BTHK.shape[1] > _SHORT:
         # Without it the compiler merges both computations of the scores, or starts the second one too early.
         residuals, gradient_BTHK = jax.lax.optimization_barrier((residuals, gradient_BTHK))
@@ -59,7 +64,7 @@ def _backward(residuals, gradient_BTHK: jax.Array):
     query_parts, key_parts, value_parts = [], [], []
     for start, stop in _blocks(length):
         query_BGRK, gradient_BGRK = _rows(query_BGMTK, start, stop), _rows(gradient_BGMTK, start, stop)
-        scores_BGRS = _scores(query_BGMTK, key_BGSK, start, stop)
+        scores_BGRS = _scores(query_BGMTK, key_BGSK, segment_ids_BT, start, stop)
         weights_BGRS = jnp.exp(scores_BGRS - _rows(log_sum_BGMT1, start, stop))
         on_weights_BGRS = _product(gradient_BGRK, value_BGSK[:, :, :stop].swapaxes(2, 3))
         on_scores_BGRS = weights_BGRS * (on_weights_BGRS - _rows(sum_BGMT1, start, stop)) * width**-0.5
@@ -73,7 +78,7 @@ def _backward(residuals, gradient_BTHK: jax.Array):
         value_parts.append(_product(transposed_BGKR[1], weights_BGRS.astype(query_BGMTK.dtype)))
     query_gradient = _by_token(jnp.concatenate(query_parts, axis=3))
     gradients = query_gradient, _sum_blocks(key_parts, length), _sum_blocks(value_parts, length)
-    return tuple(gradient.astype(gradient_BTHK.dtype) for gradient in gradients)
+    return *(gradient.astype(gradient_BTHK.dtype) for gradient in gradients), None
 
 
 causal_attention.defvjp(_forward, _backward)
@@ -85,13 +90,19 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _scores(query_BGMTK: jax.Array, key_BGSK: jax.Array, start: int, stop: int) -> jax.Array:
-    """Returns the scaled scores of a block, float32 `[B, G, R, stop]`, -inf where a key follows the query."""
+def _scores(
+    query_BGMTK: jax.Array, key_BGSK: jax.Array, segment_ids_BT: jax.Array | None, start: int, stop: int
+) -> jax.Array:
+    """Returns the scaled scores of a block, float32 `[B, G, R, stop]`, -inf where a key is not visible to the query."""
     keys_BGKS = key_BGSK[:, :, :stop].swapaxes(2, 3)
     scores_BGRS = _product(_rows(query_BGMTK, start, stop), keys_BGKS) * query_BGMTK.shape[-1] ** -0.5
     positions_R = jnp.tile(jnp.arange(start, stop), query_BGMTK.shape[2])
     visible_RS = jnp.arange(stop)[None, :] <= positions_R[:, None]
-    return jnp.where(visible_RS[None, None], scores_BGRS, -jnp.inf)
+    visible_BRS = visible_RS[None]
+    if segment_ids_BT is not None:
+        own_BR = jnp.tile(segment_ids_BT[:, start:stop], (1, query_BGMTK.shape[2]))
+        visible_BRS = visible_BRS & (own_BR[:, :, None] == segment_ids_BT[:, None, :stop])
+    return jnp.where(visible_BRS[:, None], scores_BGRS, -jnp.inf)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

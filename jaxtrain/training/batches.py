@@ -1,0 +1,119 @@
+"""Training batches of a run: its sources, their mixture, packing, and what a resumed run may change of them."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxtrain.data.loader import TrainBatches, Windows, global_batch
+from jaxtrain.data.order import skip_to
+from jaxtrain.data.packing import PackedWindows, pack_documents
+from jaxtrain.data.rows import Documents
+from jaxtrain.data.store import Split
+from jaxtrain.fields import parse_ranges
+from jaxtrain.mixture import check_epochs, describe, make_mixture, past_of
+from jaxtrain.runtime.mesh import by_rows
+from jaxtrain.training.run import Run, by_name, identity
+
+
+def train_batches(run: Run) -> TrainBatches:
+    """Returns the training batches of a run; step i + 1 reads batch i.
+
+    Raises:
+      ValueError: too little text, a mixture that does not fit the stores, or more passes than `data.max_epochs`.
+    """
+    data, settings = run.config.data, run.config.train
+    apart = documents(run)
+    sources, mixture = _sources(run), None
+    counts = {name: source.count for name, source in sources.items()}
+    if run.store.sources:
+        mixture = make_mixture(data.mixture, counts, settings.steps, settings.batch_size)
+    batches = TrainBatches(
+        run.store.train,
+        seed=run.config.seed,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+        vocab_size=run.program.vocab_size,
+        skip=parse_ranges(data.skip),
+        mixture=mixture,
+        sources=tuple(sources.values()),
+        documents=apart,
+    )
+    if data.max_epochs is not None:
+        whole = mixture or make_mixture(None, counts, settings.steps, settings.batch_size)
+        check_epochs(whole, counts, settings.steps, data.max_epochs)
+    return batches
+
+
+def documents(run: Run) -> Documents:
+    """Returns how the rows of a run's batches treat documents.
+
+    Raises:
+      ValueError: documents are to be kept apart, and the token files do not tell where they begin.
+    """
+    data = run.config.data
+    splits = (run.store.train, run.store.validation)
+    if data.mask_documents and any(split.document_starts is None for split in splits):
+        raise ValueError(
+            f"data.mask_documents: {run.store.path} does not tell where its documents begin (in token files with an "
+            "end-of-text token, data.verify finds them); set it to false, or prepare a token store"
+        )
+    return Documents(data.mask_documents, data.restart_positions, run.store.eot_id)
+
+
+def _sources(run: Run) -> dict[str, Windows | PackedWindows]:
+    """Returns the windows of each source in the training split; the source of a single store is named ""."""
+    stores = run.store.sources or {"": run.store}
+    sizes = [store.train.num_tokens for store in stores.values()]
+    starts = itertools.accumulate(sizes, initial=0)
+    seq_len, packing = run.config.train.seq_len, run.config.data.packing
+    if packing == "concatenate":
+        return {name: Windows(*window, seq_len) for name, *window in zip(stores, starts, sizes, strict=False)}
+    windows = zip(stores, starts, sizes, strict=False)
+    return {name: _packed(run.store.train, start, start + size, seq_len) for name, start, size in windows}
+
+
+@functools.lru_cache(maxsize=8)  # a run asks several times
+def _packed(split: Split, start: int, stop: int, seq_len: int) -> PackedWindows:
+    return pack_documents(split.document_starts, start, stop, seq_len)
+
+
+def batch_source(run: Run) -> Callable[[int], dict[str, jax.Array]]:
+    """Returns `index -> batch`: training batches, placed on the devices."""
+    batches = run.hooks.wrap_batches(train_batches(run))
+    return functools.partial(global_batch, batches, sharding=by_rows(run.program.mesh))
+
+
+def check_mixture(run: Run, saved: dict[str, Any], step: int) -> None:
+    """Checks that a mixture leaves what the first `step` steps of a run have read as it was.
+
+    Args:
+      run: the run as it is to continue.
+      saved: fingerprint in the checkpoint; its stores are among those of the run.
+      step: step of the checkpoint.
+
+    Raises:
+      ValueError: the steps would have read other sequences.
+    """
+    was, now = by_name(saved["data"]), by_name(identity(run.store))
+    if not step or (was.keys() == now.keys() == {""}):
+        return
+    windows, old, settings = _sources(run), saved["config"], run.config.train
+    counts = {now[name]: source.count for name, source in windows.items()}
+    before = make_mixture(
+        old["data"].get("mixture"),
+        {name: counts[was[name]] for name in was},
+        old["train"]["steps"],
+        settings.batch_size,
+    )
+    after = make_mixture(
+        run.config.data.mixture, {name: counts[now[name]] for name in now}, settings.steps, settings.batch_size
+    )
+    batches = skip_to(step - 1, parse_ranges(run.config.data.skip)) + 1
+    if past_of(before, was, batches) != past_of(after, now, batches):
+        raise ValueError(
+            f"data.mixture changes what the first {step} steps have read ({describe(before)}, now {describe(after)}): "
+            f"keep the stages up to there, with the end of a stage as a step (`until {step}`), or go back with --rewind"
+        )
