@@ -44,11 +44,12 @@ def outcomes(tmp_path_factory):
     command = [sys.executable, ROOT / "tests/run_blocks.py", folder / "blocks.json", folder / "results.json", ROOT]
     quick = "--xla_backend_optimization_level=0"  # compiles in a third of the time
     environment = user_environment(JAX_PLATFORMS="cpu", TMPDIR=str(folder), XLA_FLAGS=quick, PYTHONPATH=str(ROOT))
-    print(run(command, environment=environment))
+    print(run(command, environment=environment, timeout=1200))
     results = json.loads((folder / "results.json").read_text())
     return {identifier(block): result for block, result in zip(CODE, results, strict=True)}
 
 
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize("block", CODE, ids=identifier)
 def test_code_runs(block, outcomes):
     assert outcomes[identifier(block)] == ""
