@@ -31,6 +31,13 @@ from jaxtrain.training.run import Hooks, assemble
 from jaxtrain.training.train import train
 
 
+class Terminal(io.StringIO):
+    """A terminal in memory, on which the console draws its panel."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 class Interleaved:
     """Compiled train step that pauses every `chunk` calls to time as many calls without the loop."""
 
@@ -60,8 +67,8 @@ class Interleaved:
         self.bare_seconds.append(time.perf_counter() - begin)
 
 
-def run_loop(config: Config, chunk: int, chunks: int, folder: Path) -> Interleaved:
-    """Trains for `chunks` + 2 chunks; the first warms up."""
+def run_loop(config: Config, chunk: int, chunks: int, folder: Path, output: io.StringIO) -> Interleaved:
+    """Trains for `chunks` + 2 chunks; the first warms up. The run prints to `output`."""
     steps = chunk * (chunks + 2)
     config = dataclasses.replace(
         config,
@@ -78,7 +85,7 @@ def run_loop(config: Config, chunk: int, chunks: int, folder: Path) -> Interleav
         made.append(Interleaved(train_step, [fetch(i) for i in range(chunk)]))
         return made[0]
 
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(output):
         train(config, folder / "run", hooks=Hooks(wrap_step=interleave))
     return made[0]
 
@@ -89,6 +96,7 @@ def main() -> None:
     arguments.add_argument("--store", help="token store; default: that of the config, or of its sources")
     arguments.add_argument("--chunk", type=int, default=10, help="steps per chunk")
     arguments.add_argument("--chunks", type=int, default=20)
+    arguments.add_argument("--terminal", action="store_true", help="draw the live panel")
     arguments.add_argument("--log-every", type=int, help="steps; default: as in the config")
     options = arguments.parse_args()
     config = load(Path(options.config))
@@ -99,7 +107,8 @@ def main() -> None:
             prepare(config.data.sources, store, progress=False)
         settings = dataclasses.replace(config.train, log_every=options.log_every or config.train.log_every)
         config = dataclasses.replace(config, data=DataConfig(store=store), train=settings)
-        timed = run_loop(config, options.chunk, options.chunks, Path(folder))
+        output = Terminal() if options.terminal else io.StringIO()
+        timed = run_loop(config, options.chunk, options.chunks, Path(folder), output)
     table = Table(
         f"The loop of {options.config} against its bare step, {options.chunk} steps at a time",
         {"form": "", "ms a step": ".2f", "time / bare": ".3f", "main thread's CPU ms": ".3f"},

@@ -76,7 +76,9 @@ def test_the_wheel_works_outside_the_checkout(checkout, tmp_path):
     wheel, sdist = distributions(checkout, tmp_path / "dist", "--no-isolation")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert "jaxtrain/py.typed" in names
+    assert {"jaxtrain/py.typed", "jaxtrain/monitoring/page/report.js", "jaxtrain/monitoring/page/uPlot.LICENSE"} <= set(
+        names
+    )
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxtrain").rglob("*.py")}
     assert modules <= set(names)
     assert {name.split("/")[0] for name in names} == {

@@ -1,9 +1,11 @@
-"""Commands on the records of a run: report."""
+"""Commands on the records of runs: report and runs."""
 
+import json
+import webbrowser
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from jaxtrain.fields import LocalPath, RunFolder, Section
+from jaxtrain.fields import Folder, LocalPath, RunFolder, Section, check_choice
 from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import printable
@@ -13,29 +15,74 @@ from jaxtrain.runtime.terminal import printable
 class ReportOptions(Section):
     """Options of `jaxtrain report`."""
 
-    positional = "run"
-    run: RunFolder  # run directory
+    positional = "runs"
+    runs: tuple[RunFolder, ...]  # run directories, or folders of run directories; several are compared in one page
     config: Annotated[str, LocalPath("CONFIG.py")] | None = None  # config file that adds the schedule of the run
+    open: bool = False  # show the page in the browser
+    json: bool = False  # print what the page shows as one JSON object
 
 
 def run_report(options: ReportOptions) -> int:
-    """Diagnoses a run, finished or not, and rewrites its report.html."""
-    from jaxtrain.monitoring.report import describe_times, read_findings, write_report
+    """Diagnoses runs, finished or not, and writes report.html with their curves."""
+    from jaxtrain.monitoring.report import open_records, render, report_data
 
     if options.config:
         load(options.config)  # adds the entries of its tables
-    findings, progress = read_findings(options.run)
-    print(printable(progress))
-    print(printable("\n".join(map(str, findings)) or "no findings"))
-    heading, rows = describe_times(options.run)
-    if heading:
-        print(printable(f"time by scope: {heading}"))
-    for scope, share, milliseconds in rows:
+    records, path = open_records(options.runs)
+    data = report_data(records)
+    path.write_text(render(data), encoding="utf-8")
+    if options.json:
+        print(json.dumps(data))
+    else:
+        for record, run in zip(records, data["runs"], strict=True):
+            print(printable(f"{record.folder}: step {record.step:,} of {record.total_steps:,}, {record.state}"))
+            _show_findings(run)
+        print(printable(f"report: {path}"))
+    if options.open and not webbrowser.open(path.resolve().as_uri()) and not options.json:
+        print("no browser found: open the page by hand")
+    return 0
+
+
+def _show_findings(run: dict[str, Any]) -> None:
+    findings = [
+        f"{one['severity']}: {one['name']} at step {one['step']}: {one['evidence']}\n  {one['remedy']}"
+        for one in run["findings"]
+    ]
+    print(printable("\n".join(findings) or "no findings"))
+    if run["times"]["heading"]:
+        print(printable(f"time by scope: {run['times']['heading']}"))
+    for scope, share, milliseconds in run["times"]["rows"]:
         print(f"  {scope:10}{share:>7}{milliseconds:>9} ms a step")
-    print(printable(f"report: {write_report(options.run)}"))
+
+
+@dataclass(frozen=True)
+class RunsOptions(Section):
+    """Options of `jaxtrain runs`."""
+
+    positional = "folder"
+    folder: Folder = "runs"  # folder of run directories; its subfolders are searched too
+    # name, step, validation, speed, state, time or a field of the config, such as optim.peak_lr; -KEY: descending
+    sort: str = "name"
+    json: bool = False  # print one JSON object per run
+
+
+def run_runs(options: RunsOptions) -> int:
+    """Lists runs: steps, last validation loss, speed, state, and how their configs differ."""
+    from jaxtrain.monitoring.run_table import read_rows, show_rows, sort_keys, sort_rows
+
+    rows = read_rows(options.folder)
+    key = options.sort.removeprefix("-")
+    check_choice(key, sort_keys(rows), "--sort")
+    rows = sort_rows(rows, key, descending=options.sort.startswith("-"))
+    if options.json:
+        for row in rows:
+            print(json.dumps(row))
+    else:
+        show_rows(rows)
     return 0
 
 
 COMMANDS = [
-    Command("report", ReportOptions, run_report, "report runs/first"),
+    Command("report", ReportOptions, run_report, "report runs/first --open"),
+    Command("runs", RunsOptions, run_runs, "runs runs --sort validation"),
 ]

@@ -21,6 +21,7 @@ class TrainOptions(Section):
     allow_change: bool = False  # resume with a changed config, such as more steps; the change is recorded
     rewind: Positive[int] | None = None  # resume from the checkpoint of this step; renames later ones; give it once
     profile: Annotated[str, "START:STOP"] | None = None  # steps to trace into RUN/profile, without STOP, such as 10:13
+    track: tuple[Annotated[str, "TRACKER"], ...] = ()  # of tensorboard, wandb, mlflow and trackio
     no_lock: bool = False  # take no lock, for a file system that has none; let no second process train in the folder
 
 
@@ -34,7 +35,7 @@ def run_train(options: TrainOptions) -> int:
     from jaxtrain.runtime.stop import is_stuck, leave
     from jaxtrain.training.train import GAVE_UP, train
 
-    more = {name: getattr(options, name) for name in ("rewind", "profile", "allow_change")}
+    more = {name: getattr(options, name) for name in ("rewind", "profile", "allow_change", "track")}
     try:
         with compile_cache(), session(report_error):
             outcome = train(

@@ -1,4 +1,4 @@
-"""Console of a run: one live line on a terminal, plain lines anywhere else."""
+"""Console of a run: a live panel on a terminal, plain lines anywhere else."""
 
 import contextlib
 import os
@@ -17,18 +17,22 @@ import rich.live
 import rich.table
 from rich.text import Text
 
+from jaxtrain.monitoring.panel import Panel
 from jaxtrain.monitoring.tables import format_seconds
 from jaxtrain.runtime.terminal import printable
 
+_REDRAW = 2.0  # seconds between two panels: drawing one takes about a millisecond
 _RECENT_STEPS = 10  # logged steps from which the remaining time is estimated
+# Styles of rich by the severity of a finding, or by the name of an event.
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan", "sink_failed": "yellow", "save_failed": "red"}
 # A log on a full disk, a pipe without a reader, a terminal that is gone: training continues without output.
 _UNSEEN = contextlib.suppress(OSError, ValueError)
 
 
 class Console:
-    """Sink that shows progress on a stream: a line redrawn in place on a terminal, else one line per logged step.
+    """Sink that shows progress on a stream: a panel redrawn in place on a terminal, else one line per logged step.
 
-    `close` clears the live line and restores the terminal.
+    `close` clears the panel and restores the terminal.
     """
 
     def __init__(self, total_steps: int, stream: TextIO | None = None):
@@ -42,8 +46,10 @@ class Console:
         self._stream = sys.stdout if stream is None else stream
         self._encoding = getattr(self._stream, "encoding", None)
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._line = ""  # the live line; redrawn after other text has replaced it
+        self._panel = Panel(total_steps)
+        self._drawn = -_REDRAW  # time of the last panel
         self._live: rich.live.Live | None = None
+        self._closed = False
         self._lock = threading.RLock()
         self._terminal: rich.console.Console | None = None
         if self._stream.isatty() and os.environ.get("TERM") != "dumb":
@@ -51,33 +57,36 @@ class Console:
 
     def step(self, step: int, fields: Mapping[str, Any]) -> None:
         """Shows a logged step; `metrics.read_metrics` lists the fields."""
-        self._step_seconds.append(float(fields["step_seconds"]))
-        parts = self._parts(step, fields)
         if self._terminal is None:
-            self.print("  ".join(parts))
+            self._step_seconds.append(float(fields["step_seconds"]))
+            self.print("  ".join(self._parts(step, fields)))
         else:
-            self._line = _wrap(parts, self._terminal.width)
-            self._draw(self._line)
+            self._panel.step(step, fields)
+            now = time.monotonic()
+            if now - self._drawn >= _REDRAW or step == self._total_steps:
+                self._drawn = now
+                self._draw(self._panel.render(self._terminal.width))
 
     def event(self, name: str, text: str, fields: Mapping[str, Any]) -> None:
-        """Shows an event's text."""
+        """Shows an event's text, a finding in the color of its severity."""
+        self._panel.event(name, fields)
         if text:
-            self.print(text)
+            self.print(text, _STYLES.get(fields.get("severity", name), ""))
 
     def close(self) -> None:
-        """Clears the live line; a second call does nothing."""
-        self._line = ""
-        self._draw("")
+        """Clears the panel; a second call does nothing."""
+        self._closed = True
+        self._draw(Text())
 
-    def print(self, text: str) -> None:
-        """Prints text above the live line; on a terminal, wraps it at words."""
+    def print(self, text: str, style: str = "") -> None:
+        """Prints text above the panel; on a terminal, in a style of rich, and wrapped at words."""
         text = printable(text, encoding=self._encoding)
         with _UNSEEN, self._lock:
             if self._terminal is None:
                 print(text, file=self._stream, flush=True)
             else:
                 lines = [_wrap_words(line, self._terminal.width) for line in text.split("\n")]
-                self._terminal.print(Text("\n".join(lines)), soft_wrap=True)
+                self._terminal.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Prints a table of names and values."""
@@ -117,7 +126,7 @@ class Console:
                 if self._terminal is None:
                     self.print(text)
                 else:
-                    self._draw(text)
+                    self._draw(Text(text))
                 pause = 60.0 if self._terminal is None else 1.0
 
         thread = threading.Thread(target=show, name=activity, daemon=True)
@@ -128,22 +137,22 @@ class Console:
             done.set()
             thread.join(timeout=1.0)  # a terminal that blocks (Ctrl-S) must not stop the run
             if self._terminal is not None:
-                self._draw(self._line)
+                self._draw(Text() if self._closed else self._panel.render(self._terminal.width))
 
-    def _draw(self, line: str) -> None:
-        """Replaces the live line; an empty one is removed."""
+    def _draw(self, text: Text) -> None:
+        """Replaces the live text; an empty one is removed."""
         with _UNSEEN, self._lock:
             live = self._live
-            if not line:
+            if not text:
                 self._live = None
                 if live is not None:
                     live.stop()
             elif live is None:
-                # Not before there is a line: an empty one would stay below everything that is printed.
-                self._live = rich.live.Live(Text(line), console=self._terminal, auto_refresh=False, transient=True)
+                # Not before there is a text: an empty one would stay below everything that is printed.
+                self._live = rich.live.Live(text, console=self._terminal, auto_refresh=False, transient=True)
                 self._live.start(refresh=True)
             else:
-                live.update(Text(line), refresh=True)
+                live.update(text, refresh=True)
 
     def _parts(self, step: int, fields: Mapping[str, Any]) -> list[str]:
         left = statistics.median(self._step_seconds) * max(self._total_steps - step, 0)
@@ -160,13 +169,6 @@ class Console:
         if "learning_rate" in fields:
             parts.append(f"lr {float(fields['learning_rate']):.2e}")
         return [*parts, f"{format_seconds(left)} left"]
-
-
-def _wrap(parts: list[str], width: int) -> str:
-    """Joins the parts to a line; a terminal too narrow for it gets two, broken between parts."""
-    hard_space = "\N{NO-BREAK SPACE}"
-    line = "  ".join(part.replace(" ", hard_space) for part in parts)
-    return textwrap.fill(line, width).replace(hard_space, " ")
 
 
 def _wrap_words(line: str, width: int) -> str:

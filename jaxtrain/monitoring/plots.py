@@ -1,59 +1,19 @@
-"""Curves of a run and of a schedule: PNG files drawn with matplotlib, and text for the terminal."""
+"""Curves of a schedule: PNG files drawn with matplotlib, and text for the terminal."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.schedules import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Records = list[dict[str, Any]]
-
 _BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # a character cell filled by 0 to 8 eighths
-
-
-def plot_metrics(run_dir: str | Path, *, clip_norm: float | None) -> Path:
-    """Draws `report.png` in a run directory: loss, learning rate and gradient norm over the steps.
-
-    Args:
-      run_dir: run directory with a `metrics.jsonl`.
-      clip_norm: threshold of the gradient norm; None draws no threshold.
-
-    Returns:
-      Path of the PNG file.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: there are no metrics, or no step has been logged.
-    """
-    run_dir = Path(run_dir)
-    steps, events = read_metrics(run_dir / "metrics.jsonl")
-    if not steps:
-        raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no logged step: train past train.log_every steps first")
-    path = run_dir / "report.png"
-    metrics_figure(steps, events, clip_norm).savefig(path, format="png")
-    return path
-
-
-def metrics_figure(steps: Records, events: Records, clip_norm: float | None) -> "Figure":
-    """Draws the records of a run, as `read_metrics` returns them; see `plot_metrics`."""
-    figure = _new_figure(height=9.0)
-    loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.5, 2))
-    _draw_loss(loss, steps, [event for event in events if event["event"] == "eval"])
-    rate.plot(_column(steps, "step"), _column(steps, "learning_rate"), color="C2", marker=_marker(steps))
-    rate.set_ylabel("learning rate")
-    rate.set_ylim(bottom=0)
-    _draw_grad_norm(norm, steps, clip_norm)
-    norm.set_xlabel("completed optimizer steps")
-    _style(figure)
-    return figure
 
 
 def plot_schedule(schedule: Schedule, total_steps: int, path: str | Path) -> Path:
@@ -146,54 +106,8 @@ def _style(figure: "Figure") -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def _column(records: Records, key: str) -> np.ndarray:
-    return np.array([record.get(key, math.nan) for record in records], np.float64)
-
-
 def _marker(points: Sequence) -> str:
     return "o" if len(points) < 3 else ""  # a line through one point is invisible
-
-
-def _draw_loss(axes: "Axes", steps: Records, evals: Records) -> None:
-    x, nll = _column(steps, "step"), _column(steps, "nll")
-    axes.plot(x, nll, color="C0", linewidth=0.8, alpha=0.4, marker=_marker(x), label="train")
-    if len(x) >= 10:
-        window = 2 * max(len(x) // 60, 1) + 1
-        axes.plot(x, _smooth(nll, window), color="C0", linewidth=1.8, label=f"train, mean of {window} logged steps")
-    if evals:
-        points = {"color": "C1", "marker": "o", "markersize": 4, "linewidth": 1.2}
-        axes.plot(_column(evals, "step"), _column(evals, "nll"), label="validation", **points)
-    axes.set_ylabel("loss (nats per token)")
-    axes.legend(frameon=False)
-
-
-def _draw_grad_norm(axes: "Axes", steps: Records, clip_norm: float | None) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    x, norms = _column(steps, "step"), _column(steps, "grad_norm")
-    skipped = _column(steps, "skipped") == 1
-    clipped = (_column(steps, "clip_factor") < 1) & ~skipped
-    norms[~(norms > 0)] = math.nan  # a logarithmic axis has no place for them
-    axes.plot(x, np.where(skipped, math.nan, norms), color="C4", linewidth=0.9, marker=_marker(norms))
-    if clip_norm is not None:
-        axes.axhline(clip_norm, color="black", linestyle="--", linewidth=1, label=f"clipping threshold {clip_norm:g}")
-    if skipped.any():
-        # A skipped step without a finite norm is drawn at the lower edge.
-        finite = np.isfinite(norms)
-        edge = np.nanmin(norms[finite]) if finite.any() else 1.0
-        heights = np.where(finite, norms, edge)[skipped]
-        axes.plot(x[skipped], heights, "x", color="C3", markersize=6, label="skipped")
-    axes.set_yscale("log")
-    bottom, top = axes.get_ylim()
-    subs = range(1, 10) if top < 5 * bottom else (1, 2, 5) if top < 1e4 * bottom else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 0.5 rather than 5 times a power of ten
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel("gradient norm\nbefore clipping")
-    title = f"{clipped.mean():.1%} of {len(norms)} logged steps clipped"
-    axes.set_title(title + (f", {skipped.sum()} skipped" if skipped.any() else ""), fontsize="medium", loc="left")
-    if axes.get_legend_handles_labels()[0]:  # above the panel: inside, it would hide points
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
 
 
 def _annotate(axes: "Axes", step: int, rate: float, names: list[str], total_steps: int) -> None:
@@ -210,18 +124,6 @@ def _annotate(axes: "Axes", step: int, rate: float, names: list[str], total_step
         va="bottom" if above else "top",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},  # where the curve passes behind it
     )
-
-
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the mean of the finite values in an odd window around each value; the window shrinks towards the ends."""
-    index = np.arange(len(values))
-    half = np.minimum(np.minimum(index, index[::-1]), window // 2)
-    finite = np.isfinite(values)
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    totals = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    count = counts[index + half + 1] - counts[index - half]
-    total = totals[index + half + 1] - totals[index - half]
-    return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0)
 
 
 def _column_means(values: np.ndarray, columns: int) -> np.ndarray:

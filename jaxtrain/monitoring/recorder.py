@@ -1,6 +1,7 @@
 """Recorder of a running loop: reads metrics one step late, adds timing, and passes both to the sinks."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,11 @@ from jaxtrain.monitoring.layers import drop_unsampled
 from jaxtrain.monitoring.metrics import JsonLines, PackedMetrics, read_metrics
 from jaxtrain.monitoring.rules import RunFacts
 from jaxtrain.monitoring.sinks import SINKS, BackgroundSink, HealthSink, Sink, SinkFailed
+from jaxtrain.monitoring.tracked import Tracked
+from jaxtrain.runtime.config_files import flat_fields
 from jaxtrain.runtime.processes import is_lead
 
+_TRACKER_PATIENCE = 60.0  # seconds that a tracker may take at the end, for uploads
 _RESTORED_LINES = 1000  # logged steps of a resumed run that are judged again, so that no finding is repeated
 
 
@@ -26,6 +30,7 @@ def open_recorder(
     peak_flops: float | None = None,
     sinks: Sequence[Sink] = (),
     more: Callable[[int, int], dict[str, Any]] = lambda first, last: {},
+    track: Sequence[str] = (),
 ) -> "Recorder":
     """Builds the recorder of a run directory.
 
@@ -39,6 +44,7 @@ def open_recorder(
       peak_flops: peak FLOP/s of all devices together; None leaves `mfu` out.
       sinks: further sinks.
       more: returns further fields of a line from the first and the last step that it covers.
+      track: names of `tracked.TRACKERS`.
     """
     file, config = folder / "metrics.jsonl", facts.config.train
     lines, events = read_metrics(file) if file.exists() else ([], [])
@@ -56,10 +62,11 @@ def open_recorder(
     if console:
         recorder.sinks += map(BackgroundSink, sinks)
         for name, make in SINKS.items():
-            try:
-                recorder.sinks.append(BackgroundSink(make(folder), name))
-            except Exception as error:  # such as a tracker that is offline: training continues without it
-                recorder.report_failure(name, error)
+            every_step = getattr(make, "every_step", False)
+            recorder.sinks.append(BackgroundSink(functools.partial(make, folder), name, every_step=every_step))
+        for name in track:
+            sink = Tracked(name, folder, flat_fields(facts.config), lines, events)
+            recorder.sinks.append(BackgroundSink(sink, name, patience=_TRACKER_PATIENCE))
         recorder.sinks.append(HealthSink(facts, recorder.event, lines[-_RESTORED_LINES:], events))
     return recorder
 
@@ -74,6 +81,7 @@ class Recorder:
       sinks: the sinks, called in order.
       begun: events of the starts of earlier attempts.
       attempt: number of times that the run was started, this one included.
+      last_stop: the `stop` event with which the last attempt ended; empty if it crashed.
       evaluated: steps that earlier attempts evaluated.
       skipped_steps: steps skipped so far, those of earlier attempts included.
       give_up: True once the guard has given up.
@@ -106,6 +114,8 @@ class Recorder:
         self.begun = [event for event in events if event["event"] in ("start", "resume")]
         self.attempt = 1 + len(self.begun)
         self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
+        ends = [event for event in events if event["event"] in ("start", "resume", "stop")]
+        self.last_stop = ends[-1] if ends and ends[-1]["event"] == "stop" else {}
         self.give_up = False
         self._skipped = {line["step"] for line in lines if line.get("skipped") == 1}
         self._config, self._console, self._clock, self._more = config, console, clock, more

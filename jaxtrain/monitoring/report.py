@@ -1,133 +1,160 @@
-"""Report of a run: one HTML file without dependencies."""
+"""Report of one or several runs: one HTML file that needs no network, drawn with uPlot (MIT, in page/)."""
 
 import base64
-import dataclasses
+import hashlib
 import html
+import importlib.resources
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import Config
+from jaxtrain.monitoring.curves import POINTS, Axis, run_curves
 from jaxtrain.monitoring.health import Finding, diagnose
-from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.monitoring.plots import plot_metrics
+from jaxtrain.monitoring.metrics import encode
+from jaxtrain.monitoring.run_record import RunRecord, describe, differences, find_runs, read_record
+from jaxtrain.monitoring.sentences import sentence
 from jaxtrain.monitoring.tables import format_seconds
 from jaxtrain.monitoring.trace import newest_trace, read_times
 from jaxtrain.runtime.config_files import load_run
 
-Rows = list[tuple[str, str]]
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding: 0.2rem 1.2rem 0.2rem 0; border-bottom: 1px solid #ddd; }
-th { font-weight: 600; }
-td { overflow-wrap: anywhere; }
-td.short { white-space: nowrap; }
-img { max-width: 100%; }
-pre { white-space: pre-wrap; background: #f6f6f6; padding: 1rem; }
-"""
-
-# Units of fields whose names do not tell them.
-_UNITS = {"nll": "nats per token", "loss": "nats per token", "z_loss": "nats per token"}
-# Config fields that are shown even at their default: most runs differ in these.
-_HIGHLIGHTS = {
-    *("tokenizer", "num_layers", "num_heads", "d_model", "d_ff", "positions", "norm", "feed_forward"),
-    *("peak_lr", "schedule", "warmup_steps", "weight_decay", "clip_norm"),
-    *("steps", "batch_size", "seq_len", "precision", "every"),
+# Rows of the time line, with the events that they show.
+_MARKS = {
+    "restart": ("resume", "rewind"),
+    "stop": ("stop",),
+    "save": ("saved", "save_failed", "checkpoint_damaged"),
+    "validation": ("eval",),
+    "change": ("config_change", "environment_change"),
+    "finding": ("finding", "replay_mismatch", "stalled", "sink_failed"),
 }
+_ROUTINE = {"save", "saved", "verified", "eval", "compile"}
+_MOST = 400  # marks of a kind, and events in the table
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Writes `report.html`, and the `report.png` in it, to a run directory.
-
-    Args:
-      run_dir: run directory with `config.json` and `metrics.jsonl`. The sample named by the last `stop` event is shown.
+def write_report(run_dirs: str | Path | Sequence[str | Path]) -> Path:
+    """Writes `report.html` of one run directory, of several, or of all in a folder.
 
     Returns:
-      Path of the HTML file.
+      Path of the file: in the run directory, in the folder, or in the folder that the run directories share.
 
     Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: one of the files is missing, or no step has been logged.
+      ValueError: no run there, a broken one, or no step has been logged in any.
     """
-    run_dir = Path(run_dir)
-    config = load_run(run_dir)
-    picture = plot_metrics(run_dir, clip_norm=norm_threshold(config))
-    steps, events = read_metrics(run_dir / "metrics.jsonl")
-    name = html.escape(run_dir.resolve().name)
-    encoded = base64.b64encode(picture.read_bytes()).decode("ascii")
-    evals = [event for event in events if event["event"] == "eval"]
-    sections = [
-        ("Health", _health_table(diagnose(steps, events, config), len(steps))),
-        ("Last step", _table(_last_step_rows(steps, config))),
-        ("Last evaluation", _table(_eval_rows(evals[-1]))) if evals else None,
-        ("Time by scope", _times_table(run_dir)),
-        ("Curves", f'<img alt="loss, learning rate and gradient norm" src="data:image/png;base64,{encoded}">'),
-        ("Sample", _sample(run_dir, events)),
-        ("Configuration", _table(_config_rows(config))),
-        ("Events", _events_table(events)),
-    ]
-    body = "\n".join(f"<h2>{section[0]}</h2>\n{section[1]}" for section in sections if section and section[1])
-    path = run_dir / "report.html"
-    path.write_text(
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>\n{body}\n</body>\n</html>\n",
-        encoding="utf-8",
-    )
+    records, path = open_records(run_dirs)
+    path.write_text(render(report_data(records)), encoding="utf-8")
     return path
 
 
-def norm_threshold(config: Config) -> float | None:
-    """Returns the threshold of the global gradient norm; None under adaptive clipping, which has one per unit."""
-    return None if config.optim.clipping == "adaptive" else config.optim.clip_norm
+def open_records(run_dirs: str | Path | Sequence[str | Path]) -> tuple[list[RunRecord], Path]:
+    """Reads the runs of a report; returns them with the path of its file. Raises as `write_report` does."""
+    given = [Path(run_dirs)] if isinstance(run_dirs, str | Path) else [Path(one) for one in run_dirs]
+    named = [one for one in given if (one / "config.json").is_file() or not one.is_dir()]
+    records = []
+    for folder in given:
+        for found in [folder] if folder in named else find_runs(folder):
+            try:
+                records.append(read_record(found))
+            except ValueError:
+                if folder in named:  # a broken run among others does not hide them
+                    raise
+    if not records:
+        raise ValueError(f"{given[0]} is no run directory (no config.json), and holds none: give a --run-dir")
+    shown = [record for record in records if record.lines]
+    if not shown:
+        raise ValueError(
+            f"{records[0].folder / 'metrics.jsonl'} holds no logged step: train past train.log_every steps first"
+        )
+    parent = given[0] if len(given) == 1 else Path(os.path.commonpath([os.path.abspath(one) for one in given]))
+    return shown, parent / "report.html"
 
 
-def _last_step_rows(steps: list[dict[str, Any]], config: Config) -> Rows:
-    step, skipped = steps[-1], sum(line.get("skipped") == 1 for line in steps)
-    rows = [("step", f"{step['step']:,} of {config.train.steps:,}")]
-    rows += [("skipped steps", f"{skipped:,}")] if skipped else []
-    shown = ("nll", "loss", "learning_rate", "grad_norm", "tokens_seen", "tokens_per_second", "mfu", "attempt")
-    return rows + [(_label(key), _format(key, step[key])) for key in shown if key in step]
-
-
-def _eval_rows(event: dict[str, Any]) -> Rows:
-    """Returns every field of an `eval` event, those of future evaluations included."""
-    return [(_label(key), _format(key, value)) for key, value in event.items() if key not in ("event", "time")]
-
-
-def _config_rows(config: Config) -> Rows:
-    """Returns the highlighted fields and all that differ from their default; `config.json` has the rest."""
-    rows = []
-    for section in dataclasses.fields(config):
-        value = getattr(config, section.name)
-        if not dataclasses.is_dataclass(value):
-            rows.append((section.name, str(value)))
-            continue
-        items = [(item, getattr(value, item.name)) for item in dataclasses.fields(value)]
-        shown = [(item.name, v) for item, v in items if item.name in _HIGHLIGHTS or v != item.default]
-        rows.append((section.name, ", ".join(f"{name}={v}" for name, v in shown)))
-    return rows
-
-
-def _sample(run_dir: Path, events: list[dict[str, Any]]) -> str:
-    names = [event["sample"] for event in events if event["event"] == "stop" and event.get("sample")]
-    path = run_dir / Path(names[-1]).name if names else None
-    if path is None or not path.is_file():
-        return ""
-    return f"<pre>{html.escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>"
-
-
-def read_findings(run_dir: str | Path) -> tuple[list[Finding], str]:
-    """Returns the findings of a run, and its progress as a line of text.
+def findings_of(record: RunRecord) -> list[Finding]:
+    """Returns the findings of a run.
 
     Raises:
-      ValueError: config or metrics are missing.
+      ValueError: a config that cannot be read, such as one with a schedule of its config file.
     """
-    run_dir = Path(run_dir)
-    config = load_run(run_dir)
-    steps, events = read_metrics(run_dir / "metrics.jsonl")
-    last = steps[-1]["step"] if steps else 0
-    return diagnose(steps, events, config), f"{run_dir}: step {last:,} of {config.train.steps:,}"
+    return diagnose(record.lines, record.events, load_run(record.folder))
+
+
+def report_data(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """Returns all that a report shows, as JSON values."""
+    points = max(POINTS // len(records), 300)
+    alone = len(records) == 1
+    names = _distinct_names(records)
+    return {
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "runs": [_run_data(record, name, points, alone) for record, name in zip(records, names, strict=True)],
+        "differences": differences(records),
+    }
+
+
+def _run_data(record: RunRecord, name: str, points: int, alone: bool) -> dict[str, Any]:
+    try:
+        findings = findings_of(record)
+    except ValueError:
+        if alone:
+            raise
+        findings = []  # one run that needs its config file does not hide the others
+    clipping, threshold = record.config.get("optim.clipping"), record.config.get("optim.clip_norm")
+    shown = [{**vars(finding), "event": "finding"} for finding in findings]
+    events = [event for event in record.events if event["event"] != "finding"]
+    heading, times = describe_times(record.folder)
+    return encode(
+        {
+            "name": name,
+            "folder": str(record.folder),
+            "summary": record.summary(),
+            "threshold": None if clipping == "adaptive" else threshold,
+            "curves": run_curves(record.lines, record.evaluations, points=points),
+            "marks": _marks(record, [*events, *shown]),
+            "findings": [vars(finding) for finding in findings],
+            "evaluation": (record.evaluations or [{}])[-1],
+            "times": {"heading": heading, "rows": times},
+            "sample": _sample(record),
+            "config": record.config,
+            "about": describe(record),
+            "events": [
+                (str(event.get("time", "")).split(".")[0].replace("T", " "), event["event"], sentence(event))
+                for event in events
+            ],
+        }
+    )
+
+
+def _distinct_names(records: Sequence[RunRecord]) -> list[str]:
+    names = [record.name for record in records]
+    return [str(record.folder) if names.count(record.name) > 1 else record.name for record in records]
+
+
+def _marks(record: RunRecord, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the marks of the time line: kind, text and position."""
+    kinds = {event: kind for kind, names in _MARKS.items() for event in names}
+    found = [(kinds[e["event"]], e["step"], sentence(e)) for e in events if e["event"] in kinds and _has_step(e)]
+    found += [("skip", line["step"], "A step was skipped.") for line in record.lines if line.get("skipped")]
+    marks: list[tuple[str, int, str]] = []
+    for kind in (*_MARKS, "skip"):
+        of_kind = sorted(mark for mark in found if mark[0] == kind)
+        stride = max(len(of_kind) // _MOST, 1)
+        marks += of_kind[::stride]
+    places = Axis(record.lines).at([step for _, step, _ in marks])
+    return [
+        {"kind": kind, "text": text, **{name: values[i] for name, values in places.items()}}
+        for i, (kind, _, text) in enumerate(marks)
+    ]
+
+
+def _has_step(event: dict[str, Any]) -> bool:
+    return isinstance(event.get("step"), int)
+
+
+def _sample(record: RunRecord) -> str:
+    names = [event["sample"] for event in record.named("stop") if event.get("sample")]
+    path = record.folder / Path(str(names[-1])).name if names else None
+    return path.read_text(encoding="utf-8", errors="replace") if path is not None and path.is_file() else ""
 
 
 def describe_times(run_dir: str | Path) -> tuple[str, list[tuple[str, str, str]]]:
@@ -144,56 +171,167 @@ def describe_times(run_dir: str | Path) -> tuple[str, list[tuple[str, str, str]]
     return f"steps {steps[0]:,} to {steps[-1]:,}, from {folder.relative_to(run_dir)}", rows
 
 
-def _times_table(run_dir: Path) -> str:
-    heading, rows = describe_times(run_dir)
-    table = _columns(("scope", "share", "busy ms a step"), rows, num_short=3) if rows else ""
-    return f"<p>{html.escape(heading)}</p>\n{table}" if heading else ""
+# The page.
 
 
-def _health_table(findings: list[Finding], num_steps: int) -> str:
-    if not findings:
-        return f"<p>No findings in {num_steps:,} logged steps.</p>"
-    rows = [(f.severity, f.name.replace("_", " "), f"{f.step:,}", f.evidence, f.remedy) for f in findings]
-    return _columns(("", "finding", "step", "evidence", "remedy"), rows, num_short=3)
+def render(data: dict[str, Any]) -> str:
+    """Returns the HTML of a report. Text of users is escaped, and only the two scripts of page/ may run."""
+    runs = data["runs"]
+    title = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs"
+    scripts = [f"/*\n{_asset('uPlot.LICENSE')}*/\n{_asset('uPlot.iife.min.js')}", _asset("report.js")]
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {hashes}"
+    drawn = {"runs": [{k: run[k] for k in ("name", "threshold", "curves", "marks")} for run in runs]}
+    embedded = json.dumps(drawn, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":  # no text can end the script element
+        embedded = embedded.replace(character, f"\\u{ord(character):04x}")
+    body = _one_run(runs[0]) if len(runs) == 1 else _several_runs(data)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{_asset('uPlot.min.css')}\n{_asset('report.css')}</style>\n</head>\n<body>\n"
+        f"{body}\n<footer>jaxtrain report, {html.escape(data['made'])}</footer>\n"
+        f'<script type="application/json" id="data">{embedded}</script>\n'
+        + "".join(f"<script>{script}</script>\n" for script in scripts)
+        + "</body>\n</html>\n"
+    )
 
 
-def _events_table(events: list[dict[str, Any]]) -> str:
-    """Formats all events but the findings, which have a table of their own."""
+def _asset(name: str) -> str:
+    return importlib.resources.files("jaxtrain.monitoring").joinpath("page", name).read_text(encoding="utf-8")
+
+
+_CURVES = """<section><h2>Curves</h2><div id="controls"></div><div id="charts"></div>
+<noscript>The curves need JavaScript; the tables do not.</noscript></section>"""
+
+
+def _one_run(run: dict[str, Any]) -> str:
+    facts = run["summary"]
+    name, state = html.escape(run["name"]), html.escape(facts["state"])
+    return "\n".join(
+        [
+            f'<header><h1>{name}</h1><span class="state {state.replace(" ", "-")}">{state}</span></header>',
+            _cards(facts),
+            _section("Findings", _findings(run)),
+            _CURVES,
+            '<div class="columns">',
+            _section("Summary", _table(run["about"])),
+            _section("Last evaluation", _table(_evaluation_rows(run["evaluation"]))),
+            _times(run["times"]),
+            "</div>",
+            _section("Sample", f"<pre>{html.escape(run['sample'])}</pre>" if run["sample"] else ""),
+            _section("Config", _config(run["config"])),
+            _section("Events", _events(run["events"])),
+        ]
+    )
+
+
+def _several_runs(data: dict[str, Any]) -> str:
+    runs, differing = data["runs"], data["differences"]
+    head = ("run", "state", "steps", "validation", "best", "bits per byte", "tokens/s", "time", "skipped")
     rows = []
-    for event in events:
-        if event["event"] == "finding":
-            continue
-        details = ", ".join(f"{k}={_format(k, v)}" for k, v in event.items() if k not in ("event", "time"))
-        time = str(event.get("time", "")).split(".")[0].replace("T", " ")
-        rows.append((time, str(event["event"]), details))
-    return _columns(("time (UTC)", "event", "details"), rows, num_short=2) if rows else ""
+    for run in runs:
+        facts = run["summary"]
+        numbers = [_number(facts[k]) for k in ("validation_loss", "best_validation_loss", "bits_per_byte")]
+        speed, seconds = facts["tokens_per_second"], facts["train_seconds"]
+        steps = f"{facts['step']:,} of {facts['steps']:,}"
+        more = [f"{speed:,.0f}" if speed else "", format_seconds(seconds), f"{facts['skipped_steps']:,}"]
+        rows.append([run["name"], facts["state"], steps, *numbers, *more])
+    values = [[name, *map(_value, found)] for name, found in differing.items()]
+    config = _columns(("field", *(run["name"] for run in runs)), values) if values else "<p>All configs are equal.</p>"
+    details = [
+        f"<details><summary>{html.escape(run['name'])}</summary>{_findings(run)}"
+        + (f"<pre>{html.escape(run['sample'])}</pre>" if run["sample"] else "")
+        + "</details>"
+        for run in runs
+    ]
+    return "\n".join(
+        [
+            f"<header><h1>{len(runs)} runs</h1></header>",
+            _section("Runs", _columns(head, rows, swatches=True)),
+            _section("Config, where it differs", config),
+            _CURVES,
+            _section("Findings and samples", "\n".join(details)),
+        ]
+    )
 
 
-def _columns(titles: tuple[str, ...], rows: list[tuple[str, ...]], num_short: int) -> str:
-    """Formats a table with a head; the first `num_short` columns are never wrapped."""
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>\n{content}\n</section>" if content else ""
+
+
+def _cards(facts: dict[str, Any]) -> str:
+    speed = facts["tokens_per_second"]
+    share = facts["mfu"]
+    cards = [
+        ("validation loss", _number(facts["validation_loss"]), f"best {_number(facts['best_validation_loss'])}"),
+        ("training loss", _number(facts["train_loss"]), "nats per token"),
+        ("bits per byte", _number(facts["bits_per_byte"]), "of held-out text"),
+        ("step", f"{facts['step']:,}", f"of {facts['steps']:,}"),
+        ("tokens per second", f"{speed:,.0f}" if speed else "", f"MFU {share:.1%}" if share else "median"),
+        ("training time", format_seconds(facts["train_seconds"]), f"{facts['skipped_steps']:,} steps skipped"),
+    ]
+    shown = [f"<div><small>{a}</small><strong>{b}</strong><small>{c}</small></div>" for a, b, c in cards if b]
+    return f'<div class="cards">{"".join(shown)}</div>'
+
+
+def _findings(run: dict[str, Any]) -> str:
+    items = [
+        f'<li class="{html.escape(one["severity"])}"><strong>{html.escape(one["name"].replace("_", " "))}</strong> '
+        f"at step {one['step']:,}: {html.escape(one['evidence'])}<br><small>{html.escape(one['remedy'])}</small></li>"
+        for one in run["findings"]
+    ]
+    return f'<ul class="findings">{"".join(items)}</ul>' if items else '<p class="good">No findings.</p>'
+
+
+def _evaluation_rows(event: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns every field of an `eval` event, those of future evaluations included."""
+    return [(k.replace("_", " "), _value(v)) for k, v in event.items() if k not in ("event", "time")]
+
+
+def _times(times: dict[str, Any]) -> str:
+    rows = times["rows"]
+    table = _columns(("scope", "share", "busy ms a step"), rows) if rows else ""
+    return _section("Time by scope", f"<p>{html.escape(times['heading'])}</p>{table}") if times["heading"] else ""
+
+
+def _config(config: dict[str, Any]) -> str:
+    rows = [(name, _value(value)) for name, value in config.items()]
+    return f"<details><summary>{len(rows)} fields</summary>{_table(rows)}</details>"
+
+
+def _events(events: list[Sequence[str]]) -> str:
+    """Returns all events; the routine ones may be hidden."""
+    notable = [(time, text) for time, name, text in events if name not in _ROUTINE]
+    head = ("time (UTC)", "event")
+    hidden = [(time, text) for time, _, text in events[-_MOST:]]
+    more = f"<details><summary>all {len(events):,} events</summary>{_columns(head, hidden)}</details>"
+    return _columns(head, notable[-_MOST:]) + more if events else ""
+
+
+def _columns(titles: Sequence[str], rows: Sequence[Sequence[str]], *, swatches: bool = False) -> str:
     lines = ["".join(f"<th>{html.escape(title)}</th>" for title in titles)]
-    for row in rows:
-        starts = ['<td class="short">'] * num_short + ["<td>"] * (len(row) - num_short)
-        lines.append("".join(f"{start}{html.escape(cell)}</td>" for start, cell in zip(starts, row, strict=True)))
-    return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+    for i, row in enumerate(rows):
+        mark = f'<i class="swatch s{i % 8}"></i>' if swatches else ""
+        cells = [f"<td>{html.escape(str(cell))}</td>" for cell in row]
+        lines.append("".join([cells[0].replace("<td>", f"<td>{mark}", 1), *cells[1:]]))
+    return '<div class="scroll"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"
 
 
-def _table(rows: Rows) -> str:
-    lines = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows]
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>\n" for name, value in rows]
+    return f"<table>{''.join(lines)}</table>" if lines else ""
 
 
-def _label(key: str) -> str:
-    return key.replace("_", " ") + (f" ({_UNITS[key]})" if key in _UNITS else "")
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else ""
 
 
-def _format(key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if key.endswith("seconds"):
-        return format_seconds(value) if value >= 60 else f"{value:.3g} s"
-    if key == "mfu":
-        return f"{value:.1%}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_value, value)) or "none"
+    if value is None or isinstance(value, bool | str):
+        return "none" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -24,6 +24,13 @@ def _skip_reason(line: Line) -> str:
     return _SKIP_REASONS.get(line["skip_reason"], "the optimizer refused it")
 
 
+def _add(window: Window, line: Line, value: float, *, others: float) -> None:
+    """Adds a value of each step that a line covers: `others`, and `value` for its last step."""
+    for _ in range(int(line.get("steps", 1)) - 1):
+        window.add(others)
+    window.add(value)
+
+
 class NonFinite(Rule):
     """A non-finite loss or gradient reached the parameters."""
 
@@ -61,7 +68,7 @@ class Float16Overflow(Rule):
         if self.facts.config.train.precision != "float16":
             return UNKNOWN
         norm, scaled = line["grad_norm"], "loss_scale" in line
-        self._overflows.add(line["skipped"] == 1 and line["skip_reason"] == NOT_FINITE)
+        _add(self._overflows, line, line["skipped"] == 1 and line["skip_reason"] == NOT_FINITE, others=False)
         if not math.isfinite(line.get("loss", 0.0)):
             return Found(f"the loss is {line['loss']}, grad_norm {norm:.3g}")
         if self.NORM < norm < math.inf or (not scaled and not math.isfinite(norm)):
@@ -89,7 +96,7 @@ class SkippedSteps(Rule):
     def check(self, line: Line) -> Verdict:
         skipped, not_finite = line["skipped"] == 1, line["skip_reason"] == NOT_FINITE
         routine = not_finite and self.facts.config.train.precision == "float16"  # under loss scaling
-        self._skips.add(skipped and not routine)
+        _add(self._skips, line, skipped and not routine, others=False)
         count = sum(self._skips)
         if not skipped or routine or (count < self.SKIPS and not not_finite):
             return CLEAR
@@ -142,9 +149,9 @@ class ClippingSaturated(Rule):
         if self.facts.config.optim.clipping == "adaptive":
             return CLEAR  # a share of the units is clipped in nearly every step
         if self.after_warmup(line):
-            self._factors.add(factor)
-            self._shares.add(line.get("clipped", factor < 1) / line.get("steps", 1))
-            self._norms.add(norm)
+            share = line.get("clipped", factor < 1) / line.get("steps", 1)
+            for window, value in ((self._factors, factor), (self._shares, share), (self._norms, norm)):
+                _add(window, line, value, others=value)
         if not self._norms.full:
             return CLEAR
         if not factor < 1:

@@ -54,18 +54,28 @@ class BackgroundSink:
     next call, which `Recorder` reports once; the sink still receives what follows.
     """
 
-    def __init__(self, sink: Sink, name: str = "", *, capacity: int = 1000, patience: float = 10.0):
+    def __init__(
+        self,
+        sink: Sink | Callable[[], Sink],
+        name: str = "",
+        *,
+        every_step: bool = False,
+        capacity: int = 1000,
+        patience: float = 10.0,
+    ):
         """Starts the thread.
 
         Args:
-          sink: the sink to run.
+          sink: the sink to run, or a function that makes it on the thread.
           name: its name in reports of failure; the default is that of its class.
+          every_step: pass every step on, as for a sink with that attribute.
           capacity: records that may wait for it.
           patience: seconds that `close` waits for it to finish.
         """
         self.name = name or type(sink).__name__
-        self.every_step = getattr(sink, "every_step", False)
-        self._sink, self._patience = sink, patience
+        self.every_step = every_step or getattr(sink, "every_step", False)
+        self._sink, self._patience = sink if hasattr(sink, "step") else None, patience
+        self._make = sink
         self._queue: queue.Queue[tuple[Any, ...] | None] = queue.Queue(capacity)
         self._problem: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=f"sink {self.name}", daemon=True)
@@ -73,11 +83,11 @@ class BackgroundSink:
 
     def step(self, step: int, fields: Fields) -> None:
         """Queues a step."""
-        self._put(self._sink.step, step, fields)
+        self._put("step", step, fields)
 
     def event(self, name: str, text: str, fields: Fields) -> None:
         """Queues an event."""
-        self._put(self._sink.event, name, text, fields)
+        self._put("event", name, text, fields)
 
     def close(self) -> None:
         """Waits up to `patience` seconds for the queued records and for the sink's own `close`."""
@@ -104,9 +114,18 @@ class BackgroundSink:
             raise SinkFailed(f"{type(problem).__name__}: {problem}") from problem
 
     def _work(self) -> None:
+        if self._sink is None:
+            self._attempt(self._open)
         while (call := self._queue.get()) is not None:
-            self._attempt(*call)
-        self._attempt(self._sink.close)
+            self._call(*call)
+        self._call("close")
+
+    def _open(self) -> None:
+        self._sink = self._make()  # type: ignore[operator]
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        if self._sink is not None:  # else making it has failed
+            self._attempt(getattr(self._sink, method), *arguments)
 
     def _attempt(self, function: Callable, *arguments: Any) -> None:
         try:

@@ -1,10 +1,12 @@
-"""Files that survive a crash: durable writes of small files, folder locks, hashes."""
+"""Files that survive a crash: durable writes of small files, folder locks, hashes; the git commit of a folder."""
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +77,23 @@ def sha256_file(path: Path) -> str:
     """Returns the SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@functools.cache
+def git_commit(folder: Path) -> str | None:
+    """Returns the commit of the git repository around a folder, marked if tracked files differ; None without one."""
+    texts = []
+    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5, check=False
+            )
+        except (OSError, subprocess.SubprocessError):  # no git, or a slow file system
+            return None
+        if done.returncode:
+            return None
+        texts.append(done.stdout.strip())
+    return texts[0] + (" (modified)" if texts[1] else "")
 
 
 def flock(descriptor: int, folder: Path) -> bool:

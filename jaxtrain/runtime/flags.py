@@ -99,6 +99,8 @@ def _read_positional(command: Command, words: list[str], given: dict[str, Any]) 
     hints = typing.get_type_hints(command.options, include_extras=True)
     for name in command.options.positional.split():
         hint = hints[name]
+        if not words and hasattr(command.options, name):  # the class attribute is the default
+            continue
         if not words:
             raise ValueError(f"{metavar(hint)} is missing: {usage(command)}")
         taken = len(words) if kind_of(hint) is tuple else 1
@@ -288,7 +290,8 @@ def usage(command: Command) -> str:
 def positional_metavars(options: type[Any]) -> dict[str, str]:
     """Returns the word that stands for each value without a flag, by the name of its field."""
     hints = typing.get_type_hints(options, include_extras=True)
-    return {name: metavar(hints[name]) for name in options.positional.split()}
+    names = {name: metavar(hints[name]) for name in options.positional.split()}
+    return {name: f"[{text}]" if hasattr(options, name) else text for name, text in names.items()}
 
 
 def metavar(hint: Any) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import platform
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jaxtrain.mixture import describe
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.runtime import processes
+from jaxtrain.runtime.files import git_commit
 from jaxtrain.runtime.stop import Stop
 from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
@@ -213,11 +215,17 @@ def fresh(session: Session) -> tuple[TrainState, Event]:
 
 def _about(session: Session) -> dict[str, Any]:
     """Returns facts of this attempt for its first event."""
-    run = session.run
+    run, stores = session.run, session.run.store.sources
     skip = {"skip": list(run.config.data.skip)} if run.config.data.skip else {}
     return skip | {
         "attempt": session.recorder.attempt,
         **environment(run),
+        "jaxtrain": __version__,
+        "python": platform.python_version(),
+        "commit": git_commit(Path.cwd()),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract_state.params)),
+        "data": " ".join(f"{name}={store.path}" for name, store in stores.items()) or str(run.store.path),
+        "tokenizer": next(iter(stores.values()), run.store).manifest.get("tokenizer", {}).get("spec"),
         "vocab_size": run.program.vocab_size,
         "train_tokens": run.store.train.num_tokens,
     }

@@ -6,11 +6,12 @@ data and writes records, and the processes agree on each part before they start 
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.manifest import Damaged, verify
 from jaxtrain.config import Config
 from jaxtrain.data.compressors import compressor_bits_per_byte
 from jaxtrain.data.loader import Prefetcher
@@ -19,9 +20,11 @@ from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.monitoring.profile import Profiler, named_as_now, parse_profile, steps_left
 from jaxtrain.monitoring.recorder import Recorder, open_recorder
 from jaxtrain.monitoring.rules import RunFacts
+from jaxtrain.monitoring.tracked import check_trackers
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.chips import peak_flops
+from jaxtrain.runtime.config_files import load_run
 from jaxtrain.runtime.files import write_text
 from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.step import TrainState
@@ -55,6 +58,7 @@ def train(
     profile: str | None = None,
     allow_change: bool = False,
     lock: bool = True,
+    track: Sequence[str] = (),
     hooks: Hooks = NO_HOOKS,
 ) -> dict[str, Any]:
     """Trains a run, or resumes the run that the directory holds.
@@ -62,12 +66,13 @@ def train(
     Args:
       config: the run. To resume, it must equal that of the run, but for fields such as `log_every` that change no
         number of the run.
-      run_dir: holds config.json, tokenizer.json, metrics.jsonl, checkpoints/, and at the end report.html, report.png
-        and sample.txt.
+      run_dir: holds config.json, tokenizer.json, metrics.jsonl, checkpoints/, and at the end report.html and
+        sample.txt.
       rewind: resume from the checkpoint of this step and rename later ones; None resumes from the newest.
       profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; None traces none.
       allow_change: resume with another learning rate, batch size and the like, from the next step on.
       lock: False takes no locks, for a file system that has none.
+      track: experiment trackers that receive the run: tensorboard, wandb, mlflow, trackio.
       hooks: replaces parts of the run.
 
     Returns:
@@ -79,14 +84,19 @@ def train(
     """
     config, folder = absolute_paths(config, run_dir), Path(run_dir)
     traced = parse_profile(profile, config.train)
+    processes.run_on_lead("find the trackers", lambda: check_trackers(track))
     with contextlib.ExitStack() as stack:
-        session = _open_session(config, folder, stack, hooks, rewind=rewind, allow_change=allow_change, lock=lock)
+        options = {"rewind": rewind, "allow_change": allow_change, "lock": lock}
+        session = _open_session(config, folder, stack, hooks, track, **options)
         recorder = session.recorder
         recorder.table(f"jaxtrain: {folder}", start_table(session.run))
         if config.optim.name == "adamw":
             recorder.say(decay_report(session.run.program.abstract_state.params, decay_mask))
         if config.optim.frozen:
             recorder.say(describe_frozen(session.run.program.abstract_state.params, config.optim.frozen))
+        if rewind is None and (outcome := _outcome_of_finished(session)):
+            recorder.say(f"finished at step {outcome['step']} before: nothing to do; {folder / 'report.html'}")
+            return outcome
         try:
             state = start(session, rewind)
             if processes.is_lead():
@@ -102,12 +112,32 @@ def train(
         if processes.is_lead():
             try:
                 recorder.say(f"report: {hooks.write_report(folder)}")
-            except (ImportError, ValueError) as error:  # no matplotlib, or no logged step: the run itself is complete
+            except (OSError, ValueError) as error:  # such as no logged step: the run itself is complete
                 recorder.say(f"no report: {error}")
     return outcome | {"skipped_steps": recorder.skipped_steps}
 
 
-def _open_session(config: Config, folder: Path, stack: contextlib.ExitStack, hooks: Hooks, **options: Any) -> Session:
+def _outcome_of_finished(session: Session) -> dict[str, Any] | None:
+    """Returns the outcome that a finished run has recorded; None if anything is left to do."""
+
+    def find() -> dict[str, Any] | None:
+        run, last = session.run, session.recorder.last_stop
+        steps = run.config.train.steps
+        settled = last.get("reason") == "finished" and last.get("step") == steps == session.checkpoints.latest_step()
+        if not settled or load_run(run.folder) != run.config:
+            return None
+        try:
+            verify(session.checkpoints.checkpoint(steps))
+        except Damaged:
+            return None
+        return {name: value for name, value in last.items() if name not in ("event", "time")}
+
+    return processes.broadcast_from_lead("look for the end of the run", find)
+
+
+def _open_session(
+    config: Config, folder: Path, stack: contextlib.ExitStack, hooks: Hooks, track: Sequence[str], **options: Any
+) -> Session:
     """Opens the data, with the options of `prepare_data`, and the records of a run; `stack` closes them."""
     check_optimizer(config)
     with rollback_config(folder) if processes.is_lead() else contextlib.nullcontext():
@@ -121,7 +151,7 @@ def _open_session(config: Config, folder: Path, stack: contextlib.ExitStack, hoo
         train_batches(run)  # raises if the text is too short
         check_resume(run, options["rewind"])
     stop = stack.enter_context(Stop().listen())
-    recorder = stack.enter_context(_open_recorder(run))
+    recorder = stack.enter_context(_open_recorder(run, track))
     rule = config.checkpoint
     checkpoints = CheckpointFolder(
         folder / "checkpoints",
@@ -137,7 +167,7 @@ def _open_session(config: Config, folder: Path, stack: contextlib.ExitStack, hoo
     return Session(run, recorder, stop, checkpoints, saver, stack.enter_context(watchdog), changes)
 
 
-def _open_recorder(run: Run) -> Recorder:
+def _open_recorder(run: Run, track: Sequence[str]) -> Recorder:
     settings, program, batches = run.config.train, run.program, train_batches(run)
 
     def more(first: int, last: int) -> dict[str, Any]:
@@ -153,6 +183,7 @@ def _open_recorder(run: Run) -> Recorder:
         peak_flops=peak and peak * program.mesh.size,
         sinks=run.hooks.sinks,
         more=more,
+        track=track,
     )
 
 

@@ -450,8 +450,8 @@ def test_command_line_reports_a_run_that_is_still_going(run, config, tmp_path, c
     capsys.readouterr()
     assert main(["report", str(folder)]) == 0
     printed = capsys.readouterr().out
-    assert f"{folder}: step 11 of 300\nwarning: adam_frozen at step 10: " in printed
+    assert f"{folder}: step 11 of 300, stopped\nwarning: adam_frozen at step 10: " in printed
     assert printed.endswith(f"report: {folder / 'report.html'}\n")
-    assert (folder / "report.png").is_file()
-    assert main(["report", str(tmp_path)]) == 2
+    assert (folder / "report.html").is_file()
+    assert main(["report", str(folder / "checkpoints")]) == 2
     assert "config.json" in capsys.readouterr().err

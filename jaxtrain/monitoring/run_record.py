@@ -1,0 +1,257 @@
+"""Record of a run as its directory tells it: config, steps, events, state and summary."""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.monitoring.curves import clipped_steps, column, covered_steps
+from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.monitoring.tables import format_seconds
+
+Rows = list[tuple[str, str]]
+
+_DEPTH = 4  # levels of folders that are searched for runs
+
+
+@dataclass
+class RunRecord:
+    """What a run directory holds. Reads no checkpoint and needs no device.
+
+    Attributes:
+      folder: the run directory.
+      config: value of each field of config.json by its dotted path.
+      lines, events: see `read_metrics`; events of starts that added no step to a finished run are left out.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Name of the run directory."""
+        return self.folder.resolve().name
+
+    @property
+    def step(self) -> int:
+        """The last logged step; 0 without one."""
+        return self.lines[-1]["step"] if self.lines else 0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the config."""
+        steps = self.config.get("train.steps")
+        return steps if isinstance(steps, int) else self.step
+
+    def named(self, *names: str) -> list[dict[str, Any]]:
+        """Returns the events of these names."""
+        return [event for event in self.events if event["event"] in names]
+
+    @property
+    def begun(self) -> dict[str, Any]:
+        """Facts of the newest start; empty without one."""
+        return (self.named("start", "resume") or [{}])[-1]
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Evaluations with a loss, one per step, sorted by step; an attempt that was rewound leaves none behind."""
+        found: dict[int, dict[str, Any]] = {}
+        for event in self.events:
+            if not isinstance(step := event.get("step"), int):
+                continue
+            if event["event"] in ("start", "resume"):
+                found = {at: one for at, one in found.items() if at <= step}
+            elif event["event"] == "eval" and isinstance(event.get("nll"), int | float):
+                found[step] = event
+        return [found[step] for step in sorted(found)]
+
+    @cached_property
+    def state(self) -> str:
+        """`finished`, `stopped`, `gave up`, `running`, `crashed`, or `new` before the first start."""
+        last = [event for event in self.events if event["event"] in ("start", "resume", "stop")]
+        if _is_locked(self.folder / "lock"):
+            return "running"
+        if not last:
+            return "new"
+        if last[-1]["event"] != "stop":
+            return "crashed"
+        reason = str(last[-1].get("reason"))
+        return "finished" if reason == "finished" else "gave up" if reason.startswith("too many") else "stopped"
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of all logged steps, without compilation, evaluation and saves."""
+        return float(np.nansum(column(self.lines, "step_seconds") * covered_steps(self.lines)))
+
+    def median(self, name: str) -> float:
+        """Returns the median of a metric over the lines; NaN without one."""
+        values = column(self.lines, name)
+        return float(np.median(values[np.isfinite(values)])) if np.isfinite(values).any() else math.nan
+
+    @property
+    def skipped(self) -> int:
+        """Number of skipped steps."""
+        return int(np.nansum(column(self.lines, "skipped")))
+
+    @property
+    def clipped_share(self) -> float:
+        """Share of the steps that were clipped; NaN if unknown."""
+        clipped = clipped_steps(self.lines)
+        known = ~np.isnan(clipped)
+        return float(clipped[known].sum() / covered_steps(self.lines)[known].sum()) if known.any() else math.nan
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the facts of a run as JSON values, None where unknown."""
+        best = min(self.evaluations, key=lambda event: _rank(event["nll"]), default={})
+        last, line = (self.evaluations or [{}])[-1], (self.lines or [{}])[-1]
+        begun = self.begun
+        facts = {
+            "state": self.state,
+            "step": self.step,
+            "steps": self.total_steps,
+            "train_loss": line.get("nll", line.get("loss")),
+            "validation_loss": last.get("nll"),
+            "validation_step": last.get("step"),
+            "bits_per_byte": last.get("bits_per_byte"),
+            "best_validation_loss": best.get("nll"),
+            "best_validation_step": best.get("step"),
+            "tokens_seen": line.get("tokens_seen"),
+            "tokens_per_second": self.median("tokens_per_second"),
+            "mfu": self.median("mfu"),
+            "train_seconds": self.train_seconds,
+            "skipped_steps": self.skipped,
+            "clipped_share": self.clipped_share,
+            "attempts": len(self.named("start", "resume")),
+        }
+        known = ("parameters", "tokenizer", "vocab_size", "data", "train_tokens", "devices", "device", "processes")
+        facts |= {name: begun.get(name) for name in (*known, "jax", "jaxtrain", "python", "commit")}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+
+
+def read_record(folder: str | Path) -> RunRecord:
+    """Reads a run directory.
+
+    Raises:
+      ValueError: no config.json or metrics.jsonl there, or a config.json that is not valid JSON.
+    """
+    folder = Path(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
+    try:
+        config = dict(_flatten(json.loads(file.read_text(encoding="utf-8"))))
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}; correct it, or give another run directory") from None
+    lines, events = read_metrics(folder / "metrics.jsonl")
+    return RunRecord(folder, config, lines, _with_steps(lines, events))
+
+
+def find_runs(folder: str | Path) -> list[Path]:
+    """Returns the run directories in a folder and its subfolders, or the folder itself if it is one; sorted by path.
+
+    Raises:
+      ValueError: no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: give a folder of run directories, such as runs")
+    found = []
+    for path, names, files in os.walk(folder):
+        if "config.json" in files or "metrics.jsonl" in files:
+            found.append(Path(path))
+            names.clear()  # runs are not nested
+        depth = len(Path(path).relative_to(folder).parts)
+        names[:] = sorted(name for name in names if not name.startswith(".") and depth < _DEPTH)
+    return sorted(found)
+
+
+def differences(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Returns the config fields that differ between runs, with the value of each run; None where it is absent."""
+    if len(records) < 2:
+        return {}
+    names = dict.fromkeys(name for record in records for name in record.config)
+    values = {name: [record.config.get(name) for record in records] for name in names}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _with_steps(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leaves out the events of an attempt that found the run finished and trained no further."""
+    attempts: list[list[dict[str, Any]]] = [[]]
+    for event in events:
+        begins = event["event"] in ("start", "resume")
+        if _has(attempts[-1], "stop") or (begins and _has(attempts[-1], "start", "resume")):
+            attempts.append([])
+        attempts[-1].append(event)
+    trained = {line.get("attempt") for line in lines}
+    kept, finished = [], False
+    for attempt in attempts:
+        numbers = {event.get("attempt") for event in attempt if event["event"] in ("start", "resume")}
+        if finished and numbers and not numbers & trained and not _has(attempt, "rewind"):
+            continue
+        kept += attempt
+        finished = any(event["event"] == "stop" and event.get("reason") == "finished" for event in attempt)
+    return kept
+
+
+def _has(events: list[dict[str, Any]], *names: str) -> bool:
+    return any(event["event"] in names for event in events)
+
+
+def _rank(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _is_locked(file: Path) -> bool:
+    """Returns True while a process trains in the run directory."""
+    try:
+        with open(file) as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    except OSError:  # none, or a file system without locks
+        pass
+    return False
+
+
+def describe(record: RunRecord) -> Rows:
+    """Returns the summary as rows of names and texts for people."""
+    facts = record.summary()
+    rows = [("steps", f"{facts['step']:,} of {facts['steps']:,}")]
+    if facts["parameters"]:
+        rows.append(("parameters", f"{facts['parameters']:,}"))
+    if facts["tokens_seen"]:
+        epochs = f", {facts['tokens_seen'] / facts['train_tokens']:.3g} epochs" if facts["train_tokens"] else ""
+        rows.append(("tokens seen", f"{facts['tokens_seen']:,}{epochs}"))
+    rows.append(("training time", format_seconds(facts["train_seconds"])))
+    rows.append(("starts", f"{facts['attempts']:,}"))
+    rows.append(("skipped steps", f"{facts['skipped_steps']:,}"))
+    if facts["clipped_share"] is not None:
+        rows.append(("clipped steps", f"{facts['clipped_share']:.1%}"))
+    if facts["device"]:
+        processes = facts["processes"] or 1
+        rows.append(
+            ("devices", f"{facts['devices']} x {facts['device']}" + (f", {processes} processes" * (processes > 1)))
+        )
+    rows += [(name, str(facts[name])) for name in ("data", "tokenizer") if facts[name]]
+    rows += [("vocabulary", f"{facts['vocab_size']:,} tokens")] if facts["vocab_size"] else []
+    versions = [f"{name} {facts[name]}" for name in ("jaxtrain", "jax", "python") if facts[name]]
+    rows += [("versions", ", ".join(versions))] if versions else []
+    return rows + ([("commit", str(facts["commit"]))] if facts["commit"] else [])

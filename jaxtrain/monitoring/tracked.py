@@ -1,0 +1,169 @@
+"""A run as experiment trackers see it: the same id on resume, and each step once.
+
+A tracker that is killed with the run loses its queue, and a run that resumes repeats the steps since its checkpoint. So
+RUN/trackers/NAME.json holds what the tracker has received, and metrics.jsonl fills the gap. After a rewind, or a change
+of the config that alters steps which the tracker has, the run continues under a new id with its whole history; the old
+id keeps the abandoned steps.
+"""
+
+import importlib
+import importlib.util
+import json
+import math
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtrain.fields import check_choice
+from jaxtrain.runtime.files import read_json, write_json
+
+Fields = Mapping[str, Any]
+
+# Trackers by name: package, and the class that receives the run.
+TRACKERS = {
+    "tensorboard": ("tensorboardX", "jaxtrain.monitoring.trackers.tensorboard:TensorBoard"),
+    "wandb": ("wandb", "jaxtrain.monitoring.trackers.wandb:WeightsAndBiases"),
+    "mlflow": ("mlflow", "jaxtrain.monitoring.trackers.mlflow:MLflow"),
+    "trackio": ("trackio", "jaxtrain.monitoring.trackers.trackio:Trackio"),
+}
+# Fields of a step that are no curve, or that follow from the step.
+_LEFT_OUT = {"step", "steps", "attempt", "skip_reason", "give_up"}
+
+
+class TrackedRun(NamedTuple):
+    """What a tracker is told when it opens.
+
+    Attributes:
+      folder: the run directory.
+      title: name for people.
+      id: identity of the run with the tracker; letters and digits.
+      is_new: False if the tracker has received this id before.
+      config: value of each field by its dotted path.
+      commit: git commit of the working directory; None without one.
+    """
+
+    folder: Path
+    title: str
+    id: str
+    is_new: bool
+    config: dict[str, Any]
+    commit: str | None
+
+
+class Tracker:
+    """Interface of a tracker: made with a TrackedRun, it receives steps in order, each once."""
+
+    def __init__(self, run: TrackedRun):
+        """Starts or resumes the run of this id."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Receives the metrics of a logged step, as `train/nll`, or of an evaluation, as `validation/nll`."""
+
+    def note(self, step: int, name: str, text: str) -> None:
+        """Receives an event with its text for people."""
+
+    def close(self) -> None:
+        """Ends the record."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Checks the names of trackers, and that their packages are installed.
+
+    Raises:
+      ValueError: an unknown name.
+      ImportError: a missing package; names the extra.
+    """
+    for name in names:
+        package, _ = TRACKERS[check_choice(name, TRACKERS, "--track")]
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"--track {name} needs {package}: pip install 'jaxtrain[{name}]'")
+
+
+class Tracked:
+    """Sink that passes a run to a tracker; runs on the thread of a `BackgroundSink`."""
+
+    def __init__(
+        self, name: str, folder: Path, config: dict[str, Any], lines: Iterable[Fields], events: Iterable[Fields]
+    ):
+        """Opens nothing yet.
+
+        Args:
+          name: entry of TRACKERS.
+          folder: the run directory.
+          config: value of each field by its dotted path.
+          lines, events: earlier records of a resumed run, as `read_metrics` returns them.
+        """
+        self._name, self._folder, self._config = name, folder, config
+        self._earlier = [(line, "train") for line in lines]
+        self._earlier += [(event, "validation") for event in events if event["event"] == "eval"]
+        self._file = folder / "trackers" / f"{name}.json"
+        self._partial = self._file.with_suffix(".partial")
+        self._tracker: Tracker | None = None
+        self._begun: Fields = {}
+        self._step = 0
+        self._altered = self._opened = False
+        self._have: dict[str, Any] = {}
+
+    def step(self, step: int, fields: Fields) -> None:
+        """Passes a logged step on, unless the tracker has it."""
+        self._open()
+        self._log("train", step, fields)
+
+    def event(self, name: str, text: str, fields: Fields) -> None:
+        """Passes an evaluation or another event on."""
+        if name in ("start", "resume"):
+            self._begun, self._step = fields, fields["step"]
+        elif name in ("rewind", "config_change"):
+            self._altered = True
+        elif name == "eval":
+            self._open()
+            self._log("validation", fields["step"], fields)
+        elif name in ("finding", "stop") and self._tracker:
+            self._tracker.note(fields.get("step", self._step), name, text)
+
+    def close(self) -> None:
+        """Closes the tracker."""
+        if self._tracker:
+            self._tracker.close()
+
+    def _open(self) -> None:
+        """Opens the tracker before the first record of this attempt, when it is known where the attempt began."""
+        if self._opened:
+            return
+        self._opened = True  # a tracker that cannot open is not asked again
+        have = read_json(self._file)
+        have = have if isinstance(have, dict) and "id" in have else {"id": uuid.uuid4().hex[:12], "number": 1}
+        ahead = max(have.get("train", 0), have.get("validation", 0)) > self._step
+        if ahead and self._altered:
+            have = {"id": uuid.uuid4().hex[:12], "number": have.get("number", 1) + 1}
+        is_new = not have.get("train") and not have.get("validation")
+        number = have.get("number", 1)
+        title = self._folder.resolve().name + (f"-{number}" if number > 1 else "")
+        commit = self._begun.get("commit")
+        module, _, factory = TRACKERS[self._name][1].partition(":")
+        self._file.parent.mkdir(exist_ok=True)
+        write_json(self._file, have)
+        self._have = have
+        self._tracker = getattr(importlib.import_module(module), factory)(
+            TrackedRun(self._folder, title, have["id"], is_new, self._config, commit)
+        )
+        earlier = sorted(self._earlier, key=lambda record: (record[0]["step"], record[1]))
+        for fields, kind in earlier:
+            if fields["step"] <= self._step:
+                self._log(kind, fields["step"], fields)
+        self._earlier = []
+
+    def _log(self, kind: str, step: int, fields: Fields) -> None:
+        if self._tracker is None or step <= self._have.get(kind, 0):
+            return
+        values = {
+            f"{kind}/{name}": float(value)
+            for name, value in fields.items()
+            if name not in _LEFT_OUT and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self._tracker.log(step, {name: value for name, value in values.items() if math.isfinite(value)})
+        self._have[kind] = step
+        # Replaced as a whole, without a sync: after a power cut, a repeated step is better than a slow tracker always.
+        self._partial.write_text(json.dumps(self._have))
+        self._partial.replace(self._file)

@@ -1,0 +1,1 @@
+"""Sinks for experiment trackers, chosen by `--track NAME ...`; a file each."""
