@@ -51,7 +51,7 @@ def evaluate(
       split) or a `note` why it is absent.
 
     Raises:
-      ValueError: num_batches below 1.
+      ValueError: num_batches below 1, or no label that counts, as in prompts without their completions.
       Stopped: `asked_to_stop` returned True. A partial result would be misleading.
     """
     if num_batches is not None and num_batches < 1:
@@ -75,11 +75,15 @@ def evaluate(
             pending = following
     nll, weight = nll + float(pending.nll), weight + float(pending.weight)
     split = batches.split
+    if not weight:
+        raise ValueError(f"no label counts in {last} batches of {split.name}: evaluate more, with train.eval_batches")
     bits_per_token = nll / weight / math.log(2)
-    if split.num_bytes is None:
+    if split.masks is not None:  # completions may be sure, as no text is
+        more = {"note": "no bits per byte: the labels are completions, not a text"}
+    elif split.num_bytes is None:
         more = {"note": f"no bits per byte: {split.name} does not store the bytes of its text"}
     else:
-        more = {"bits_per_byte": bits_per_token * split.num_labels / split.num_bytes}
+        more = {"bits_per_byte": bits_per_token * (split.num_tokens - 1) / split.num_bytes}
     return {
         "nll": nll / weight,
         "perplexity": math.exp(min(nll / weight, 700.0)),
@@ -136,7 +140,7 @@ def evaluate_sources(run: Run, params: chex.ArrayTree, split: str, **options: An
     nll = sum(result["nll"] * result["tokens"] for result in results.values()) / tokens
     whole = {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "bits_per_token": nll / math.log(2)}
     if all("bits_per_byte" in result for result in results.values()):
-        labels = sum(source.num_labels for source in sources.values())
+        labels = sum(source.num_tokens - 1 for source in sources.values())
         num_bytes = sum(source.num_bytes for source in sources.values())
         whole["bits_per_byte"] = whole["bits_per_token"] * labels / num_bytes
     each = {f"{key}/{name}": value for name, result in results.items() for key, value in result.items()}

@@ -9,6 +9,7 @@ import pytest
 from runs import assert_same_bits, change, numbers, state_of, train
 
 from jaxtrain.data.prepare.completions import prepare_completions
+from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.optim import clipped_adamw, decay_mask
 from jaxtrain.training.batches import train_batches
 from jaxtrain.training.frozen import freeze_updates, frozen_mask
@@ -54,10 +55,16 @@ def test_frozen_parameters_keep_their_bits_and_have_no_state(tuned, more, tmp_pa
     held = [path for path in by_path(state.opt_state) if "/mu/" in path or "/nu/" in path]
     assert len(held) == 2 * sum(not is_frozen(path) for path in before)
     assert not any(is_frozen(path.partition("/mu/")[2] or path.partition("/nu/")[2]) for path in held)
-    batches = train_batches(open_run(tmp_path / "run"))
+    run = open_run(tmp_path / "run")
+    batches = train_batches(run)
     for line in numbers(tmp_path / "run"):
         batch = batches.batch(line["step"] - 1)
         assert line["tokens"] == batch["where"].sum() < (batch["segment_ids"] > 0).sum()
+    evaluation = [event for event in read_metrics(tmp_path / "run" / "metrics.jsonl")[1] if event["event"] == "eval"][
+        -1
+    ]
+    assert evaluation["tokens"] == run.store.validation.num_labels
+    assert "bits_per_byte" not in evaluation
 
 
 def test_a_tuned_run_resumes_with_its_choice_only(tuned, tmp_path):
