@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from jaxtrain.data.words import WordEncoder
 from jaxtrain.runtime.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -143,6 +144,13 @@ class BPETokenizer(Tokenizer):
         return library
 
     @cached_property
+    def _words(self) -> WordEncoder | None:
+        try:
+            return WordEncoder(self._library)
+        except ValueError:
+            return None
+
+    @cached_property
     def _ids(self) -> dict[str, int]:
         return self._library.get_vocab(with_added_tokens=True)
 
@@ -182,8 +190,12 @@ class BPETokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the token ids of each text, without the end-of-text token and tokens added around a text."""
-        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [np.array(encoding.ids, np.int32) for encoding in encoded]
+        if self._words is not None:
+            found = self._words.encode_batch(texts)
+        else:
+            encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+            found = [encoding.ids for encoding in encoded]
+        ids = [np.array(part, np.int32) for part in found]
         return [
             self._encode_cut(text) if self.eot_id in found else found for text, found in zip(texts, ids, strict=True)
         ]

@@ -65,6 +65,54 @@ def test_bpe_round_trips_any_text(bpe, text):
     assert bpe.encode(text.encode()).tolist() == bpe.encode(text).tolist()
 
 
+def library_ids(bpe, texts):
+    return [encoding.ids for encoding in bpe._library.encode_batch(texts, add_special_tokens=False)]
+
+
+NASTY = [
+    *(
+        "",
+        " ",
+        "  ",
+        "\n",
+        " \n \t x",
+        "a  b",
+        "a   ",
+        "don't  we'll I'D 's's ''s !'s",
+        "_x_ __y1_2 _",
+        "1²½Ⅷ 2 ٣४ x1y2",
+    ),
+    *(
+        "\x1ca\x1f b\x85c\xa0d\u2003e\u2028f",
+        "e\u0301 ñ Ω ж 漢字一二 ｶﾞ 한글 ไทย",
+        "👩‍👩‍👧 👍🏽 \U0001f9ff",
+        "<|endoftext|> <|end",
+    ),
+    *("\u1c89\ua7dc\u0897\u2ffc\U00016d40 x", "\x00\x01\x7f \ud7ff\ue000\uffff", "x" * 200 + " " * 200 + "1" * 200),
+]
+
+
+def test_words_are_encoded_as_the_library_encodes_texts(bpe):
+    """Also the tokenizers that cannot be encoded word by word; a word of the cache and a new one are the same."""
+    texts = [*NASTY, *TEXTS, *(a + b for a in NASTY for b in NASTY)]
+    assert bpe._words is not None
+    for _ in range(2):
+        found = bpe._words.encode_batch(texts)
+        assert found == library_ids(bpe, texts)
+    assert bpe._words.encode_batch(texts[::-1]) == found[::-1]
+    for change in ({"use_regex": False}, {"add_prefix_space": True}, {"type": "Whitespace"}):
+        data = json.loads(bpe.json_text)
+        data["pre_tokenizer"] |= change
+        other = BPETokenizer(json.dumps(data))
+        assert other._words is None, change
+        assert [ids.tolist() for ids in other.encode_batch(TEXTS)] == library_ids(other, TEXTS)
+
+
+@given(st.lists(st.text(max_size=30), max_size=5))
+def test_words_of_any_text(bpe, texts):
+    assert bpe._words.encode_batch(texts) == library_ids(bpe, texts)
+
+
 def test_bpe_learns_merges_and_is_deterministic(bpe):
     assert bpe.vocab_size == 270
     assert len(bpe.encode("the cat sat")) < len("the cat sat")
