@@ -3,12 +3,16 @@ import io
 import json
 import os
 import string
+import subprocess
+import sys
 import sysconfig
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import call
 
 from jaxtrain.data.prepare import formats
 from jaxtrain.data.prepare.documents import hash_document, plan_units, read_documents, split_blocks
@@ -269,6 +273,64 @@ def test_interrupted_work_is_resumed(tmp_path, counted, tokenizer, stage):
     assert counted.calls == left
     assert contents(out) == contents(tmp_path / "whole")
     assert not (tmp_path / ".store.partial").exists()
+
+
+def test_a_killed_prepare_resumes_after_the_units_that_are_done(tmp_path, monkeypatch):
+    """SIGKILL among two workers: no document is lost or doubled, and no finished unit is read again."""
+    texts = [f"{number} {text}" for number in range(400) for text in DOCUMENTS]
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "corpus.jsonl", texts)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from jaxtrain.data.prepare.passes import Limits\nfrom jaxtrain.data.prepare.prepare import prepare\n"
+        "if __name__ == '__main__':\n"
+        "    prepare(['corpus.jsonl'], 'store', num_workers=2, progress=False, limits=Limits(unit_bytes=100_000))\n"
+    )
+    partial = tmp_path / ".store.partial"
+    with subprocess.Popen([sys.executable, script], cwd=tmp_path) as process:
+        deadline = time.monotonic() + 100
+        while len(list(partial.glob("*/0*.json"))) < 3 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+    done = {path: path.stat().st_mtime_ns for path in partial.glob("*/0*.json")}
+    assert 3 <= len(done) < 50
+    seen = {}
+
+    def stages(description, sizes):
+        seen.update({path: path.stat().st_mtime_ns for path in done} if description == "writing train" else {})
+        return lambda index: None
+
+    options = {"num_workers": 1, "limits": Limits(unit_bytes=100_000), "progress": stages}
+    store = prepare(["corpus.jsonl"], tmp_path / "store", **options)
+    assert seen == done
+    found = texts_of(store, store.train) + texts_of(store, store.validation)
+    assert sorted(found) == sorted(texts)
+
+
+MEMORY = """
+import json, resource, sys
+from jaxtrain.data.prepare.passes import Limits
+from jaxtrain.data.prepare.prepare import prepare
+
+line = json.dumps({"text": "the quick brown fox and the lazy dog " * 60}) + "\\n"
+peaks = []
+for number, megabytes in enumerate((6, 48)):
+    with open(f"{number}.jsonl", "w") as stream:
+        for index in range(megabytes * 10**6 // len(line)):
+            stream.write(line.replace("quick", str(index)))
+    prepare([f"{number}.jsonl"], f"store{number}", num_workers=1, limits=Limits(unit_bytes=1 << 21), progress=False)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
+print(*peaks)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Its slow sibling is scripts/bench_prepare.py --gigabytes 4."""
+    done = call([sys.executable, "-c", MEMORY], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    small, large = map(int, done.stdout.split())  # megabytes
+    assert large - small < 12, (small, large)
 
 
 def test_finished_store_only_has_to_be_renamed(tmp_path, counted, monkeypatch):

@@ -1,5 +1,7 @@
 """Fills the folder of a new token store: choose the split, make the tokenizer, encode, join, manifest."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, zip_longest
@@ -33,7 +35,7 @@ class Limits:
     shard_tokens: int = 1 << 29  # 1 or 2 GiB a shard
     # The tokenizers library needs some 100 bytes of memory a byte of text: documents are encoded block by block.
     block_characters: int = 1 << 18
-    bpe_sample_bytes: int = 200_000_000  # of text that a BPE tokenizer is trained on
+    bpe_sample_bytes: int = 50_000_000  # of text that a BPE tokenizer is trained on
 
 
 DEFAULT_LIMITS = Limits()
@@ -48,6 +50,11 @@ class Corpus:
     left_out: LeftOut
 
 
+def units_folder(folder: Path, request: dict[str, Any]) -> Path:
+    """Returns the folder of a request's units: a worker that outlives its parent writes to no other request's."""
+    return folder / f"units-{hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]}"
+
+
 def write_store(
     folder: Path,
     corpus: Corpus,
@@ -57,7 +64,7 @@ def write_store(
     num_workers: int | None,
     stages: Stages,
 ) -> None:
-    """Writes the store of a request into `folder`, whose subfolder `units` holds the results of an earlier try.
+    """Writes the store of a request into `folder`, whose `units_folder` holds the results of an earlier try.
 
     Args:
       folder: of the unfinished store.
@@ -72,7 +79,8 @@ def write_store(
     """
     units = plan_units(corpus.files, limits.unit_bytes)
     sizes = [sum(piece.size for piece in unit) for unit in units]
-    chosen = folder / "units" / "split.json"
+    parts = units_folder(folder, request)
+    chosen = parts / "split.json"
     if (found := read_json(chosen)) is None:
         advance = stages("choosing the split", None)
         rule, unit_texts = choose_split(units, request["text_field"], request["validation_fraction"])
@@ -81,19 +89,19 @@ def write_store(
         write_json(chosen, found)
     rule, offsets = SplitRule(request["validation_fraction"], found[0]), [0, *accumulate(found[1])]
     tasks = [
-        UnitTask(unit, number, rule, request["text_field"], str(folder), limits.block_characters, offset)
+        UnitTask(unit, number, rule, request["text_field"], str(folder), str(parts), limits.block_characters, offset)
         for number, (unit, offset) in enumerate(zip_longest(units, offsets[: len(units)], fillvalue=0))
     ]
     tokenizer = _make_tokenizer(folder, request, tasks, limits.bpe_sample_bytes, stages)
     dtype = token_dtype(tokenizer.vocab_size)
     tasks = [replace(task, dtype=dtype) for task in tasks]
-    results = [folder / "units" / f"{number:06d}.json" for number in range(len(units))]
+    results = [parts / f"{number:06d}.json" for number in range(len(units))]
     with worker_pool(num_workers, len(units), _format_files(units, num_workers)) as pool:
         counts = run_tasks(encode_unit, tasks, results, pool, stages("tokenizing", sizes))
     hashes = {path: digest for count in counts for path, digest in count["sha256"].items()}
     _refuse_changed(corpus.files)
     splits = {
-        split: join_units(folder, split, counts, dtype, limits.shard_tokens, stages(f"writing {split}", sizes))
+        split: join_units(folder, parts, split, counts, dtype, limits.shard_tokens, stages(f"writing {split}", sizes))
         for split in SPLITS
     }
     write_json(folder / STORE_MANIFEST, _make_manifest(corpus, request, rule, tokenizer, splits, counts, hashes))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.data.prepare.formats import FORMATS
-from jaxtrain.data.prepare.passes import DEFAULT_LIMITS, Corpus, Limits, write_store
+from jaxtrain.data.prepare.passes import DEFAULT_LIMITS, Corpus, Limits, units_folder, write_store
 from jaxtrain.data.prepare.progress import Stages, show_progress
 from jaxtrain.data.prepare.sources import PYTHON_STDLIB, SourceFile, content_hash, describe_left_out, find_sources
 from jaxtrain.data.prepare.streams import CHUNK_BYTES
@@ -20,7 +20,7 @@ from jaxtrain.data.prepare.tasks import run_format_file
 from jaxtrain.data.store import STORE_FORMAT, STORE_MANIFEST, TokenStore, open_store, partial_folder
 from jaxtrain.data.tokenizer import parse_spec, read_hf
 from jaxtrain.fields import is_url, require_local
-from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder, write_json
+from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder
 
 STDIN = "-"
 CODE_VERSION = 3  # raise when the tokens made from the same request change
@@ -90,7 +90,7 @@ def _make_store(out: Path, corpus: Corpus, request: dict[str, Any], *, lock: boo
         if not (partial / STORE_MANIFEST).exists():
             with _deleted_if_refused(partial):
                 write_store(partial, corpus, request, **options)
-        shutil.rmtree(partial / "units", ignore_errors=True)
+        shutil.rmtree(units_folder(partial, request), ignore_errors=True)
         os.rename(partial, out)
         sync_folder(out.parent)
 
@@ -224,15 +224,14 @@ def _is_same_file(old: list, new: list, hashes: dict[str, str]) -> bool:
 
 def _discard_other_work(partial: Path, request: dict[str, Any]) -> None:
     """Empties the partial folder unless its work is on this request."""
-    manifest = read_json(partial / STORE_MANIFEST)
-    recorded = manifest.get("request") if isinstance(manifest, dict) else read_json(partial / "units" / "request.json")
-    if recorded == request:
+    manifest, units = read_json(partial / STORE_MANIFEST), units_folder(partial, request)
+    finished = isinstance(manifest, dict) and manifest.get("request") == request
+    if finished or units.is_dir():
         return
-    if recorded is None and any(path.name != "units" for path in partial.iterdir()):
-        raise ValueError(f"{partial} is in the way and was not made by prepare: move it or delete it")
-    if recorded is not None:
+    if any(partial.iterdir()):
+        if manifest is None and not any(partial.glob("units-*")):
+            raise ValueError(f"{partial} is in the way and was not made by prepare: move it or delete it")
         print(f"discarding {partial}: unfinished work on a different request", file=sys.stderr)
     for path in partial.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (partial / "units").mkdir()
-    write_json(partial / "units" / "request.json", request)
+    units.mkdir()

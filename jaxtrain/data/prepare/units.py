@@ -1,13 +1,14 @@
 """Tokens of one unit of a corpus, text to train a tokenizer on, and the join of all units into shards."""
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,7 +31,8 @@ class UnitTask:
     number: int  # of the unit in the corpus
     rule: SplitRule
     text_field: str
-    folder: str  # of the unfinished store: has the tokenizer, and `units`, where the unit's files go
+    folder: str  # of the unfinished store, which has the tokenizer
+    units: str  # folder of the units' files
     block_characters: int
     offset: int = 0  # UTF-8 bytes of document text before the unit, for a split by position
     dtype: str = "uint16"
@@ -54,7 +56,7 @@ def encode_unit(task: UnitTask) -> dict[str, Any]:
     Returns:
       For each split, COUNTS by source; `num_empty` documents; `sha256` of each file that starts in the unit.
     """
-    tokenizer, folder = load_tokenizer(task.folder), Path(task.folder, "units")
+    tokenizer, units = load_tokenizer(task.folder), Path(task.units)
     counts: dict[str, dict[str, list[int]]] = {split: defaultdict(lambda: [0, 0, 0]) for split in SPLITS}
     starts: dict[str, list[int]] = {split: [] for split in SPLITS}
     num_tokens, num_read, num_used, last = dict.fromkeys(SPLITS, 0), 0, 0, -1
@@ -68,8 +70,9 @@ def encode_unit(task: UnitTask) -> dict[str, Any]:
             yield document
 
     with ExitStack() as stack:
-        files = {split: unit_file(folder, task.number, split, "bin") for split in SPLITS}
-        streams = {split: stack.enter_context(open(file, "wb")) for split, file in files.items()}
+        streams = {
+            split: stack.enter_context(_replace(unit_file(units, task.number, split, "bin"))) for split in SPLITS
+        }
         blocks = read_blocks(documents(), task.rule, task.offset, task.block_characters)
         for batch in _batches(blocks):
             for block, ids in zip(batch, tokenizer.encode_batch([block.text for block in batch]), strict=True):
@@ -85,15 +88,22 @@ def encode_unit(task: UnitTask) -> dict[str, Any]:
                 count[1] += len(block.text.encode("utf-8"))
                 count[2] += block.first
                 num_used, last = num_used + (block.document != last), block.document
-        for stream in streams.values():
-            sync(stream)
     for split in SPLITS:
-        with open(unit_file(folder, task.number, split, "npy"), "wb") as stream:
+        with _replace(unit_file(units, task.number, split, "npy")) as stream:
             np.save(stream, np.array(starts[split], np.int64), allow_pickle=False)
-            sync(stream)
     paths = [piece.file.path for piece in task.unit if piece.start == 0]
     found = {split: dict(counts[split]) for split in SPLITS}
     return {**found, "num_empty": num_read - num_used, "sha256": {path: content_hash(path) for path in paths}}
+
+
+@contextmanager
+def _replace(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that appears whole: a worker that outlives its parent may write the same one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(partial, "wb") as stream:
+        yield stream
+        sync(stream)
+    os.replace(partial, path)
 
 
 def training_texts(tasks: Sequence[UnitTask], max_bytes: int) -> Iterator[str]:
@@ -124,12 +134,19 @@ def _batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
 
 
 def join_units(
-    folder: Path, split: str, counts: Sequence[dict], dtype: str, shard_tokens: int, advance: Callable[[int], None]
+    folder: Path,
+    units: Path,
+    split: str,
+    counts: Sequence[dict],
+    dtype: str,
+    shard_tokens: int,
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """Joins the units' files of a split into shards and one file of document starts.
 
     Args:
       folder: of the store.
+      units: folder of the units' files.
       split: its name.
       counts: results of `encode_unit`, in order.
       dtype: of the tokens.
@@ -151,27 +168,33 @@ def join_units(
         np.lib.format.write_array_header_1_0(stream, header)
         first = 0
         for number, count in enumerate(counts):
-            starts = np.load(unit_file(folder / "units", number, split, "npy"), allow_pickle=False)
+            starts = np.load(unit_file(units, number, split, "npy"), allow_pickle=False)
             stream.write((starts + first).astype("<i8").tobytes())
             first += sum(values[0] for values in count[split].values())
         sync(stream)
     return {
         **sums,
         "sources": [{"source": source, **dict(zip(COUNTS, values, strict=True))} for source, values in totals.items()],
-        "shards": _write_shards(folder, split, len(counts), STORE_DTYPES[dtype].itemsize, shard_tokens, advance),
+        "shards": _write_shards(folder, units, split, len(counts), STORE_DTYPES[dtype].itemsize, shard_tokens, advance),
         "documents_sha256": sha256_file(folder / documents_file(split)),
     }
 
 
 def _write_shards(
-    folder: Path, split: str, num_units: int, itemsize: int, shard_tokens: int, advance: Callable[[int], None]
+    folder: Path,
+    units: Path,
+    split: str,
+    num_units: int,
+    itemsize: int,
+    shard_tokens: int,
+    advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """Writes a split's shards; returns `num_tokens` and `sha256` of each."""
 
     def chunks() -> Iterator[tuple[int, bytes]]:  # shard number, bytes; no bytes span two shards
         position, shard_bytes = 0, shard_tokens * itemsize
         for number in range(num_units):
-            with open(unit_file(folder / "units", number, split, "bin"), "rb") as stream:
+            with open(unit_file(units, number, split, "bin"), "rb") as stream:
                 while data := stream.read(min(COPY_BYTES, shard_bytes - position % shard_bytes)):
                     yield position // shard_bytes, data
                     position += len(data)
