@@ -74,23 +74,26 @@ def evaluate(
                 nll, weight = nll + float(pending.nll), weight + float(pending.weight)
             pending = following
     nll, weight = nll + float(pending.nll), weight + float(pending.weight)
-    split = batches.split
     if not weight:
-        raise ValueError(f"no label counts in {last} batches of {split.name}: evaluate more, with train.eval_batches")
+        raise ValueError(
+            f"no label counts in {last} batches of {batches.split.name}: evaluate more, with train.eval_batches"
+        )
     bits_per_token = nll / weight / math.log(2)
-    if split.masks is not None:  # completions may be sure, as no text is
-        more = {"note": "no bits per byte: the labels are completions, not a text"}
-    elif split.num_bytes is None:
-        more = {"note": f"no bits per byte: {split.name} does not store the bytes of its text"}
-    else:
-        more = {"bits_per_byte": bits_per_token * (split.num_tokens - 1) / split.num_bytes}
     return {
         "nll": nll / weight,
         "perplexity": math.exp(min(nll / weight, 700.0)),
         "bits_per_token": bits_per_token,
-        **more,
+        **_bits_per_byte(bits_per_token, batches.split),
         "tokens": round(weight),
     }
+
+
+def _bits_per_byte(bits_per_token: float, split: Split) -> dict[str, Any]:
+    if split.masks is not None:  # completions may be sure, as no text is
+        return {"note": "no bits per byte: the labels are completions, not a text"}
+    if split.num_bytes is None:
+        return {"note": f"no bits per byte: {split.name} does not store the bytes of its text"}
+    return {"bits_per_byte": bits_per_token * (split.num_tokens - 1) / split.num_bytes}
 
 
 def evaluate_split(

@@ -21,13 +21,9 @@ import functools
 import io
 import json
 import os
-import posixpath
 import re
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from typing import Any, BinaryIO
 
 from jaxtrain.data.prepare.streams import (
@@ -40,11 +36,11 @@ from jaxtrain.data.prepare.streams import (
     is_compressed,
     open_stream,
 )
+from jaxtrain.data.prepare.tars import tar_samples
 from jaxtrain.fields import is_url
 
 HEAD_BYTES = 1 << 16  # read to tell formats apart
 _ROWS = 1024  # of a column, converted at a time
-_TEXT_SUFFIXES = ("txt", "text", "md")
 
 
 @dataclass(frozen=True)
@@ -287,63 +283,21 @@ def _column_texts(column: Any, text_field: str) -> Iterator[str]:
 
 
 def _tar_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
-    """Yields the text of each sample of a WebDataset tar: the files that share a name up to its first dot.
+    """Yields the text of each sample of a WebDataset tar.
 
     The text is the file with the suffix `text_field`, txt, text or md, or else that field of a JSON file.
     """
-    with open_stream(path) as stream, _open_tar(stream) as archive:
-        for key, members in groupby(_tar_files(archive, {text_field, *_TEXT_SUFFIXES, "json"}), key=itemgetter(0)):
-            files = [(suffix, data) for _, suffix, data in members]
-            sample = dict(files)
-            found = next((suffix for suffix in (text_field, *_TEXT_SUFFIXES) if suffix in sample), None)
+    suffixes = (text_field, "txt", "text", "md")
+    with open_stream(path) as stream:
+        for key, sample in tar_samples(stream, {*suffixes, "json"}):
+            found = next((suffix for suffix in suffixes if suffix in sample), None)
             try:
-                if len(sample) < len(files):
-                    raise ValueError("two of its files have the same suffix")
                 if found is None and "json" not in sample:
                     has = ", ".join(sample)
                     raise ValueError(f"it has no file {text_field}, txt, text, md or json (it has: {has})")
                 yield _record_text(json.loads(sample["json"]), text_field) if found is None else sample[found].decode()
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"sample {key!r} cannot be used: {error}; correct or remove it") from None
-
-
-class _Member(tarfile.TarInfo):
-    """Member whose damaged header is an error; tarfile takes it for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: Any) -> Any:
-        """Reads the next header; a ReadError if it is damaged, or if the file ends before the end of the tar."""
-        try:
-            member = super().fromtarfile(tarfile_)
-        except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-                tarfile_.ended = True
-            elif not (isinstance(error, tarfile.EmptyHeaderError) and tarfile_.ended):  # type: ignore[attr-defined]
-                raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from None
-            raise
-        tarfile_.ended = False
-        return member
-
-
-def _open_tar(stream: BinaryIO) -> tarfile.TarFile:
-    """Opens a tar, or several one after another, to be read in order."""
-    return tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, ignore_zeros=True)
-
-
-def _tar_files(archive: tarfile.TarFile, read: set[str]) -> Iterator[tuple[str, str, bytes]]:
-    """Yields (key, suffix, content) of each file; the content is empty unless the suffix is among `read`."""
-    for member in archive:
-        archive.members.clear()  # type: ignore[attr-defined] # it would grow with the archive
-        folder, name = posixpath.split(posixpath.normpath(member.name))
-        if member.isdir() or name.startswith("._"):  # macOS adds `._name` with attributes
-            continue
-        stream = archive.extractfile(member) if member.isreg() else None
-        if stream is None:
-            raise ValueError(f"has the member {member.name!r}, which is neither a file nor a folder: remove it")
-        base, _, suffix = name.partition(".")
-        if member.size > MAX_RECORD_BYTES and suffix in read:
-            raise ValueError(f"has the member {member.name!r} of more than {MAX_RECORD_BYTES:,} bytes: cut it")
-        yield posixpath.join(folder, base), suffix, stream.read() if suffix in read else b""
 
 
 def _is_json(head: bytes, first_line: bytes) -> bool:
