@@ -26,92 +26,15 @@ from jaxtrain.fields import (
     parse_ranges,
 )
 from jaxtrain.mixture import parse_mixture, parse_stores
+from jaxtrain.model_config import FAMILIES as FAMILIES
+from jaxtrain.model_config import ModelConfig as ModelConfig
+from jaxtrain.model_config import family as family
+from jaxtrain.model_config import gpt2 as gpt2
+from jaxtrain.model_config import llama as llama
 
 Clipping = Literal["global_norm", "zclip", "adaptive"]
-Remat = Literal["none", "minimal", "full", "offload"]
 
 _DEFAULT_WARMUP = 100  # optimizer steps
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section, section="model"):
-    """Decoder-only transformer; `gpt2` and `llama` below fill in the two usual styles."""
-
-    vocab_size: Positive[int] | None = None  # tokens; None takes the size of the data's tokenizer
-    num_layers: Positive[int] = 4  # transformer blocks
-    num_heads: Positive[int] = 4  # query heads
-    num_kv_heads: Positive[int] | None = None  # key and value heads; None takes num_heads
-    head_dim: Positive[int] | None = None  # channels per head; None takes d_model / num_heads
-    d_model: Positive[int] = 128  # channels of the residual stream
-    d_ff: Positive[int] = 512  # hidden channels of the feed-forward block
-    max_seq_len: Positive[int] = 256  # tokens of the longest context: position table and KV cache
-    positions: Literal["learned", "rope"] = "rope"  # position encoding
-    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # normalization before each block
-    feed_forward: Literal["gelu", "swiglu"] = "swiglu"  # activation of the feed-forward block
-    use_bias: bool = False  # adds biases to all projections and norms
-    tie_embeddings: bool = False  # uses the transposed token embedding as the output head
-    qk_norm: bool = False  # applies RMSNorm to queries and keys, per head
-    logit_softcap: Positive[float] | None = None  # logits become cap * tanh(logits / cap); None disables the cap
-    rope_theta: Positive[float] = 10_000.0  # base of the rotary wavelengths
-    norm_eps: Positive[float] = 1e-5  # added to the variance in norms
-    # layers per iteration of the loop over layers; "all" removes the loop, "auto" chooses by backend and depth
-    scan_unroll: Positive[int] | Literal["auto", "all"] = "auto"
-    vocab_multiple: Positive[int] = 1  # pads the rows of the embedding to a multiple of this; padding is masked
-    remat: Remat = "none"  # activations that the backward pass recomputes; see models/remat.py
-    attention_window: Positive[int] | None = None  # newest keys that a query attends to, itself included; None: all
-    attention_softcap: Positive[float] | None = None  # scores become cap * tanh(scores / cap); None disables the cap
-    # attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs in 16 bits, xla elsewhere and where those cannot run
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.head_dim is None and self.d_model % self.num_heads:
-            raise ValueError(
-                f"model.d_model {self.d_model} is not divisible by model.num_heads {self.num_heads}: "
-                "change one of them or set model.head_dim"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}: "
-                "change one of them"
-            )
-        if self.positions == "rope" and self.channels_per_head % 2:
-            raise ValueError(
-                f"rotary positions need an even head dimension, got {self.channels_per_head}: set model.head_dim, or "
-                "model.positions learned"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads, with the default filled in."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def channels_per_head(self) -> int:
-        """Head dimension, with the default filled in."""
-        return self.head_dim or self.d_model // self.num_heads
-
-    @property
-    def vocab_rows(self) -> int:
-        """Rows of the embedding and columns of the head: the vocabulary and its padding."""
-        if self.vocab_size is None:
-            raise ValueError("model.vocab_size is None: set it to the size of the tokenizer's vocabulary")
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-
-def gpt2(
-    num_layers: int = 12, num_heads: int = 12, d_model: int = 768, max_seq_len: int = 1024, **fields
-) -> ModelConfig:
-    """Returns a GPT-2: learned positions, LayerNorm, GELU, biases, tied head (Radford et al., 2019)."""
-    sizes = {"num_layers": num_layers, "num_heads": num_heads, "d_model": d_model, "max_seq_len": max_seq_len}
-    style = {"positions": "learned", "norm": "layernorm", "feed_forward": "gelu", "use_bias": True}
-    return ModelConfig(**{"d_ff": 4 * d_model, "tie_embeddings": True, **style, **sizes, **fields})
-
-
-def llama(num_layers: int, num_heads: int, d_model: int, d_ff: int, max_seq_len: int, **fields) -> ModelConfig:
-    """Returns a Llama: RoPE, RMSNorm, SwiGLU, no biases, untied head (arXiv:2302.13971)."""
-    sizes = {"num_layers": num_layers, "num_heads": num_heads, "d_model": d_model, "d_ff": d_ff}
-    return ModelConfig(**{**sizes, "max_seq_len": max_seq_len, **fields})
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ _AXES = {
     "up/bias": ("hidden",),
     "gate/bias": ("hidden",),
 }
-_NORMS = ("attention_norm", "feed_forward_norm", "query_norm", "key_norm", "final_norm")
+_NORMS = ("attention_norm", "attention_post_norm", "feed_forward_norm", "feed_forward_post_norm")
+_NORMS += ("query_norm", "key_norm", "final_norm")
 _AXES |= {f"{norm}/{leaf}": (None,) for norm in _NORMS for leaf in ("scale", "bias")}
 _AXES |= {"out/bias": (None,), "down/bias": (None,)}  # added after the all-reduce
 

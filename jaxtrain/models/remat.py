@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name as checkpoint_name
 
-from jaxtrain.config import Remat
+from jaxtrain.model_config import Remat
 
 BLOCK_INPUT = "block_input"
 ATTENTION = "attention"  # residuals of the attention kernel

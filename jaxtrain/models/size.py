@@ -6,7 +6,7 @@ from jaxtrain.config import ModelConfig
 def matrices_per_layer(c: ModelConfig) -> int:
     """Returns the number of parameters in the matrices of one layer."""
     attention = 2 * c.d_model * (c.num_heads + c.kv_heads) * c.channels_per_head
-    return attention + c.d_model * c.d_ff * (3 if c.feed_forward == "swiglu" else 2)
+    return attention + c.d_model * c.d_ff * (3 if c.gated else 2)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
@@ -18,12 +18,18 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     Args:
       config: the model.
       seq_len: tokens per sequence.
-      causal: True counts visible scores only: (seq_len + 1) / 2 keys per query, or with a window the mean of
-        min(t, window) for t from 1 to seq_len. False counts all scores, as PaLM's MFU does (arXiv:2204.02311).
+      causal: True counts visible scores only: (seq_len + 1) / 2 keys per query, or in a layer with a window the mean
+        of min(t, window) for t from 1 to seq_len. False counts all scores, as PaLM's MFU does (arXiv:2204.02311).
     """
     c = config
-    window = min(c.attention_window or seq_len, seq_len)
-    keys = window - window * (window - 1) / (2 * seq_len) if causal else seq_len
+
+    def keys(window: int) -> float:
+        return window - window * (window - 1) / (2 * seq_len) if causal else seq_len
+
+    num_local = len(c.window_layers)
+    all_keys = num_local * keys(min(c.attention_window or seq_len, seq_len)) + (c.num_layers - num_local) * keys(
+        seq_len
+    )
     matrices = c.num_layers * matrices_per_layer(c) + c.d_model * c.vocab_size
-    scores = c.num_layers * 2 * c.num_heads * c.channels_per_head * keys
+    scores = 2 * c.num_heads * c.channels_per_head * all_keys
     return 3 * 2 * (matrices + scores)

@@ -1,4 +1,4 @@
-"""Decoder-only transformer in Flax Linen, configurable from GPT-2 to Llama.
+"""Decoder-only transformer in Flax Linen, configurable as the families of `config.FAMILIES`.
 
 Parameters are float32 and stacked over layers, `[L, ...]`, whether the loop over layers is scanned or unrolled. The
 forward pass computes in the dtype of the parameters it receives; norms, softmax and rotary angles are always float32.
@@ -31,6 +31,7 @@ from jaxtrain.models.parallel import Parallel, barrier_gradients, enter_tensor, 
 from jaxtrain.models.remat import BLOCK_INPUT, checkpoint_name, rematerialize
 
 Params = dict[str, Any]
+Rope = tuple[jax.Array, jax.Array]
 
 _INIT_STD = 0.02  # Radford et al., 2019
 
@@ -53,12 +54,24 @@ class Cache(NamedTuple):
 
 
 class TokenContext(NamedTuple):
-    """Facts about the tokens that all layers share: positions, rotary tables, cache length, segments."""
+    """Facts about the tokens that all layers share: positions, rotary tables, cache length, segments.
+
+    `is_global`, bool scalar, differs between layers: True in a layer that attends to all keys. None if all are alike.
+    """
 
     positions_BT: jax.Array
-    rope: tuple[jax.Array, jax.Array] | None
+    rope: Rope | None
     num_cached: jax.Array | None = None
     segment_ids_BT: jax.Array | None = None
+    local_rope: Rope | None = None  # tables of the layers with a window, if they differ
+    is_global: jax.Array | None = None
+
+    def in_layer(self, is_global: jax.Array | None) -> "TokenContext":
+        """Returns the context of one layer, with its rotary tables in `rope`."""
+        rope = self.rope
+        if self.local_rope is not None:
+            rope = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), rope, self.local_rope)
+        return self._replace(rope=rope, is_global=is_global)
 
 
 class Norm(nn.Module):
@@ -70,7 +83,10 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = enter_tensor(self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.num_shards)
+        first = nn.initializers.zeros if self.config.norm_offset else nn.initializers.ones
+        scale = enter_tensor(self.param("scale", first, (x.shape[-1],)), self.num_shards)
+        if self.config.norm_offset:
+            scale = 1 + scale.astype(jnp.float32)
         center = not self.rms
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.config.use_bias and center else None
         return norm(x, scale, bias, self.config.norm_eps, center)
@@ -89,44 +105,63 @@ class Attention(nn.Module):
 
         query_BTHK, key_BTGK, value_BTGK = self._project(x_BTD)
         if c.qk_norm:  # arXiv:2302.05442
-            query_BTHK = Norm(c, rms=True, num_shards=shards, name="query_norm")(query_BTHK)
-            key_BTGK = Norm(c, rms=True, num_shards=shards, name="key_norm")(key_BTGK)
+            query_BTHK, key_BTGK = self._norm("query_norm", query_BTHK), self._norm("key_norm", key_BTGK)
         if context.rope is not None:
             query_BTHK, key_BTGK = rotate(query_BTHK, context.rope), rotate(key_BTGK, context.rope)
-        attend_to = functools.partial(attend, window=c.attention_window, softcap=c.attention_softcap)
+        if c.query_scalar is not None:
+            factor = math.sqrt(c.channels_per_head / c.query_scalar)  # `attend` divides by the root of the former
+            query_BTHK = (query_BTHK.astype(jnp.float32) * factor).astype(query_BTHK.dtype)
         if cache is not None:
             cache = cache.write(Cache(key_BTGK, value_BTGK), context.num_cached)
         if cache is None or context.num_cached is None:
             query_BTHK, key_BTGK = checkpoint_name(query_BTHK, "query"), checkpoint_name(key_BTGK, "key")
             value_BTGK = checkpoint_name(value_BTGK, "value")
-            segment_ids_BT = context.segment_ids_BT
             kernel = c.attention if cache is None or c.attention == "xla" else "auto"  # a prompt may have any length
-            mixed_BTHK = attend_to(query_BTHK, key_BTGK, value_BTGK, segment_ids=segment_ids_BT, kernel=kernel)
+            more = {"segment_ids": context.segment_ids_BT, "kernel": kernel}
+            mixed_BTHK = self._attend((query_BTHK, key_BTGK, value_BTGK), context, **more)
         else:
-            mixed_BTHK = attend_to(query_BTHK, cache.key, cache.value, context.positions_BT, kernel="xla")
+            mixed_BTHK = self._attend((query_BTHK, *cache, context.positions_BT), context, kernel="xla")
         mixed_BTF = mixed_BTHK.reshape(*x_BTD.shape[:-1], -1)
         out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")
         return checkpoint_name(linear(mixed_BTF, out(mixed_BTF.shape[-1]), shards), "attention_out"), cache
 
+    def _attend(self, arrays: tuple[jax.Array, ...], context: TokenContext, **more: Any) -> jax.Array:
+        """Calls `attend` with the window of the layer, which depends on its number if some layers have none."""
+        attend_to = functools.partial(attend, softcap=self.config.attention_softcap, **more)
+        within = functools.partial(attend_to, window=self.config.attention_window)
+        return (
+            within(*arrays)
+            if context.is_global is None
+            else jax.lax.cond(context.is_global, attend_to, within, *arrays)
+        )
+
+    def _norm(self, name: str, x_BTHK: jax.Array) -> jax.Array:
+        """Applies RMSNorm to each head, or to the channels of all heads together."""
+        norm = Norm(self.config, rms=True, num_shards=self.parallel.tensor, name=name)
+        if self.config.qk_norm != "projection":
+            return norm(x_BTHK)
+        return norm(x_BTHK.reshape(*x_BTHK.shape[:2], -1)).reshape(x_BTHK.shape)
+
     def _project(self, x_BTD: jax.Array) -> list[jax.Array]:
         """Returns queries, keys and values from one matrix product."""
         c, width = self.config, self.config.channels_per_head
+        use_bias = c.use_bias or c.qkv_bias
         heads = {"query": c.num_heads, "key": c.kv_heads, "value": c.kv_heads}
         sizes = [num_heads * width // self.parallel.tensor for num_heads in heads.values()]
         weights = [
-            Weights(size, _INIT_STD, c.use_bias, name=name)(x_BTD.shape[-1])
+            Weights(size, _INIT_STD, use_bias, name=name)(x_BTD.shape[-1])
             for name, size in zip(heads, sizes, strict=True)
         ]
         kernels, biases = zip(*weights, strict=True)
         kernel = jnp.concatenate(kernels, axis=-1)
-        bias = jnp.concatenate(biases, axis=-1) if c.use_bias else None
+        bias = jnp.concatenate(biases, axis=-1) if use_bias else None
         y_BTF = linear(x_BTD, (kernel, bias))
         split = jnp.split(y_BTF, [sizes[0], sizes[0] + sizes[1]], axis=-1)
         return [y.reshape(*y.shape[:-1], -1, width) for y in split]
 
 
 class FeedForward(nn.Module):
-    """GELU (arXiv:1606.08415, tanh form) or SwiGLU (arXiv:2002.05202). F counts this device's hidden channels."""
+    """GELU (arXiv:1606.08415, tanh form), or SwiGLU or GeGLU (arXiv:2002.05202). F counts this device's channels."""
 
     config: ModelConfig
     parallel: Parallel
@@ -141,13 +176,16 @@ class FeedForward(nn.Module):
             return checkpoint_name(linear(x_BTD, weights(x_BTD.shape[-1])), name)
 
         hidden_BTF = project("up")
-        hidden_BTF = swiglu(hidden_BTF, project("gate")) if c.feed_forward == "swiglu" else gelu(hidden_BTF)
+        if c.feed_forward == "swiglu":
+            hidden_BTF = swiglu(hidden_BTF, project("gate"))
+        else:
+            hidden_BTF = hidden_BTF * gelu(project("gate")) if c.gated else gelu(hidden_BTF)
         down = Weights(c.d_model, _residual_std(c), c.use_bias, name="down")
         return linear(hidden_BTF, down(hidden_BTF.shape[-1]), shards)
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention and feed-forward, each added to the residual stream."""
+    """One layer: attention and feed-forward, each normalized and added to the residual stream."""
 
     config: ModelConfig
     parallel: Parallel
@@ -155,14 +193,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: TokenContext, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         c = self.config
-        rms = c.norm == "rmsnorm"
+
+        def norm(order, name, x_BTD):
+            return Norm(c, c.norm == "rmsnorm", name=name)(x_BTD) if c.norm_order in (order, "both") else x_BTD
+
         with jax.named_scope("attention"):
             attention = Attention(c, self.parallel, name="attention")
-            mixed_BTD, cache = attention(Norm(c, rms, name="attention_norm")(x_BTD), context, cache)
-            x_BTD += mixed_BTD
+            mixed_BTD, cache = attention(norm("pre", "attention_norm", x_BTD), context, cache)
+            x_BTD += norm("post", "attention_post_norm", mixed_BTD)
         with jax.named_scope("mlp"):
             feed_forward = FeedForward(c, self.parallel, name="feed_forward")
-            x_BTD += feed_forward(Norm(c, rms, name="feed_forward_norm")(x_BTD))
+            mixed_BTD = feed_forward(norm("pre", "feed_forward_norm", x_BTD))
+            x_BTD += norm("post", "feed_forward_post_norm", mixed_BTD)
         return x_BTD, cache
 
 
@@ -214,9 +256,13 @@ class Transformer(nn.Module):
         start = jnp.zeros((), jnp.int32) if num_cached is None else num_cached
         positions_BT = jnp.broadcast_to(start.reshape(-1, 1) + jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
         positions_BT = positions_BT if positions is None else positions
-        rope = None
+        if c.scale_embeddings:
+            x_BTD *= jnp.asarray(math.sqrt(c.d_model), x_BTD.dtype)
+        rope = local_rope = None
         if c.positions == "rope":
-            rope = rope_tables(positions_BT, c.channels_per_head, c.rope_theta)
+            rope = rope_tables(positions_BT, c.channels_per_head, c.rope_theta, c.rope_stretch)
+            if c.local_rope_theta:
+                local_rope = rope_tables(positions_BT, c.channels_per_head, c.local_rope_theta)
         else:
             rows = self.param("positions", nn.initializers.normal(_INIT_STD), (c.max_seq_len, c.d_model))
             with jax.named_scope("embed"):
@@ -224,7 +270,7 @@ class Transformer(nn.Module):
         if self.is_initializing():
             self.param("layers", functools.partial(_init_layers, c))
         params, masters = (self.get_variable(kind, "layers") for kind in ("params", "masters"))
-        context = TokenContext(positions_BT, rope, num_cached, segment_ids)
+        context = TokenContext(positions_BT, rope, num_cached, segment_ids, local_rope)
         x_BTD, cache = decode_layers(c, p, params, masters, x_BTD, context, cache)
         if not c.tie_embeddings:
             self.param("head", nn.initializers.normal(_head_std(c)), shard_VD[::-1])
@@ -257,17 +303,20 @@ def decode_layers(
     block = Block(config, parallel, parent=None)
 
     def layer(x_BTD, inputs):
-        (params, masters), cache = inputs
+        (params, masters), cache, is_global = inputs
         x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
         # Cast and gathered inside the rematerialized function, so that no second copy of the weights is stored.
         if masters is not None:
             params = cast_masters(params, masters, x_BTD)
-        return block.apply({"params": gather_layer(params, parallel.fsdp)}, x_BTD, context, cache)
+        return block.apply({"params": gather_layer(params, parallel.fsdp)}, x_BTD, context.in_layer(is_global), cache)
 
     # The program has replaced "auto". Without a program the layers are looped over.
     unroll = {"all": config.num_layers, "auto": 1}.get(config.scan_unroll, config.scan_unroll)
     layer = rematerialize(layer, config.remat, gathered=parallel.fsdp > 1, looped=unroll < config.num_layers)
-    return jax.lax.scan(layer, x_BTD, ((params, masters), cache), unroll=unroll)
+    is_global_L = None
+    if config.global_every:
+        is_global_L = jnp.asarray([i not in config.window_layers for i in range(config.num_layers)])
+    return jax.lax.scan(layer, x_BTD, ((params, masters), cache, is_global_L), unroll=unroll)
 
 
 def _init_layers(c: ModelConfig, key: jax.Array) -> Params:

@@ -224,9 +224,11 @@ def _activations(model: ModelConfig, fsdp: int, tensor: int) -> tuple[int, int]:
     """Returns the channels per token that a layer saves for the backward pass, and all channels of a layer."""
     heads = (2 * model.num_heads + 2 * model.kv_heads) * model.channels_per_head // tensor  # query, mixture, key, value
     hidden = model.d_ff // tensor
-    num_up = 2 if model.feed_forward == "swiglu" else 1
+    num_up = 2 if model.gated else 1
     products = heads + model.d_model + num_up * hidden  # see PRODUCTS in models/remat.py
-    every = products + 4 * model.d_model + num_up * hidden  # norms, residual stream, activations of up and gate
+    num_norms = 4 if model.norm_order == "both" else 2
+    # Norms, residual stream, activations of up and gate.
+    every = products + (2 + num_norms) * model.d_model + num_up * hidden
     match model.remat:
         case "full":
             return model.d_model, every

@@ -303,6 +303,10 @@ def check_parts(c: ModelConfig, mesh: Mesh) -> None:
                 raise ValueError(
                     f"model.{name} {size} is not divisible by mesh.{axis} {mesh.shape[axis]}: change one of them"
                 )
+    if c.qk_norm == "projection" and mesh.shape["tensor"] > 1:
+        raise ValueError(
+            "model.qk_norm projection normalizes over the heads that mesh.tensor shards: set mesh.tensor to 1"
+        )
     if c.vocab_rows % mesh.shape["tensor"]:
         raise ValueError(
             f"a vocabulary of {c.vocab_rows} rows is not divisible by mesh.tensor {mesh.shape['tensor']}: set "

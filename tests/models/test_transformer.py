@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.config import MeshConfig, gpt2, llama
+from jaxtrain.config import MeshConfig, family, gpt2, llama
 from jaxtrain.losses import cross_entropy
 from jaxtrain.models.kernels.attention import rope_tables, rotate
 from jaxtrain.models.layout import logical_axes
@@ -33,6 +33,12 @@ LLAMA = llama(
 )
 STYLES = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 WINDOW = dataclasses.replace(LLAMA, attention_window=4, attention_softcap=1.5)
+SMALL = {"num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "d_model": 32, "d_ff": 48, "max_seq_len": 16}
+SMALL |= {"vocab_size": 29}
+GEMMA = family(
+    "gemma3", **SMALL, head_dim=12, query_scalar=7.0, attention_window=4, global_every=2, attention_softcap=1.5
+)
+OLMO = family("olmo2", **SMALL, rope_theta=50.0, rope_scaling="llama3:4:1:4:8", qkv_bias=True)
 
 
 @functools.cache
@@ -147,7 +153,7 @@ def test_initial_logits_stay_small_at_any_width(d_model):
     assert variance / 2 < 0.1
 
 
-@STYLES
+@pytest.mark.parametrize("config", [GPT2, LLAMA, GEMMA], ids=["gpt2", "llama", "gemma"])
 def test_scanned_unrolled_and_recomputed_layers_share_a_tree_and_agree(config):
     model, params = make(config)
     batch = batch_of(config)
@@ -181,7 +187,7 @@ def test_loss_fn_is_the_cross_entropy_of_the_logits(config):
     assert sums.weight == 20
 
 
-@pytest.mark.parametrize(("config", "segments"), [(GPT2, False), (LLAMA, False), (WINDOW, True)])
+@pytest.mark.parametrize(("config", "segments"), [(GPT2, False), (LLAMA, False), (WINDOW, True), (GEMMA, True)])
 def test_loss_and_gradient_are_the_same_on_a_mesh(config, segments):
     """Every matrix in four shards, rows of unequal weight, and a padded vocabulary in two shards."""
     config = dataclasses.replace(config, vocab_multiple=2)
@@ -210,7 +216,7 @@ def test_loss_and_gradient_are_the_same_on_a_mesh(config, segments):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA, WINDOW], ids=["gpt2", "llama", "window"])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, WINDOW, GEMMA, OLMO], ids=["gpt2", "llama", "window", "gemma", "olmo"])
 def test_cache_gives_the_logits_of_the_whole_sequence(config):
     model, params = make(config)
     tokens = tokens_of(config, 2, 16)
@@ -274,12 +280,29 @@ def test_flops_by_formula_are_those_the_compiler_counts(config):
     assert expected < counted < 1.1 * expected
 
 
+def test_layers_with_and_without_a_window_differ_in_keys_and_wavelengths():
+    """Of three layers, the second attends to all keys; a stretch of its wavelengths changes no other layer."""
+    assert GEMMA.window_layers == [0, 2]
+    model, params = make(GEMMA)
+    tokens = tokens_of(GEMMA, length=16)
+    before = run(model, params, tokens)
+    after = run(model, params, tokens.at[1, 0].set((tokens[1, 0] + 1) % 29))
+    assert (before != after).any(axis=-1)[1].all()  # windows alone would reach 3 x 3 tokens
+    whole, windows = (dataclasses.replace(GEMMA, num_layers=n, rope_scaling="linear:4") for n in (2, 1))
+    for config, equal in ((whole, False), (windows, True)):
+        model, params = make(config)
+        plain = Transformer(dataclasses.replace(config, rope_scaling=None))
+        assert bool((run(model, params, tokens) == run(plain, params, tokens)).all()) == equal
+
+
 @pytest.mark.parametrize("window", [1, 5, 511, 512, 600])
 def test_flops_with_a_window_are_those_of_the_keys_that_are_seen(window):
     one = flops_per_token(dataclasses.replace(LLAMA, attention_window=1), 512)
     keys = np.mean([min(t + 1, window) for t in range(512)])
     actual = flops_per_token(dataclasses.replace(LLAMA, attention_window=window), 512)
     np.testing.assert_allclose(actual - one, 6 * 3 * 2 * 32 * (keys - 1), rtol=1e-12)
+    some = flops_per_token(dataclasses.replace(LLAMA, attention_window=window, global_every=3), 512)
+    np.testing.assert_allclose(some - actual, 6 * 2 * 32 * (513 / 2 - keys), rtol=1e-9, atol=1e-6)
 
 
 def test_causal_flops_skip_masked_blocks():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.config import MeshConfig, gpt2, llama
+from jaxtrain.config import MeshConfig, family, gpt2, llama
 from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.transformer import Transformer, init_params
 from jaxtrain.runtime.mesh import AXES, LOGICAL_AXES, check_batch, make_mesh, num_row_shards, partition_spec
@@ -129,7 +129,12 @@ def test_two_dimensions_over_one_mesh_axis_are_an_error(axes):
         partition_spec(axes)
 
 
-STYLES = {"gpt2": gpt2(2, 4, 32, 16, vocab_size=29), "llama": llama(2, 4, 32, 48, 16, num_kv_heads=2, vocab_size=29)}
+GEMMA = family("gemma3", num_layers=2, num_heads=4, d_model=32, d_ff=48, max_seq_len=16, vocab_size=29)
+STYLES = {
+    "gemma": GEMMA,
+    "gpt2": gpt2(2, 4, 32, 16, vocab_size=29),
+    "llama": llama(2, 4, 32, 48, 16, num_kv_heads=2, vocab_size=29),
+}
 STACKED = {"query/kernel": ("embed", "heads"), "key/kernel": ("embed", "heads"), "value/kernel": ("embed", "heads")}
 STACKED |= {"out/kernel": ("heads", "embed"), "up/kernel": ("embed", "hidden"), "gate/kernel": ("embed", "hidden")}
 STACKED |= {"down/kernel": ("hidden", "embed"), "query/bias": ("heads",), "key/bias": ("heads",)}

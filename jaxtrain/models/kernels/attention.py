@@ -3,12 +3,14 @@
 Shape suffixes: B batch, T queries, S keys, H query heads, G key and value heads, K channels per head.
 """
 
+import math
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.model_config import RopeScaling
 from jaxtrain.models.kernels import cudnn, splash
 from jaxtrain.models.kernels.causal import causal_attention
 from jaxtrain.models.kernels.cudnn import cudnn_attention
@@ -182,12 +184,20 @@ def _attend_xla(
     return (mixed / total_BTGH[..., None]).astype(query_BTHK.dtype).reshape(query_BTHK.shape)
 
 
-def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    positions_BT: jax.Array, head_dim: int, theta: float, stretch: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Returns cosines and sines of the rotary angles (arXiv:2104.09864), float32 `[B, T, 1, K / 2]`.
 
     bfloat16 cannot distinguish positions 256 and 257.
     """
     frequency_K = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if stretch is not None and stretch.kind == "linear":
+        frequency_K /= stretch.factor
+    elif stretch is not None:
+        turns_K = stretch.length * frequency_K / (2 * math.pi)  # within the context of the pretraining
+        kept_K = jnp.clip((turns_K - stretch.low) / (stretch.high - stretch.low), 0, 1)
+        frequency_K *= kept_K + (1 - kept_K) / stretch.factor
     angle_BTK = positions_BT.astype(jnp.float32)[:, :, None] * frequency_K[None, None, :]
     return jnp.cos(angle_BTK)[:, :, None], jnp.sin(angle_BTK)[:, :, None]
 

@@ -1,0 +1,89 @@
+"""Models of transformers with their tokenizers: from a folder, and into one."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, read_hf
+from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
+from jaxtrain.runtime.files import read_json
+
+
+class Pretrained(NamedTuple):
+    """A model with its parameters and its tokenizer."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: BPETokenizer
+
+
+def read_pretrained(
+    folder: str | Path, sharding: jax.sharding.Sharding | None = None, dtype: str = "float32"
+) -> Pretrained:
+    """Reads a folder of transformers: config.json, safetensors files and tokenizer.json.
+
+    Args:
+      folder: the folder; `models.hf.read.is_pretrained` recognizes one.
+      sharding: of every parameter; None puts them on the first device.
+      dtype: of the parameters.
+
+    Raises:
+      ValueError: no such model, or one that the decoder does not compute; names the file.
+    """
+    model = PretrainedFolder(folder)
+    tokenizer = read_tokenizer(model)
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding),
+        abstract_params(model.config),
+    )
+    return Pretrained(model.config, model.read_params(like), tokenizer)
+
+
+def read_tokenizer(model: PretrainedFolder) -> BPETokenizer:
+    """Reads the tokenizer of a model; its end-of-text token is the one that the folder's configs name.
+
+    Tokens beyond the model's vocabulary, such as those for images, are left out.
+    """
+    file = model.path / TOKENIZER_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is missing: make it with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "
+            "transformers"
+        )
+    values = read_json(file)
+    eot = _end_of_text(model, values)
+    try:
+        tokenizer = read_hf(file)
+        if eot not in (None, tokenizer.eot_text):
+            tokenizer = read_hf(file, eot)
+    except ValueError:
+        tokenizer = read_hf(file, eot)
+    limit = model.config.vocab_rows
+    if tokenizer.vocab_size > limit:
+        values = json.loads(tokenizer.json_text)
+        values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < limit]
+        tokenizer = BPETokenizer(json.dumps(values))
+    if tokenizer.vocab_size > limit:
+        raise ValueError(f"{file} has {tokenizer.vocab_size} tokens, and the model {limit} only")
+    return tokenizer
+
+
+def _end_of_text(model: PretrainedFolder, tokenizer: Any) -> str | None:
+    """Returns the text of the end-of-text token by tokenizer_config.json or config.json; None if both name none."""
+    names = read_json(model.path / "tokenizer_config.json")
+    token = names.get("eos_token") if isinstance(names, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str):
+        return token
+    number = model.values.get("eos_token_id")
+    number = number[0] if isinstance(number, list) and number else number
+    added = tokenizer.get("added_tokens") if isinstance(tokenizer, dict) else None
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict) and entry.get("id") == number:
+            return entry.get("content")
+    return None

@@ -1,0 +1,113 @@
+"""Models of transformers: each family against transformers itself, through files and back."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.models.decode import Sampling, generate
+from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
+from jaxtrain.models.hf.write import write_model
+from jaxtrain.models.model import TransformerModel
+
+transformers = pytest.importorskip("transformers", reason="needs transformers and torch: scripts/test installs them")
+torch = pytest.importorskip("torch", reason="needs torch: scripts/test installs it")
+
+VOCAB, LENGTH = 67, 20
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SIZES |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT2 |= {"bos_token_id": None, "eos_token_id": None}
+GEMMA = SIZES | {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24}
+GEMMA3 = GEMMA | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 100.0}
+LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+LOCAL |= {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0}}
+# Class of the config, its values, and the family that the export chooses if it is another.
+CASES = {
+    "gpt2": ("GPT2Config", GPT2, None),
+    "gpt2 untied": ("GPT2Config", GPT2 | {"tie_word_embeddings": False, "n_inner": 40}, None),
+    "llama": ("LlamaConfig", SIZES, None),
+    "llama tied, wide heads": ("LlamaConfig", SIZES | {"tie_word_embeddings": True, "head_dim": 16}, None),
+    "llama 3.1": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, None),
+    "mistral": ("MistralConfig", SIZES | {"sliding_window": 5}, None),
+    "mistral without window": ("MistralConfig", SIZES | {"sliding_window": None}, "llama"),
+    "qwen 2": ("Qwen2Config", SIZES | {"tie_word_embeddings": True}, None),
+    "qwen 2 with a window": (
+        "Qwen2Config",
+        SIZES | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        None,
+    ),
+    "qwen 3": ("Qwen3Config", SIZES | {"head_dim": 16}, None),
+    "olmo 2": ("Olmo2Config", SIZES, None),
+    "gemma 2": ("Gemma2Config", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, None),
+    "gemma 3": ("Gemma3TextConfig", GEMMA3, None),
+    "gemma 3, stretched": ("Gemma3TextConfig", GEMMA3 | {"rope_parameters": LOCAL}, None),
+}
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH))
+
+
+def make(config):
+    """Returns a model of transformers with random weights, also of vectors."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3 if parameter.ndim > 1 else 0.5)
+    return model
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def like(config, dtype=jnp.float32):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shape_of = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(shape_of, abstract_params(config))
+
+
+def read(folder):
+    pretrained = PretrainedFolder(folder)
+    return pretrained, pretrained.read_params(like(pretrained.config))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def our_logits(model, params):
+    return model.decode(params, jnp.asarray(TOKENS), None, 0)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_family_is_that_of_transformers(case, tmp_path):
+    """Logits in both dtypes; exported, the same bits, which transformers loads and continues with the same tokens."""
+    name, values, chosen = CASES[case]
+    theirs = make(getattr(transformers, name)(**values))
+    theirs.save_pretrained(tmp_path / "in")
+    pretrained, params = read(tmp_path / "in")
+    model = TransformerModel(pretrained.config)
+    expected = logits_of(theirs)
+    np.testing.assert_allclose(our_logits(model, params), expected, atol=1e-4)
+
+    (tmp_path / "out").mkdir()
+    write_model(tmp_path / "out", pretrained.config, params, shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    again, params_again = read(tmp_path / "out")
+    assert again.family.style == (chosen or pretrained.family.style)
+    assert again.config == pretrained.config
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params_again), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    prompt = torch.tensor(TOKENS[:, :5])
+    mask = torch.ones_like(prompt)
+    text = exported.generate(prompt, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)[:, 5:]
+    new = generate(model, params, TOKENS[:, :5], 8, sampling=Sampling(temperature=0))
+    np.testing.assert_array_equal(new, text.numpy())
+
+    half = our_logits(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+    error = np.sqrt(np.mean(np.square(np.asarray(half) - expected)) / np.mean(np.square(expected)))
+    assert error < 0.02  # that of transformers in bfloat16 lies between 0.005 and 0.015

@@ -1,0 +1,77 @@
+"""Models of transformers with their tokenizers. The folders here are our own exports: no transformers needed."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain.config import family
+from jaxtrain.data.tokenizer import train_bpe
+from jaxtrain.models.hf.write import write_model
+from jaxtrain.models.model import TransformerModel
+from jaxtrain.training.pretrained import read_pretrained
+
+SIZES = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_ff": 24, "max_seq_len": 32, "vocab_size": 300}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with a small Llama and a tokenizer of 270 tokens."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    config = family("llama", **SIZES)
+    write_model(folder, config, TransformerModel(config).init(jax.random.key(0)), more={"eos_token_id": 0})
+    train_bpe(["the cat sat on the mat with the other cat " * 40], 270).save(folder)
+    return folder
+
+
+def test_a_folder_gives_the_model_and_its_tokenizer(source):
+    pretrained = read_pretrained(source)
+    model = TransformerModel(pretrained.config)
+    expected = TransformerModel(family("llama", **SIZES)).init(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, pretrained.params, expected)
+    tokens = pretrained.tokenizer.encode("the cat")
+    assert pretrained.tokenizer.decode(tokens) == "the cat"
+    assert model.decode(pretrained.params, tokens[None], None, 0)[0].shape == (1, len(tokens), 300)
+    half = read_pretrained(source, dtype="bfloat16").params
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+
+
+def renamed(tokenizer, text, number):
+    """Returns the values of a tokenizer.json with another added token."""
+    token = dict(tokenizer["added_tokens"][0], id=number, content=text)
+    return tokenizer | {"added_tokens": [*tokenizer["added_tokens"], token]}
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "expected"),
+    [
+        ({}, {}, "<|endoftext|>"),
+        ({"eos_token": "<end>"}, {}, "<end>"),
+        ({"eos_token": {"content": "<end>"}}, {}, "<end>"),
+        ({}, {"eos_token_id": [270, 3]}, "<end>"),
+        ({}, {"eos_token_id": 270}, "<end>"),
+    ],
+)
+def test_the_end_of_text_token_is_the_one_that_the_folder_names(source, tmp_path, names, values, expected):
+    for file in source.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    for name, change in (("tokenizer.json", lambda v: renamed(v, "<end>", 270)), ("config.json", lambda v: v | values)):
+        changed = change(json.loads((source / name).read_text()))
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_text(json.dumps(changed))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    assert read_pretrained(tmp_path).tokenizer.eot_text == expected
+
+
+def test_tokens_beyond_the_model_are_left_out(source, tmp_path):
+    for file in source.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer.json").unlink()
+    values = json.loads((source / "tokenizer.json").read_text())
+    for number in range(270, 303):
+        values = renamed(values, f"<image {number}>", number)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = read_pretrained(tmp_path).tokenizer
+    assert tokenizer.vocab_size == 300
+    assert tokenizer.decode([299]) == "<image 299>"
