@@ -8,9 +8,9 @@ import pytest
 
 from jaxtrain.config import family
 from jaxtrain.data.tokenizer import train_bpe
+from jaxtrain.inference.pretrained import read_pretrained
 from jaxtrain.models.hf.write import write_model
 from jaxtrain.models.model import TransformerModel
-from jaxtrain.training.pretrained import read_pretrained
 
 SIZES = {"num_layers": 2, "num_heads": 2, "d_model": 16, "d_ff": 24, "max_seq_len": 32, "vocab_size": 300}
 
