@@ -242,7 +242,7 @@ def _several_runs(data: dict[str, Any]) -> str:
     values = [[name, *map(_value, found)] for name, found in differing.items()]
     config = _columns(("field", *(run["name"] for run in runs)), values) if values else "<p>All configs are equal.</p>"
     details = [
-        f"<details><summary>{html.escape(run['name'])}</summary>{_findings(run)}"
+        f"<details><summary>{html.escape(run['name'])}</summary>{_findings(run)}{_table(run['about'])}"
         + (f"<pre>{html.escape(run['sample'])}</pre>" if run["sample"] else "")
         + "</details>"
         for run in runs
@@ -253,7 +253,7 @@ def _several_runs(data: dict[str, Any]) -> str:
             _section("Runs", _columns(head, rows, swatches=True)),
             _section("Config, where it differs", config),
             _CURVES,
-            _section("Findings and samples", "\n".join(details)),
+            _section("Findings, facts and samples", "\n".join(details)),
         ]
     )
 

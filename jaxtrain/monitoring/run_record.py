@@ -23,7 +23,7 @@ _DEPTH = 4  # levels of folders that are searched for runs
 
 @dataclass
 class RunRecord:
-    """What a run directory holds. Reads no checkpoint and needs no device.
+    """Contents of a run directory, without its checkpoints. Needs no device.
 
     Attributes:
       folder: the run directory.
@@ -78,12 +78,9 @@ class RunRecord:
     def state(self) -> str:
         """`finished`, `stopped`, `gave up`, `running`, `crashed`, or `new` before the first start."""
         last = [event for event in self.events if event["event"] in ("start", "resume", "stop")]
-        if _is_locked(self.folder / "lock"):
-            return "running"
-        if not last:
-            return "new"
-        if last[-1]["event"] != "stop":
-            return "crashed"
+        # A run writes its report after its `stop`, while it still holds the lock.
+        if not last or last[-1]["event"] != "stop":
+            return "running" if _is_locked(self.folder / "lock") else "crashed" if last else "new"
         reason = str(last[-1].get("reason"))
         return "finished" if reason == "finished" else "gave up" if reason.startswith("too many") else "stopped"
 

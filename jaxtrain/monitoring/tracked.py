@@ -27,12 +27,12 @@ TRACKERS = {
     "mlflow": ("mlflow", "jaxtrain.monitoring.trackers.mlflow:MLflow"),
     "trackio": ("trackio", "jaxtrain.monitoring.trackers.trackio:Trackio"),
 }
-# Fields of a step that are no curve, or that follow from the step.
+# Fields of a line that are no curve.
 _LEFT_OUT = {"step", "steps", "attempt", "skip_reason", "give_up"}
 
 
 class TrackedRun(NamedTuple):
-    """What a tracker is told when it opens.
+    """Facts of a run for its tracker.
 
     Attributes:
       folder: the run directory.

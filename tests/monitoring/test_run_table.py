@@ -28,6 +28,8 @@ def test_states(tmp_path):
     with open(run / "lock") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         assert read_record(run).state == "running"
+        write_events(run, {"event": "stop", "step": 40, "reason": "finished"})
+        assert read_record(run).state == "finished"  # the report at the end of a run
     write_events(run, {"event": "stop", "step": 40, "reason": "SIGTERM"}, {"event": "resume", "step": 40})
     assert read_record(run).state == "crashed"
 
