@@ -5,7 +5,7 @@ import webbrowser
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from jaxtrain.fields import Folder, LocalPath, RunFolder, Section, check_choice
+from jaxtrain.fields import Folder, LocalPath, RunFolder, Section
 from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import printable
@@ -61,18 +61,17 @@ class RunsOptions(Section):
 
     positional = "folder"
     folder: Folder = "runs"  # folder of run directories; its subfolders are searched too
-    # name, step, validation, speed, state, time or a field of the config, such as optim.peak_lr; -KEY: descending
+    # column of the table, or field of the config that differs, such as peak_lr; -KEY sorts in descending order
     sort: str = "name"
     json: bool = False  # print one JSON object per run
 
 
 def run_runs(options: RunsOptions) -> int:
     """Lists runs: steps, last validation loss, speed, state, and how their configs differ."""
-    from jaxtrain.monitoring.run_table import read_rows, show_rows, sort_keys, sort_rows
+    from jaxtrain.monitoring.run_table import read_rows, show_rows, sort_key, sort_rows
 
     rows = read_rows(options.folder)
-    key = options.sort.removeprefix("-")
-    check_choice(key, sort_keys(rows), "--sort")
+    key = sort_key(rows, options.sort.removeprefix("-"))
     rows = sort_rows(rows, key, descending=options.sort.startswith("-"))
     if options.json:
         for row in rows:

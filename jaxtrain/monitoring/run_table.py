@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.fields import check_choice
 from jaxtrain.monitoring.metrics import encode
 from jaxtrain.monitoring.run_record import differences, find_runs, read_record
 from jaxtrain.monitoring.tables import format_seconds, format_table
@@ -10,17 +11,15 @@ from jaxtrain.runtime.terminal import printable
 
 Row = dict[str, Any]
 
-# Sort keys of the table, with the fact that each sorts by.
-_KEYS = {
+# Columns of the table, with the fact that each sorts by.
+_COLUMNS = {
     "name": "name",
-    "step": "step",
-    "validation": "validation_loss",
-    "speed": "tokens_per_second",
     "state": "state",
+    "steps": "step",
+    "validation": "validation_loss",
+    "tokens/s": "tokens_per_second",
     "time": "train_seconds",
 }
-# Fields that differ between most runs and explain nothing.
-_PLACES = ("data.prefetch", "data.verify", "train.sample_prompt", "train.stop_after")
 
 
 def read_rows(folder: str | Path) -> list[Row]:
@@ -45,22 +44,27 @@ def read_rows(folder: str | Path) -> list[Row]:
         except (ValueError, OSError, TypeError, KeyError) as error:
             rows.append({"name": name, "folder": str(path), "state": "broken", "problem": str(error)})
     for field, values in differences([record for _, record in records]).items():
-        if field not in _PLACES:
-            for (row, _), value in zip(records, values, strict=True):
-                row.setdefault("config", {})[field] = value
+        for (row, _), value in zip(records, values, strict=True):
+            row.setdefault("config", {})[field] = value
     return encode(rows)
 
 
-def sort_keys(rows: list[Row]) -> list[str]:
-    """Returns the keys that the rows can be sorted by."""
-    return [*_KEYS, *dict.fromkeys(field for row in rows for field in row.get("config", {}))]
+def sort_key(rows: list[Row], key: str) -> str:
+    """Returns the column or config field that a key means; the last part of a field serves as well.
+
+    Raises:
+      ValueError: none of them.
+    """
+    fields = dict.fromkeys(field for row in rows for field in row.get("config", {}))
+    meant = [field for field in fields if field.split(".")[-1] == key]
+    return meant[0] if len(meant) == 1 else check_choice(key, [*_COLUMNS, *fields], "--sort")
 
 
 def sort_rows(rows: list[Row], key: str, *, descending: bool = False) -> list[Row]:
     """Sorts rows; those without the value come last."""
 
     def value(row: Row) -> Any:
-        return row.get(_KEYS[key]) if key in _KEYS else row.get("config", {}).get(key)
+        return row.get(_COLUMNS[key]) if key in _COLUMNS else row.get("config", {}).get(key)
 
     known = [row for row in rows if value(row) is not None]
     numbers = all(isinstance(value(row), int | float) for row in known)
@@ -70,7 +74,7 @@ def sort_rows(rows: list[Row], key: str, *, descending: bool = False) -> list[Ro
 
 def show_rows(rows: list[Row]) -> None:
     """Prints rows as a table, and the problem of each broken run below it."""
-    head = ("name", "state", "steps", "validation", "tokens/s", "time", "config")
+    head = (*_COLUMNS, "config")
     print(format_table(head, [_cells(row) for row in rows], left=("state", "config")))
     for row in rows:
         if "problem" in row:

@@ -7,7 +7,7 @@ from test_report import make_run
 
 from jaxtrain.cli import main
 from jaxtrain.monitoring.run_record import read_record
-from jaxtrain.monitoring.run_table import read_rows, sort_keys, sort_rows
+from jaxtrain.monitoring.run_table import read_rows, sort_key, sort_rows
 
 
 def write_events(run, *events):
@@ -49,9 +49,8 @@ def test_rows_and_their_order(tmp_path, capsys):
     assert [row["state"] for row in rows] == ["stopped"] * 3 + ["broken"] * 4
     assert rows[0]["config"] == {"optim.peak_lr": 1e-3}
     assert rows[0]["validation_loss"] == 1.25
-    keys = sort_keys(rows)
-    for key in keys:
-        ordered = [row["name"] for row in sort_rows(rows, key)]
+    for key in ("name", "state", "steps", "validation", "tokens/s", "time", "optim.peak_lr", "peak_lr"):
+        ordered = [row["name"] for row in sort_rows(rows, sort_key(rows, key))]
         assert sorted(ordered) == [row["name"] for row in rows]
     down = [row["name"] for row in sort_rows(rows, "optim.peak_lr", descending=True)]
     assert down == ["b", "deep/c", "a", "lost", "none", "text", "torn"]
