@@ -57,7 +57,7 @@ def _inspect_split(
         found |= {"bytes": split.num_bytes, "bytes_per_token": split.num_bytes / split.num_tokens}
     found |= {
         "distinct_tokens": len(shares),
-        "unigram_entropy_bits": float(-(shares * np.log2(shares)).sum()),
+        "unigram_entropy_bits": float((shares * -np.log2(shares)).sum()) + 0.0,
         "top_tokens": [
             {"id": int(token), "count": int(counts[token]), "text": text(np.array([token]))}
             for token in top.tolist()
@@ -88,6 +88,7 @@ def _inspect_split(
             "sources": list(_by_source(store, name, lengths, again, flags)),
         }
     places = np.linspace(0, max(split.num_tokens - _WINDOW_TOKENS, 0), num_windows + 1, dtype=np.int64)[:num_windows]
+    places = np.unique(places)  # a small split has fewer
     found["windows"] = [
         {"position": place, "text": text(_window(split, place, split.num_tokens))} for place in places.tolist()
     ]

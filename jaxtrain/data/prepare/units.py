@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -58,7 +59,7 @@ def encode_unit(task: UnitTask) -> dict[str, Any]:
     """
     tokenizer, units = load_tokenizer(task.folder), Path(task.units)
     counts: dict[str, dict[str, list[int]]] = {split: defaultdict(lambda: [0, 0, 0]) for split in SPLITS}
-    starts: dict[str, list[int]] = {split: [] for split in SPLITS}
+    starts = {split: array("q") for split in SPLITS}
     num_tokens, num_read, num_used, last = dict.fromkeys(SPLITS, 0), 0, 0, -1
     dtype = STORE_DTYPES[task.dtype]
     boundary = np.array([tokenizer.eot_id], dtype).tobytes()
@@ -90,7 +91,7 @@ def encode_unit(task: UnitTask) -> dict[str, Any]:
                 num_used, last = num_used + (block.document != last), block.document
     for split in SPLITS:
         with _replace(unit_file(units, task.number, split, "npy")) as stream:
-            np.save(stream, np.array(starts[split], np.int64), allow_pickle=False)
+            np.save(stream, np.frombuffer(starts[split], np.int64), allow_pickle=False)
     paths = [piece.file.path for piece in task.unit if piece.start == 0]
     found = {split: dict(counts[split]) for split in SPLITS}
     return {**found, "num_empty": num_read - num_used, "sha256": {path: content_hash(path) for path in paths}}
