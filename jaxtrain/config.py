@@ -51,7 +51,7 @@ class DataConfig(Section, section="data"):
 
     # token store from `jaxtrain prepare`, or token files of nanoGPT, llm.c, Megatron ...; None prepares `sources`
     store: Store | None = None
-    sources: tuple[Source, ...] = ()  # files, folders, globs (text, .gz, .jsonl) or python-stdlib, if `store` is None
+    sources: tuple[Source, ...] = ()  # files, folders, globs, URLs or python-stdlib, if `store` is None
     tokenizer: TokenizerSpec = "byte"  # of `sources`; used if `store` is None
     validation: tuple[Source, ...] = ()  # files to validate on, in place of a share of `sources` or of token files
     validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash; of token files, their end

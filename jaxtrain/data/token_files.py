@@ -180,14 +180,15 @@ def _read_raw(path: Path, dtype: str | None) -> TokenFile:
     with open(path, "rb") as stream:
         header = np.frombuffer(stream.read(4 * _LLMC_HEADER), "<u1")
     header = header[: len(header) // 4 * 4].view("<i4").tolist()
-    if dtype is None and header and header[0] in _LLMC_YEAR:
+    known = tuple(header[:2]) in _LLMC_KINDS
+    if known or (dtype is None and header and header[0] in _LLMC_YEAR):
         if len(header) < _LLMC_HEADER:
             raise ValueError(f"{path} is torn: it ends within its header of 1,024 bytes; replace the file")
-        if tuple(header[:2]) not in _LLMC_KINDS:
-            known = " and ".join(f"{magic} version {version}" for magic, version in _LLMC_KINDS)
+        if not known:
+            kinds = " and ".join(f"{magic} version {version}" for magic, version in _LLMC_KINDS)
             raise ValueError(
                 f"{path} has the header of an llm.c file with magic {header[0]} version {header[1]}; its token files "
-                f"have {known}"
+                f"have {kinds}"
             )
         name, vocab_size, eot_id = _LLMC_KINDS[header[0], header[1]]
         tokens = _map(path, _DTYPES[name], 4 * _LLMC_HEADER, header[2], "its header")

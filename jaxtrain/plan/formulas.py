@@ -17,7 +17,6 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.data.store import open_store
 from jaxtrain.data.tokenizer import ByteTokenizer
-from jaxtrain.fields import is_url
 from jaxtrain.losses import CARRY_LIMIT, DEFAULT_CHUNK
 from jaxtrain.mixture import parse_stores
 from jaxtrain.models.kernels.attention import choose_kernel
@@ -148,11 +147,11 @@ def plan_vocab(config: Config) -> int:
     if getattr(config.model, "vocab_size", None):
         return config.model.vocab_size
     store = next(iter(parse_stores(data.stores).values()), data.store)
-    if store and (is_url(store) or Path(store).exists() or Path(f"{store}.idx").exists()):
+    if store and (Path(store).exists() or Path(f"{store}.idx").exists()):
         return open_store(store, verify=False, validation=data.validation).vocab_size
     if not store and data.tokenizer == "byte":
         return ByteTokenizer.vocab_size
-    raise ValueError("the vocabulary size depends on an untrained tokenizer: give it with --model.vocab-size")
+    raise ValueError("the vocabulary size depends on data that is not here: give it with --model.vocab-size")
 
 
 def _cost(

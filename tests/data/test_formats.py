@@ -237,7 +237,7 @@ def test_hugging_face_dataset_folders(tmp_path):
     write_dataset(folder / "test", [["other"]])
     assert read(folder / "train") == TEXTS
     assert find_sources([str(folder / "train")])[1] == {
-        "of a dataset's records": [
+        "beside the records of a dataset": [
             str(folder / "train" / name) for name in ("cache-1234.arrow", "dataset_info.json", "state.json")
         ]
     }
@@ -372,10 +372,10 @@ def peak_megabytes(call) -> float:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("suffix", ["", ".xz"])
 def test_a_text_of_any_size_takes_bounded_memory(suffix, tmp_path):
     size, path = 48 << 20, tmp_path / f"text.txt{suffix}"
-    with {"": open, ".gz": gzip.open, ".xz": lzma.open}[suffix](path, "wb") as stream:
+    with {"": open, ".xz": lzma.open}[suffix](path, "wb") as stream:
         for _ in range(size >> 20):
             stream.write(b"x" * (1 << 20))
 

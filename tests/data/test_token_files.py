@@ -78,6 +78,9 @@ def test_layouts_and_their_documents(tmp_path):
     write_llmc(llmc / "fineweb_train_000002.bin", first[101:])  # a document spans the files
     case("llm.c", llmc, first, 50_257, starts_of(with_eot))
     write_llmc(tmp_path / "llama_train.bin", plain, 20240801, 7, "<u4")
+    write_llmc(tmp_path / "known_train.bin", first)
+    describe(tmp_path / "known_train.json", dtype="uint16", vocab_size=50_304)
+    case("llm.c, described", tmp_path / "known_train.bin", first, 50_304, starts_of(with_eot))
     case("llm.c of Llama 3", tmp_path / "llama_train.bin", plain, 128_256, [0])
     for code, dtype in ((1, "u1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")):
         prefix = tmp_path / f"corpus.{code}_document"
@@ -160,7 +163,7 @@ BAD = {
     "described llm.c": (
         lambda f: write_llmc(f, np.arange(9)) or describe(f.with_suffix(".json"), dtype="uint32"),
         {},
-        "torn|holds uint16 tokens",
+        "a.bin holds uint16 tokens, its description says uint32",
     ),
     "Megatron code": (lambda f: write_megatron(f, DOCUMENTS, code=7), {}, "a.idx has version 1 and dtype code 7"),
     "Megatron bin": (

@@ -161,7 +161,7 @@ def _walk(folder: Path, skip: Callable[[str], bool], left_out: LeftOut | None = 
     for root, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         skipped = [name for name in folders + files if skip(name)]
         if parts := _dataset_files(root, files):
-            left_out.setdefault("of a dataset's records", []).extend(
+            left_out.setdefault("beside the records of a dataset", []).extend(
                 os.path.join(root, n) for n in sorted(set(files) - parts)
             )
             files = sorted(parts)
