@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from jaxtrain.config import Config
 from jaxtrain.fields import Folder, Fraction, LocalPath, NotNegative, Positive, Section, Source, TokenizerSpec
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import printable
@@ -78,20 +79,52 @@ def run_inspect(options: InspectOptions) -> int:
     """Shows what a token store, or the data of a run, holds: documents, tokens, duplicates, repetitions, text."""
     from jaxtrain.data.inspection import UNSTATED_VOCABULARY, inspect_store
     from jaxtrain.data.store import open_store
+    from jaxtrain.monitoring.tables import format_table
     from jaxtrain.training.run import open_data, read_config
 
+    mixture: dict[str, Any] = {}
     if Path(options.path, "config.json").is_file():
-        store = open_data(read_config(Path(options.path)), Path(options.path))
+        config = read_config(Path(options.path))
+        store = open_data(config, Path(options.path))
+        if store.sources:
+            mixture = _describe_mixture(config, store)
     else:
         store = open_store(options.path, vocab_size=UNSTATED_VOCABULARY)
-    stores = getattr(store, "sources", {}) or {"": store}
+    stores = store.sources or {"": store}
     found = {name: inspect_store(each, options.windows) for name, each in stores.items()}
     if options.json:
-        print(json.dumps(found if list(found) != [""] else found[""]))
+        print(json.dumps({"mixture": mixture, "stores": found} if mixture else found[""]))
         return 0
+    if mixture:
+        rows = [
+            [printable(name), *(f"{value:,}" for value in row.values())] for name, row in mixture["sources"].items()
+        ]
+        print(f"mixture: {printable(mixture['shares'])}")
+        print(format_table(["source", "tokens", "sequences", "read", "passes"], rows))
     for name, result in found.items():
         _show(name, result)
     return 0
+
+
+def _describe_mixture(config: Config, store: Any) -> dict[str, Any]:
+    """Returns the shares of a run's sources, and how often the run reads each."""
+    from jaxtrain.mixture import describe, make_mixture
+    from jaxtrain.training.batches import source_windows
+
+    windows = {name: source.count for name, source in source_windows(config, store).items()}
+    settings = config.train
+    mixture = make_mixture(config.data.mixture, windows, settings.steps, settings.batch_size)
+    counts = mixture.counts(settings.steps * settings.batch_size)
+    rows = {
+        name: {
+            "tokens": store.sources[name].train.num_tokens,
+            "sequences": windows[name],
+            "sequences_read": count,
+            "passes": round(count / windows[name], 3) if windows[name] else 0.0,
+        }
+        for name, count in zip(mixture.names, counts, strict=True)
+    }
+    return {"shares": describe(mixture), "sources": rows}
 
 
 def _show(name: str, found: dict[str, Any]) -> None:

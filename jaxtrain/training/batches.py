@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
+from jaxtrain.config import Config
 from jaxtrain.data.loader import TrainBatches, Windows, global_batch
 from jaxtrain.data.order import skip_to
 from jaxtrain.data.packing import PackedWindows, pack_documents
 from jaxtrain.data.rows import Documents
-from jaxtrain.data.store import Split
+from jaxtrain.data.store import Split, TokenStore
 from jaxtrain.fields import parse_ranges
 from jaxtrain.mixture import check_epochs, describe, make_mixture, past_of
 from jaxtrain.runtime.mesh import by_rows
@@ -26,7 +27,7 @@ def train_batches(run: Run) -> TrainBatches:
     """
     data, settings = run.config.data, run.config.train
     apart = documents(run)
-    sources, mixture = _sources(run), None
+    sources, mixture = source_windows(run.config, run.store), None
     counts = {name: source.count for name, source in sources.items()}
     if run.store.sources:
         mixture = make_mixture(data.mixture, counts, settings.steps, settings.batch_size)
@@ -63,16 +64,16 @@ def documents(run: Run) -> Documents:
     return Documents(data.mask_documents, data.restart_positions, run.store.eot_id)
 
 
-def _sources(run: Run) -> dict[str, Windows | PackedWindows]:
+def source_windows(config: Config, store: TokenStore) -> dict[str, Windows | PackedWindows]:
     """Returns the windows of each source in the training split; the source of a single store is named ""."""
-    stores = run.store.sources or {"": run.store}
+    stores = store.sources or {"": store}
     sizes = [store.train.num_tokens for store in stores.values()]
     starts = itertools.accumulate(sizes, initial=0)
-    seq_len, packing = run.config.train.seq_len, run.config.data.packing
+    seq_len, packing = config.train.seq_len, config.data.packing
     if packing == "concatenate":
         return {name: Windows(*window, seq_len) for name, *window in zip(stores, starts, sizes, strict=False)}
     windows = zip(stores, starts, sizes, strict=False)
-    return {name: _packed(run.store.train, start, start + size, seq_len) for name, start, size in windows}
+    return {name: _packed(store.train, start, start + size, seq_len) for name, start, size in windows}
 
 
 @functools.lru_cache(maxsize=8)  # a run asks several times
@@ -100,7 +101,7 @@ def check_mixture(run: Run, saved: dict[str, Any], step: int) -> None:
     was, now = by_name(saved["data"]), by_name(identity(run.store))
     if not step or (was.keys() == now.keys() == {""}):
         return
-    windows, old, settings = _sources(run), saved["config"], run.config.train
+    windows, old, settings = source_windows(run.config, run.store), saved["config"], run.config.train
     counts = {now[name]: source.count for name, source in windows.items()}
     before = make_mixture(
         old["data"].get("mixture"),

@@ -1,5 +1,6 @@
 """`jaxtrain inspect`: its figures beside a plain count of the same documents, and what it shows."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.cli import main
+from jaxtrain.config import DataConfig
 from jaxtrain.data import inspection
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import open_store
@@ -89,3 +91,21 @@ def test_what_the_command_shows(made, tmp_path, capfd, tiny_config, store):
     assert "documents" not in result["splits"]["train"]
     assert result["alarms"][0].startswith("1 places of the train split repeat an n-gram")
     assert main(["inspect", str(tmp_path / "missing")]) == 2
+
+
+def test_the_mixture_of_a_run(made, store, tmp_path, capfd, tiny_config):
+    data = DataConfig(stores=(f"sums={store}", f"other={made / 'store'}"), mixture="sums:0.75 other:0.25")
+    write_config(tmp_path, dataclasses.replace(tiny_config, data=data))
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert list(result["stores"]) == ["sums", "other"]
+    assert result["mixture"]["shares"] == "sums 75%, other 25%"
+    tokens = open_store(store).train.num_tokens
+    sequences = (tokens - 1) // 16
+    read = 12 * 8 * 3 // 4
+    row = {"tokens": tokens, "sequences": sequences, "sequences_read": read, "passes": round(read / sequences, 3)}
+    assert result["mixture"]["sources"]["sums"] == row
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capfd.readouterr().out
+    assert "mixture: sums 75%, other 25%" in out
+    assert f"other: {made / 'store'} (257 tokens" in out
