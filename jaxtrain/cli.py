@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import absl.logging
 
 from jaxtrain import __version__
-from jaxtrain.commands import compress, data, generate, model, report, train
+from jaxtrain.commands import compress, data, exchange, generate, model, report, train
 from jaxtrain.fields import suggest
 from jaxtrain.runtime.flag_help import show_help
 from jaxtrain.runtime.flags import parse
@@ -69,7 +69,7 @@ def _overview() -> str:
     )
 
 
-_SUBJECTS = (train, model, generate, compress, report, data)
+_SUBJECTS = (train, model, generate, compress, report, data, exchange)
 COMMANDS = {command.name: command for subject in _SUBJECTS for command in subject.COMMANDS}
 
 

@@ -161,7 +161,7 @@ def test_help_of_every_command(name, columns, monkeypatch, capsys):
         assert f"  {flag.name}" in printed
         assert flag.help, flag
     positional = {"prepare": "SOURCE...", "train": "CONFIG", "plan": "CONFIG", "schedule": "CONFIG"}
-    positional = (positional | {"inspect": "STORE|RUN"}).get(name, "RUN")
+    positional = (positional | {"inspect": "STORE|RUN", "import": "HF_FOLDER"}).get(name, "RUN")
     assert f"jaxtrain {name} {positional} " in lines[0]
     assert f"  {positional} " in printed
     if positional == "CONFIG":

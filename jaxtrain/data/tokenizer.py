@@ -78,6 +78,7 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size: ClassVar[int] = 257
     eot_id: ClassVar[int] = 256
+    eot_text: ClassVar[str] = END_OF_TEXT
 
     @property
     def fingerprint(self) -> str:
@@ -126,12 +127,16 @@ class BPETokenizer(Tokenizer):
 
     json_text: str
 
+    @property
+    def library_json(self) -> str:
+        """Text of a `tokenizer.json` that the library reads."""
+        if not self.json_text.startswith(_EOT_ENTRY):
+            return self.json_text
+        return json.dumps({key: value for key, value in json.loads(self.json_text).items() if key != "eot"})
+
     @cached_property
     def _library(self) -> Any:
-        text = self.json_text
-        if text.startswith(_EOT_ENTRY):
-            text = json.dumps({key: value for key, value in json.loads(text).items() if key != "eot"})
-        library = _import_tokenizers().Tokenizer.from_str(text)
+        library = _import_tokenizers().Tokenizer.from_str(self.library_json)
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # special tokens spelled out in a text are encoded as plain text
@@ -224,6 +229,19 @@ class BPETokenizer(Tokenizer):
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` into a folder."""
         write_text(Path(folder, TOKENIZER_FILE), self.json_text)
+
+
+def byte_level_json() -> str:
+    """Returns the byte tokenizer as a `tokenizer.json`: byte-level BPE without merges, with the same ids."""
+    lib = _import_tokenizers()
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves in byte-level BPE
+    others = [byte for byte in range(256) if byte not in plain]
+    characters = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    library = lib.Tokenizer(lib.models.BPE({character: byte for byte, character in characters.items()}, []))
+    library.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = lib.decoders.ByteLevel()
+    library.add_special_tokens([END_OF_TEXT])
+    return library.to_str()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:

@@ -151,7 +151,7 @@ def load(
     everywhere = replicated(Mesh(_first_devices(), ("processes",)))
     shapes = jax.eval_shape(definition.init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
-    params, step = _read(folder, like, step, average, sha256_file(source / TOKENIZER_FILE) if tokenizer else None)
+    params, step = read_mean(folder, like, step, average, sha256_file(source / TOKENIZER_FILE) if tokenizer else None)
     params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
     return TrainedModel(definition, params, config, step, folder, tokenizer)
 
@@ -164,7 +164,7 @@ def _first_devices() -> np.ndarray:
     return np.array(list(first.values()))
 
 
-def _read(folder: Path, like: Any, step: int | None, average: int, tokenizer_sha256: str | None) -> tuple[Any, int]:
+def read_mean(folder: Path, like: Any, step: int | None, average: int, tokenizer_sha256: str | None) -> tuple[Any, int]:
     """Reads the mean of the parameters of `average` checkpoints, the last one of `step`; returns it with that step."""
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint in {folder}: train first, or give another run directory")

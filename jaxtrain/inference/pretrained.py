@@ -1,6 +1,7 @@
-"""Models of transformers with their tokenizers: from a folder, and into one."""
+"""Models of transformers with their tokenizers: from a folder, and the tokenizer files of an export."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,9 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.config import ModelConfig
-from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, read_hf
+from jaxtrain.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG
+from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, byte_level_json, read_hf
 from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
-from jaxtrain.runtime.files import read_json
+from jaxtrain.runtime.files import read_json, write_json, write_text
+
+GENERATION_CONFIG = "generation_config.json"
+# Files beside tokenizer.json that a run directory takes over from the folder, and an export from the run directory.
+COMPANIONS = (TOKENIZER_CONFIG, TEMPLATE_FILE, GENERATION_CONFIG, "special_tokens_map.json")
 
 
 class Pretrained(NamedTuple):
@@ -18,7 +24,7 @@ class Pretrained(NamedTuple):
 
     config: ModelConfig
     params: Any
-    tokenizer: BPETokenizer
+    tokenizer: BPETokenizer | ByteTokenizer
 
 
 def read_pretrained(
@@ -44,7 +50,7 @@ def read_pretrained(
     return Pretrained(model.config, model.read_params(like), tokenizer)
 
 
-def read_tokenizer(model: PretrainedFolder) -> BPETokenizer:
+def read_tokenizer(model: PretrainedFolder) -> BPETokenizer | ByteTokenizer:
     """Reads the tokenizer of a model; its end-of-text token is the one that the folder's configs name.
 
     Tokens beyond the model's vocabulary, such as those for images, are left out.
@@ -56,6 +62,8 @@ def read_tokenizer(model: PretrainedFolder) -> BPETokenizer:
             "transformers"
         )
     values = read_json(file)
+    if values == json.loads(byte_level_json()):
+        return ByteTokenizer()
     eot = _end_of_text(model, values)
     try:
         tokenizer = read_hf(file)
@@ -75,7 +83,7 @@ def read_tokenizer(model: PretrainedFolder) -> BPETokenizer:
 
 def _end_of_text(model: PretrainedFolder, tokenizer: Any) -> str | None:
     """Returns the text of the end-of-text token by tokenizer_config.json or config.json; None if both name none."""
-    names = read_json(model.path / "tokenizer_config.json")
+    names = read_json(model.path / TOKENIZER_CONFIG)
     token = names.get("eos_token") if isinstance(names, dict) else None
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str):
@@ -87,3 +95,32 @@ def _end_of_text(model: PretrainedFolder, tokenizer: Any) -> str | None:
         if isinstance(entry, dict) and entry.get("id") == number:
             return entry.get("content")
     return None
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies the files that belong to a tokenizer, where they exist, from one folder to another."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_tokenizer(folder: Path, run_dir: Path, tokenizer: BPETokenizer | ByteTokenizer) -> dict[str, Any]:
+    """Writes the tokenizer files of an export; returns the special tokens for config.json.
+
+    Args:
+      folder: the exported folder.
+      run_dir: the run directory, whose `COMPANIONS` are taken over.
+      tokenizer: tokenizer of the run.
+    """
+    text = byte_level_json() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library_json
+    write_text(folder / TOKENIZER_FILE, text)
+    copy_companions(run_dir, folder)
+    ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}  # one token separates documents
+    if not (folder / TOKENIZER_CONFIG).exists():
+        names = {"bos_token": tokenizer.eot_text, "eos_token": tokenizer.eot_text}
+        write_json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
+    given = read_json(folder / GENERATION_CONFIG)
+    if isinstance(given, dict):
+        return {name: given[name] for name in ids if name in given}
+    write_json(folder / GENERATION_CONFIG, ids)
+    return ids

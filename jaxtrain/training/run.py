@@ -249,7 +249,9 @@ def check_fingerprint(run: Run, saved: dict[str, Any], step: int) -> None:
     now = fingerprint(run)
     for key in ("data", "tokenizer", "decay_mask"):
         same = saved.get(key) == now[key]
-        if key == "data" and now[key] and saved.get(key):  # a run may add sources
+        if key == "data" and saved.get(key) is None:  # an imported model has none
+            continue
+        if key == "data" and now[key]:  # a run may add sources
             same = set(by_name(saved[key]).values()) <= set(by_name(now[key]).values())
         if now[key] is not None and not same:
             if key == "decay_mask":

@@ -6,6 +6,8 @@ from typing import Any
 from jaxtrain.config import FAMILIES, ModelConfig
 from jaxtrain.models.hf.families import FIXED, HF_FAMILIES, Family, find_family
 
+_MOST_LAYERS = 10_000  # no model has as many; each takes memory before the files can tell that it is missing
+
 
 def read_config(config: dict[str, Any]) -> tuple[Family, ModelConfig]:
     """Returns the family and the model of a config.json.
@@ -22,6 +24,8 @@ def read_config(config: dict[str, Any]) -> tuple[Family, ModelConfig]:
         if key not in config and key not in family.defaults:
             raise ValueError(f"{key} is missing")
         fields[field] = config.get(key, family.defaults.get(key))
+        if field == "num_layers" and fields[field] > _MOST_LAYERS:
+            raise ValueError(f"{key} is {fields[field]}, and at most {_MOST_LAYERS} are read")
     if family.style == "gpt2":
         fields["d_ff"] = fields["d_ff"] or 4 * fields["d_model"]
     else:
