@@ -332,6 +332,6 @@ def _number(value: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(_value, value)) or "none"
-    if value is None or isinstance(value, bool | str):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return "none" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -18,6 +18,11 @@ from jaxtrain.monitoring.tables import format_seconds
 
 Rows = list[tuple[str, str]]
 
+# Facts of the newest start, by type.
+_FACTS = {
+    int: ("parameters", "vocab_size", "train_tokens", "devices", "processes"),
+    str: ("tokenizer", "data", "device", "jax", "jaxtrain", "python", "commit"),
+}
 _DEPTH = 4  # levels of folders that are searched for runs
 
 
@@ -97,7 +102,7 @@ class RunRecord:
     @property
     def skipped(self) -> int:
         """Number of skipped steps."""
-        return int(np.nansum(column(self.lines, "skipped")))
+        return int(np.sum(column(self.lines, "skipped") == 1))
 
     @property
     def clipped_share(self) -> float:
@@ -129,8 +134,8 @@ class RunRecord:
             "clipped_share": self.clipped_share,
             "attempts": len(self.named("start", "resume")),
         }
-        known = ("parameters", "tokenizer", "vocab_size", "data", "train_tokens", "devices", "device", "processes")
-        facts |= {name: begun.get(name) for name in (*known, "jax", "jaxtrain", "python", "commit")}
+        for kind, names in _FACTS.items():
+            facts |= {name: begun[name] if isinstance(begun.get(name), kind) else None for name in names}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
 
 
@@ -149,7 +154,7 @@ def read_record(folder: str | Path) -> RunRecord:
     except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{file}: {error}; correct it, or give another run directory") from None
     lines, events = read_metrics(folder / "metrics.jsonl")
-    return RunRecord(folder, config, lines, _with_steps(lines, events))
+    return RunRecord(folder, config, lines, _with_steps(lines, [event for event in events if _is_sound(event)]))
 
 
 def find_runs(folder: str | Path) -> list[Path]:
@@ -180,6 +185,13 @@ def differences(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
+def _is_sound(event: dict[str, Any]) -> bool:
+    """Returns False for an event whose fields have other types than this program gives them."""
+    texts = ("event", "name", "severity", "evidence", "remedy") if event["event"] == "finding" else ("event",)
+    numbered = isinstance(event.get("step", 0), int) and isinstance(event.get("attempt", 0), int)
+    return numbered and all(isinstance(event.get(name), str) for name in texts)
+
+
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -196,10 +208,10 @@ def _with_steps(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> li
         if _has(attempts[-1], "stop") or (begins and _has(attempts[-1], "start", "resume")):
             attempts.append([])
         attempts[-1].append(event)
-    trained = {line.get("attempt") for line in lines}
+    trained = {str(line.get("attempt")) for line in lines}
     kept, finished = [], False
     for attempt in attempts:
-        numbers = {event.get("attempt") for event in attempt if event["event"] in ("start", "resume")}
+        numbers = {str(event.get("attempt")) for event in attempt if event["event"] in ("start", "resume")}
         if finished and numbers and not numbers & trained and not _has(attempt, "rewind"):
             continue
         kept += attempt

@@ -41,7 +41,7 @@ def read_rows(folder: str | Path) -> list[Row]:
             record = read_record(path)
             rows.append({"name": name, "folder": str(path), **record.summary()})
             records.append((rows[-1], record))
-        except (ValueError, OSError, TypeError, KeyError) as error:
+        except Exception as error:  # one damaged run does not hide the others
             rows.append({"name": name, "folder": str(path), "state": "broken", "problem": str(error)})
     for field, values in differences([record for _, record in records]).items():
         for (row, _), value in zip(records, values, strict=True):

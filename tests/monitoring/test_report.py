@@ -209,6 +209,17 @@ def test_a_finished_run_that_was_started_again_shows_one_start(tmp_path):
     assert sum(mark["kind"] == "stop" for mark in page.data["runs"][0]["marks"]) == 1
 
 
+@pytest.mark.parametrize("odd", [None, "x", [1], {"old": 1}, True, -1.5, 10**30, "NaN"])
+def test_records_of_odd_types_hide_nothing(tmp_path, odd):
+    """Another program, or a user's sink, may write anything that is JSON."""
+    run = make_run(tmp_path / "runs" / "run", 10)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    changed = [{**record, key: odd} for record in records[:6] + records[-3:] for key in record if key != "step"]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*changed, {"step": 11, "nll": 1.0}])))
+    assert Page(write_report(run)).cell("steps") == "11 of 20"
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+
+
 def test_a_sample_stays_inside_the_run(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "secret.txt").write_text("elsewhere")
