@@ -31,6 +31,7 @@ _MARKS = {
     "finding": ("finding", "replay_mismatch", "stalled", "sink_failed"),
 }
 _ROUTINE = {"save", "saved", "verified", "eval", "compile"}
+_OF_SOURCES = ("data.sources", "data.tokenizer", "data.text_field")
 _MOST = 400  # marks of a kind, and events in the table
 
 
@@ -298,7 +299,9 @@ def _times(times: dict[str, Any]) -> str:
 
 
 def _config(config: dict[str, Any]) -> str:
-    rows = [(name, _value(value)) for name, value in config.items()]
+    """Returns the fields of a config, without those of `data.sources` that a token store overrides."""
+    overridden = _OF_SOURCES if config.get("data.store") or config.get("data.stores") else ()
+    rows = [(name, _value(value)) for name, value in config.items() if name not in overridden]
     return f"<details><summary>{len(rows)} fields</summary>{_table(rows)}</details>"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtrain.monitoring.curves import clipped_steps, column, covered_steps
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.tables import format_seconds
+from jaxtrain.runtime.files import read_json
 
 Rows = list[tuple[str, str]]
 
@@ -136,6 +137,9 @@ class RunRecord:
         }
         for kind, names in _FACTS.items():
             facts |= {name: begun[name] if isinstance(begun.get(name), kind) else None for name in names}
+        saved = read_json(self.folder / "tokenizer.json")
+        if facts["tokenizer"] is None and isinstance(saved, dict):  # the start of an older run does not name it
+            facts["tokenizer"] = "byte" if saved.get("type") == "byte" else "tokenizer.json"
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
 
 

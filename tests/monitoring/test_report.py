@@ -101,7 +101,8 @@ def test_a_report_shows_the_run(tmp_path):
     page = Page(path)
     assert page.words.count("a <i> b") == 2
     assert (page.cell("validation loss"), page.cell("parameters")) == ("1.2500", "1,234,567")
-    assert page.cell("tokenizer") == f"hf:{HOSTILE}"  # of the run: the config says byte
+    assert page.cell("tokenizer") == f"hf:{HOSTILE}"  # of the run
+    assert page.cell("data.tokenizer") == "byte"  # of the sources
     assert page.cell("data") == "/stores/books"
     assert page.cell("steps") == "40 of 80"
     assert page.cell("skipped steps") == "1"
@@ -118,6 +119,20 @@ def test_a_report_shows_the_run(tmp_path):
     assert sum(drawn["curves"]["histogram"]["counts"]) == 40
     kinds = {mark["kind"]: mark["step"] for mark in drawn["marks"]}
     assert kinds == {"restart": 19, "stop": 40, "save": 40, "validation": 40, "finding": 20, "skip": 3}
+
+
+def test_a_token_store_decides_on_the_tokenizer(tmp_path):
+    """The config of a run with a store says byte, its default; older runs do not name theirs at the start."""
+    run = make_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["data"] |= {"store": "/stores/books", "sources": []}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace('"tokenizer"', '"other"'))
+    for saved, shown in (('{"type": "byte"}', "byte"), ('{"model": {"type": "BPE"}}', "tokenizer.json")):
+        (run / "tokenizer.json").write_text(saved)
+        page = Page(write_report(run))
+        assert page.cell("tokenizer") == shown
+        assert "data.tokenizer" not in page.words
 
 
 def test_text_of_users_is_text(tmp_path):
