@@ -1,5 +1,6 @@
 """Tokens of one unit of a corpus, text to train a tokenizer on, and the join of all units into shards."""
 
+import functools
 import hashlib
 import os
 from array import array
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtrain.data.prepare.documents import SPLITS, TRAIN, Block, SplitRule, Unit, read_blocks, read_documents
 from jaxtrain.data.prepare.sources import content_hash
 from jaxtrain.data.store import STORE_DTYPES, documents_file, shard_file
-from jaxtrain.data.tokenizer import load_tokenizer
+from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, load_tokenizer
 from jaxtrain.runtime.files import sha256_file, sync
 
 BATCH_CHARACTERS = 1 << 21
@@ -57,7 +58,8 @@ def encode_unit(task: UnitTask) -> dict[str, Any]:
     Returns:
       For each split, COUNTS by source; `num_empty` documents; `sha256` of each file that starts in the unit.
     """
-    tokenizer, units = load_tokenizer(task.folder), Path(task.units)
+    changed = os.stat(Path(task.folder, TOKENIZER_FILE)).st_mtime_ns
+    tokenizer, units = _load_once(task.folder, changed), Path(task.units)
     counts: dict[str, dict[str, list[int]]] = {split: defaultdict(lambda: [0, 0, 0]) for split in SPLITS}
     starts = {split: array("q") for split in SPLITS}
     num_tokens, num_read, num_used, last = dict.fromkeys(SPLITS, 0), 0, 0, -1
@@ -95,6 +97,12 @@ def encode_unit(task: UnitTask) -> dict[str, Any]:
     paths = [piece.file.path for piece in task.unit if piece.start == 0]
     found = {split: dict(counts[split]) for split in SPLITS}
     return {**found, "num_empty": num_read - num_used, "sha256": {path: content_hash(path) for path in paths}}
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(folder: str, changed: int) -> ByteTokenizer | BPETokenizer:
+    """Loads the tokenizer for all units of a process, which then knows the words of the earlier ones."""
+    return load_tokenizer(folder)
 
 
 @contextmanager
