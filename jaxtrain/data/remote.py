@@ -57,8 +57,14 @@ def open_file(url: str) -> BinaryIO:
 def file_version(url: str) -> Version:
     """Returns the size of a URL in bytes, and a text that changes with its content."""
     with _reaching(url):
-        system, path = _filesystem(url)
-        return system.size(path), system.ukey(path)
+        return _version(*_filesystem(url))
+
+
+def _version(system: Any, path: str) -> Version:
+    found = system.info(path)
+    if found.get("size") is None:
+        raise OSError("its size is not told")
+    return found["size"], f"{system.ukey(path)} {found.get('ETag', '')}".strip()  # ukey alone is the name over HTTP
 
 
 def find_files(url: str, left_out: dict[str, list[str]]) -> list[str]:
@@ -73,10 +79,11 @@ def find_files(url: str, left_out: dict[str, list[str]]) -> list[str]:
     """
     with _reaching(url):
         system, path = _filesystem(url)
-        entries = sorted(system.glob(path)) if glob.has_magic(path) else [path]
+        is_glob = glob.has_magic(path) and not url.startswith("http")  # there, `?` begins a query
+        entries = sorted(system.glob(path)) if is_glob else [path]
         found = []
         for entry in entries:
-            names = sorted(system.find(entry)) if system.isdir(entry) else [entry]
+            names = sorted(system.find(entry)) if system.info(entry)["type"] == "directory" else [entry]
             for name in names:
                 inside = posixpath.relpath(name, entry if name != entry else posixpath.dirname(entry)).split("/")
                 hidden = name != path and any(part.startswith(".") for part in inside)
@@ -126,8 +133,9 @@ def fetch_store(url: str, *, verify: bool = True) -> Path:
 def _store_files(system: Any, path: str) -> tuple[str, dict[str, Version]]:
     """Returns the folder of a store and the version of each of its files, by name."""
     folder = path if system.isdir(path) else posixpath.dirname(path)
-    listed = {posixpath.basename(entry["name"].rstrip("/")): entry for entry in system.ls(folder, detail=True)}
-    names = [name for name, entry in listed.items() if entry["type"] == "file" and not name.startswith(".")]
+    entries = system.ls(folder, detail=True)
+    names = [posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file"]
+    names = [name for name in names if not name.startswith(".")]
     if folder != path:
         base, suffix = posixpath.splitext(posixpath.basename(path))
         stem = base if suffix in _BESIDE else base + suffix
@@ -135,7 +143,7 @@ def _store_files(system: Any, path: str) -> tuple[str, dict[str, Version]]:
         names = [name for name in names if name in wanted]
     if not set(names) - set(_SHARED):
         raise FileNotFoundError
-    return folder, {name: (listed[name]["size"], system.ukey(posixpath.join(folder, name))) for name in names}
+    return folder, {name: _version(system, posixpath.join(folder, name)) for name in names}
 
 
 @contextlib.contextmanager
