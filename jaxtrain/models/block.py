@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.kernels.attention import attend, rotate
-from jaxtrain.models.kernels.linear import Weights, linear
+from jaxtrain.models.kernels.linear import Weights, linear, linear_parts
 from jaxtrain.models.kernels.pointwise import gelu, norm, swiglu
 from jaxtrain.models.parallel import Parallel, enter_tensor
 from jaxtrain.models.remat import checkpoint_name
@@ -131,21 +131,15 @@ class Attention(nn.Module):
         return norm(x_BTHK.reshape(*x_BTHK.shape[:2], -1)).reshape(x_BTHK.shape)
 
     def _project(self, x_BTD: jax.Array) -> list[jax.Array]:
-        """Returns queries, keys and values from one matrix product."""
+        """Returns queries, keys and values, each `[B, T, heads, K]`."""
         c, width = self.config, self.config.channels_per_head
         use_bias = c.use_bias or c.qkv_bias
         heads = {"query": c.num_heads, "key": c.kv_heads, "value": c.kv_heads}
-        sizes = [num_heads * width // self.parallel.tensor for num_heads in heads.values()]
         weights = [
-            Weights(size, INIT_STD, use_bias, name=name)(x_BTD.shape[-1])
-            for name, size in zip(heads, sizes, strict=True)
+            Weights(num_heads * width // self.parallel.tensor, INIT_STD, use_bias, name=name)(x_BTD.shape[-1])
+            for name, num_heads in heads.items()
         ]
-        kernels, biases = zip(*weights, strict=True)
-        kernel = jnp.concatenate(kernels, axis=-1)
-        bias = jnp.concatenate(biases, axis=-1) if use_bias else None
-        y_BTF = linear(x_BTD, (kernel, bias))
-        split = jnp.split(y_BTF, [sizes[0], sizes[0] + sizes[1]], axis=-1)
-        return [y.reshape(*y.shape[:-1], -1, width) for y in split]
+        return [y.reshape(*y.shape[:-1], -1, width) for y in linear_parts(x_BTD, weights)]
 
 
 class FeedForward(nn.Module):

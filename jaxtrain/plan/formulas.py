@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.data.store import open_store
 from jaxtrain.data.tokenizer import ByteTokenizer
-from jaxtrain.losses import CARRY_LIMIT, DEFAULT_CHUNK
+from jaxtrain.losses import CARRY_LIMIT, default_chunk
 from jaxtrain.mixture import parse_stores
 from jaxtrain.models.kernels.attention import choose_kernel
 from jaxtrain.models.layout import logical_axes
@@ -188,10 +188,10 @@ def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: i
     width = 2 if settings.precision == "bfloat16" else 4  # bytes of the compute dtype
     rows = settings.batch_size // (settings.accumulate * mesh.shape["data"] * fsdp)
     kept, layer = _activations(model, fsdp, tensor)
-    kernel = model.attention
+    platform, kernel = chip.platform if chip else "cpu", model.attention
     if kernel == "auto":
         kernel = choose_kernel(
-            chip.platform if chip else "cpu",
+            platform,
             settings.precision,
             settings.seq_len,
             model.channels_per_head,
@@ -203,7 +203,7 @@ def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: i
     num_kept = model.num_layers if model.remat == "none" and fsdp == 1 else 1
     head = model.d_model * model.vocab_rows // tensor
     two_layers = 2 * matrices_per_layer(model) // tensor
-    chunk = min(settings.loss_chunk or DEFAULT_CHUNK, rows * settings.seq_len)
+    chunk = min(settings.loss_chunk or default_chunk(platform), rows * settings.seq_len)
     per_layer = fsdp > 1 and width < 4  # casts, see models/masters.py
     summed = mesh.shape["data"] > 1 or settings.accumulate > 1
     head_gradient = (width if 4 * head > CARRY_LIMIT else 4) * head

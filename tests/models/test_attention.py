@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MeshConfig
 from jaxtrain.models.kernels import cudnn
-from jaxtrain.models.kernels.attention import attend, check_kernel, choose_kernel
+from jaxtrain.models.kernels.attention import (
+    _rotate_halves,
+    _rotate_heads,
+    attend,
+    check_kernel,
+    choose_kernel,
+    rope_tables,
+    rotate,
+)
 from jaxtrain.models.remat import rematerialize
 from jaxtrain.runtime.mesh import make_mesh
 
@@ -209,3 +217,20 @@ def test_the_mixture_is_a_residual_once(monkeypatch, kernel):
     jax.eval_shape(watch, query, key, key, matrix)
     assert kept.count(2 * 256 * 4 * 64) == 2
     assert kept.count(2 * 256 * 4) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_forms_of_the_rotation_turn_pairs_and_their_gradients_turn_back(dtype):
+    x, weights = (jax.random.normal(jax.random.key(i), (2, 7, 3, 8)).astype(dtype) for i in (1, 2))
+    cos, sin = tables = rope_tables(jnp.broadcast_to(jnp.arange(7)[None], (2, 7)), 8, 100.0)
+    angle = np.arange(7.0)[:, None] * 100.0 ** (-np.arange(4.0) / 4)
+    np.testing.assert_allclose(np.arctan2(sin, cos)[1, :4, 0], angle[:4], rtol=1e-5)
+    turn = np.exp(1j * angle)[None, :, None, :]
+    pairs, weight_pairs = (np.float64(a)[..., :4] + 1j * np.float64(a)[..., 4:] for a in (x, weights))
+    for form in (rotate, _rotate_halves, _rotate_heads):
+        loss = lambda x, form=form: jnp.sum((form(x, tables) * weights).astype(jnp.float32))  # noqa: E731
+        found = form(x, tables), jax.grad(loss)(x)
+        for actual, expected in zip(found, (pairs * turn, weight_pairs * turn.conj()), strict=True):
+            assert actual.dtype == x.dtype
+            wanted = np.concatenate([expected.real, expected.imag], axis=-1)
+            np.testing.assert_allclose(np.float64(actual), wanted, atol=1e-5 if dtype == "float32" else 0.05)

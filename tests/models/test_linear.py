@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.models.kernels.linear import linear
+from jaxtrain.models.kernels.linear import _concatenated, _separate, linear, linear_parts
 
 SHAPES = {"widening": (24, 96), "square": (48, 48), "narrowing": (96, 24)}
 
@@ -47,3 +47,32 @@ def test_only_a_cpu_turns_the_gradient_of_a_narrowing_kernel(platform, turned):
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert {name for name, shape in SHAPES.items() if "optimization_barrier" in lowered(shape)} == turned
+
+
+def parts_of(use_bias):
+    keys = jax.random.split(jax.random.key(0), 7)
+    sizes = (8, 4, 4)
+    kernels = [jax.random.normal(key, (6, size)) for key, size in zip(keys, sizes, strict=False)]
+    biases = [jax.random.normal(key, (size,)) if use_bias else None for key, size in zip(keys[3:], sizes, strict=False)]
+    return jax.random.normal(keys[6], (2, 5, 6)), list(zip(kernels, biases, strict=True))
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_parts_equal_separate_layers(use_bias):
+    x, parts = parts_of(use_bias)
+
+    def run(function):
+        loss = lambda x, parts: sum(jnp.sum(jnp.sin(y)) for y in function(x, parts))  # noqa: E731
+        return jax.jit(function)(x, parts), jax.jit(jax.grad(loss, (0, 1)))(x, parts)
+
+    expected = run(_separate)
+    for function in (linear_parts, _concatenated):
+        for actual, wanted in zip(*map(jax.tree.leaves, (run(function), expected)), strict=True):
+            np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("cuda", 1), ("tpu", 3)])
+def test_the_kernels_are_concatenated_except_on_tpus(platform, products):
+    x, parts = parts_of(True)
+    text = jax.jit(linear_parts).trace(x, parts).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("dot_general") == products

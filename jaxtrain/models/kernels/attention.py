@@ -202,9 +202,40 @@ def rope_tables(
     return jnp.cos(angle_BTK)[:, :, None], jnp.sin(angle_BTK)[:, :, None]
 
 
+@jax.custom_vjp
 def rotate(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates channel pairs (i, i + K / 2) by the angles of `rope_tables`, in float32. Returns the dtype of x."""
+    """Rotates channel pairs (i, i + K / 2) by the angles of `rope_tables`, in float32. Returns the dtype of x.
+
+    TPUs form x cos + swap(x) sin over whole heads: halves of them are layouts of their own, which cost copies.
+    """
+    return jax.lax.platform_dependent(x_BTHK, tables, tpu=_rotate_heads, default=_rotate_halves)
+
+
+def _rotate_back(tables: tuple[jax.Array, jax.Array], gradient_BTHK: jax.Array):
+    cos, sin = tables
+
+    def transpose(gradient_BTHK):  # of a linear function, whose argument does not matter
+        return jax.vjp(lambda x: _rotate_halves(x, tables), gradient_BTHK)[1](gradient_BTHK)[0]
+
+    def turn(gradient_BTHK):
+        return _rotate_heads(gradient_BTHK, (cos, -sin))
+
+    return jax.lax.platform_dependent(gradient_BTHK, tpu=turn, default=transpose), None
+
+
+rotate.defvjp(lambda x_BTHK, tables: (rotate(x_BTHK, tables), tables), _rotate_back)
+
+
+def _rotate_halves(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = tables
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTHK.dtype)
+
+
+def _rotate_heads(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    cos, sin = tables
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    first, second = jnp.split(x_BTHK, 2, axis=-1)
+    swapped = jnp.concatenate([second, first], axis=-1).astype(jnp.float32)
+    return (x_BTHK.astype(jnp.float32) * cos + swapped * sin).astype(x_BTHK.dtype)

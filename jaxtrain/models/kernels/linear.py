@@ -5,6 +5,7 @@ Shape suffixes: N tokens of all rows, I inputs, O outputs.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxtrain.models.parallel import leave_tensor
@@ -35,6 +36,37 @@ def linear(x: jax.Array, weights: tuple[jax.Array, jax.Array | None], num_shards
     # With all tokens in one dimension, the gradient of the kernel is one matrix product.
     y = leave_tensor(_matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1), num_shards)
     return y if bias is None else _add(y, bias)
+
+
+@jax.custom_vjp
+def linear_parts(x: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
+    """Applies several linear layers to the same x `[..., I]`; returns a `[..., O]` of each.
+
+    One product with the concatenated kernels, except on TPUs: there the concatenation forces layouts that every part
+    pays for with a copy (scripts/bench_compiled.py measures it).
+    """
+    return jax.lax.platform_dependent(x, parts, tpu=_separate, default=_concatenated)
+
+
+def _linear_parts_backward(inputs: tuple[jax.Array, list], gradients: list[jax.Array]):
+    def pull(function):
+        return lambda x, parts, gradients: jax.vjp(function, x, parts)[1](gradients)
+
+    return jax.lax.platform_dependent(*inputs, gradients, tpu=pull(_separate), default=pull(_concatenated))
+
+
+linear_parts.defvjp(lambda x, parts: (linear_parts(x, parts), (x, parts)), _linear_parts_backward)
+
+
+def _separate(x: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
+    return [linear(x, weights) for weights in parts]
+
+
+def _concatenated(x: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
+    kernels, biases = zip(*parts, strict=True)
+    bias = None if biases[0] is None else jnp.concatenate(biases, axis=-1)
+    y = linear(x, (jnp.concatenate(kernels, axis=-1), bias))
+    return jnp.split(y, np.cumsum([kernel.shape[-1] for kernel in kernels[:-1]]), axis=-1)
 
 
 @jax.custom_vjp
