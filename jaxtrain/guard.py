@@ -6,6 +6,7 @@ with the rest.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +63,7 @@ def skip_bad_steps(
     clip_norm: float | None = None,
     max_consecutive: int = 10,
     max_share: float = 0.05,
+    check_updates: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that bad updates are not applied.
 
@@ -71,8 +73,8 @@ def skip_bad_steps(
     times that threshold: clipping bounds the effect of smaller ones.
 
     A bad update leaves the inner state as it was, except for a `learning_rate`, which tells the place in the schedule.
-    The updates become -0.0, which adds to any number without changing its bits. Pass `step=` to `update`, so that a
-    skip does not delay the schedule of `clipped_adamw`.
+    The updates become -0.0, which adds to any number without changing its bits. With `step=`, a skip does not delay the
+    schedule of `clipped_adamw`.
 
     Args:
       inner: any optax transformation.
@@ -81,10 +83,13 @@ def skip_bad_steps(
       clip_norm: clip threshold of the wrapped optimizer; None judges gradient norms by the window alone.
       max_consecutive: `give_up` becomes 1 when more updates than this are skipped in a row.
       max_share: `give_up` becomes 1 when a larger share of the recent updates is skipped, in (0, 1].
+      check_updates: False for an optimizer such as `clipped_adamw`, whose updates are finite if gradient norm and state
+        are: the decision then waits for no update. Should a moment be NaN all the same, its parameter keeps its value,
+        and `give_up` becomes 1, because no later step could heal the state.
 
     Returns:
-      An optax transformation with the state `GuardState`; `update` takes the loss as `loss=` or `value=`. Without
-      either, only norms are watched. All extra arguments reach an inner transformation that takes them.
+      An optax transformation with the state `GuardState`; `update` takes the loss as `loss=` or `value=` (without
+      either, only norms are watched). All extra arguments reach an inner transformation that takes them.
 
     Raises:
       ValueError: an argument out of range.
@@ -98,22 +103,36 @@ def skip_bad_steps(
       [1. 1.] 1.0 1
     """
     _check(window, sigmas, clip_norm, max_consecutive, max_share)
-    sigmas, clip_norm = float32_if_array(sigmas), float32_if_array(clip_norm)
     inner = optax.with_extra_args_support(inner)
+    limits = float32_if_array(sigmas), float32_if_array(clip_norm)
+    update = _make_update(inner, *limits, max_consecutive, max_share, check_updates)
+    return optax.GradientTransformationExtraArgs(functools.partial(_init, inner, window), update)
+
+
+def _make_update(
+    inner: optax.GradientTransformationExtraArgs,
+    sigmas: Any,
+    clip_norm: Any,
+    max_consecutive: int,
+    max_share: float,
+    check_updates: bool,
+) -> Callable:
+    """Returns the `update` of `skip_bad_steps`."""
 
     def update(grads, state, params=None, *, loss=None, **extra):
         extra = extra if loss is None else {**extra, "loss": loss}
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
         grad_norm = global_norm(grads)
         loss = as_float32(extra.get("value", 0.0) if loss is None else loss)
-        finite = _stays_finite(updates, inner_state, state.inner)
+        finite, intact = _check_finite(updates, inner_state, state.inner, check_updates)
         reason = _judge(state, grad_norm, loss, finite, sigmas, clip_norm)
         bad = reason != NOT_SKIPPED
         kept = _keep_if(bad, state.inner, inner_state, grads)
-        new_state = _record(state, kept, reason, loss, grad_norm, max_consecutive, max_share)
-        return jax.tree.map(lambda u: jnp.where(bad, jnp.zeros_like(u) * -1, u), updates), new_state
+        new_state = _record(state, kept, reason, ~bad & ~intact, loss, grad_norm, max_consecutive, max_share)
+        drop = (lambda u: bad) if check_updates else (lambda u: bad | ~jnp.isfinite(u))
+        return jax.tree.map(lambda u: jnp.where(drop(u), jnp.zeros_like(u) * -1, u), updates), new_state
 
-    return optax.GradientTransformationExtraArgs(functools.partial(_init, inner, window), update)
+    return update
 
 
 def _check(window: int, sigmas: Any, clip_norm: Any, max_consecutive: int, max_share: float) -> None:
@@ -153,12 +172,18 @@ def _record(
     state: GuardState,
     inner: Any,
     reason: jax.Array,
+    broken: jax.Array,
     loss: jax.Array,
     grad_norm: jax.Array,
     max_consecutive: int,
     max_share: float,
 ) -> GuardState:
-    """Returns the state after an update: accepted values enter the windows, skipped updates are counted."""
+    """Returns the state after an update: accepted values enter the windows, skipped updates are counted.
+
+    Args:
+      reason: reason of a skip.
+      broken: True if the new inner state is not finite though the step is good.
+    """
     bad = reason != NOT_SKIPPED
     consecutive = jnp.where(bad, state.consecutive + 1, 0)
     skipped = bad.astype(jnp.float32)
@@ -170,10 +195,10 @@ def _record(
         grad_norms=jnp.where(bad, state.grad_norms, state.grad_norms.at[place].set(grad_norm)),
         accepted=jnp.where(bad, state.accepted, optax.safe_increment(state.accepted)),
         skipped=skipped,
-        skip_reason=reason,
+        skip_reason=jnp.where(broken, jnp.int32(NOT_FINITE), reason),
         consecutive=consecutive,
         share=share,
-        give_up=((consecutive > max_consecutive) | (share > max_share)).astype(jnp.float32),
+        give_up=((consecutive > max_consecutive) | (share > max_share) | broken).astype(jnp.float32),
     )
 
 
@@ -204,16 +229,30 @@ def _limit(values: jax.Array, count: jax.Array, sigmas: float) -> jax.Array:
     return mean + sigmas * jnp.maximum(jnp.sqrt(variance), DEVIATION_FLOOR * jnp.abs(mean))
 
 
-def _stays_finite(updates: Any, new: Any, old: Any) -> jax.Array:
-    """Returns True if the updates are finite, and the inner state where it was finite before.
+def _check_finite(updates: Any, new: Any, old: Any, check_updates: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns two flags: all that the decision waits for is finite; so is the new inner state beside it."""
+    if check_updates:
+        return _stays_finite(new, old) & _all_finite(updates), jnp.bool_(True)
+    return _all_finite([leaf for leaf in jax.tree.leaves(new) if not leaf.ndim]), _all_finite(new)
 
-    Some states start from an infinite best value.
+
+def _stays_finite(new: Any, old: Any) -> jax.Array:
+    """Returns True if the inner state is finite where it was before. Some states start from an infinite value."""
+    return _all_finite(
+        jax.tree.map(
+            lambda leaf, before: jnp.where(jnp.isfinite(before), leaf, 0) if _is_float(leaf) else leaf, new, old
+        )
+    )
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    """Returns True if all numbers are finite.
+
+    Counts those that are not in float32, like the sums of squares of a norm: the compiler then forms both in one pass.
     """
+    counts = [jnp.sum(jnp.where(jnp.isfinite(leaf), 0.0, 1.0)) for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+    return sum(counts, jnp.float32(0)) == 0
 
-    def check(leaf: jax.Array, before: jax.Array | None = None) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return jnp.bool_(True)
-        return jnp.all(jnp.isfinite(leaf) if before is None else jnp.isfinite(leaf) | ~jnp.isfinite(before))
 
-    checks = [*jax.tree.leaves(jax.tree.map(check, updates)), *jax.tree.leaves(jax.tree.map(check, new, old))]
-    return functools.reduce(jnp.logical_and, checks, jnp.bool_(True))
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -360,11 +360,14 @@ class OptimizerEntry(NamedTuple):
         and the transformation that clips the gradient, which `make` puts first.
       description: one line.
       check: `(optim) -> None`, raises a ValueError that names the fields of `optim`. None: `make` checks.
+      stays_finite: True if a finite gradient norm, state and learning rate imply finite updates; see `check_updates` of
+        `guard.skip_bad_steps`.
     """
 
     make: Callable[[Any, optax.Schedule, optax.GradientTransformation], optax.GradientTransformation]
     description: str
     check: Callable[[Any], None] | None = None
+    stays_finite: bool = False
 
 
 def _adamw(optim: Any, learning_rate: optax.Schedule, clip: optax.GradientTransformation):
@@ -381,5 +384,5 @@ def _adamw(optim: Any, learning_rate: optax.Schedule, clip: optax.GradientTransf
 
 # A config file may add an entry: OPTIMIZERS["name"] = OptimizerEntry(make, description).
 OPTIMIZERS: dict[str, OptimizerEntry] = {
-    "adamw": OptimizerEntry(_adamw, "AdamW (arXiv:1711.05101) with decay on matrices alone"),
+    "adamw": OptimizerEntry(_adamw, "AdamW (arXiv:1711.05101) with decay on matrices alone", stays_finite=True),
 }

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.trees import layer_squares
+from jaxtrain.trees import is_stacked, layer_squares
 
 # Below this multiple of eps, eps is a tenth or more of Adam's denominator: the update depends on the gradient's scale.
 _NEAR_EPS = 10.0
@@ -70,13 +70,16 @@ def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) 
         for path, nu in jax.tree_util.tree_leaves_with_path(state.nu):
             if path not in by_path or nu.shape != by_path[path].shape:
                 continue  # flattened or factored
-            has_gradient = by_path[path] != 0
-            moved += _count(has_gradient)
-            frozen += _count(has_gradient & (jnp.sqrt(nu / correction) < _NEAR_EPS * eps))
+            has_gradient, stacked = by_path[path] != 0, is_stacked(path) and nu.ndim > 0
+            moved += _count(has_gradient, stacked)
+            frozen += _count(has_gradient & (jnp.sqrt(nu / correction) < _NEAR_EPS * eps), stacked)
     return jnp.where((moved > 0) & (states[0].count > 0), frozen / jnp.maximum(moved, 1), jnp.nan)
 
 
-def _count(flags: jax.Array) -> jax.Array:
-    """Counts the True flags, float32: within a row in float32, which is exact up to 2^24, over rows in integers."""
-    rows = jnp.sum(flags, axis=-1, dtype=jnp.float32) if flags.ndim else flags
-    return jnp.sum(jnp.sum(rows.astype(jnp.int32), axis=tuple(range(1, rows.ndim))).astype(jnp.float32))
+def _count(flags: jax.Array, stacked: bool) -> jax.Array:
+    """Counts the True flags, float32.
+
+    Sums each layer, or an array that is not stacked, at once: devices with shards of it exchange one number, not one
+    for each row. In float32 the compiler adds the sum to a pass that forms norms; beyond 2^24 it rounds.
+    """
+    return jnp.sum(jnp.sum(flags, axis=tuple(range(int(stacked), flags.ndim)), dtype=jnp.float32))

@@ -83,13 +83,14 @@ bad_grads = {
 }
 
 
-@pytest.mark.parametrize("inner", ["clipped_adamw", "adamw", "sgd", "lion"])
+@pytest.mark.parametrize("inner", ["clipped_adamw", "clipped_adamw by scalars", "adamw", "sgd", "lion"])
 @pytest.mark.parametrize("kind", bad_grads)
 @pytest.mark.parametrize("first", [True, False])
 def test_a_skip_changes_no_bit(inner, kind, first):
     """Around any optimizer, from the first step, with -0.0 and subnormal parameters."""
     make = {"clipped_adamw": clipped_adamw, "adamw": optax.adamw, "sgd": functools.partial(optax.sgd, momentum=0.9)}
-    optimizer = skip_bad_steps(make.get(inner, optax.lion)(1e-2))
+    name, by_scalars, _ = inner.partition(" by scalars")
+    optimizer = skip_bad_steps(make.get(name, optax.lion)(1e-2), check_updates=not by_scalars)
     params = make_params()
     state = optimizer.init(params)
     if not first:
@@ -103,6 +104,44 @@ def test_a_skip_changes_no_bit(inner, kind, first):
     assert bits(without_rate(after.inner)) == bits(without_rate(state.inner))
     assert (int(after.skip_reason), int(after.accepted)) == (NOT_FINITE, int(not first))
     assert bits((after.losses, after.grad_norms)) == bits((state.losses, state.grad_norms))
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "bfloat16"])
+def test_a_decision_by_scalars_alone_is_that_of_the_whole_check(mu_dtype):
+    """With every kind of bad step; two programs round alike up to the last bits."""
+    steps = [
+        *quiet(70),
+        *((make(), 1.0) for make in bad_grads.values()),
+        (grads_of(1.0), np.nan),
+        (grads_of(30.0), 9.0),
+    ]
+    steps += [(grads_of(1e-30), 2.0), (grads_of(0.0), 2.0), *quiet(2)]
+    results = [
+        run(skip_bad_steps(clipped_adamw(warmup_cosine(1e-2, 90, 9), mu_dtype=mu_dtype), check_updates=check), steps)
+        for check in (True, False)
+    ]
+    assert results[0][2] == results[1][2]
+    assert {NOT_SKIPPED, NOT_FINITE, LOSS_SPIKE} == set(results[0][2])
+    for slow, fast in zip(*(jax.tree.leaves(result) for result in results), strict=True):
+        np.testing.assert_allclose(np.float32(slow), np.float32(fast), rtol=1e-2 if mu_dtype else 1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("field", ["mu", "nu"])
+def test_a_spoiled_state_ends_the_run_and_spares_the_parameters(field):
+    """A moment that is NaN, as a broken memory may leave it: no later step could heal it."""
+    optimizer, params = skip_bad_steps(clipped_adamw(1e-2), check_updates=False), make_params()
+    state = optimizer.init(params)
+    adam = state.inner[1]
+    spoiled = adam._replace(**{field: {**getattr(adam, field), "w": jnp.array([[jnp.nan, 0.0], [0.0, 0.0]])}})
+    state = state._replace(inner=(state.inner[0], spoiled, *state.inner[2:]))
+    updates, after = jax.jit(optimizer.update)(grads_of(0.1), state, params, loss=1.0)
+    assert (float(after.give_up), int(after.skip_reason), float(after.skipped)) == (1, NOT_FINITE, 0)
+    assert updates["w"][0, 0] == 0
+    assert np.all(np.asarray(updates["w"]).ravel()[1:] != 0)
+    _, healthy = optimizer.update(grads_of(0.1), optimizer.init(params), params, loss=1.0)
+    assert (float(healthy.give_up), int(healthy.skip_reason)) == (0, NOT_SKIPPED)
+    _, skipped = optimizer.update(grads_of(jnp.nan), state, params, loss=1.0)
+    assert (float(skipped.give_up), float(skipped.skipped)) == (0, 1)  # a skipped step writes nothing
 
 
 def test_a_loss_that_is_not_finite_is_skipped_though_the_gradient_is_fine():
