@@ -127,6 +127,7 @@ class TrainConfig(Section, section="train"):
     z_loss: NotNegative[float] = 0.0  # coefficient of log^2 Z (1e-4 in PaLM)
     label_smoothing: FractionOrZero[float] = 0.0  # share of the target spread evenly over the vocabulary
     loss_chunk: Positive[int] | None = None  # tokens per chunk of the loss head; None takes the built-in default
+    tune_compiler: bool = True  # uses the compiler options of the chip, see runtime/compile_options.py
     log_every: Positive[int] = 10  # optimizer steps whose means make one line of metrics.jsonl
     diagnose_every: Positive[int] | None = 100  # optimizer steps between logged per-layer statistics; None logs none
     eval_every: Positive[int] | None = None  # optimizer steps; None evaluates at the end only

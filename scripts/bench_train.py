@@ -59,7 +59,7 @@ class Ours:
         batch |= {name: jnp.zeros(shape, jnp.int32) for name in program.abstract_batch.keys() - batch.keys()}
         self._batch = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), batch, program.abstract_batch)
         begin = time.perf_counter()
-        self._step = program.train_step.lower(self._state, self._batch).compile()
+        self._step = program.compile(self._state, self._batch, print)
         self.compile_seconds = time.perf_counter() - begin
         self.run(2)
 
@@ -85,7 +85,7 @@ class Ours:
         stats = jax.local_devices()[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:
             return stats["peak_bytes_in_use"]
-        plan = self._step.memory_analysis()
+        plan = self._step.executable.memory_analysis()
         return plan.argument_size_in_bytes + plan.temp_size_in_bytes
 
 

@@ -162,6 +162,7 @@ class Console:
         parts = [
             f"step {step}/{self._total_steps} {step / self._total_steps:.1%}",
             f"{float(fields['tokens_per_second']):,.0f} tokens/s",
+            *([f"{float(fields['mfu']):.1%} MFU"] if "mfu" in fields else []),
             f"loss {float(fields['loss']):.4f}",
         ]
         if "grad_norm" in fields:

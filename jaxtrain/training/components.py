@@ -3,12 +3,14 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxtrain.clipping import clip_adaptively, clip_by_global_norm, zclip
-from jaxtrain.config import Config
+from jaxtrain.config import Clipping, Config
 from jaxtrain.fields import check_entry
 from jaxtrain.guard import skip_bad_steps
 from jaxtrain.monitoring.layers import layer_diagnostics
@@ -38,29 +40,62 @@ def check_optimizer(config: Config) -> None:
         check(config.optim)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer of the config under the schedule, behind the guard."""
+class Scalars(NamedTuple):
+    """Values of a config that are arguments of the compiled step, so that another value needs no compilation.
+
+    Attributes:
+      learning_rate: that of the step.
+      clip_norm: `optim.clip_norm`.
+    """
+
+    learning_rate: jax.Array
+    clip_norm: jax.Array
+
+
+def make_scalars(config: Config, step: jax.Array) -> Scalars:
+    """Returns the scalars of a step, which counts from 0."""
+    return Scalars(make_schedule(config)(step), jnp.float32(config.optim.clip_norm))
+
+
+def make_optimizer(
+    config: Config, platform: str = "cpu", scalars: Scalars | None = None, step: jax.Array | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer of the config under the schedule, behind the guard.
+
+    Args:
+      config: the run.
+      platform: of the devices. On CPUs the guard checks all updates of all optimizers: one pass more is cheap there.
+      scalars: takes these in place of the config's constants; the learning rate where the optimizer asks for `step`.
+      step: the current step, the very array that `update` receives as `step=`.
+    """
     check_optimizer(config)
-    optim, guard = config.optim, config.guard
-    optimizer = OPTIMIZERS[optim.name].make(optim, make_schedule(config), _make_clip(config))
+    optim, guard, schedule = config.optim, config.guard, make_schedule(config)
+    entry = OPTIMIZERS[optim.name]
+    clip_norm = optim.clip_norm if scalars is None else scalars.clip_norm
+
+    def learning_rate(count: jax.Array) -> jax.Array:
+        return schedule(count) if scalars is None or count is not step else scalars.learning_rate
+
+    optimizer = entry.make(optim, learning_rate, _make_clip(optim.clipping, clip_norm))
     return skip_bad_steps(
         freeze_updates(optimizer, optim.frozen) if optim.frozen else optimizer,
         window=guard.window,
         sigmas=guard.sigmas,
-        clip_norm=None if optim.clipping == "adaptive" else optim.clip_norm,  # a ratio if adaptive
+        clip_norm=None if optim.clipping == "adaptive" else clip_norm,  # a ratio if adaptive
         max_consecutive=guard.max_consecutive,
         max_share=guard.max_share,
+        check_updates=platform == "cpu" or not entry.stays_finite,
     )
 
 
-def _make_clip(config: Config) -> optax.GradientTransformation:
-    match config.optim.clipping:
+def _make_clip(clipping: Clipping, clip_norm: Any) -> optax.GradientTransformation:
+    match clipping:
         case "zclip":
-            return zclip(max_norm=config.optim.clip_norm)
+            return zclip(max_norm=clip_norm)
         case "adaptive":
-            return clip_adaptively(config.optim.clip_norm)
+            return clip_adaptively(clip_norm)
         case _:
-            return clip_by_global_norm(config.optim.clip_norm)
+            return clip_by_global_norm(clip_norm)
 
 
 def make_loss_scaling(config: Config, num_row_shards: int) -> LossScaling | None:

@@ -1,6 +1,7 @@
 """Jitted train and eval steps of a config on a mesh, with the abstract state. Allocates and compiles nothing."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain.config import Config, ModelConfig, SavedModel
 from jaxtrain.gradients import takes_key
+from jaxtrain.losses import default_chunk
 from jaxtrain.models.kernels import cudnn
 from jaxtrain.models.kernels.attention import check_kernel, choose_kernel
 from jaxtrain.models.masters import cast_per_layer
@@ -18,6 +20,7 @@ from jaxtrain.models.model import Model, TransformerModel, axes_of
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.monitoring.metrics import PackedMetrics, pack
 from jaxtrain.precision import Policy
+from jaxtrain.runtime.compile_options import compile_for_chip
 from jaxtrain.runtime.mesh import (
     by_rows,
     check_batch,
@@ -46,7 +49,10 @@ class Program(NamedTuple):
       abstract_state: shapes, dtypes and shardings of the state.
       abstract_batch: shapes, dtypes and shardings of a batch.
       init_state: makes the first state, sharded from the start.
-      train_step: `(state, batch) -> (state, packed metrics)`; donates the state.
+      train_step: `(state, batch, scalars=None) -> (state, packed metrics)`; donates the state. Without scalars the
+        program holds the learning rate and the clip threshold as constants.
+      scalars: `step -> Scalars` of a step counted from 0; None for an optimizer that is not the config's.
+      tune_compiler: see `TrainConfig`.
       eval_step: `(params, batch) -> LossSums`.
     """
 
@@ -56,8 +62,32 @@ class Program(NamedTuple):
     abstract_state: TrainState
     abstract_batch: dict[str, jax.ShapeDtypeStruct]
     init_state: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, PackedMetrics]]
+    train_step: Callable[..., tuple[TrainState, PackedMetrics]]
+    scalars: Callable[[jax.Array], Any] | None
+    tune_compiler: bool
     eval_step: Callable
+
+    def compile(self, state: TrainState, batch: Batch, report: Callable[[str], None]) -> "CompiledStep":
+        """Compiles the train step for the shapes of a state and a batch, with the options of the chip.
+
+        `report` receives a line for each option that the compiler refuses.
+        """
+        more = () if self.scalars is None else (jax.eval_shape(self.scalars, state.step),)
+        everywhere = replicated(self.mesh)
+        more = jax.tree.map(lambda scalar: _abstract(scalar, everywhere), more)
+        lowered = self.train_step.lower(state, batch, *more)
+        compiled = compile_for_chip(lowered, self.mesh.devices, tune=self.tune_compiler, report=report)
+        return CompiledStep(compiled, self.scalars)
+
+
+class CompiledStep(NamedTuple):
+    """Train step `(state, batch) -> (state, packed metrics)` that never compiles again; donates the state."""
+
+    executable: jax.stages.Compiled
+    scalars: Callable[[jax.Array], Any] | None
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, PackedMetrics]:
+        return self.executable(state, batch, *(() if self.scalars is None else (self.scalars(state.step),)))
 
 
 def make_program(
@@ -76,37 +106,34 @@ def make_program(
       config: the run.
       mesh: devices of the steps, or abstract devices.
       vocab_size: number of tokens in the vocabulary of the data.
-      wrap_loss: wraps the training loss `(params, batch) -> LossSums`; None leaves it as it is.
+      wrap_loss: wraps the training loss `(params, batch) -> LossSums`.
       optimizer: any optax transformation; None takes that of the config.
       diagnose, micro_batch_terms: see `make_train_step`; None takes the diagnostics of the config.
 
     Raises:
       ValueError: sizes that do not divide over the mesh, or a vocabulary that does not fit.
     """
-    settings = config.train
-    check_batch(settings.batch_size, settings.accumulate, mesh)
+    check_batch(config.train.batch_size, config.train.accumulate, mesh)
     model = _model(config, mesh, vocab_size)
-    optimizer = optimizer or components.make_optimizer(config)
-    policy = Policy(compute=settings.precision)
+    policy = Policy(compute=config.train.precision)
     scaling = components.make_loss_scaling(config, num_row_shards(mesh))
 
     def init() -> TrainState:
         params = model.init(jax.random.key(config.seed))
-        return TrainState.create(params, optimizer, scaling and scaling.init())
+        return TrainState.create(params, optimizer or components.make_optimizer(config), scaling and scaling.init())
 
     shapes = jax.eval_shape(init)
     specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, axes_of(model, shapes.params))
     shardings = state_shardings(shapes, specs, mesh)
-    make_losses = _sharded_losses if isinstance(model, TransformerModel) else _global_losses
-    losses = make_losses(config, model, mesh, shapes.params, specs)
+    losses = _make_losses(config, model, mesh, shapes.params, specs)
     train_loss = freeze_gradients(losses.train_loss, config.optim.frozen) if config.optim.frozen else losses.train_loss
-    step = make_train_step(
+    train_step = _make_step(
+        config,
+        mesh.devices.flat[0].platform,
         wrap_loss(train_loss) if wrap_loss else train_loss,
         optimizer,
-        accumulate=settings.accumulate,
         policy=None if losses.cast_per_layer else policy,
         loss_scaling=scaling,
-        seed=config.seed,
         map_gradients=losses.map_gradients,
         diagnose=diagnose or components.make_diagnose(config),
         micro_batch_terms=micro_batch_terms,
@@ -118,13 +145,34 @@ def make_program(
         abstract_state=jax.tree.map(_abstract, shapes, shardings),
         abstract_batch=_abstract_batch(config, mesh),
         init_state=jax.jit(init, out_shardings=shardings),
-        train_step=jax.jit(_pack_metrics(step), donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
+        scalars=None if optimizer else _jit_scalars(config, mesh),
+        tune_compiler=config.train.tune_compiler,
         eval_step=jax.jit(make_eval_step(losses.eval_loss, policy=policy), out_shardings=replicated(mesh)),
     )
 
 
-def _pack_metrics(step: Callable) -> Callable[[TrainState, Batch], tuple[TrainState, PackedMetrics]]:
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, PackedMetrics]:
+def _jit_scalars(config: Config, mesh: Mesh) -> Callable[[jax.Array], components.Scalars]:
+    return jax.jit(functools.partial(components.make_scalars, config), out_shardings=replicated(mesh))
+
+
+def _make_step(
+    config: Config,
+    platform: str,
+    train_loss: Callable,
+    optimizer: optax.GradientTransformation | None,
+    **options: Any,
+) -> Callable[..., tuple[TrainState, PackedMetrics]]:
+    """Returns the function of `Program.train_step`; `options` are those of `make_train_step`."""
+
+    def train_step(state: TrainState, batch: Batch, scalars: Any = None) -> tuple[TrainState, PackedMetrics]:
+        step = make_train_step(
+            train_loss,
+            optimizer or components.make_optimizer(config, platform, scalars, state.step),
+            accumulate=config.train.accumulate,
+            seed=config.seed,
+            **options,
+        )
         state, metrics = step(state, batch)
         return state, pack(metrics)
 
@@ -171,6 +219,11 @@ class _Losses(NamedTuple):
     cast_per_layer: bool = False  # each layer casts the float32 masters where it gathers them
 
 
+def _make_losses(config: Config, model: Any, mesh: Mesh, params: Any, specs: Any) -> _Losses:
+    make = _sharded_losses if isinstance(model, TransformerModel) else _global_losses
+    return make(config, model, mesh, params, specs)
+
+
 def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, params: Any, specs: Any) -> _Losses:
     """Losses of the built-in transformer: each device computes on its shards, in `jax.shard_map` if there are several.
 
@@ -179,7 +232,8 @@ def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, params:
     del params  # `check_parts` has checked their sizes
     settings = config.train
     parallel = Parallel(mesh.shape["fsdp"], mesh.shape["tensor"])
-    local = TransformerModel(model.config, parallel, chunk_size=settings.loss_chunk)
+    chunk_size = settings.loss_chunk or default_chunk(mesh.devices.flat[0].platform)
+    local = TransformerModel(model.config, parallel, chunk_size=chunk_size)
     train = dataclasses.replace(local, z_loss=settings.z_loss, label_smoothing=settings.label_smoothing)
     if mesh.size == 1:
         return _Losses(train.loss, local.loss)

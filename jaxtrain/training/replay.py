@@ -1,6 +1,7 @@
 """Replays a train step from the checkpoint before it, and reports its micro-batches, layers and rows."""
 
 import dataclasses
+import functools
 import math
 import sys
 from pathlib import Path
@@ -23,9 +24,10 @@ from jaxtrain.monitoring.layers import drop_unsampled
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import replicated
-from jaxtrain.runtime.processes import compile_together
+from jaxtrain.runtime.processes import LONG_SECONDS, agree, compile_together
 from jaxtrain.step import TrainState
 from jaxtrain.training.batches import batch_source, train_batches
+from jaxtrain.training.program import CompiledStep
 from jaxtrain.training.run import (
     NO_HOOKS,
     Hooks,
@@ -68,8 +70,7 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     state, first = _state_before(run, step, events)
     fetch = batch_source(run)
     batch = fetch(first)
-    compile_together(run.program.train_step, state, batch)
-    train_step = run.program.train_step.lower(state, batch).compile()
+    train_step = _compile(run, state, batch)
     logged = {line["step"]: line for line in _current(lines, events)}
     every = run.config.train.diagnose_every
     tokens_per_step = run.config.train.batch_size * run.config.train.seq_len
@@ -103,6 +104,12 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
         "layers": _layers(terms),
         "rows": _rows(run, step, jax.device_get(nll)),
     }
+
+
+def _compile(run: Run, state: TrainState, batch: Any) -> CompiledStep:
+    compiled = run.program.compile(state, batch, functools.partial(print, file=sys.stderr))
+    agree("the end of compilation", {}, timeout=LONG_SECONDS)
+    return compiled
 
 
 def _require_reached(run: Run, step: int, lines: list[dict], events: list[dict]) -> None:

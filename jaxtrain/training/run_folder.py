@@ -29,7 +29,7 @@ Changes = dict[str, tuple[Any, Any]]  # field -> old and new value
 # checkpoint is restored, so its path is free; `check_skip` guards data.skip.
 _FREE = ("data.prefetch", "data.skip", "data.verify", "data.max_epochs", "mesh.", "train.log_every", "train.eval_")
 _FREE += ("train.stop_after", "train.stall_minutes", "train.sample_", "train.replay_check", "train.diagnose_every")
-_FREE += ("checkpoint.",)
+_FREE += ("checkpoint.", "train.tune_compiler")
 # Fields that select the data: free where data.store or data.stores is given.
 _DATA = ("data.store", "data.sources", "data.tokenizer", "data.validation", "data.text_field")  # and its fraction
 _PATHS = ("data.store", "data.sources", "data.validation", "train.init_from")

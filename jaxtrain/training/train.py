@@ -198,8 +198,8 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
     fetch = batch_source(run)
     # Compiled once, ahead of time: a call that would need another program is an error, not a silent recompilation.
     with named_as_now(traced):
-        lower = run.program.train_step.lower
-        compiled = recorder.compile(lambda: stop.run(lambda: lower(state, fetch(first)).compile()))
+        make = run.program.compile
+        compiled = recorder.compile(lambda: stop.run(lambda: make(state, fetch(first), recorder.say)))
     # The first step's collectives would fail for a process that compiles 30 s longer than another one (gloo).
     processes.agree("the end of compilation", {}, timeout=processes.LONG_SECONDS)
     train_step = _checked_step(session, compiled)
@@ -216,7 +216,7 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
             time_limit=processes.time_limit(),
             asked_to_stop=stop.asked if alone else lambda: False,
         ) as feed,
-        Profiler(traced, run.folder, compiled, recorder) as profiler,
+        Profiler(traced, run.folder, compiled.executable, recorder) as profiler,
     ):
         for step, batch in enumerate(feed, start=first + 1):
             session.watchdog.step(step)

@@ -57,6 +57,13 @@ def test_plain_lines():
     ]
 
 
+def test_the_share_of_the_peak_is_shown_where_it_is_known():
+    stream = io.StringIO()
+    with closing(Console(2000, stream)) as console:
+        show(console, FIELDS | {"mfu": 0.4123})
+    assert stream.getvalue() == LINE.replace("tokens/s", "tokens/s  41.2% MFU") + "\n"
+
+
 class FullLog(io.StringIO):
     """A log on a full disk."""
 

@@ -68,6 +68,17 @@ def test_a_second_run_reads_the_cache_and_gives_equal_bits(tiny_config, tmp_path
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
+def test_another_learning_rate_and_length_compile_no_step(tiny_config, tmp_path):
+    """The quick form is in tests/training/test_program.py."""
+    (tmp_path / "tiny.json").write_text(to_json(tiny_config))
+    command = ["-m", "jaxtrain.cli", "train", tmp_path / "tiny.json", "--train.stop-after", "1"]
+    run(tmp_path, *command, "--run-dir", tmp_path / "first")
+    more = ["--optim.peak-lr", "3e-3", "--train.steps", "40", "--optim.clip-norm", "0.5"]
+    errors, _ = run(tmp_path, *command, "--run-dir", tmp_path / "second", *more, JAX_LOG_COMPILES="1")
+    assert "hit for 'jit_train_step'" in errors
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-20] + b"x" + data[-19:]])
 def test_a_damaged_entry_is_compiled_again_with_a_warning(tmp_path, damage):
     _, first = run(tmp_path)

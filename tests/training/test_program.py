@@ -94,6 +94,33 @@ def trained(style, sizes, accumulate=1):
     return jax.device_get(state.params), history
 
 
+def test_another_learning_rate_length_or_threshold_is_the_same_program():
+    """And gives the numbers of a program that holds the values as constants."""
+    config = make_config("llama")
+    optim = dataclasses.replace(config.optim, peak_lr=1e-3, warmup_steps=5, floor=0.2, schedule="linear", clip_norm=0.1)
+    train = dataclasses.replace(config.train, steps=300)
+    programs = [program_of(one) for one in (config, dataclasses.replace(config, optim=optim, train=train))]
+    texts = set()
+    for program in programs:
+        scalars = jax.eval_shape(program.scalars, program.abstract_state.step)
+        texts.add(program.train_step.lower(program.abstract_state, program.abstract_batch, scalars).as_text())
+    assert len(texts) == 1
+    program = programs[0]
+    compiled = program.compile(program.abstract_state, program.abstract_batch, pytest.fail)
+    assert "learning_rate" in trained("llama", ONE)[1][0]
+    state = first_state(program, "llama")
+    for step in range(4):
+        state, metrics = compiled(state, batch_of(program, step))
+        constants = trained("llama", ONE)[1][step]
+        for name in ("loss", "learning_rate", "clip_factor", "update_norm"):
+            np.testing.assert_allclose(metrics.unpack()[name], constants[name], rtol=1e-6)
+
+
+def test_an_optimizer_of_the_caller_holds_its_own_numbers():
+    program = make_program(make_config("gpt2"), make_mesh(MeshConfig(*ONE)), VOCAB, optimizer=optax.sgd(0.1))
+    assert program.scalars is None
+
+
 def relative(actual, expected):
     """Returns the norm of the difference of two trees, relative to the norm of the second."""
     square = lambda tree: sum(float(np.sum(np.square(x, dtype=np.float64))) for x in jax.tree.leaves(tree))  # noqa: E731
