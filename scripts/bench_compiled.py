@@ -14,6 +14,7 @@ Other flags change the config of all forms, as those of `jaxtrain train` do.
 """
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -52,7 +53,11 @@ def compile_form(arguments: list[str], folder: Path) -> None:
     if what == "optimizer":
         compiled = lower_optimizer(config, program).compile()
     else:
-        compiled = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
+        arguments = program.abstract_state, program.abstract_batch
+        if hasattr(program, "compile"):
+            compiled = program.compile(*arguments, print).executable
+        else:  # of an older checkout
+            compiled = program.train_step.lower(*arguments).compile()
     memory = compiled.memory_analysis()
     (folder / "program.hlo").write_text(compiled.as_text())
     sizes = {
@@ -84,7 +89,9 @@ def lower_optimizer(config: Any, program: Any) -> Any:
 
         return from_batch
 
-    state, optimizer = program.abstract_state, components.make_optimizer(config)
+    # An older checkout's optimizer is the same on every platform.
+    platform = ["tpu"] if "platform" in inspect.signature(components.make_optimizer).parameters else []
+    state, optimizer = program.abstract_state, components.make_optimizer(config, *platform)
     step = make_train_step(
         lambda params, batch: None, optimizer, map_gradients=given, diagnose=components.make_diagnose(config)
     )
@@ -145,7 +152,11 @@ def main() -> None:
         sys.exit('error: no TPU compiler: pip install -e ".[plan]"')
     here, what = Path(__file__).resolve().parents[1], "optimizer" if options.optimizer else "step"
     common = [options.topology, what, options.config, *flags]
-    forms = {str(options.checkout): measure(options.checkout.resolve(), common)} if options.checkout else {}
+    forms = {}
+    if options.checkout:
+        show = ["git", "-C", str(options.checkout), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
+        forms[commit] = measure(options.checkout.resolve(), common)
     for form in ["", *options.form]:
         forms[form.strip() or "as it is"] = measure(here, [*common, *shlex.split(form)])
     title = f"Compiled {what} of {options.config} for {options.topology}: {' '.join(flags) or 'as it is'}"

@@ -19,6 +19,7 @@ import optax
 from benchmark import Table, interleave, parser, report
 
 from jaxtrain.losses import cross_entropy, linear_cross_entropy
+from jaxtrain.runtime.host_memory import keep_freed_memory
 
 
 def dense(hidden, kernel, labels):
@@ -87,7 +88,14 @@ def main() -> None:
     arguments.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     arguments.add_argument("--chunk-size", type=int, nargs="+", default=[512, 1024, 2048], help="tokens per chunk")
     arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument(
+        "--return-memory",
+        action="store_true",
+        help="let the C library return freed memory to the system, unlike the commands on a CPU",
+    )
     options = arguments.parse_args()
+    if jax.default_backend() == "cpu" and not options.return_memory:
+        keep_freed_memory()
     report(options, [bench(vocab, options) for vocab in options.vocab])
 
 

@@ -96,9 +96,9 @@ class PlanOptions(Section):
 
     positional = "config"
     config: Config  # config file: .py with a function config(), or .json
-    topology: Annotated[str, "CHIP:SHAPE"] | None = None  # TPU slice to compile for: v5p:2x2x2, v5e:4x4, v6e:4x4 ...
+    topology: Annotated[str, "CHIP:SHAPE"] | None = None  # chips to compile for: v5p:2x2x2, v6e:4x4, h100:8 ...
     devices: Positive[int] | None = None  # number of devices without --topology; None takes the product of the mesh
-    chip: Annotated[str, "CHIP"] | None = None  # v5e, v5p, v6e, a100, h100 or h200, without --topology
+    chip: Annotated[str, "CHIP"] | None = None  # v5e, v5p, v6e, a100, h100, h200 or b200, without --topology
     mfu: Annotated[float, Bounds("above 0 and at most 1", 0, 1, includes_high=True)] = 0.4  # assumed share of the peak
     price: NotNegative[float] | None = None  # of one chip for one hour, in any currency
     max_batch: bool = False  # search for the largest train.batch_size that fits; needs --topology

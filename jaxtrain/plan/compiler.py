@@ -1,10 +1,11 @@
-"""Ahead-of-time compilation of a config's train step for an absent TPU slice, with the TPU compiler.
+"""Ahead-of-time compilation of a config's train step for absent TPUs or GPUs, with their compilers.
 
 libtpu locks itself to one process and writes to standard error. `compile_step` therefore runs
-`python -m jaxtrain.plan.compiler` and reads the answer from a file; the caller's process never loads libtpu.
+`python -m jaxtrain.plan.compiler` and reads the answer from a file; the caller's process never loads a compiler.
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import Config
-from jaxtrain.runtime.chips import parse_topology
+from jaxtrain.runtime.chips import Chip, parse_topology
 from jaxtrain.runtime.config_files import from_json, to_json
 
 # The child runs JAX on the CPU. The TPU compiler asks no metadata server and tolerates other processes with libtpu,
@@ -31,8 +32,12 @@ ENVIRONMENT = {
 }
 
 
+# Modules of which one must be installed, and the extra that installs one, by platform.
+_COMPILERS = {"tpu": (("libtpu",), "plan"), "gpu": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "plan-gpu")}
+
+
 class CompilerMissing(ImportError):
-    """libtpu is not installed."""
+    """The compiler of a platform is not installed."""
 
 
 def compile_step(config: Config, vocab_size: int, topology: str, timeout: float) -> dict[str, Any]:
@@ -41,7 +46,7 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
     Args:
       config: the run. Its mesh must fit the slice.
       vocab_size: size of its vocabulary.
-      topology: chip and shape, such as `v5p:2x2x2`.
+      topology: chip and shape, such as `v5p:2x2x2` or `h100:8`.
       timeout: seconds after which the child is killed.
 
     Returns:
@@ -50,17 +55,22 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
       `temporary_sum_bytes_per_device`, the compiler's `temp_size_in_bytes`, which on TPUs counts temporaries that share
       memory; `output_bytes_per_device`; `alias_bytes_per_device`, outputs in the memory of donated arguments;
       `code_bytes_per_device`; `host_bytes_per_device`, temporaries in host memory; `collectives` (`hlo.summarize`);
-      `costs` (`costs.part_costs`); `estimated_seconds`, the compiler's estimate or None. For a program that does not
-      fit: `needed_bytes_per_device`, or None if the compiler does not report it, and the compiler's `message`.
+      `costs` (`costs.part_costs`); `refused_options`, lines; `estimated_seconds`, the compiler's estimate or None. For
+      a program that does not fit: `needed_bytes_per_device`, or None if the compiler does not report it, and the
+      compiler's `message`.
+
+      For GPUs also `kernels` (`gpu.kernels`) and `caveat`, a sentence; memory in use is not compared with that of the
+      chip by the compiler, but here, by the sum of arguments, temporaries, code and outputs without a donated argument.
 
     Raises:
-      CompilerMissing: libtpu is not installed.
+      CompilerMissing: the compiler is not installed.
       ValueError: an unknown topology, or a mesh, batch or model that does not fit it.
       OSError: another process locks the compiler, or the compiler fails or takes too long.
     """
     chip, _ = parse_topology(topology)
-    if importlib.util.find_spec("libtpu") is None:
-        raise CompilerMissing('the TPU compiler is not installed: pip install "jaxtrain[plan]"')
+    modules, extra = _COMPILERS[chip.platform]
+    if not any(importlib.util.find_spec(module) for module in modules):
+        raise CompilerMissing(f'the {chip.compiler} is not installed: pip install "jaxtrain[{extra}]"')
     with tempfile.TemporaryDirectory(prefix="jaxtrain-plan-") as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         request.write_text(json.dumps({"config": to_json(config), "vocab_size": vocab_size, "topology": topology}))
@@ -73,10 +83,10 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
             raise TimeoutError(f"compiling for {topology} took more than {timeout:g} s: raise --timeout") from None
         if not answer.exists():
             last = "\n".join(child.stderr.strip().splitlines()[-15:])
-            raise OSError(f"the TPU compiler ended with exit code {child.returncode} and no answer:\n{last}")
+            raise OSError(f"the {chip.compiler} ended with exit code {child.returncode} and no answer:\n{last}")
         found = json.loads(answer.read_text())
     if "error" in found:
-        _raise(found["error"], found["message"], topology)
+        _raise(found["error"], found["message"], topology, chip)
     return {"hbm_bytes": chip.hbm_bytes} | found
 
 
@@ -107,7 +117,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, **ENVIRONMENT, **lock, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _raise(kind: str, message: str, topology: str) -> None:
+def _raise(kind: str, message: str, topology: str, chip: Chip) -> None:
     if kind == "ValueError":
         raise ValueError(message)
     if "lockfile" in message:
@@ -116,10 +126,11 @@ def _raise(kind: str, message: str, topology: str) -> None:
             "ALLOW_MULTIPLE_LIBTPU_LOAD"
         )
     if "topology" in message.lower() or "Invalid TPU" in message:
-        raise ValueError(f"the TPU compiler knows no topology {topology!r}: {message.splitlines()[0]}")
+        raise ValueError(f"the {chip.compiler} knows no topology {topology!r}: {message.splitlines()[0]}")
     if kind == "ImportError" or "not installed" in message:
-        raise CompilerMissing(f'the TPU compiler does not load: pip install "jaxtrain[plan]"\n{message}')
-    raise OSError(f"the TPU compiler failed for {topology}: {message}")
+        extra = _COMPILERS[chip.platform][1]
+        raise CompilerMissing(f'the {chip.compiler} does not load: pip install "jaxtrain[{extra}]"\n{message}')
+    raise OSError(f"the {chip.compiler} failed for {topology}: {message}")
 
 
 def _child(request: str, answer: str) -> None:
@@ -137,47 +148,67 @@ def _child(request: str, answer: str) -> None:
 def _compile(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
     import jax
     import jaxlib
-    import libtpu
-    from jax.experimental import topologies
 
     from jaxtrain.runtime.mesh import make_mesh
     from jaxtrain.training.program import make_program
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(config.mesh, devices)
+    chip, _ = parse_topology(topology)
+    mesh = make_mesh(config.mesh, _devices(chip, topology))
     program = make_program(config, mesh, vocab_size)
-    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
-    start = time.perf_counter()
+    start, refused = time.perf_counter(), list[str]()
     try:
-        found = _analyze(lowered.compile(), dict(mesh.shape))
+        compiled = program.compile(program.abstract_state, program.abstract_batch, refused.append)
+        found = _analyze(compiled.executable, dict(mesh.shape), chip) | {"refused_options": refused}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = {"fits": False, "needed_bytes_per_device": _needed(str(error)), "message": str(error).splitlines()[0]}
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "libtpu": libtpu.__version__}
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    if chip.platform == "tpu":
+        versions["libtpu"] = importlib.metadata.version("libtpu")
     return found | {"compile_seconds": time.perf_counter() - start, "versions": versions}
 
 
-def _analyze(compiled: Any, mesh_shape: dict[str, int]) -> dict[str, Any]:
+def _devices(chip: Chip, topology: str) -> list[Any]:
+    """Returns the absent devices to compile for."""
+    from jax.experimental import topologies
+
+    from jaxtrain.plan.gpu import target_devices
+
+    if chip.platform == "gpu":
+        return target_devices(chip, topology.partition(":")[2])
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def _analyze(compiled: Any, mesh_shape: dict[str, int], chip: Chip) -> dict[str, Any]:
     from jaxtrain.plan.costs import part_costs
+    from jaxtrain.plan.gpu import CAVEAT, kernels
     from jaxtrain.runtime.hlo import collectives, summarize
 
-    memory = compiled.memory_analysis()
-    text = compiled.as_text()
-    return {
-        "fits": True,  # the compiler rejects a program that does not
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    temporary, peak = memory.temp_size_in_bytes, memory.peak_memory_in_bytes
+    if chip.platform == "gpu":  # its compiler reports no peak that counts everything, and accepts any program
+        peak = memory.argument_size_in_bytes + temporary + memory.generated_code_size_in_bytes
+        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    else:
+        temporary = peak - memory.argument_size_in_bytes
+    found = {
+        "fits": peak <= chip.hbm_bytes or chip.platform == "tpu",  # the TPU compiler rejects a program that does not
         "argument_bytes_per_device": memory.argument_size_in_bytes,
-        "temporary_bytes_per_device": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
+        "temporary_bytes_per_device": temporary,
         "temporary_sum_bytes_per_device": memory.temp_size_in_bytes,
         "output_bytes_per_device": memory.output_size_in_bytes,
         "alias_bytes_per_device": memory.alias_size_in_bytes,
         "code_bytes_per_device": memory.generated_code_size_in_bytes,
         "host_bytes_per_device": memory.host_temp_size_in_bytes,
-        "peak_bytes_per_device": memory.peak_memory_in_bytes,
+        "peak_bytes_per_device": peak,
         "collectives": summarize(collectives(text, mesh_shape)),
         "costs": part_costs(text),
-        "estimated_seconds": _estimate(compiled, text),
+        "estimated_seconds": _estimate(compiled, text) if chip.platform == "tpu" else None,
     }
+    if not found["fits"]:
+        found |= {"needed_bytes_per_device": peak, "message": "memory analysis: more than the chip has"}
+    return found | ({"kernels": kernels(text), "caveat": CAVEAT} if chip.platform == "gpu" else {})
 
 
 def _estimate(compiled: Any, text: str) -> float | None:

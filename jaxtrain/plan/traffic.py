@@ -64,6 +64,29 @@ def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num
     return [one for one in found if one.num_bytes]
 
 
+def replaced_gathers(expected: list[Traffic], collectives: list[dict], mesh: dict[str, int]) -> str | None:
+    """Returns a warning if the compiler gathers weights by all-reduces of whole arrays, which move twice the bytes.
+
+    Args:
+      expected: traffic by formula.
+      collectives: those of the compiled program, see `hlo.summarize`.
+      mesh: sizes of the axes.
+    """
+
+    def gathered(rows):
+        return sum(size for kind, axes, size in rows if kind == "all-gather" and tuple(axes) == ("fsdp",))
+
+    wanted = gathered((one.kind, one.axes, one.num_bytes) for one in expected)
+    missing = wanted - gathered((row["kind"], row["axes"], row["bytes"]) for row in collectives)
+    if missing < wanted / 2 or not wanted:
+        return None
+    smaller = max(size for size in range(1, mesh["fsdp"]) if mesh["fsdp"] % size == 0 and size <= mesh["fsdp"] ** 0.5)
+    return (
+        f"the compiler replaces {missing / 1e9:.1f} GB of all-gathers over fsdp {mesh['fsdp']} by all-reduces, which "
+        f"move about twice as much: compare --mesh.data {mesh['data'] * mesh['fsdp'] // smaller} --mesh.fsdp {smaller}"
+    )
+
+
 def _replicated(model: ModelConfig, num_local: int, fsdp: int, tensor: int) -> int:
     """Returns the number of parameters that are replicated over `data` and `fsdp`: all except matrices."""
     matrices = model.num_layers * matrices_per_layer(model)

@@ -10,6 +10,7 @@ from jaxtrain.config import Config
 from jaxtrain.monitoring.tables import format_bytes, format_seconds, format_table
 from jaxtrain.plan.compiler import CompilerMissing, compile_step, search_batch
 from jaxtrain.plan.formulas import Plan, make_plan, plan_vocab
+from jaxtrain.plan.traffic import replaced_gathers
 from jaxtrain.runtime.chips import Chip, find_chip, parse_topology
 
 
@@ -17,9 +18,9 @@ from jaxtrain.runtime.chips import Chip, find_chip, parse_topology
 class Question:
     """Options of `jaxtrain plan` besides the config."""
 
-    topology: str | None = None  # compile for this TPU slice: v5p:2x2x2, v5e:4x4, v6e:4x4, any shape
+    topology: str | None = None  # compile for these chips: v5p:2x2x2, v6e:4x4, h100:8, any shape
     devices: int | None = None  # without a topology: number of devices; None takes the product of the config's mesh
-    chip: str | None = None  # without a topology: v5e, v5p, v6e, a100, h100 or h200; for time, cost and fit
+    chip: str | None = None  # without a topology: v5e, v5p, v6e, a100, h100, h200 or b200; for time, cost and fit
     mfu: float = 0.4  # assumed share of the chips' peak that the model's FLOPs reach
     price: float | None = None  # price of one chip-hour, in any currency; None gives no cost
     max_batch: bool = False  # search the largest train.batch_size that fits (needs a topology)
@@ -38,7 +39,7 @@ def plan(config: Config, question: Question) -> None:
     chip, num_devices = _devices(config, question)
     settings = {"mfu": question.mfu, "price": question.price}
     formulas = make_plan(config, vocab_size, num_devices, chip, **settings)
-    compiled, note = None, "by formula: give --topology, such as v5p:2x2x2, to ask the TPU compiler"
+    compiled, note = None, "by formula: give --topology, such as v5p:2x2x2, or h100:8, to ask its compiler"
     if question.topology:
         try:
             compiled, tries = _compile(config, vocab_size, question, formulas)
@@ -116,7 +117,8 @@ def _result(
         "cost": cost and cost._asdict(),
     }
     if compiled is not None:
-        return result | compiled
+        warning = replaced_gathers(formulas.traffic, compiled.get("collectives", []), formulas.mesh)
+        return result | compiled | {"warning": warning if compiled["fits"] else None}
     return result | {
         "hbm_bytes": chip and chip.hbm_bytes,
         "fits": memory.peak <= chip.hbm_bytes if chip else None,
@@ -136,7 +138,7 @@ def _show(config: Config, formulas: Plan, chip: Chip | None, question: Question,
     _print_table(("the run", ""), _run_rows(config, formulas, result))
     _print_table(("memory by formula", "per device", "all devices"), _memory_rows(formulas))
     if result["compiled"]:
-        _print_table(("memory by the TPU compiler", "per device"), _compiled_rows(result))
+        _print_table((f"memory by the {chip.compiler}", "per device"), _compiled_rows(result))
         if result["fits"]:
             rows = [
                 (
@@ -145,15 +147,20 @@ def _show(config: Config, formulas: Plan, chip: Chip | None, question: Question,
                 )
                 for row in result["collectives"]
             ]
-            _print_table(("collectives", "axes", "dtype", "arrays per step", "per device", "of which block"), rows)
+            if rows:
+                _print_table(("collectives", "axes", "dtype", "arrays per step", "per device", "of which block"), rows)
             _print_table(("operations", "compiler's cycles", "memory traffic"), _cost_rows(result["costs"]))
+            if counts := result.get("kernels"):
+                _print_table(("kernels", "in the program"), [(name, str(count)) for name, count in counts.items()])
     elif formulas.traffic:
         rows = [(one.kind, ", ".join(one.axes), one.what, format_bytes(one.num_bytes)) for one in formulas.traffic]
         _print_table(("collectives by formula", "axes", "of what", "per device and step"), rows)
     if result["fits"] is not None:
         print(f"{'fits' if result['fits'] else 'does not fit'} {chip.name}: {_amount(result)}")
-    if result["note"]:
-        print(result["note"])
+    for line in filter(
+        None, [*result.get("refused_options", ()), result.get("caveat"), result.get("warning"), result["note"]]
+    ):
+        print(line)
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -1,4 +1,4 @@
-"""Accelerators that a run can be planned for: memory, peak speed, and the notation of TPU slices."""
+"""Accelerators that a run can be planned for: memory, peak speed, and the notation of topologies."""
 
 import math
 import re
@@ -54,6 +54,11 @@ class Chip(NamedTuple):
         return "tpu" if self.slice_dims else "gpu"
 
     @property
+    def compiler(self) -> str:
+        """Name of its compiler, for messages."""
+        return f"{self.platform.upper()} compiler"
+
+    @property
     def peak_flops(self) -> float:
         """Dense bfloat16 FLOP/s."""
         return peak_flops(self.device_kind, "bfloat16")
@@ -68,6 +73,7 @@ CHIPS = {
         Chip("a100", "NVIDIA A100-SXM4-80GB", 80 * 10**9, capability=(8, 0)),
         Chip("h100", "NVIDIA H100 80GB HBM3", 80 * 10**9, capability=(9, 0)),
         Chip("h200", "NVIDIA H200", 141 * 10**9, capability=(9, 0)),
+        Chip("b200", "NVIDIA B200", 180 * 10**9, capability=(10, 0)),
     )
 }
 
@@ -80,21 +86,26 @@ def find_chip(name: str) -> Chip:
 
 
 def parse_topology(topology: str) -> tuple[Chip, int]:
-    """Parses a TPU slice, such as `v5p:2x2x2` or `v6e:4x4`. Returns the chip and the number of chips.
+    """Parses a TPU slice, such as `v5p:2x2x2` or `v6e:4x4`, or GPUs, such as `h100:8` or `h100:4x8` (hosts x GPUs).
+
+    Returns:
+      The chip and the number of chips.
 
     Raises:
       ValueError: another form, chip, or number of dimensions.
     """
-    tpus = [chip.name for chip in CHIPS.values() if chip.slice_dims]
     name, _, shape = topology.partition(":")
-    if name not in tpus:
+    if name not in CHIPS:
         raise ValueError(
-            f"unknown topology {topology!r}: give CHIP:SHAPE, such as v5p:2x2x2, with a chip of {', '.join(tpus)}"
+            f"unknown topology {topology!r}: give CHIP:SHAPE, such as v5p:2x2x2 or h100:8, with a chip of "
+            f"{', '.join(CHIPS)}"
         )
     dims = CHIPS[name].slice_dims
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 != dims:
-        example = "x".join(["4"] * dims)
-        raise ValueError(f"unknown topology {topology!r}: slices of {name} have {dims} dimensions, as {name}:{example}")
+    count = shape.count("x") + 1
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or (count != dims if dims else count > 2):
+        allowed = f"slices of {name} have {dims} dimensions, as {name}:{'x'.join(['4'] * dims)}"
+        allowed = allowed if dims else f"give the number of GPUs, as {name}:8, or hosts x GPUs, as {name}:4x8"
+        raise ValueError(f"unknown topology {topology!r}: {allowed}")
     return CHIPS[name], math.prod(map(int, shape.split("x")))
 
 

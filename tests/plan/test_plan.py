@@ -15,6 +15,7 @@ from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainCo
 from jaxtrain.plan import compiler as aot
 from jaxtrain.plan.compiler import CompilerMissing, compile_step, search_batch
 from jaxtrain.plan.formulas import make_plan, plan_vocab
+from jaxtrain.plan.traffic import replaced_gathers
 from jaxtrain.runtime.chips import CHIPS, find_chip, parse_topology
 from jaxtrain.runtime.config_files import load, to_json
 
@@ -112,9 +113,8 @@ def test_remat_policies_keep_less_and_less():
 
 
 def test_tensor_parallelism_divides_the_sharded_dimensions():
-    config = load(CONFIGS / "llama2_7b.py")
-    one = make_plan(change(config, "train", batch_size=64), 32_000, 64).memory
-    two = make_plan(change(change(config, "train", batch_size=64), "mesh", tensor=2), 32_000, 64).memory
+    config = change(change(load(CONFIGS / "llama2_7b.py"), "train", batch_size=64), "mesh", data=1, fsdp=-1)
+    one, two = (make_plan(change(config, "mesh", tensor=size), 32_000, 64).memory for size in (1, 2))
     assert two.logits == one.logits // 2
     assert two.activations == 2 * one.activations  # twice the rows on a device, and full remat keeps them whole
     assert two.parameters == pytest.approx(one.parameters, rel=0.01)
@@ -126,13 +126,27 @@ def test_every_chip_has_a_peak_and_memory(name):
     assert 15e9 < find_chip(name).hbm_bytes < 200e9
 
 
+def test_gathers_that_became_all_reduces_are_a_warning():
+    config = load(CONFIGS / "llama2_7b.py")
+    plan, alone = (make_plan(change(config, "mesh", data=1, fsdp=size), 32_000, size) for size in (64, 1))
+    rows = [{"kind": one.kind, "axes": list(one.axes), "bytes": one.num_bytes} for one in plan.traffic]
+    assert replaced_gathers(plan.traffic, rows, plan.mesh) is None
+    replaced = [row | {"kind": row["kind"].replace("all-gather", "all-reduce")} for row in rows]
+    text = replaced_gathers(plan.traffic, replaced, plan.mesh)
+    assert "26.2 GB of all-gathers over fsdp 64" in text
+    assert "--mesh.data 8 --mesh.fsdp 8" in text
+    assert replaced_gathers(alone.traffic, [], alone.mesh) is None
+
+
 def test_topologies():
     assert parse_topology("v5p:2x2x2") == (CHIPS["v5p"], 8)
     assert parse_topology("v6e:16x16") == (CHIPS["v6e"], 256)
+    assert parse_topology("h100:8") == (CHIPS["h100"], 8)
+    assert parse_topology("b200:4x8") == (CHIPS["b200"], 32)
 
 
 @pytest.mark.parametrize(
-    "topology", ["v5p", "v5p:", "v5p:2x2", "v6e:2x2x2", "h100:2x2", "v9:2x2", "v6e:0x4", "v6e:ax4"]
+    "topology", ["v5p", "v5p:", "v5p:2x2", "v6e:2x2x2", "h100:2x2x2", "h100:", "v9:2x2", "v6e:0x4", "v6e:ax4"]
 )
 def test_unknown_topologies_are_one_line_with_the_known_ones(topology, capsys):
     assert main(["plan", str(CONFIGS / "llama2_7b.py"), "--topology", topology]) == 2
@@ -145,7 +159,7 @@ def test_unknown_topologies_are_one_line_with_the_known_ones(topology, capsys):
     ("arguments", "said"),
     [
         (["--topology", "v5p:2x2x2", "--mesh.fsdp", "16"], "takes 16 devices, and there are 8"),
-        (["--topology", "v5p:2x2x2", "--mesh.fsdp", "-1", "--mesh.tensor", "3"], "cannot be made of 8 devices"),
+        (["--topology", "v5p:2x2x2", "--mesh.fsdp", "1", "--mesh.tensor", "3"], "cannot be made of 8 devices"),
         (["--topology", "v5p:2x2x2", "--train.batch-size", "12"], "train.batch_size 12 is not divisible"),
         (["--topology", "v5p:2x2x2", "--devices", "8"], "leave out --devices and --chip"),
         (["--devices", "8", "--chip", "v7"], "unknown chip 'v7'"),
@@ -212,6 +226,14 @@ def test_json_has_its_keys_without_a_compiler(config_file, monkeypatch, capsys):
     assert result["argument_bytes_per_device"] == 12 * result["num_params"]
     assert result["temporary_bytes_per_device"] > 0
     assert [row["kind"] for row in result["collectives"]] == ["all-reduce"] * len(result["collectives"]) != []
+
+
+def test_gpus_without_a_compiler_are_planned_by_formula(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["plan", config_file, "--topology", "h100:2", "--train.precision", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert 'the GPU compiler is not installed: pip install "jaxtrain[plan-gpu]"' in printed
+    assert "fits h100" in printed
 
 
 def pretend(monkeypatch, tmp_path, answer):
