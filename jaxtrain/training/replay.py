@@ -72,15 +72,14 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     batch = fetch(first)
     train_step = _compile(run, state, batch)
     logged = {line["step"]: line for line in _current(lines, events)}
-    every = run.config.train.diagnose_every
-    tokens_per_step = run.config.train.batch_size * run.config.train.seq_len
+    settings = run.config.train
     differences, compared, replayed = [], [], []
     for done in range(first + 1, step + 1):
         batch = fetch(done - 1)
         before = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state) if done == step else None
         state, metrics = train_step(state, batch)
-        metrics = drop_unsampled(metrics.unpack(), done, every)
-        values = {"step": done, **metrics, "tokens_seen": done * tokens_per_step}
+        metrics = drop_unsampled(metrics.unpack(), done, settings.diagnose_every)
+        values = {"step": done, **metrics, "tokens_seen": done * settings.batch_size * settings.seq_len}
         replayed.append({name: value.tolist() for name, value in metrics.items()})
         covered = logged.get(done, {}).get("steps", 1)  # older lines hold the metrics of one step
         if done in logged and covered <= len(replayed):

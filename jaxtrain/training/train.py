@@ -89,11 +89,7 @@ def train(
         options = {"rewind": rewind, "allow_change": allow_change, "lock": lock}
         session = _open_session(config, folder, stack, hooks, track, **options)
         recorder = session.recorder
-        recorder.table(f"jaxtrain: {folder}", start_table(session.run))
-        if config.optim.name == "adamw":
-            recorder.say(decay_report(session.run.program.abstract_state.params, decay_mask))
-        if config.optim.frozen:
-            recorder.say(describe_frozen(session.run.program.abstract_state.params, config.optim.frozen))
+        _describe(session)
         if rewind is None and (outcome := _outcome_of_finished(session)):
             recorder.say(f"finished at step {outcome['step']} before: nothing to do; {folder / 'report.html'}")
             return outcome
@@ -112,9 +108,19 @@ def train(
         if processes.is_lead():
             try:
                 recorder.say(f"report: {hooks.write_report(folder)}")
-            except (OSError, ValueError) as error:  # such as no logged step: the run itself is complete
+            except Exception as error:  # such as no logged step, or a full disk: the run itself is complete
                 recorder.say(f"no report: {error}")
     return outcome | {"skipped_steps": recorder.skipped_steps}
+
+
+def _describe(session: Session) -> None:
+    """Shows the run, and which parameters decay or are frozen."""
+    run, recorder = session.run, session.recorder
+    recorder.table(f"jaxtrain: {run.folder}", start_table(run))
+    if run.config.optim.name == "adamw":
+        recorder.say(decay_report(run.program.abstract_state.params, decay_mask))
+    if run.config.optim.frozen:
+        recorder.say(describe_frozen(run.program.abstract_state.params, run.config.optim.frozen))
 
 
 def _outcome_of_finished(session: Session) -> dict[str, Any] | None:
