@@ -11,6 +11,7 @@ import json
 import os
 import pydoc_data.topics
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -46,16 +47,21 @@ def write_corpus(file: Path, num_bytes: int) -> tuple[int, int, int]:
     return documents, size, checksum
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """Runs a command; returns its seconds, and the peak of the memory (bytes) of all its processes together."""
-    begin, peak = time.perf_counter(), 0.0
+def measure(command: list[str]) -> tuple[float, float, float]:
+    """Runs a command; returns its seconds, CPU seconds, and the peak memory (bytes) of all its processes together."""
+    begin, peak, used = time.perf_counter(), 0.0, _cpu_seconds()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, sum(_resident(number) for number in _family(process.pid)))
         time.sleep(_POLL_SECONDS)
     if process.returncode:
         sys.exit(f"error: prepare ended with exit code {process.returncode}")
-    return time.perf_counter() - begin, peak
+    return time.perf_counter() - begin, _cpu_seconds() - used, peak
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _family(process: int) -> list[int]:
@@ -90,8 +96,11 @@ def main() -> None:
     options = arguments.parse_args()
     table = Table(
         "Text to token store",
-        {"tokenizer": "", "text GB": ".2f", "seconds": ".1f", "MB/s": ".1f", "peak GB": ".2f", "lost": ",", "same": ""},
-        notes=["Training the tokenizer included. Same: bytes only, the checksums of all documents are the corpus's."],
+        {"tokenizer": "", "text GB": ".2f", "seconds": ".1f", "MB/s": ".1f"}
+        | {"MB/CPU s": ".1f", "peak GB": ".2f", "lost": ",", "same": ""},
+        notes=[
+            "With the training of the tokenizer. Same (bytes only): the documents have the checksums of the corpus."
+        ],
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         corpus = Path(folder, "corpus.jsonl")
@@ -99,14 +108,15 @@ def main() -> None:
         for number, spec in enumerate(options.tokenizers):
             out = Path(folder, f"store{number}")
             command = [sys.executable, "-m", "jaxtrain.cli", "prepare", str(corpus), "--out", str(out)]
-            seconds, peak = measure([*command, "--tokenizer", spec])
+            seconds, cpu_seconds, peak = measure([*command, "--tokenizer", spec])
             store = open_store(out)
             splits = (store.train, store.validation)
             lost = documents - sum(split.num_documents for split in splits)
             same = "-"
             if isinstance(store.tokenizer, ByteTokenizer):
                 same = "yes" if sum(map(checksum_of, splits)) == checksum else "no"
-            table.rows.append([spec, size / 1e9, seconds, size / 1e6 / seconds, peak / 1e9, lost, same])
+            rates = (size / 1e6 / seconds, size / 1e6 / cpu_seconds)
+            table.rows.append([spec, size / 1e9, seconds, *rates, peak / 1e9, lost, same])
             print(table.text(), flush=True)
     report(options, [table])
 
