@@ -61,6 +61,16 @@ def test_the_loss_head_is_timed(tmp_path):
     assert [row[0] for row in json.loads(record.read_text())["tables"][0]["rows"]] == ["dense", "optax", "chunk 16"]
 
 
+def test_prepare_is_timed_and_loses_no_document(tmp_path):
+    record = tmp_path / "prepare.json"
+    done = run("scripts/bench_prepare.py", "--gigabytes=0.0003", "--tokenizers", "byte", "--json", str(record))
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads(record.read_text())["tables"]
+    row = dict(zip(table["columns"], table["rows"][0], strict=True))
+    assert (row["lost"], row["same"]) == (0, "yes")
+    assert row["peak GB"] > 0.02
+
+
 def test_compiled_forms_are_compared_by_part():
     tabulate = runpy.run_path(str(ROOT / "scripts/bench_compiled.py"))["tabulate"]
     head, copies = ({"part": part, "cycles": 2_000_000, "bytes": 3 * 10**9} for part in ("head", "copies"))
