@@ -143,11 +143,11 @@ def _extremes(values: np.ndarray, parts: Sequence[slice]) -> np.ndarray:
     pairs = []
     for part in parts:
         piece = values[part]
-        if not np.isfinite(piece).any():
+        finite = np.isfinite(piece)
+        if not finite.any():
             pairs += [math.nan, math.nan]
             continue
-        finite = np.where(np.isfinite(piece), piece, math.nan)
-        low, high = int(np.nanargmin(finite)), int(np.nanargmax(finite))
+        low, high = np.where(finite, piece, math.inf).argmin(), np.where(finite, piece, -math.inf).argmax()
         pairs += [piece[low], piece[high]] if low <= high else [piece[high], piece[low]]
     return np.array(pairs)
 
