@@ -56,7 +56,7 @@ def borrow_packages(python):
 
 def check_outside(python, folder):
     """Runs the ten lines and trains a config of the user's own with an installed package, away from the checkout."""
-    environment = user_environment(JAX_PLATFORMS="cpu")
+    environment = user_environment(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0")
     environment.pop("PYTHONPATH", None)
     where = run([python, "-c", "import jaxtrain; print(jaxtrain.__file__)"], cwd=folder, environment=environment)
     assert Path(where.strip()).is_relative_to(python.parents[1])

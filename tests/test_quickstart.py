@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, run
 
+from jaxtrain.cli import main
+
 CLI = [sys.executable, "-m", "jaxtrain.cli"]
 # The figures in bits per byte and nats, as the program prints them and as the config's header states them.
 PATTERNS = {
@@ -58,18 +60,21 @@ def source_code(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "store"
     library = Path(os.__file__).parent
     sources = [library / package / "*.py" for package in ("json", "email", "logging", "unittest")]
-    run([*CLI, "prepare", *sources, "--out", folder, "--validation-fraction", "0.1"])
+    assert main(["prepare", *map(str, sources), "--out", str(folder), "--validation-fraction", "0.1"]) == 0
     return folder
 
 
-def test_a_short_quickstart_learns_resumes_and_is_healthy(source_code, tmp_path):
-    """Quick sibling: the quickstart's own model, batch and optimizer for 40 steps, stopped after 20."""
+def test_a_short_quickstart_learns_resumes_and_is_healthy(source_code, tmp_path, capsys):
+    """Quick sibling: the quickstart's own model and optimizer for 24 steps, stopped after 12, in this process."""
     folder = tmp_path / "run"
-    flags = ["--data.store", source_code, "--train.steps", "40", "--train.eval-every", "20", "--train.log-every", "1"]
-    train(folder, *flags, "--train.stop-after", "20")
-    printed = train(folder, *flags)
+    flags = ["steps", "24", "eval-every", "12", "log-every", "1", "sample-tokens", "50", "batch-size", "4"]
+    flags = [word if word.isdigit() else f"--train.{word}" for word in flags] + ["--mesh.data", "1"]
+    command = ["train", str(ROOT / "configs/quickstart.py"), "--data.store", str(source_code), *flags]
+    assert main([*command, "--run-dir", str(folder), "--train.stop-after", "12"]) == 0
+    assert main([*command, "--run-dir", str(folder)]) == 0
+    printed = capsys.readouterr().out
     steps, events = records(folder)
-    assert [step["step"] for step in steps] == list(range(1, 41))
+    assert [step["step"] for step in steps] == list(range(1, 25))
     assert "resume" in {event["event"] for event in events}
     losses = [event["nll"] for event in events if event["event"] == "eval"]
     assert steps[0]["loss"] > 5.4  # ln 257 is 5.55

@@ -47,7 +47,9 @@ def state_of(config, folder, step):
     return restore(CheckpointFolder(folder / "checkpoints"), run.program.abstract_state, step)[0]
 
 
-@each_mesh
+@pytest.mark.parametrize(
+    "mesh", [MESHES[0], MESHES[3], *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[1:3])], ids=str
+)
 def test_a_run_resumes_on_another_mesh_with_the_same_losses(config, whole, tmp_path, mesh):
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")

@@ -47,8 +47,7 @@ def gpu_or_xla(monkeypatch):
         monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("window", [None, 1, 17])
+@pytest.mark.parametrize(("dtype", "window"), [(jnp.bfloat16, None), (jnp.bfloat16, 1), (jnp.float16, 17)])
 @pytest.mark.parametrize(("num_groups", "width", "length"), [(4, 64, 128), (2, 64, 128), (1, 128, 72)])
 @pytest.mark.usefixtures("gpu_or_xla")
 def test_it_agrees_with_float64(num_groups, width, length, window, dtype):

@@ -104,7 +104,6 @@ def test_a_healthy_tiny_run_is_silent(tiny_config, tmp_path, capsys):
     assert "No findings in 150 logged steps." in (folder / "report.html").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.slow  # quick sibling: tests/test_quickstart.py
 def test_the_quickstart_is_silent(run, tmp_path):
     """The model, optimizer and schedule of the quickstart, on source code."""

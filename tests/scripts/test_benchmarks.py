@@ -46,11 +46,10 @@ def test_the_train_step_is_timed_and_recorded(tmp_path):
         (["--model.num-heads=3"], "d_model 16 is not divisible by model.num_heads 3"),
     ],
 )
-def test_rejects_an_unusable_command(flags, message):
-    done = run("scripts/bench_train.py", "configs/gpt2_124m.py", *TINY, *flags)
-    assert done.returncode != 0
-    assert message in " ".join(done.stderr.replace("│", " ").split())
-    assert "Traceback" not in done.stderr
+def test_rejects_an_unusable_command(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", str(ROOT / "configs/gpt2_124m.py"), *TINY, *flags])
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(ROOT / "scripts/bench_train.py"), run_name="__main__")
 
 
 def test_the_loss_head_is_timed(tmp_path):

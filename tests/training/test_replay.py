@@ -231,10 +231,9 @@ def test_steps_run_twice_change_no_number(tiny_config, tmp_path):
     assert snapshot(tmp_path / "twice").keys() >= {"checkpoints/12"}
 
 
-@pytest.mark.parametrize("num_devices", [1, 4])
-def test_a_flipped_bit_ends_the_run_before_it_is_saved(tiny_config, tmp_path, num_devices):
-    """The error is one line, with the leaves and the checkpoint to resume from."""
-    config = change(tiny_config, train={"replay_check": 5}, mesh={"data": num_devices})
+def test_a_flipped_bit_ends_the_run_before_it_is_saved(tiny_config, tmp_path):
+    """On four devices; the error is one line, with the leaves and the checkpoint to resume from."""
+    config = change(tiny_config, train={"replay_check": 5}, mesh={"data": 4})
     hooks = QUICK._replace(wrap_step=corrupt_second_run(10))
     with pytest.raises(OSError, match="silent data corruption") as error:
         train(config, tmp_path / "run", hooks=hooks)
