@@ -32,7 +32,7 @@ def parse_mixture(text: str) -> list[Stage]:
     Raises:
       ValueError: text that is no mixture; shares that do not sum to 1; a stage without `until` before another.
     """
-    stages = [_parse_stage(part.split()) for part in re.split(r",?\s+then(?=\s|$)|,", text.strip())]
+    stages = [_parse_stage(part.split()) for part in re.split(r"(?:,\s*|\s+)then(?=\s|$)|,", text.strip())]
     for number, stage in enumerate(stages, 1):
         if (stage.until is None) != (number == len(stages)):
             problem = "has no `until`" if stage.until is None else "is the last and has an `until`"

@@ -82,6 +82,8 @@ def test_a_mixture_that_does_not_work_is_refused(text, message):
 
 def test_forms_of_a_mixture():
     assert parse_mixture("a:1/3 b:2/3 until step 800 then b:1")[0].until == 800
+    for text in ("a:1 until 0.5,then b:1", "a:1 until 0.5\n then b:1", "a:1 until 0.5, b:1"):
+        assert [stage.shares for stage in parse_mixture(text)] == [{"a": 1}, {"b": 1}]
     assert parse_mixture("a:.5 b:0.50") == parse_mixture(" a:0.5   b:1/2 ")
     assert make_mixture("code:2x", WINDOWS, 7, 8).counts(56) == [0, 56, 0]  # 62 is no whole number of batches
     whole = make_mixture(None, WINDOWS, 17, 8)
