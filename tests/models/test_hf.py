@@ -12,8 +12,8 @@ from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
 from jaxtrain.models.hf.write import write_model
 from jaxtrain.models.model import TransformerModel
 
-transformers = pytest.importorskip("transformers", reason="needs transformers and torch: scripts/test installs them")
-torch = pytest.importorskip("torch", reason="needs torch: scripts/test installs it")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[test-hf]'")
+torch = pytest.importorskip("torch", reason="needs torch: pip install '.[test-hf]'")
 
 VOCAB, LENGTH = 67, 20
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}

@@ -122,7 +122,7 @@ _GEMMA3_DEFAULTS = {"max_position_embeddings": 131_072, "attn_logit_softcapping"
 _GPT2_DEFAULTS = {"n_inner": None, "n_positions": 1024, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 
 # An export takes the first that computes the same.
-HF_FAMILIES = (
+HF_FAMILIES = [
     Family("LlamaForCausalLM", "llama", "llama", _SIZES, _LLAMA, _DEFAULTS, _SILU | {"mlp_bias": (False,)}),
     Family(
         "MistralForCausalLM",
@@ -147,7 +147,7 @@ HF_FAMILIES = (
         _TANH,
     ),
     Family("GPT2LMHeadModel", "gpt2", "gpt2", _GPT2_SIZES, _GPT2, _GPT2_DEFAULTS, _GPT2_FIXED, transposed=False),
-)
+]
 
 # What well-known architectures need beyond this decoder.
 _LACKING = {

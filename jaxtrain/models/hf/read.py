@@ -56,7 +56,7 @@ class PretrainedFolder:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.values = _parse(self.path / CONFIG)
         try:
             if not isinstance(self.values, dict):
