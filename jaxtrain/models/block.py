@@ -25,20 +25,24 @@ INIT_STD = 0.02  # Radford et al., 2019
 
 
 class Cache(NamedTuple):
-    """Keys and values of the previous tokens, `[L, B, S, G, K]` (without L inside a layer)."""
+    """Keys and values of the previous tokens in one layer, `[B, G, S, K]`: products need no transpose."""
 
     key: jax.Array
     value: jax.Array
 
-    def write(self, new: "Cache", start: jax.Array | None) -> "Cache":
-        """Returns one layer's cache with the new tokens `[B, T, G, K]` at position `start`, or `[B]`, or 0."""
+    def write(self, key_BTGK: jax.Array, value_BTGK: jax.Array, start: jax.Array | None) -> "Cache":
+        """Returns the cache with new tokens at position `start`, or `[B]`, or 0."""
 
-        def put(old: jax.Array, new: jax.Array, start: jax.typing.ArrayLike) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=old.ndim - 3)
+        def put(old_GSK: jax.Array, new_TGK: jax.Array, start: jax.typing.ArrayLike) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old_GSK, new_TGK.swapaxes(0, 1), start, axis=1)
 
-        start = 0 if start is None else start
-        put = jax.vmap(put) if jnp.ndim(start) else put
-        return jax.tree.map(lambda old, new: put(old, new, start), self, new)
+        start = jnp.int32(0) if start is None else start
+        put = jax.vmap(put, (0, 0, 0 if start.ndim else None))
+        return Cache(put(self.key, key_BTGK, start), put(self.value, value_BTGK, start))
+
+    def read(self) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values, `[B, S, G, K]`."""
+        return self.key.swapaxes(1, 2), self.value.swapaxes(1, 2)
 
 
 class TokenContext(NamedTuple):
@@ -100,7 +104,7 @@ class Attention(nn.Module):
             factor = math.sqrt(c.channels_per_head / c.query_scalar)  # `attend` divides by the root of the former
             query_BTHK = (query_BTHK.astype(jnp.float32) * factor).astype(query_BTHK.dtype)
         if cache is not None:
-            cache = cache.write(Cache(key_BTGK, value_BTGK), context.num_cached)
+            cache = cache.write(key_BTGK, value_BTGK, context.num_cached)
         if cache is None or context.num_cached is None:
             query_BTHK, key_BTGK = checkpoint_name(query_BTHK, "query"), checkpoint_name(key_BTGK, "key")
             value_BTGK = checkpoint_name(value_BTGK, "value")
@@ -108,7 +112,7 @@ class Attention(nn.Module):
             more = {"segment_ids": context.segment_ids_BT, "kernel": kernel}
             mixed_BTHK = self._attend((query_BTHK, key_BTGK, value_BTGK), context, **more)
         else:
-            mixed_BTHK = self._attend((query_BTHK, *cache, context.positions_BT), context, kernel="xla")
+            mixed_BTHK = self._attend((query_BTHK, *cache.read(), context.positions_BT), context, kernel="xla")
         mixed_BTF = mixed_BTHK.reshape(*x_BTD.shape[:-1], -1)
         out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")
         return checkpoint_name(linear(mixed_BTF, out(mixed_BTF.shape[-1]), shards), "attention_out"), cache

@@ -115,13 +115,17 @@ class TransformerModel:
         """Returns the FLOPs to train on one token; see `size.flops_per_token`."""
         return size.flops_per_token(self.config, seq_len)
 
-    def init_cache(self, params: Params, batch_size: int, length: int) -> Cache:
+    def init_cache(self, params: Params, batch_size: int, length: int) -> tuple[Cache, ...]:
         """Allocates an empty cache for `length` tokens a row, in the dtype of the parameters."""
         return empty_cache(self.config, batch_size, length, jax.tree.leaves(params)[0].dtype)
 
     def decode(
-        self, params: Params, tokens_BT: jax.Array, cache: Cache | None, num_cached: jax.typing.ArrayLike | None
-    ) -> tuple[jax.Array, Cache]:
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        cache: tuple[Cache, ...] | None,
+        num_cached: jax.typing.ArrayLike | None,
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
         """Returns the logits of the next token after each token, and the extended cache.
 
         Args:

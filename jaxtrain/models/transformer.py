@@ -45,12 +45,12 @@ class Transformer(nn.Module):
     def __call__(
         self,
         tokens_BT: jax.Array,
-        cache: Cache | None = None,
+        cache: tuple[Cache, ...] | None = None,
         num_cached: jax.Array | None = None,
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
         """Runs the decoder.
 
         Args:
@@ -108,8 +108,8 @@ def decode_layers(
     masters: Params | None,
     x_BTD: jax.Array,
     context: TokenContext,
-    cache: Cache | None,
-) -> tuple[jax.Array, Cache | None]:
+    cache: tuple[Cache, ...] | None,
+) -> tuple[jax.Array, tuple[Cache, ...] | None]:
     """Runs all layers.
 
     Args:
@@ -118,7 +118,7 @@ def decode_layers(
       masters: float32 masters to cast in each layer, or None to compute with `params`; see masters.py.
       x_BTD: embedded tokens.
       context: positions, rotary tables, cache length and segments of the tokens.
-      cache: keys and values of the previous tokens, or None.
+      cache: keys and values of the previous tokens in each layer, or None.
 
     Returns:
       The residual stream `[B, T, D]` and the extended cache.
@@ -139,7 +139,14 @@ def decode_layers(
     is_global_L = None
     if config.global_every:
         is_global_L = jnp.asarray([i not in config.window_layers for i in range(config.num_layers)])
-    return jax.lax.scan(layer, x_BTD, ((params, masters), cache, is_global_L), unroll=unroll)
+    if cache is None:
+        return jax.lax.scan(layer, x_BTD, ((params, masters), None, is_global_L), unroll=unroll)
+    extended = []
+    for i, own in enumerate(cache):  # a scan would copy the whole cache for every token
+        weights, is_global = jax.tree.map(lambda leaf, i=i: leaf[i], ((params, masters), is_global_L))
+        x_BTD, own = layer(x_BTD, (weights, own, is_global))
+        extended.append(own)
+    return x_BTD, tuple(extended)
 
 
 def _init_layers(c: ModelConfig, key: jax.Array) -> Params:
@@ -176,10 +183,10 @@ def logits(model: Transformer, params: Params, hidden_BTD: jax.Array) -> jax.Arr
     return cap * jnp.tanh(raw_BTV / cap) if cap else raw_BTV
 
 
-def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
-    """Allocates a cache for `length` tokens a row."""
-    shape = (config.num_layers, batch_size, length, config.kv_heads, config.channels_per_head)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: jax.typing.DTypeLike) -> tuple[Cache, ...]:
+    """Allocates a cache for `length` tokens a row, of each layer."""
+    shape = (batch_size, config.kv_heads, length, config.channels_per_head)
+    return tuple(Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
 
 
 def make_loss_fn(
