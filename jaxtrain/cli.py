@@ -60,7 +60,7 @@ def _run(words: list[str], debug: bool) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:10}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:12}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return (
         "usage: jaxtrain COMMAND ...\n\n"
         + "\n".join(lines)

@@ -159,6 +159,7 @@ def test_help_of_every_command(name, columns, monkeypatch, capsys):
         assert f"  {flag.name}" in printed
         assert flag.help, flag
     positional = {"prepare": "SOURCE...", "train": "CONFIG", "plan": "CONFIG", "schedule": "CONFIG"}
+    positional |= {"report": "RUN...", "runs": "[DIR]"}
     positional = (positional | {"inspect": "STORE|RUN", "import": "HF_FOLDER"}).get(name, "RUN")
     assert f"jaxtrain {name} {positional} " in lines[0]
     assert f"  {positional} " in printed
