@@ -84,7 +84,7 @@ class BpbOptions(RunOptions):
 
 
 def run_bpb(options: BpbOptions) -> int:
-    """Compares the bits per byte of a model with those of gzip, bzip2, xz and zstd on the same files."""
+    """Compares the bits per byte of a model, gzip, bzip2, xz and zstd on the same files."""
     import json
 
     from jaxtrain.inference.bits import compare_files

@@ -76,7 +76,7 @@ class InspectOptions(Section):
 
 
 def run_inspect(options: InspectOptions) -> int:
-    """Shows what a token store, or the data of a run, holds: documents, tokens, duplicates, repetitions, text."""
+    """Shows documents, tokens, duplicates, repetitions and text of a token store or a run."""
     from jaxtrain.data.inspection import UNSTATED_VOCABULARY, inspect_store
     from jaxtrain.data.store import open_store
     from jaxtrain.monitoring.tables import format_table
