@@ -61,13 +61,13 @@ def run_generate(options: GenerateOptions) -> int:
             model.model,
             model.params,
             model.tokenizer,
-            _prompts(model.folder, model.tokenizer, records, options.chat),
+            _prompts(model, records, options.chat),
             options.num_tokens,
             batch_size=1 if options.stream else options.batch_size,
             seed=options.seed,
             sampling=sampling,
             stop=options.stop,
-            stop_ids=() if options.past_end else None,
+            stop_ids=() if options.past_end else model.stop_ids,
             on_text=(lambda _, text: _write(text)) if options.stream and is_lead() else None,
             timing=timing,
         )
@@ -92,18 +92,18 @@ def _read_records(options: GenerateOptions) -> list[dict[str, Any]]:
     return read_prompts(options.prompts)
 
 
-def _prompts(folder: Any, tokenizer: Any, records: list[dict[str, Any]], chat: bool) -> list[Any]:
-    """Returns each record's text or, with a chat template, its token ids."""
+def _prompts(model: Any, records: list[dict[str, Any]], chat: bool) -> list[list[int]]:
+    """Returns the token ids of each record, with or without the chat template."""
     if not chat:
         if any("prompt" not in record for record in records):
             raise ValueError("a prompt holds messages: give --chat, which applies the chat template")
-        return [record["prompt"] for record in records]
+        return [model.encode_prompt(record["prompt"]) for record in records]
     from jaxtrain.data.chat import read_template
 
-    template = read_template(folder)
+    template = read_template(model.folder)
     chats = [record.get("messages") or [{"role": "user", "content": record["prompt"]}] for record in records]
     texts = [template.render(messages, add_generation_prompt=True) for messages in chats]
-    return [tokenizer.encode_special(text).tolist() for text in texts]
+    return [model.tokenizer.encode_special(text).tolist() for text in texts]
 
 
 def _show(options: GenerateOptions, record: dict[str, Any], completion: Any, *, many: bool) -> None:

@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the token ids of each text."""
 
+    def encode_whole(self, text: str) -> np.ndarray:
+        """Returns the token ids of a text with the tokens that the tokenizer adds around it; here none."""
+        return self.encode(text)
+
     def encode_special(self, text: str) -> np.ndarray:
         """Returns the token ids of a text that spells out special tokens, as chat templates do."""
         first, *others = map(self.encode, text.split(END_OF_TEXT))
@@ -204,6 +208,10 @@ class BPETokenizer(Tokenizer):
         return [
             self._encode_cut(text) if self.eot_id in found else found for text, found in zip(texts, ids, strict=True)
         ]
+
+    def encode_whole(self, text: str) -> np.ndarray:
+        """Returns the token ids of a text with the tokens that the tokenizer adds around it, such as a first one."""
+        return np.array(self._library.encode(text).ids, np.int32)
 
     def encode_special(self, text: str) -> np.ndarray:
         """Returns the token ids of a text in which special tokens are spelled out."""

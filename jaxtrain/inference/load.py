@@ -15,14 +15,15 @@ from jax.sharding import Mesh
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore_params
 from jaxtrain.checkpoints.run_config import read_config
-from jaxtrain.config import Config, ModelConfig
+from jaxtrain.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from jaxtrain.inference.generate import complete
 from jaxtrain.losses import LossSums
 from jaxtrain.models.decode import Sampling
+from jaxtrain.models.hf.read import is_pretrained
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.runtime.files import sha256_file
+from jaxtrain.runtime.files import read_json, sha256_file
 from jaxtrain.runtime.mesh import replicated
 
 
@@ -33,10 +34,11 @@ class TrainedModel:
     Attributes:
       model: the functions of the model: `init(key)`, `loss(params, batch)` and, for text, `decode`.
       params: parameters, a tree of float32 arrays on one device.
-      config: config of the run.
-      step: train steps that the parameters have seen.
-      folder: the run directory.
+      config: config of the run; of a folder of transformers, a config with its model.
+      step: train steps that the parameters have seen; 0 for a folder of transformers.
+      folder: the run directory, or the folder of transformers.
       maybe_tokenizer: see `tokenizer`.
+      pretrained: True for a folder of transformers.
     """
 
     model: Any
@@ -45,6 +47,7 @@ class TrainedModel:
     step: int
     folder: Path
     maybe_tokenizer: Tokenizer | None
+    pretrained: bool = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -52,6 +55,25 @@ class TrainedModel:
         if self.maybe_tokenizer is None:
             raise ValueError(f"{self.folder} has no tokenizer: put the {TOKENIZER_FILE} of its token files there")
         return self.maybe_tokenizer
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: the end-of-text token and, for a model of transformers, all of its `eos_token_id`."""
+        found = {self.tokenizer.eot_id}
+        for name in ("config.json", "generation_config.json"):
+            values = read_json(self.folder / name)
+            ids = values.get("eos_token_id") if isinstance(values, dict) else None
+            found.update(token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int))
+        return tuple(sorted(found))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the token ids of a text that begins a document, with the tokens that the model expects before it.
+
+        For a run it is the end-of-text token. For a folder of transformers its tokenizer adds them, as there.
+        """
+        if self.pretrained and (ids := self.tokenizer.encode_whole(text).tolist()):
+            return ids
+        return [self.tokenizer.eot_id, *self.tokenizer.encode(text).tolist()]
 
     def __repr__(self) -> str:
         return f"TrainedModel({str(self.folder)!r}, step={self.step})"
@@ -91,10 +113,10 @@ class TrainedModel:
           batch_size: prompts that run together.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [self.encode_prompt(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
         options: dict[str, Any] = {"seed": seed, "sampling": sampling, "batch_size": batch_size}
-        stop = [stop] if isinstance(stop, str) else stop
-        made = complete(self.model, self.params, self.tokenizer, prompts, num_tokens, stop=stop, **options)
+        options |= {"stop": [stop] if isinstance(stop, str) else stop, "stop_ids": self.stop_ids}
+        made = complete(self.model, self.params, self.tokenizer, prompts, num_tokens, **options)
         texts = [completion.text for completion in made]
         return texts[0] if isinstance(prompt, str) else texts
 
@@ -122,7 +144,7 @@ def load(
     """Loads the model of a run onto the first device of each process; imports nothing of the training.
 
     Args:
-      run_dir: directory of a run that has a checkpoint.
+      run_dir: directory of a run that has a checkpoint, or a folder that `save_pretrained` of transformers wrote.
       step: step of the checkpoint, or "best" for the lowest validation loss in metrics.jsonl; None takes the newest.
       model: the model of a run whose config file defined its own.
       average: number of checkpoints, the newest up to `step`, whose parameters are averaged (arXiv:1706.03762, 6.1).
@@ -136,6 +158,13 @@ def load(
       print(model.generate("def main"))
     """
     folder = Path(run_dir)
+    everywhere = replicated(Mesh(_first_devices(), ("processes",)))
+    if is_pretrained(folder):
+        if step is not None or average != 1 or model is not None:
+            raise ValueError(
+                f"{folder} is no run: it has one set of parameters and its own model; give the folder alone"
+            )
+        return _load_pretrained(folder, everywhere)
     config = read_config(folder, model)
     step = find_step(folder, step)
     source = folder
@@ -148,12 +177,22 @@ def load(
         definition = TransformerModel(dataclasses.replace(definition, vocab_size=vocab_size, attention="auto"))
     if average < 1:
         raise ValueError(f"average must be 1 or more checkpoints, got {average}")
-    everywhere = replicated(Mesh(_first_devices(), ("processes",)))
     shapes = jax.eval_shape(definition.init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
     params, step = read_mean(folder, like, step, average, sha256_file(source / TOKENIZER_FILE) if tokenizer else None)
     params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
     return TrainedModel(definition, params, config, step, folder, tokenizer)
+
+
+def _load_pretrained(folder: Path, sharding: jax.sharding.Sharding) -> TrainedModel:
+    from jaxtrain.inference.pretrained import read_pretrained
+
+    found = read_pretrained(folder, sharding)
+    settings = TrainConfig(seq_len=min(found.config.max_seq_len, 1024), batch_size=8)
+    config = Config(data=DataConfig(sources=(str(folder),)), model=found.config, train=settings)
+    params = jax.tree.map(lambda leaf: leaf.addressable_data(0), found.params)
+    model = TransformerModel(dataclasses.replace(found.config, attention="auto"))
+    return TrainedModel(model, params, config, 0, folder, found.tokenizer, pretrained=True)
 
 
 def _first_devices() -> np.ndarray:

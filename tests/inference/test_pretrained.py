@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+import jaxtrain
+from jaxtrain.cli import main
 from jaxtrain.config import family
 from jaxtrain.data.tokenizer import train_bpe
 from jaxtrain.inference.pretrained import read_pretrained
@@ -35,6 +37,16 @@ def test_a_folder_gives_the_model_and_its_tokenizer(source):
     assert model.decode(pretrained.params, tokens[None], None, 0)[0].shape == (1, len(tokens), 300)
     half = read_pretrained(source, dtype="bfloat16").params
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+
+
+def test_load_and_the_command_take_a_folder_of_transformers(source, capsys):
+    model = jaxtrain.load(source)
+    assert (model.step, model.config.model.max_seq_len, model.stop_ids) == (0, 32, (0,))
+    text = model.generate("the cat", 5, temperature=0)
+    assert main(["generate", str(source), "--prompt", "the cat", "--num-tokens", "5", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == f"the cat{text}\n"
+    with pytest.raises(ValueError, match="is no run"):
+        jaxtrain.load(source, 5)
 
 
 def renamed(tokenizer, text, number):
