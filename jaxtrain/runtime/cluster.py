@@ -3,15 +3,17 @@
 import contextlib
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 
+from jaxtrain.runtime import peers
 from jaxtrain.runtime.host_memory import keep_freed_memory
 from jaxtrain.runtime.processes import LONG_SECONDS, agree, announce_failure, is_alone, is_lost, time_limit
-from jaxtrain.runtime.rendezvous import meet
+from jaxtrain.runtime.relay import relay
+from jaxtrain.runtime.rendezvous import meet, split_address
+from jaxtrain.runtime.stop import RESTART, leave
 
 _START_SECONDS = 1800.0  # for all processes of a cluster to start: nodes boot and pull images at different times
 
@@ -56,19 +58,19 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
     try:
         yield
         agree("the end of the run", {}, timeout=LONG_SECONDS)
+        peers.announce(0)
     except BaseException as error:
+        if is_lost(error):
+            peers.wait_for_loss()
+            report(_lost_connection(error))
+            leave(RESTART)
         if not announce_failure(error):
-            code = report(_lost_connection(error) or error)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            leave(report(error))
         raise
 
 
-def _lost_connection(error: BaseException) -> OSError | None:
-    """Returns an error of one line in place of JAX's, if a collective or the coordinator has lost another process."""
-    if not is_lost(error):
-        return None
+def _lost_connection(error: BaseException) -> OSError:
+    """Returns an error of one line in place of JAX's, where a collective or the coordinator has lost a process."""
     return ConnectionError(
         f"the connection to another process is lost, which has failed or was killed: see the other logs; the same "
         f"command resumes the run ({str(error).splitlines()[0]})"
@@ -87,12 +89,12 @@ def _initialize() -> None:
     cluster = find_cluster(timeout)
     if cluster.num_processes < 2:
         return
-    meet(cluster.address, cluster.num_processes, cluster.process_id, timeout)
+    peers.watch(meet(cluster.address, cluster.num_processes, cluster.process_id, timeout))
     # StopVote decides when to stop. JAX's preemption service counts calls of a function that Orbax calls too, late and
     # from a thread, and can wait for a step that has already passed.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        cluster.address,
+        cluster.address if cluster.process_id == 0 else relay(*split_address(cluster.address)),
         cluster.num_processes,
         cluster.process_id,
         cluster_detection_method=cluster.detection,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from jaxtrain.runtime import peers
 from jaxtrain.runtime.rendezvous import name_processes
 
 T = TypeVar("T")
@@ -201,6 +202,7 @@ def wait_to_leave(name: str, seconds: float) -> None:
     if not is_alone():
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _state().client.wait_at_barrier(f"jaxtrain/{name}", int(1000 * seconds))
+        peers.announce(0)
         time.sleep(1.0 if is_lead() else 0.0)
 
 
@@ -243,8 +245,9 @@ def announce_failure(error: BaseException) -> bool:
       True if every process failed and the coordinator shut down cleanly.
     """
     state = _state()
+    text = f"process {state.process_id} failed: {error or type(error).__name__}"
+    peers.announce(2 if isinstance(error, ValueError) else 1, text)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        text = f"process {state.process_id} failed: {error or type(error).__name__}"
         state.client.key_value_set(f"jaxtrain/failed/{state.process_id}", text)
         state.client.wait_at_barrier("jaxtrain/failed", int(1000 * _FAILURE_SECONDS))
         jax.distributed.shutdown()

@@ -2,7 +2,7 @@
 
 `jax.distributed.initialize` ends a process in C++ when another one is missing, and does not say which. Here process 0
 listens at the address of its future coordinator, the others connect and send their number. When all are present, or at
-the deadline, process 0 sends each of them the outcome, and the port is free again.
+the deadline, process 0 sends each of them the outcome, and listens no more. The connections stay open for `peers`.
 
 JAXTRAIN_TOKEN, set by the launcher, keeps processes of other runs out.
 """
@@ -22,8 +22,8 @@ _GREETING = re.compile(rb"jaxtrain (\d{1,9}) of (\d{1,9}) ([0-9a-f]{64})\n")
 _MAX_BYTES = 256  # of a greeting
 
 
-def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:
-    """Returns when all processes are present.
+def meet(address: str, num_processes: int, process_id: int, timeout: float) -> dict[int, socket.socket]:
+    """Returns when all processes are present: open connections to all others on process 0, to process 0 elsewhere.
 
     Args:
       address: `host:port` of process 0, the same on all processes.
@@ -36,17 +36,18 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> N
     """
     if not 0 <= process_id < num_processes:
         raise ValueError(f"process {process_id} is not one of 0 to {num_processes - 1}: check JAX_PROCESS_ID")
-    host, port = _split_address(address)
+    host, port = split_address(address)
     deadline = time.monotonic() + timeout
     token = hashlib.sha256(os.environ.get("JAXTRAIN_TOKEN", "").encode()).hexdigest()
     if process_id == 0:
-        problem = _receive(host, port, num_processes, token, deadline, timeout)
+        problem, connections = _receive(host, port, num_processes, token, deadline, timeout)
     else:
-        problem = _announce(host, port, f"jaxtrain {process_id} of {num_processes} {token}", deadline)
-        if problem is None:
+        problem, connections = _announce(host, port, f"jaxtrain {process_id} of {num_processes} {token}", deadline)
+        if not problem and not connections:
             problem = f"process 0 is missing: no answer at {address} within {timeout:g} s; see the log of process 0"
     if problem:
         raise ValueError(problem)
+    return connections
 
 
 def name_processes(processes: list[int]) -> str:
@@ -56,15 +57,18 @@ def name_processes(processes: list[int]) -> str:
     return f"{'process' if len(processes) == 1 else 'processes'} {listed}{more}"
 
 
-def _split_address(address: str) -> tuple[str, int]:
+def split_address(address: str) -> tuple[str, int]:
+    """Splits `host:port`; an IPv6 address loses its brackets."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"the coordinator's address must be host:port, got {address!r}: check JAX_COORDINATOR_ADDRESS")
     return host.strip("[]"), int(port)
 
 
-def _receive(host: str, port: int, num_processes: int, token: str, deadline: float, timeout: float) -> str:
-    """Collects the other processes on process 0 and answers them. Returns the problem, or an empty string."""
+def _receive(
+    host: str, port: int, num_processes: int, token: str, deadline: float, timeout: float
+) -> tuple[str, dict[int, socket.socket]]:
+    """Collects the other processes on process 0 and answers them. Returns the problem, or "", and the connections."""
     present: dict[int, socket.socket] = {}
     problem = ""
     with contextlib.ExitStack() as stack, _listen(host, port) as server, selectors.DefaultSelector() as selector:
@@ -85,7 +89,7 @@ def _receive(host: str, port: int, num_processes: int, token: str, deadline: flo
                     problem = problem or _register(line, key.fileobj, present, num_processes, token)
         for connection in present.values():
             _send(connection, problem or "go")
-    return problem
+        return problem, {} if problem else {process: connection.dup() for process, connection in present.items()}
 
 
 def _accept(server: socket.socket, selector: selectors.BaseSelector, stack: contextlib.ExitStack) -> None:
@@ -167,16 +171,16 @@ def _is_loopback(host: str) -> bool:
     return False
 
 
-def _announce(host: str, port: int, greeting: str, deadline: float) -> str | None:
-    """Greets process 0. Returns its problem, an empty string if all are present, or None without an answer."""
+def _announce(host: str, port: int, greeting: str, deadline: float) -> tuple[str, dict[int, socket.socket]]:
+    """Greets process 0. Returns its problem, or "" and the connection, if all are present; neither without answer."""
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=left) as connection:
             connection.sendall(f"{greeting}\n".encode())
             answer = _read_line(connection, deadline + _ANSWER_SECONDS)
             if answer:
-                return "" if answer == "go" else answer
+                return ("", {0: connection.dup()}) if answer == "go" else (answer, {})
         time.sleep(_RETRY_SECONDS)
-    return None
+    return "", {}
 
 
 def _read_line(connection: socket.socket, deadline: float) -> str:

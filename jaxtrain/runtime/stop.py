@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 # Slurm warns with SIGTERM or SIGUSR1, a closed SSH session sends SIGHUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+RESTART = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command may succeed later
 _POLL_SECONDS = 0.05  # delay until a signal stops work on a thread
 _abandoned: list[threading.Thread] = []
 

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxtrain.runtime import processes
-from jaxtrain.runtime.stop import leave
-
-STALLED = 75  # exit code, EX_TEMPFAIL of sysexits.h: the same command may succeed later
+from jaxtrain.runtime.stop import RESTART, leave
 
 _STEPS = 20  # median step times that are a stall, where they are longer than the limit
 _FIRST = 4  # factor of the limit until the step time is known
@@ -24,7 +22,7 @@ _REPORT_SECONDS = 5.0
 
 
 class Watchdog:
-    """Thread that ends the process, with exit code `STALLED`, when the training loop makes no progress.
+    """Thread that ends the process, with exit code 75, when the training loop makes no progress.
 
     The limit is the largest of `minutes`, 20 median step times and twice the time-out for other processes, and four
     times as long until the step time is known. Pauses do not count, nor does time in which the whole process was
@@ -125,7 +123,7 @@ class Watchdog:
         thread.start()
         thread.join(_REPORT_SECONDS)  # the loop may hang with the lock of a file
         processes.wait_to_leave("stall", _GATHER_SECONDS)
-        self._leave(STALLED)
+        self._leave(RESTART)
         return True
 
     def _watch(self) -> None:

@@ -106,11 +106,14 @@ def test_slurm_without_gpus_is_one_process_a_node(cluster):
 
 
 ENDS = [(0, False), (143, True), (138, True), (75, True), (1, False), (2, False), (129, False), (134, False)]
+ENDS = [(code, 0, again) for code, again in ENDS] + [(137, 599, False), (137, 600, True)]
 
 
-@pytest.mark.parametrize(("code", "again"), ENDS)
-def test_a_slurm_job_requeues_itself_only_after_a_stop_or_a_stall(cluster, code, again):
-    cluster("sbatch", f"cat > {cluster.folder}/job")
+@pytest.mark.parametrize(("code", "seconds", "again"), ENDS)
+def test_a_slurm_job_requeues_itself_after_a_stop_a_stall_or_a_loss_that_is_not_of_its_start(
+    cluster, code, seconds, again
+):
+    cluster("sbatch", f"{{ echo SECONDS={seconds}; cat; }} > {cluster.folder}/job")
     cluster("jaxtrain", f"exit {code}")
     cluster("srun", 'while [[ "$1" == --* ]]; do shift; done; "$@"')
     cluster("scontrol")

@@ -397,14 +397,18 @@ def test_a_step_that_hangs_ends_all_with_their_stacks_and_a_code_to_start_again(
 
 
 @pytest.mark.slow
-def test_the_survivor_of_a_killed_lead_says_so_without_a_traceback(config, tmp_path):
-    """Process 0 serves the store; without it JAX ends the others in C++ with words of its own."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_survivor_of_a_killed_process_names_it_in_one_line(config, tmp_path, rank):
+    """Its quick siblings are in test_peers.py."""
     config = changed(config, "train", steps=1000, eval_every=None)
-    codes, _, errors = run_script(config, tmp_path, timeout=200, killed=0).wait()
-    assert codes[0] == -signal.SIGKILL
-    assert codes[1] != 0
-    assert "Traceback" not in errors[1]
-    assert re.search("error: the connection to another process is lost|another task died", errors[1])
+    both = run_script(config, tmp_path, timeout=200, killed=rank)
+    both.processes[rank].wait(LIMIT)
+    _, error = both.processes[1 - rank].communicate(timeout=30)
+    assert both.processes[1 - rank].returncode == 75
+    assert error == (
+        f"error: process {rank} is lost: it was killed, or its host is down; see its log; the same command resumes "
+        "the run\n"
+    )
 
 
 class SlowStore:
@@ -440,12 +444,12 @@ def test_a_late_or_slow_value_of_the_store_is_read():
 
 
 def meet_all(arguments, timeout=20.0):
-    """Calls `meet` for each (number of processes, process) at once; what each raised, or None."""
+    """Calls `meet` for each (number of processes, process) at once; what each raised, or whom it met."""
     address, outcome = free_address(), {}
 
     def one(i, count, process):
         try:
-            outcome[i] = meet(address, count, process, timeout)
+            (outcome[i],) = close(meet(address, count, process, timeout))
         except ValueError as error:
             outcome[i] = str(error)
 
@@ -457,8 +461,15 @@ def meet_all(arguments, timeout=20.0):
     return [outcome[i] for i in range(len(arguments))]
 
 
+def close(*connections):
+    """Closes what `meet` has returned; returns the processes at the other ends."""
+    for connection in [connection for each in connections for connection in each.values()]:
+        connection.close()
+    return [sorted(each) for each in connections]
+
+
 def test_processes_meet_in_any_order():
-    assert meet_all([(3, 2), (3, 0), (3, 1)]) == [None] * 3
+    assert meet_all([(3, 2), (3, 0), (3, 1)]) == [[0], [1, 2], [0]]
 
 
 def test_everybody_who_came_hears_who_did_not():
@@ -504,9 +515,9 @@ def test_strangers_at_the_port_do_no_harm():
         with connect() as stranger, contextlib.suppress(ConnectionError):
             stranger.sendall(greeting)
     begin = time.monotonic()
-    meet(address, 2, 1, 60.0)
+    outcome.append(meet(address, 2, 1, 60.0))
     lead.join(LIMIT)
-    assert outcome == [None]
+    assert sorted(close(*outcome)) == [[0], [1]]
     assert time.monotonic() - begin < 30  # 20 of them one after the other would take 100 s
     for connection in idle:
         connection.close()
@@ -523,9 +534,9 @@ def test_a_process_of_another_run_is_refused_with_the_reason(monkeypatch):
         meet(address, 2, 1, 20.0)
     assert lead.is_alive()
     monkeypatch.setenv("JAXTRAIN_TOKEN", "ours")
-    meet(address, 2, 1, 20.0)
+    outcome.append(meet(address, 2, 1, 20.0))
     lead.join(LIMIT)
-    assert outcome == [None]
+    assert sorted(close(*outcome)) == [[0], [1]]
 
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

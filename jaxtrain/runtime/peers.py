@@ -1,0 +1,133 @@
+"""Loss of a process: each process keeps a connection to the lead, which the kernel closes when the process dies.
+
+JAX notices the same by a heartbeat, after 100 s, and ends the others in C++. A closed connection shows within a second,
+also while the main thread waits in a collective, and keepalive probes find a host that is down within 30 s. A process
+that is slow or suspended keeps its connection, so it is never taken for a lost one.
+"""
+
+import contextlib
+import json
+import selectors
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtrain.runtime.stop import RESTART, leave
+from jaxtrain.runtime.terminal import printable
+
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # seconds, seconds, probes
+_POLL_SECONDS = 0.2  # until the watch ends
+_CLOSE_SECONDS = 2.0
+_LEAD_SECONDS = 1.0  # the lead, which serves JAX's store, ends after the others
+_FAILURE_SECONDS = 3.0  # for the main thread to end on its own, once another process has failed
+_NAME_SECONDS = 10.0  # from the error of a collective until the lost process is known
+_MAX_BYTES = 4096  # of a message
+
+
+class Peers:
+    """Thread that ends this process when another one has failed or is lost.
+
+    A process that leaves sends one line of JSON, `{"code": exit code, "text": reason}`; code 0 is the end of the run.
+    A connection that closes without such a line is a loss, with code `RESTART`. The lead forwards failures and losses.
+
+    Args:
+      connections: sockets by process: those of all others on the lead, that of the lead elsewhere.
+      leave: ends the process with an exit code.
+    """
+
+    def __init__(self, connections: Mapping[int, socket.socket], leave: Callable[[int], Any] = leave):
+        self._connections, self._leave = connections, leave
+        self._done = threading.Event()
+        for connection in connections.values():
+            connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE.items():
+                with contextlib.suppress(OSError, AttributeError):  # not on every system
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+
+    def announce(self, code: int, text: str = "") -> None:
+        """Tells the others that this process ends, and why; ends the watch. A second call does nothing."""
+        if not self._done.is_set():
+            self._done.set()
+            self._send(code, text, self._connections)
+            self._thread.join(_CLOSE_SECONDS)
+
+    def wait(self, seconds: float) -> None:
+        """Waits for the end of the watch."""
+        self._done.wait(seconds)
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
+            for process, connection in self._connections.items():
+                stack.enter_context(connection)
+                selector.register(connection, selectors.EVENT_READ, (process, bytearray()))
+            while not self._done.is_set():
+                for key, _ in selector.select(_POLL_SECONDS):
+                    process, buffer = key.data
+                    if (news := _read(key.fileobj, buffer, process)) is not None:
+                        selector.unregister(key.fileobj)
+                        self._judge(process, *news)
+
+    def _judge(self, process: int, code: int, text: str) -> None:
+        """Ends this process if another one did not end well."""
+        if not code or self._done.is_set():
+            return
+        self._send(code, text, [other for other in self._connections if other != process])
+        is_lead = 0 not in self._connections
+        if self._done.wait((_LEAD_SECONDS if is_lead else 0.0) + (0.0 if code == RESTART else _FAILURE_SECONDS)):
+            return
+        with contextlib.suppress(OSError, ValueError):  # standard error is closed
+            print(printable(f"error: {text}"), file=sys.stderr, flush=True)
+        self._leave(code)
+
+    def _send(self, code: int, text: str, processes: Any) -> None:
+        message = json.dumps({"code": code, "text": text[: _MAX_BYTES // 8]}).encode() + b"\n"
+        for process in processes:
+            with contextlib.suppress(OSError):  # it is gone, too
+                self._connections[process].send(message)
+
+
+def _read(connection: Any, buffer: bytearray, process: int) -> tuple[int, str] | None:
+    """Reads what has arrived. Returns the exit code and the reason of a process once it has left, else None."""
+    try:
+        piece = connection.recv(_MAX_BYTES)
+    except BlockingIOError:
+        return None
+    except OSError:  # reset, or no answer to the probes
+        piece = b""
+    buffer += piece
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        line, end, _ = buffer.partition(b"\n")
+        if end:
+            message = json.loads(line)
+            return int(message["code"]), str(message["text"])
+    if piece and len(buffer) < _MAX_BYTES:
+        return None
+    return RESTART, (
+        f"process {process} is lost: it was killed, or its host is down; see its log; the same command resumes the run"
+    )
+
+
+_watched: Peers | None = None
+
+
+def watch(connections: Mapping[int, socket.socket]) -> None:
+    """Starts to watch the other processes of this one's run."""
+    global _watched
+    _watched = Peers(connections)
+
+
+def announce(code: int, text: str = "") -> None:
+    """Tells the processes that watch this one, if any, that it ends; see `Peers.announce`."""
+    if _watched is not None:
+        _watched.announce(code, text)
+
+
+def wait_for_loss() -> None:
+    """Waits up to 10 s for the watch to end this process, after an error that says that another one is gone."""
+    if _watched is not None:
+        _watched.wait(_NAME_SECONDS)
