@@ -23,7 +23,12 @@ _LISTED = 20  # differing leaves named in an error
 
 
 def restore(
-    folder: CheckpointFolder, like: "TrainState", step: int | None = None, *, repair: bool = False
+    folder: CheckpointFolder,
+    like: "TrainState",
+    step: int | None = None,
+    *,
+    last: int | None = None,
+    repair: bool = False,
 ) -> tuple["TrainState", dict[str, Any]]:
     """Reads a TrainState and its fingerprint.
 
@@ -31,14 +36,15 @@ def restore(
       folder: the run's checkpoints.
       like: a tree of `jax.ShapeDtypeStruct` with shardings: the expected leaves, and where they go.
       step: which checkpoint. None chooses the newest whole one; damaged ones are reported.
+      last: ignores later steps; None ignores none.
       repair: rename newer damaged checkpoints to STEP.damaged, so that their steps can be saved again.
 
     Raises:
-      ValueError: the checkpoint is missing or damaged, or no checkpoint is whole, or the checkpoint has missing, extra,
-        misshapen, mistyped or non-finite leaves (named by path).
+      Damaged: the checkpoint is damaged, or no checkpoint is whole.
+      ValueError: no checkpoint, or one with missing, extra, misshapen, mistyped or non-finite leaves (named by path).
     """
     rest = like.replace(params=None)
-    step = choose(folder, {"params": like.params, "rest": rest}, step, repair=repair)
+    step = choose(folder, {"params": like.params, "rest": rest}, step, last=last, repair=repair)
     restored = _read(folder.checkpoint(step), {"params": like.params, "rest": rest})
     state = restored["rest"].replace(params=restored["params"])
     _require_finite(folder.checkpoint(step), {"params": state.params, "opt_state": state.opt_state})
@@ -76,6 +82,7 @@ def choose(
     like: dict[str, Any],
     step: int | None = None,
     *,
+    last: int | None = None,
     repair: bool = False,
     gather: Callable[[str, Any], list | None] = processes.gather_on_lead,
 ) -> int:
@@ -85,6 +92,7 @@ def choose(
       folder: the run's checkpoints.
       like: trees that the checkpoint's parts must fit, by name of the part; other parts need not be whole.
       step: the only candidate. None tries all, from the newest on.
+      last: ignores later steps; None ignores none.
       repair: rename damaged checkpoints that are newer than the chosen one.
       gather: returns the values of all processes on the lead.
 
@@ -92,6 +100,7 @@ def choose(
       ValueError: as for `restore`.
     """
     steps = processes.broadcast_from_lead("find the checkpoints", lambda: folder.require(step))
+    steps = [found for found in steps if last is None or found <= last]
     damaged: dict[int, str] = {}
     for candidate in reversed(steps) if step is None else [step]:
         problem, leaves, num_bytes = _verify_all(folder.checkpoint(candidate), tuple(like), gather)
@@ -106,7 +115,7 @@ def choose(
     listed = "; ".join(f"checkpoint {number} is damaged: {problem}" for number, problem in damaged.items())
     others = [other for other in steps if other != step] if step is not None else []
     remedy = f"try another step: there are {others}" if others else "restore the files from a copy"
-    raise ValueError(f"{listed} (in {folder.path}): {remedy}")
+    raise Damaged(f"{listed} (in {folder.path}): {remedy}")
 
 
 def _verify_all(path: Path, parts: tuple[str, ...], gather: Callable) -> tuple[str, dict[str, Any], list[int]]:

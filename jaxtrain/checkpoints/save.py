@@ -92,6 +92,7 @@ class Saver:
             ),
             async_options=ocp.AsyncOptions(timeout_secs=int(self._limit) + 1),
         )
+        self._key = processes.new_key("save")
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None  # of the save on the thread
         self._warnings: list[tuple[Path, object]] = []  # of the thread, which reports nothing itself
@@ -263,6 +264,7 @@ class Saver:
     def _hash(self, step: int, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
         """Hashes the files that this process wrote; returns the entries of every process on the lead, else []."""
         partial, share, problem = self._folder.partial(step), {}, ""
+        key = f"{self._key}/{step}"
 
         def complete() -> list[str]:
             (partial / FINGERPRINT).parent.mkdir()
@@ -271,12 +273,12 @@ class Saver:
 
         try:
             # The lead alone lists the files: the others might do so while it still writes some.
-            names = processes.broadcast_from_lead("complete the checkpoint", complete, key=f"complete/{step}")
+            names = processes.broadcast_from_lead("complete the checkpoint", complete, key=key)
             names = share_of(names, jax.process_index(), jax.process_count())
             share = hash_files(partial, names, self._progress)
         except (OSError, ValueError) as error:
             problem = f"{error}"
-        shares = processes.gather_on_lead("seal the checkpoint", [problem, share], key=f"seal/{step}") or []
+        shares = processes.gather_on_lead("seal the checkpoint", [problem, share], key=key) or []
         if problem := problem or next((problem for problem, _ in shares if problem), ""):
             raise OSError(problem)
         return [share for _, share in shares]

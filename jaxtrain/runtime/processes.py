@@ -28,6 +28,11 @@ _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "ABORTED", "oordination", "heartbeat")
 _counter = itertools.count()  # numbers the messages; equal on all processes, which send them in the same order
 
 
+def new_key(name: str) -> str:
+    """Returns a name of messages that was not used before. Every process calls this in the same order."""
+    return f"{name}/{next(_counter)}"
+
+
 def time_limit(default: float = 300.0) -> float:
     """Returns the seconds to wait for other processes: JAXTRAIN_TIMEOUT, or the default."""
     text = os.environ.get("JAXTRAIN_TIMEOUT", str(default))
@@ -61,7 +66,7 @@ def agree(subject: str, values: Mapping[str, Any], *, remedy: str = "", timeout:
     """
     if is_alone():
         return
-    state, key = _state(), f"jaxtrain/agree/{next(_counter)}"
+    state, key = _state(), f"jaxtrain/{new_key('agree')}"
     timeout = time_limit() if timeout is None else timeout
     deadline = time.monotonic() + timeout
     state.client.key_value_set(f"{key}/{state.process_id}", json.dumps(_flatten(values)))
@@ -97,7 +102,7 @@ def run_on_lead(
     """
     if is_alone():
         return function()
-    state, key = _state(), f"jaxtrain/lead/{next(_counter) if key is None else key}"
+    state, key = _state(), f"jaxtrain/lead/{key or new_key('unnamed')}"
     if state.process_id == 0:
         try:
             result = function()
@@ -119,7 +124,7 @@ def broadcast_from_lead(task: str, function: Callable[[], T], *, key: str | None
     result = run_on_lead(task, function, key=key)
     if is_alone():
         return result
-    state, key = _state(), f"jaxtrain/broadcast/{next(_counter) if key is None else key}"
+    state, key = _state(), f"jaxtrain/broadcast/{key or new_key('unnamed')}"
     if state.process_id == 0:
         state.client.key_value_set(key, json.dumps(result))
         return result
@@ -144,7 +149,7 @@ def gather_on_lead(task: str, value: Any, *, key: str | None = None, timeout: fl
     if is_alone():
         return [value]
     state = _state()
-    key = f"jaxtrain/gather/{next(_counter) if key is None else key}"
+    key = f"jaxtrain/gather/{key or new_key('unnamed')}"
     state.client.key_value_set(f"{key}/{state.process_id}", json.dumps(value))
     if state.process_id != 0:
         return None
@@ -177,7 +182,7 @@ class Board:
 
     def __init__(self, name: str):
         """Every process constructs its boards in the same order."""
-        self._key = f"jaxtrain/{name}/{next(_counter)}"
+        self._key = f"jaxtrain/{new_key(name)}"
 
     def write(self, text: str) -> None:
         """Replaces the text of this process."""
@@ -215,7 +220,7 @@ class StopVote:
     """
 
     def __init__(self):
-        self._key = f"jaxtrain/stop/{next(_counter)}"
+        self._key = f"jaxtrain/{new_key('stop')}"
 
     def reason(self, signal_name: str | None, step: int) -> str | None:
         """Returns why to stop after this step, the same on every process, or None.

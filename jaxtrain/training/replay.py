@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from jaxtrain.checkpoints import warm_start
 from jaxtrain.checkpoints.folder import CheckpointFolder
-from jaxtrain.checkpoints.manifest import Damaged, verify
+from jaxtrain.checkpoints.manifest import Damaged
 from jaxtrain.checkpoints.restore import restore
 from jaxtrain.data.inspection import escape, longest_repetition
 from jaxtrain.gradients import takes_key
@@ -122,13 +121,12 @@ def _require_reached(run: Run, step: int, lines: list[dict], events: list[dict])
 def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[TrainState, int]:
     """Returns the newest state before a step and its number of steps. Skips damaged checkpoints."""
     checkpoints = CheckpointFolder(run.folder / "checkpoints")
-    for saved in reversed([saved for saved in checkpoints.steps() if saved < step]):
+    if any(saved < step for saved in checkpoints.steps()):
         try:
-            verify(checkpoints.checkpoint(saved))
+            state, _ = restore(checkpoints, run.program.abstract_state, last=step - 1)
+            return state, int(state.step)
         except Damaged as problem:
-            print(f"checkpoint {saved} is damaged: {problem}; trying the one before", file=sys.stderr)
-            continue
-        return restore(checkpoints, run.program.abstract_state, saved)[0], saved
+            checkpoints.report("checkpoint_damaged", f"{problem}; going back to the start of the run")
     state, source = init_state(run), run.config.train.init_from
     if source:
         begun = [event for event in events if "source_step" in event][-1]

@@ -128,11 +128,14 @@ def check_resume(run: Run, rewind: int | None) -> None:
     """Checks data, tokenizer, decay mask and data.skip against the checkpoint to resume from. Writes nothing.
 
     Raises:
-      ValueError: one of them differs, on every process.
+      ValueError: one of them differs, or there is no checkpoint of step `rewind`, on every process.
     """
 
     def check() -> None:
-        if found := find_fingerprint(CheckpointFolder(run.folder / "checkpoints"), rewind):
+        checkpoints = CheckpointFolder(run.folder / "checkpoints")
+        if rewind is not None:
+            checkpoints.require(rewind)
+        if found := find_fingerprint(checkpoints, rewind):
             _check_saved(run, *found)
 
     processes.run_on_lead("check the checkpoint", check)
@@ -158,11 +161,11 @@ def start(session: Session, rewind: int | None) -> TrainState:
         remedy="--run-dir must be on a file system that they share, and the command the same",
     )
     processes.run_on_lead("clean the checkpoints", checkpoints.clean)
+    state, event = resume(session, rewind) or warm_start(session) or fresh(session)
     if rewind is not None:
         later = processes.broadcast_from_lead("rewind", lambda: checkpoints.rewind(rewind))
         text = f"rewinding to step {rewind}: renamed the checkpoints of steps {later} to STEP.rewound"
         recorder.event("rewind", text, step=rewind, renamed=later)
-    state, event = resume(session) or warm_start(session) or fresh(session)
     step = int(state.step)
     changed = environment_changes(session.run, recorder.begun, step)
     recorder.event(event.name, event.text, step=step, **event.fields, **_about(session))
@@ -179,18 +182,17 @@ def start(session: Session, rewind: int | None) -> TrainState:
     return state
 
 
-def resume(session: Session) -> tuple[TrainState, Event] | None:
-    """Restores the newest valid checkpoint; returns None if there is no checkpoint.
+def resume(session: Session, rewind: int | None) -> tuple[TrainState, Event] | None:
+    """Restores the newest valid checkpoint, or that of step `rewind`; returns None if there is no checkpoint.
 
     Raises:
       ValueError: the checkpoint was made with other data, another tokenizer or another decay mask.
     """
     run, checkpoints = session.run, session.checkpoints
-    # The lead decides: others may not see yet that a rewind has renamed checkpoints.
     if processes.broadcast_from_lead("find the checkpoints", checkpoints.latest_step) is None:
         return None
     with session.recorder.pause("restoring"):
-        state, saved = session.stop.run(lambda: restore(checkpoints, run.program.abstract_state, repair=True))
+        state, saved = session.stop.run(lambda: restore(checkpoints, run.program.abstract_state, rewind, repair=True))
     step = int(state.step)
     _check_saved(run, saved, step)  # it may be older than the one that `check_resume` has read
     return state, Event("resume", f"resumed from step {step}", {})

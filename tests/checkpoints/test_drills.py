@@ -360,13 +360,21 @@ def test_two_runs_in_one_folder_are_refused(config, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["mother.txt"]
 
 
-def test_a_rewind_undoes_later_steps(config, whole, tmp_path):
+def test_a_rewind_undoes_later_steps(config, whole, tmp_path, capsys):
     """A rewind also removes the later steps from the metrics, and they are saved again."""
     run_dir = tmp_path / "run"
     config = with_fields(config, "checkpoint", keep=9)
     train(with_fields(config, "train", stop_after=11), run_dir)
+    capsys.readouterr()
     with pytest.raises(ValueError, match=r"no checkpoint of step 5 .* there are \[2, 4, 6, 8, 10, 11\]"):
         train(config, run_dir, rewind=5)
+    assert capsys.readouterr().out == ""  # it ends before the start is described
+    damaged = run_dir / "checkpoints" / "4" / "record" / "metadata"
+    damaged.write_bytes(damaged.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"checkpoint 4 is damaged: .*: try another step"):
+        train(config, run_dir, rewind=4)
+    assert CheckpointFolder(run_dir / "checkpoints").steps() == [2, 4, 6, 8, 10, 11]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     train(with_fields(config, "train", stop_after=7), run_dir, rewind=6)
     assert [line["step"] for line in numbers(run_dir)] == [1, 2, 3, 4, 5, 6, 7]
     (event,) = events(run_dir, "rewind")

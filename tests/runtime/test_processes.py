@@ -411,6 +411,17 @@ def test_the_survivor_of_a_killed_process_names_it_in_one_line(config, tmp_path,
     )
 
 
+@pytest.mark.slow
+def test_two_runs_of_one_interpreter_save_the_same_steps(config, tmp_path):
+    """The names of their messages differ; the store refuses a name that was used before."""
+    file = tmp_path / "config.json"
+    file.write_text(to_json(changed(config, "train", steps=4, eval_every=None)))
+    script = FAULTY.replace(f", faults={FAULTS!r}, report=True", "") + "    train(load(sys.argv[1]), sys.argv[3])\n"
+    codes, _, errors = Processes(*[["-c", script, file, tmp_path / "a", tmp_path / "b"]] * 2).wait()
+    assert codes == [0, 0], errors
+    assert [CheckpointFolder(tmp_path / name / "checkpoints").steps() for name in "ab"] == [[3, 4]] * 2
+
+
 class SlowStore:
     """A key-value store whose answers take 2 ms on their way, as `jax.distributed`'s client tells it."""
 

@@ -274,6 +274,12 @@ def test_a_damaged_checkpoint_is_passed_over(run_dir, tmp_path, capsys):
     assert (result["from_step"], result["reproduces"]) == (5, True)
     assert "checkpoint 7 is damaged" in capsys.readouterr().err
     assert snapshot(tmp_path / "run") == before
+    for step in (5, 7):  # nothing is whole before step 9: from the start, then
+        manifest = tmp_path / "run" / "checkpoints" / str(step) / "manifest.json"
+        manifest.write_text("")
+    result = replay(tmp_path / "run", 9)
+    assert (result["from_step"], result["reproduces"]) == (0, True)
+    assert "going back to the start of the run" in capsys.readouterr().err
 
 
 def test_a_run_that_began_with_other_weights_is_replayed_from_those(run_dir, tiny_config, tmp_path):
