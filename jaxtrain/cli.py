@@ -16,7 +16,7 @@ from jaxtrain.commands import compress, data, exchange, generate, model, report,
 from jaxtrain.fields import suggest
 from jaxtrain.runtime.flag_help import show_help
 from jaxtrain.runtime.flags import parse
-from jaxtrain.runtime.terminal import report_error, tolerant_output
+from jaxtrain.runtime.terminal import echo, report_error, tolerant_output
 
 _HELP = {"-h", "--help"}
 
@@ -42,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str], debug: bool) -> int:
     name, rest = (words[0] if words else "--help"), words[1:]
     if name in _HELP or name == "help":
-        print(_overview())
+        echo(_overview())
         return 0
     if name in ("-V", "--version"):
-        print(f"jaxtrain {__version__}")
+        echo(f"jaxtrain {__version__}")
         return 0
     if name not in COMMANDS:
         raise ValueError(f"unknown command {name!r}: {suggest(name, list(COMMANDS))}")
     command = COMMANDS[name]
     if _HELP & set(rest):
-        print(show_help(command, rest))
+        echo(show_help(command, rest))
         return 0
     options = parse(command, rest)
     if not debug:  # Orbax logs the tracebacks of errors that are reported here in one line

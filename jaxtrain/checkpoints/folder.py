@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.files import read_json, sync_folder, write_json
+from jaxtrain.runtime.terminal import echo
 
 _SCORES = "scores.json"
 _LEFTOVER = re.compile(r"\.\d+\.(partial|deleting)")
@@ -32,7 +33,7 @@ def report_to_stderr(event: str, text: str, **fields: Any) -> None:
     """Prints the text of an event, if it has one."""
     del event, fields
     if text:
-        print(text, file=sys.stderr)
+        echo(text, file=sys.stderr)
 
 
 class _Checkpoint(NamedTuple):

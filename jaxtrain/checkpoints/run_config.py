@@ -11,6 +11,7 @@ from jaxtrain.checkpoints.restore import find_fingerprint
 from jaxtrain.config import Config, ModelConfig, SavedModel
 from jaxtrain.runtime.config_files import differences, from_json, load_run
 from jaxtrain.runtime.files import read_json
+from jaxtrain.runtime.terminal import echo
 
 
 def lost_config(folder: Path) -> tuple[dict[str, Any], int] | None:
@@ -33,7 +34,7 @@ def read_config(folder: Path, model: Any = None) -> Config:
     """
     if lost := lost_config(folder):
         values, step = lost
-        print(f"{folder / 'config.json'} is lost: reading that of the checkpoint of step {step}", file=sys.stderr)
+        echo(f"{folder / 'config.json'} is lost: reading that of the checkpoint of step {step}", file=sys.stderr)
         config = from_json(json.dumps(values))
     else:
         config = load_run(folder)

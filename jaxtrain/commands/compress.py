@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from jaxtrain.commands.model import Checkpoint, RunOptions, model_of
 from jaxtrain.fields import LocalPath, Positive
 from jaxtrain.runtime.flags import Command
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import echo
 
 SUFFIX = ".jxz"
 File = Annotated[str, LocalPath("FILE")]
@@ -37,8 +37,8 @@ def run_compress(options: CompressOptions) -> int:
     seconds, made = _timed(options, work, "compressing")
     _write(out, made)
     rate = f", {8 * len(made) / len(data):.4f} bits per byte" if data else ""
-    print(f"{len(data):,} bytes to {len(made):,}{rate}, {len(data) / seconds / 1e3:.3g} kB/s")
-    print(printable(f"compressed: {out}"))
+    echo(f"{len(data):,} bytes to {len(made):,}{rate}, {len(data) / seconds / 1e3:.3g} kB/s")
+    echo(f"compressed: {out}")
     return 0
 
 
@@ -68,8 +68,8 @@ def run_decompress(options: DecompressOptions) -> int:
     except ValueError as error:
         raise ValueError(f"{options.file}: {error}") from None
     _write(out, made)
-    print(f"{len(data):,} bytes to {len(made):,}, {len(made) / seconds / 1e3:.3g} kB/s")
-    print(printable(f"decompressed: {out}"))
+    echo(f"{len(data):,} bytes to {len(made):,}, {len(made) / seconds / 1e3:.3g} kB/s")
+    echo(f"decompressed: {out}")
     return 0
 
 
@@ -95,12 +95,12 @@ def run_bpb(options: BpbOptions) -> int:
         raise ValueError(f"{empty[0]} is empty, and has no bits per byte: leave it out")
     _, rows = _timed(options, lambda model, progress: compare_files(model, texts), "")
     if options.json:
-        print(json.dumps(rows))
+        echo(json.dumps(rows), verbatim=True)
         return 0
     columns = list(next(iter(rows.values())))
     cells = [[file, *(_cell(row[name]) for name in columns)] for file, row in rows.items()]
-    print(format_table(("bits per byte", *columns), cells))
-    print("model + itself: with the model's parameters, float32, counted as a part of the file")
+    echo(format_table(("bits per byte", *columns), cells))
+    echo("model + itself: with the model's parameters, float32, counted as a part of the file")
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from jaxtrain.config import Config
 from jaxtrain.fields import Folder, Fraction, LocalPath, NotNegative, Positive, Section, Source, TokenizerSpec
 from jaxtrain.runtime.flags import Command
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import echo
 
 _TEXT_OPTIONS, _COMPLETION_OPTIONS = ("text_field", "formats", "num_workers"), ("chat_template",)
 
@@ -54,14 +54,14 @@ def run_prepare(options: PrepareOptions) -> int:
 
         store = prepare(lock=lock, **{name: more[name] for name in more if name not in _COMPLETION_OPTIONS})
     for name, split in (("train", store.train), ("validation", store.validation)):
-        print(
+        echo(
             f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_bytes:,} bytes "
             f"({(split.num_bytes or 0) / split.num_tokens:.2f} bytes per token)"
             if split.masks is None
             else f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_labels:,} tokens "
             "to train on"
         )
-    print(printable(f"store: {store.path}") + f" ({store.vocab_size:,} tokens in the vocabulary)")
+    echo(f"store: {store.path}" + f" ({store.vocab_size:,} tokens in the vocabulary)")
     return 0
 
 
@@ -93,14 +93,12 @@ def run_inspect(options: InspectOptions) -> int:
     stores = store.sources or {"": store}
     found = {name: inspect_store(each, options.windows) for name, each in stores.items()}
     if options.json:
-        print(json.dumps({"mixture": mixture, "stores": found} if mixture else found[""]))
+        echo(json.dumps({"mixture": mixture, "stores": found} if mixture else found[""]), verbatim=True)
         return 0
     if mixture:
-        rows = [
-            [printable(name), *(f"{value:,}" for value in row.values())] for name, row in mixture["sources"].items()
-        ]
-        print(f"mixture: {printable(mixture['shares'])}")
-        print(format_table(["source", "tokens", "sequences", "read", "passes"], rows))
+        rows = [[name, *(f"{value:,}" for value in row.values())] for name, row in mixture["sources"].items()]
+        echo(f"mixture: {mixture['shares']}")
+        echo(format_table(["source", "tokens", "sequences", "read", "passes"], rows))
     for name, result in found.items():
         _show(name, result)
     return 0
@@ -132,29 +130,29 @@ def _show(name: str, found: dict[str, Any]) -> None:
     from jaxtrain.monitoring.tables import format_table
 
     size = f"{found['vocab_size']:,} tokens in the vocabulary" if found["vocab_size"] else "vocabulary not stated"
-    print(printable(f"{name + ': ' if name else ''}{found['path']} ({size})"))
+    echo(f"{name + ': ' if name else ''}{found['path']} ({size})")
     for split, values in found["splits"].items():
-        print(f"\n{split}: {values['tokens']:,} tokens, {values['distinct_tokens']:,} of them distinct, ", end="")
-        print(f"{values['unigram_entropy_bits']:.2f} bits of entropy each" + _bytes(values))
+        echo(f"\n{split}: {values['tokens']:,} tokens, {values['distinct_tokens']:,} of them distinct, ", end="")
+        echo(f"{values['unigram_entropy_bits']:.2f} bits of entropy each" + _bytes(values))
         if "documents" in values:
             sizes = values["document_tokens"]
-            print(
+            echo(
                 f"{values['documents']:,} documents: median {sizes['median']:,} tokens, mean {sizes['mean']:,.0f}, "
                 f"99% {sizes['p99']:,}, longest {sizes['max']:,}"
             )
             head = ["source", "documents", "tokens", "copies", "share of tokens", "repetitive"]
             rows = [{"source": "all", **values}, *values["sources"]]
-            print(format_table(head, [_source_row(row) for row in rows], cut=["source"]))
+            echo(format_table(head, [_source_row(row) for row in rows], cut=["source"]))
         rows = [
-            [f"'{printable(escape(top['text']))}'", str(top["id"]), f"{top['count'] / values['tokens']:.2%}"]
+            [f"'{escape(top['text'])}'", str(top["id"]), f"{top['count'] / values['tokens']:.2%}"]
             for top in values["top_tokens"]
         ]
-        print(format_table(["frequent token", "id", "share"], rows, cut=["frequent token"]))
+        echo(format_table(["frequent token", "id", "share"], rows, cut=["frequent token"]))
         for row in values.get("longest", ()):
-            print(f"document {row['document']:,} of {row['tokens']:,} tokens: {printable(escape(row['text']))}")
+            echo(f"document {row['document']:,} of {row['tokens']:,} tokens: {escape(row['text'])}")
         for row in values["windows"]:
-            print(f"window at token {row['position']:,}: {printable(escape(row['text']))}")
-    print("\n" + printable("\n".join(f"alarm: {alarm}" for alarm in found["alarms"]) or "no alarms"))
+            echo(f"window at token {row['position']:,}: {escape(row['text'])}")
+    echo("\n" + ("\n".join(f"alarm: {alarm}" for alarm in found["alarms"]) or "no alarms"))
 
 
 def _bytes(values: dict[str, Any]) -> str:
@@ -163,7 +161,7 @@ def _bytes(values: dict[str, Any]) -> str:
 
 def _source_row(row: dict[str, Any]) -> list[str]:
     numbers = [f"{row[name]:,}" for name in ("documents", "tokens", "duplicate_documents")]
-    return [printable(row["source"]), *numbers, f"{row['duplicate_tokens']:.1%}", f"{row['repetitive_documents']:,}"]
+    return [row["source"], *numbers, f"{row['duplicate_tokens']:.1%}", f"{row['repetitive_documents']:,}"]
 
 
 COMMANDS = [

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from jaxtrain.commands.model import Checkpoint, RunOptions, model_of
 from jaxtrain.fields import Folder, LocalPath, Positive, RunFolder, Section
 from jaxtrain.runtime.flags import Command
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import echo
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def run_import(options: ImportOptions) -> int:
     run = import_model(options.folder, options.out)
     c = run.program.model.config
     num_params = sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract_state.params))
-    print(f"model: {num_params:,} parameters, {c.num_layers} layers, d_model {c.d_model}, {c.vocab_size:,} tokens")
-    print(printable(f"run: {options.out}"))
+    echo(f"model: {num_params:,} parameters, {c.num_layers} layers, d_model {c.d_model}, {c.vocab_size:,} tokens")
+    echo(f"run: {options.out}")
     return 0
 
 
@@ -50,8 +50,8 @@ def run_export(options: ExportOptions) -> int:
 
     run = open_run(options.run, store=options.data_store, model=model_of(options), data=False)
     step = export_model(run, options.out, step=options.step, average=options.average, dtype=options.dtype)
-    print(f"checkpoint: step {step}")
-    print(printable(f"model: {options.out}"))
+    echo(f"checkpoint: step {step}")
+    echo(f"model: {options.out}")
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from jaxtrain.commands.model import Checkpoint, RunOptions, model_of
 from jaxtrain.fields import Bounds, LocalPath, NotNegative, Positive
 from jaxtrain.runtime.flags import Command
-from jaxtrain.runtime.terminal import printable, report_error
+from jaxtrain.runtime.terminal import echo, report_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def run_generate(options: GenerateOptions) -> int:
             if is_lead():
                 _show(options, record, completion, many=len(records) > 1)
     if is_lead():
-        print(timing, file=sys.stderr)
+        echo(timing, file=sys.stderr)
     return 0
 
 
@@ -109,16 +109,16 @@ def _prompts(model: Any, records: list[dict[str, Any]], chat: bool) -> list[list
 def _show(options: GenerateOptions, record: dict[str, Any], completion: Any, *, many: bool) -> None:
     if options.json:
         result = {"text": completion.text, "tokens": completion.num_tokens, "finish": completion.finish}
-        print(json.dumps(record | result, ensure_ascii=False))
+        echo(json.dumps(record | result, ensure_ascii=False), verbatim=True)
     elif options.stream:
-        print()
+        echo()
     else:
         text = completion.text if options.chat else record["prompt"] + completion.text
-        print(printable(text) if sys.stdout.isatty() else text)  # a file gets the text as it is
+        echo(text, verbatim=True)
 
 
 def _write(text: str) -> None:
-    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+    echo(text, end="", flush=True, verbatim=True)
 
 
 COMMANDS = [

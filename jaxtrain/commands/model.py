@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from jaxtrain.fields import LocalPath, NotNegative, Positive, RunFolder, Section, Store
 from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.flags import Command
-from jaxtrain.runtime.terminal import report_error
+from jaxtrain.runtime.terminal import echo, report_error
 
 Checkpoint = NotNegative[int] | Literal["best"]
 
@@ -59,10 +59,10 @@ def run_evaluate(options: EvalOptions) -> int:
             compressed = compressor_bits_per_byte(split_text(split, run.store.tokenizer))
         result |= {f"{name}_bits_per_byte": value for name, value in compressed.items()}
     if options.json:
-        print(json.dumps(result))
+        echo(json.dumps(result), verbatim=True)
     else:
         for name, value in result.items():
-            print(f"{name:22}{value:.6g}" if isinstance(value, float) else f"{name:22}{value}")
+            echo(f"{name:22}{value:.6g}" if isinstance(value, float) else f"{name:22}{value}")
     return 0
 
 
@@ -87,7 +87,7 @@ def run_replay(options: ReplayOptions) -> int:
         agree("the command", asdict(options), remedy="start them with the same one")
         result = replay(options.run, options.step, store=options.data_store, model=model_of(options))
     if is_lead():
-        print(json.dumps(encode(result))) if options.json else show(result)
+        echo(json.dumps(encode(result)), verbatim=True) if options.json else show(result)
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from jaxtrain.fields import Folder, LocalPath, RunFolder, Section
 from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.flags import Command
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import echo
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ def run_report(options: ReportOptions) -> int:
     data = report_data(records)
     path.write_text(render(data), encoding="utf-8")
     if options.json:
-        print(json.dumps(data))
+        echo(json.dumps(data), verbatim=True)
     else:
         for record, run in zip(records, data["runs"], strict=True):
-            print(printable(f"{record.folder}: step {record.step:,} of {record.total_steps:,}, {record.state}"))
+            echo(f"{record.folder}: step {record.step:,} of {record.total_steps:,}, {record.state}")
             _show_findings(run)
-        print(printable(f"report: {path}"))
+        echo(f"report: {path}")
     if options.open and not webbrowser.open(path.resolve().as_uri()) and not options.json:
-        print("no browser found: open the page by hand")
+        echo("no browser found: open the page by hand")
     return 0
 
 
@@ -48,11 +48,11 @@ def _show_findings(run: dict[str, Any]) -> None:
         f"{one['severity']}: {one['name']} at step {one['step']}: {one['evidence']}\n  {one['remedy']}"
         for one in run["findings"]
     ]
-    print(printable("\n".join(findings) or "no findings"))
+    echo("\n".join(findings) or "no findings")
     if run["times"]["heading"]:
-        print(printable(f"time by scope: {run['times']['heading']}"))
+        echo(f"time by scope: {run['times']['heading']}")
     for scope, share, milliseconds in run["times"]["rows"]:
-        print(f"  {scope:10}{share:>7}{milliseconds:>9} ms a step")
+        echo(f"  {scope:10}{share:>7}{milliseconds:>9} ms a step")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def run_runs(options: RunsOptions) -> int:
     rows = sort_rows(rows, key, descending=options.sort.startswith("-"))
     if options.json:
         for row in rows:
-            print(json.dumps(row))
+            echo(json.dumps(row), verbatim=True)
     else:
         show_rows(rows)
     return 0

@@ -8,7 +8,7 @@ from typing import Annotated
 from jaxtrain.config import Config
 from jaxtrain.fields import Bounds, LocalPath, NotNegative, Positive, RunFolder, Section
 from jaxtrain.runtime.flags import Command
-from jaxtrain.runtime.terminal import report_error
+from jaxtrain.runtime.terminal import echo, report_error
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run_train(options: TrainOptions) -> int:
         raise
     code, reason = 0, outcome["reason"]
     if reason == GAVE_UP:
-        print(
+        echo(
             f"error: gave up at step {outcome['step']} after too many bad steps (see guard.max_consecutive and "
             f"guard.max_share); the state is saved, and {options.run_dir} has a report",
             file=sys.stderr,
@@ -83,10 +83,10 @@ def run_schedule(options: ScheduleOptions) -> int:
     steps = options.config.train.steps
     schedule = make_schedule(options.config)
     values = jax.vmap(schedule)(jnp.arange(steps)).tolist()
-    print(describe_schedule(options.config))
-    print(draw_curve(values, label="learning rate"))
+    echo(describe_schedule(options.config))
+    echo(draw_curve(values, label="learning rate"))
     if options.png:
-        print(f"drawn to {plot_schedule(schedule, steps, options.png)}")
+        echo(f"drawn to {plot_schedule(schedule, steps, options.png)}")
     return 0
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import echo
 
 # JSON has no such numbers; any JSON reader reads these strings, and `float` of most languages converts them.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -112,7 +112,7 @@ class JsonLines:
         except OSError as error:
             if self._problem is None:
                 text = f"{self._path} cannot be written: {error}; its lines wait until it can"
-                print(printable(text), file=sys.stderr)
+                echo(text, file=sys.stderr)
             self._problem = error
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxtrain.monitoring.tables import format_table
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import echo
 
 _SHOWN = 10  # differences and rows
 
@@ -11,30 +11,30 @@ _SHOWN = 10  # differences and rows
 def show(result: dict[str, Any]) -> None:
     """Prints the result of `replay`."""
     start = f"the checkpoint of step {result['from_step']}" if result["from_step"] else "the start"
-    print(f"step {result['step']}, from {start}")
+    echo(f"step {result['step']}, from {start}")
     for note in result["notes"]:
-        print(printable(note))
-    print(_verdict(result), end="\n\n")
+        echo(note)
+    echo(_verdict(result), end="\n\n")
     if result["differences"]:
         rows = [
             (str(one["step"]), one["metric"], _exact(one["logged"]), _exact(one["replayed"]))
             for one in result["differences"][:_SHOWN]
         ]
-        print(format_table(("step", "metric", "logged", "replayed"), rows, left=("metric",)), end="\n\n")
+        echo(format_table(("step", "metric", "logged", "replayed"), rows, left=("metric",)), end="\n\n")
     logged = result["logged"] or {}
     rows = [(k, _exact(value), _exact(logged[k]) if k in logged else "") for k, value in result["metrics"].items()]
     covered = logged.get("steps", 1)
     head = "logged" if covered == 1 else f"logged for {covered} steps"
-    print(format_table(("metric", "replayed", head), rows), end="\n\n")
+    echo(format_table(("metric", "replayed", head), rows), end="\n\n")
     names = ("micro_batch", "loss", "nll", "tokens", "grad_norm")
-    print(format_table(names, [[_short(one[name]) for name in names] for one in result["micro_batches"]]), end="\n\n")
+    echo(format_table(names, [[_short(one[name]) for name in names] for one in result["micro_batches"]]), end="\n\n")
     names = ("grad_norm", "param_norm", "update_norm", "update_ratio")
     rows = [(one["name"], *(_short(one[name]) for name in names)) for one in result["layers"]]
-    print(format_table(("layer", *names), rows), end="\n\n")
+    echo(format_table(("layer", *names), rows), end="\n\n")
     head = ("row", "micro_batch", "nll", "documents", "tokens", "repeats", "text")
-    print(format_table(head, [_row(one) for one in result["rows"][:_SHOWN]], left=("text",), cut=("text",)))
+    echo(format_table(head, [_row(one) for one in result["rows"][:_SHOWN]], left=("text",), cut=("text",)))
     if len(result["rows"]) > _SHOWN:
-        print(f"the {_SHOWN} rows with the largest loss, of {len(result['rows'])}; --json prints all")
+        echo(f"the {_SHOWN} rows with the largest loss, of {len(result['rows'])}; --json prints all")
 
 
 def _verdict(result: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from jaxtrain.fields import check_choice
 from jaxtrain.monitoring.metrics import encode
 from jaxtrain.monitoring.run_record import differences, find_runs, read_record
 from jaxtrain.monitoring.tables import format_seconds, format_table
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import echo
 
 Row = dict[str, Any]
 
@@ -75,10 +75,10 @@ def sort_rows(rows: list[Row], key: str, *, descending: bool = False) -> list[Ro
 def show_rows(rows: list[Row]) -> None:
     """Prints rows as a table, and the problem of each broken run below it."""
     head = (*_COLUMNS, "config")
-    print(format_table(head, [_cells(row) for row in rows], left=("state", "config")))
+    echo(format_table(head, [_cells(row) for row in rows], left=("state", "config")))
     for row in rows:
         if "problem" in row:
-            print(printable(f"{row['name']}: {row['problem']}"))
+            echo(f"{row['name']}: {row['problem']}")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

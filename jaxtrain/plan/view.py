@@ -12,6 +12,7 @@ from jaxtrain.plan.compiler import CompilerMissing, compile_step, search_batch
 from jaxtrain.plan.formulas import Plan, make_plan, plan_vocab
 from jaxtrain.plan.traffic import replaced_gathers
 from jaxtrain.runtime.chips import Chip, find_chip, parse_topology
+from jaxtrain.runtime.terminal import echo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def plan(config: Config, question: Question) -> None:
         fitting = [one["batch_size"] for one in tries if one["fits"]]
         result |= {"max_batch": max(fitting, default=0), "tries": [_outcome(one) for one in tries]}
     if question.json:
-        print(json.dumps(result))
+        echo(json.dumps(result), verbatim=True)
     else:
         _show(config, formulas, chip, question, result)
 
@@ -79,7 +80,7 @@ def _compile(
     stream = sys.stderr if question.json else sys.stdout
     if not question.max_batch:
         if not question.json:
-            print(f"compiling the train step for {question.topology}: this takes minutes", flush=True)
+            echo(f"compiling the train step for {question.topology}: this takes minutes", flush=True)
         answer = compile_step(config, vocab_size, question.topology, question.timeout)
         return {"batch_size": config.train.batch_size} | answer, []
     unit = config.train.accumulate * formulas.mesh["data"] * formulas.mesh["fsdp"]
@@ -87,7 +88,7 @@ def _compile(
     for answer in search_batch(config, vocab_size, question.topology, unit, question.timeout):
         tries.append(answer)
         outcome = f"{'fits' if answer['fits'] else 'does not fit'}, {_amount(answer)}"
-        print(f"batch {answer['batch_size']}: {outcome}, {answer['compile_seconds']:.0f} s", file=stream, flush=True)
+        echo(f"batch {answer['batch_size']}: {outcome}, {answer['compile_seconds']:.0f} s", file=stream, flush=True)
     fitting = [one for one in tries if one["fits"]]
     return max(fitting, key=lambda one: one["batch_size"], default=tries[-1]), tries
 
@@ -134,7 +135,7 @@ def _result(
 def _show(config: Config, formulas: Plan, chip: Chip | None, question: Question, result: dict[str, Any]) -> None:
     where = question.topology or (chip.name if chip else "unnamed chips")
     mesh = " x ".join(f"{name} {size}" for name, size in formulas.mesh.items())
-    print(f"{formulas.num_devices} devices ({where}): {mesh}")
+    echo(f"{formulas.num_devices} devices ({where}): {mesh}")
     _print_table(("the run", ""), _run_rows(config, formulas, result))
     _print_table(("memory by formula", "per device", "all devices"), _memory_rows(formulas))
     if result["compiled"]:
@@ -156,15 +157,15 @@ def _show(config: Config, formulas: Plan, chip: Chip | None, question: Question,
         rows = [(one.kind, ", ".join(one.axes), one.what, format_bytes(one.num_bytes)) for one in formulas.traffic]
         _print_table(("collectives by formula", "axes", "of what", "per device and step"), rows)
     if result["fits"] is not None:
-        print(f"{'fits' if result['fits'] else 'does not fit'} {chip.name}: {_amount(result)}")
+        echo(f"{'fits' if result['fits'] else 'does not fit'} {chip.name}: {_amount(result)}")
     for line in filter(
         None, [*result.get("refused_options", ()), result.get("caveat"), result.get("warning"), result["note"]]
     ):
-        print(line)
+        echo(line)
 
 
 def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    print("\n" + format_table(head, rows, left=("axes", "dtype", "of what")) + "\n")
+    echo("\n" + format_table(head, rows, left=("axes", "dtype", "of what")) + "\n")
 
 
 def _run_rows(config: Config, formulas: Plan, result: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtrain.runtime.files import cache_folder
+from jaxtrain.runtime.terminal import echo
 
 _MIN_SECONDS = 0.0  # programs that compile faster are not stored
 
@@ -32,7 +33,7 @@ def compile_cache() -> Iterator[None]:
         return
     folder = cache_folder("compiled")
     if problem := _prepare(folder):
-        print(f"no compile cache: {problem}; JAX_COMPILATION_CACHE_DIR names another folder", file=sys.stderr)
+        echo(f"no compile cache: {problem}; JAX_COMPILATION_CACHE_DIR names another folder", file=sys.stderr)
         yield
         return
     settings: dict[str, str | float] = {"jax_compilation_cache_dir": str(folder)}

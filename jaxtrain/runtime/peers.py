@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtrain.runtime.stop import RESTART, leave
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import echo
 
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # seconds, seconds, probes
 _POLL_SECONDS = 0.2  # until the watch ends
@@ -81,7 +81,7 @@ class Peers:
         if self._done.wait((_LEAD_SECONDS if is_lead else 0.0) + (0.0 if code == RESTART else _FAILURE_SECONDS)):
             return
         with contextlib.suppress(OSError, ValueError):  # standard error is closed
-            print(printable(f"error: {text}"), file=sys.stderr, flush=True)
+            echo(f"error: {text}", file=sys.stderr, flush=True)
         self._leave(code)
 
     def _send(self, code: int, text: str, processes: Any) -> None:

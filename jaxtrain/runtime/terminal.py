@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 
 class Output:
@@ -83,8 +83,6 @@ _REMEDIES = {
 def printable(text: str, *, encoding: str | None = None) -> str:
     r"""Escapes terminal controls and characters that an encoding lacks; newlines and tabs stay.
 
-    Every line that may hold text from data, samples, files or configs goes through here before it is printed.
-
     Args:
       text: any text.
       encoding: encoding of the output; characters that it lacks are escaped too. None is UTF-8.
@@ -97,10 +95,26 @@ def printable(text: str, *, encoding: str | None = None) -> str:
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def echo(
+    text: str = "", *, file: TextIO | None = None, end: str = "\n", flush: bool = False, verbatim: bool = False
+) -> None:
+    """Prints text with its terminal controls escaped, see `printable`. Every print of the package goes through here.
+
+    Args:
+      text: what to print.
+      file: where to; None is standard output.
+      end: printed after the text.
+      flush: flushes the stream.
+      verbatim: a pipe or a file gets the text as it is, such as JSON or a sample.
+    """
+    stream = sys.stdout if file is None else file
+    print(text if verbatim and not stream.isatty() else printable(text), end=end, file=stream, flush=flush)
+
+
 def report_error(error: BaseException) -> int:
     """Prints an error to standard error; returns the exit code of the program."""
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        echo("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     text = str(error)
     if isinstance(error, UnicodeEncodeError):  # half of a surrogate pair: bytes of an argument that are not UTF-8
@@ -118,7 +132,7 @@ def report_error(error: BaseException) -> int:
     elif not isinstance(error, ValueError | ImportError | OSError):
         traceback.print_exception(error)
         return 1
-    print(printable(f"error: {text}"), file=sys.stderr)
+    echo(f"error: {text}", file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
 
 

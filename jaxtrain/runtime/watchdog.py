@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.stop import RESTART, leave
+from jaxtrain.runtime.terminal import echo
 
 _STEPS = 20  # median step times that are a stall, where they are longer than the limit
 _FIRST = 4  # factor of the limit until the step time is known
@@ -118,7 +119,7 @@ class Watchdog:
         self._stall.write(problem)
         with contextlib.suppress(OSError, ValueError):
             text = f"error: {problem}; all stacks of this process are above; the same command resumes the run"
-            print(text, file=sys.stderr, flush=True)
+            echo(text, file=sys.stderr, flush=True)
         thread = threading.Thread(target=self._report, args=(problem,), daemon=True)
         thread.start()
         thread.join(_REPORT_SECONDS)  # the loop may hang with the lock of a file

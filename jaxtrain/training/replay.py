@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.runtime.processes import LONG_SECONDS, agree, compile_together
+from jaxtrain.runtime.terminal import echo
 from jaxtrain.step import TrainState
 from jaxtrain.training.batches import batch_source, train_batches
 from jaxtrain.training.program import CompiledStep
@@ -105,7 +107,7 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
 
 
 def _compile(run: Run, state: TrainState, batch: Any) -> CompiledStep:
-    compiled = run.program.compile(state, batch, functools.partial(print, file=sys.stderr))
+    compiled = run.program.compile(state, batch, functools.partial(echo, file=sys.stderr))
     agree("the end of compilation", {}, timeout=LONG_SECONDS)
     return compiled
 

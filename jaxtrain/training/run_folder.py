@@ -21,6 +21,7 @@ from jaxtrain.mixture import parse_stores
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
 from jaxtrain.runtime.files import flock, write_json, write_text
+from jaxtrain.runtime.terminal import echo
 from jaxtrain.training import components
 
 Changes = dict[str, tuple[Any, Any]]  # field -> old and new value
@@ -114,7 +115,7 @@ def recover_config(folder: Path) -> None:
     if lost := lost_config(folder):
         values, step = lost
         write_json(folder / "config.json", values)
-        print(f"{folder / 'config.json'} was lost: restored from the checkpoint of step {step}", file=sys.stderr)
+        echo(f"{folder / 'config.json'} was lost: restored from the checkpoint of step {step}", file=sys.stderr)
 
 
 def absolute_paths(config: Config, run_dir: str | Path) -> Config:

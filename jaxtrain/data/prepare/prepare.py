@@ -21,6 +21,7 @@ from jaxtrain.data.store import STORE_FORMAT, STORE_MANIFEST, TokenStore, open_s
 from jaxtrain.data.tokenizer import parse_spec, read_hf
 from jaxtrain.fields import is_url, require_local
 from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder
+from jaxtrain.runtime.terminal import echo
 
 STDIN = "-"
 CODE_VERSION = 3  # raise when the tokens made from the same request change
@@ -78,7 +79,7 @@ def prepare(
             _make_store(out, corpus, request, limits=limits, num_workers=num_workers, stages=stages, lock=lock)
     store = open_store(out, verify=False)
     if line := describe_left_out(store.manifest.get("left_out", {}), left_out):
-        print(line, file=sys.stderr)
+        echo(line, file=sys.stderr)
     return store
 
 
@@ -231,7 +232,7 @@ def _discard_other_work(partial: Path, request: dict[str, Any]) -> None:
     if any(partial.iterdir()):
         if manifest is None and not any(partial.glob("units-*")):
             raise ValueError(f"{partial} is in the way and was not made by prepare: move it or delete it")
-        print(f"discarding {partial}: unfinished work on a different request", file=sys.stderr)
+        echo(f"discarding {partial}: unfinished work on a different request", file=sys.stderr)
     for path in partial.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     units.mkdir()

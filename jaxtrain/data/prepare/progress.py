@@ -10,6 +10,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxtrain.runtime.terminal import echo, printable
+
 LINE_SECONDS = 15.0  # between lines off a terminal
 
 Advance = Callable[[int], None]  # called with the index of a part that is done
@@ -23,7 +25,7 @@ def show_progress(show: bool, stream: TextIO | None = None, line_seconds: float 
     if not show:
         yield lambda description, sizes: lambda index: None
     elif stream.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(file=stream)) as progress:
             yield lambda description, sizes: _add_bar(progress, description, sizes)
     else:
@@ -32,7 +34,7 @@ def show_progress(show: bool, stream: TextIO | None = None, line_seconds: float 
 
 
 def _add_bar(progress: Progress, description: str, sizes: Sequence[int] | None) -> Advance:
-    task = progress.add_task(description, total=None if sizes is None else sum(sizes))
+    task = progress.add_task(printable(description), total=None if sizes is None else sum(sizes))
 
     def advance(index: int) -> None:
         if sizes is None:
@@ -73,4 +75,4 @@ class _Lines:
             if self._stage:
                 share = f" {self._done / self._total:.0%}," if self._total else ""
                 seconds = time.monotonic() - self._started
-                print(f"{self._stage}:{share} {seconds:.0f} s", file=self._stream, flush=True)
+                echo(f"{self._stage}:{share} {seconds:.0f} s", file=self._stream, flush=True)
