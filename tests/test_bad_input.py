@@ -58,6 +58,7 @@ class World(NamedTuple):
 
     def manifest(self, **changes):
         values = json.loads((self.store / "manifest.json").read_text()) | changes
+        values.pop("checksum", None)
         (self.store / "manifest.json").write_text(json.dumps(values))
 
     def damage(self, name, change):

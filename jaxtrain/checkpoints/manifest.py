@@ -4,8 +4,6 @@ manifest.json: `format`, `version`, `step`, `leaves` {path: {shape, dtype}}, `fi
 `checksum`, the SHA-256 of all the rest.
 """
 
-import hashlib
-import json
 import os
 import re
 import stat
@@ -14,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtrain.runtime.files import read_json, sha256_file, sync_folder, write_json
+from jaxtrain.runtime.files import checksum, read_json, sha256_file, sync_folder, write_sealed_json
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "record/metadata"  # JSON; the name is that of Orbax's JSON handler, which wrote earlier checkpoints
@@ -69,7 +67,7 @@ def seal(folder: Path, step: int, leaves: dict[str, dict[str, Any]], files: dict
         if path.is_dir():
             sync_folder(path)
     manifest = {"format": _FORMAT, "version": _VERSION, "step": step, "leaves": leaves, "files": files}
-    write_json(folder / MANIFEST, manifest | {"checksum": _checksum(manifest)})
+    write_sealed_json(folder / MANIFEST, manifest)
 
 
 def share_of(names: Iterable[str], process: int, count: int) -> list[str]:
@@ -121,7 +119,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} {'is not readable' if os.path.lexists(file) else 'is missing'}")
     if manifest.get("format") != _FORMAT or manifest.get("version") != _VERSION:
         raise Damaged(f"{MANIFEST} is not of format {_FORMAT}, version {_VERSION}")
-    written = manifest.pop("checksum", None) == _checksum(manifest) and _has_form(manifest)
+    written = manifest.pop("checksum", None) == checksum(manifest) and _has_form(manifest)
     if not written or str(manifest["step"]) != folder.name:
         raise Damaged(f"{MANIFEST} is not what was written")
     return manifest
@@ -155,7 +153,3 @@ def _has_form(manifest: dict[str, Any]) -> bool:
         )
         for part, kinds in form.items()
     )
-
-
-def _checksum(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 All files are checked, and no pickle is ever loaded. A folder of `prepare` holds:
 
-manifest.json              sizes and SHA-256 of the files, and the request that made them
+manifest.json              sizes and SHA-256 of the files, the request that made them, and a checksum of all this
 tokenizer.json
 train-00000.bin ...        tokens, raw little-endian uint16 or uint32
 train-00000.mask ...       uint8 per token, 1 for the labels that count; only in stores of completions
@@ -24,7 +24,7 @@ from jaxtrain.data.remote import fetch_store
 from jaxtrain.data.token_files import find_token_files, join_documents, read_token_file
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, load_tokenizer
 from jaxtrain.fields import is_url
-from jaxtrain.runtime.files import sha256_file
+from jaxtrain.runtime.files import checksum, sha256_file
 
 STORE_FORMAT = "jaxtrain-tokens"
 STORE_VERSION = 1
@@ -285,9 +285,16 @@ def _read_manifest(path: Path) -> Any:
     if not (path / STORE_MANIFEST).is_file():
         raise ValueError(f"{path} is not a token store: it has no {STORE_MANIFEST}; make one with `jaxtrain prepare`")
     try:
-        return json.loads((path / STORE_MANIFEST).read_bytes())
+        manifest = json.loads((path / STORE_MANIFEST).read_bytes())
+        written = manifest.pop("checksum", None) if isinstance(manifest, dict) else None  # older stores have none
+        changed = written is not None and written != checksum(manifest)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"{STORE_MANIFEST} is not JSON: {error}") from None
+    except OSError as error:
+        raise _damaged(path, f"{STORE_MANIFEST} cannot be read: {error}") from None
+    if changed:
+        raise _damaged(path, f"{STORE_MANIFEST} is not what was written")
+    return manifest
 
 
 def _open_array(file: Path, length: int, dtype: np.dtype, digest: str, verify: bool) -> np.ndarray:

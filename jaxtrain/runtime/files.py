@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -71,6 +71,16 @@ def cache_folder(name: str) -> Path:
     if not os.path.isabs(base):  # the XDG specification ignores relative paths
         base = os.path.expanduser("~/.cache")
     return Path(base) / "jaxtrain" / name
+
+
+def checksum(values: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 (hex) of JSON values; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed_json(path: Path, values: dict[str, Any]) -> None:
+    """Replaces a small JSON file as `write_bytes` does, with the `checksum` of its values beside them."""
+    write_json(path, values | {"checksum": checksum(json.loads(json.dumps(values)))})
 
 
 def sha256_file(path: Path) -> str:

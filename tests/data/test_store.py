@@ -28,7 +28,9 @@ def store(made, tmp_path):
 
 
 def change(store, **values):
+    """Changes the manifest, which loses its checksum as those of older stores have none."""
     manifest = json.loads((store / "manifest.json").read_text())
+    manifest.pop("checksum", None)
     (store / "manifest.json").write_text(json.dumps({**manifest, **values}))
 
 
@@ -112,6 +114,26 @@ def test_refuses_wrong_values(store, key, value):
     change(store, **{key: value})
     with pytest.raises(ValueError, match=r"damaged: manifest\.json lacks a key or holds a wrong value"):
         open_store(store)
+
+
+def test_every_change_of_the_manifest_is_found(store):
+    """Every entry is covered, those that nothing reads too; without the checksum, an older store opens."""
+    file = store / "manifest.json"
+    text = file.read_text()
+    fingerprint = open_store(store).fingerprint
+    for i, char in enumerate(text[: text.index('"checksum"')]):
+        if char.isalnum() and i % 7 == 0:
+            file.write_text(text[:i] + ("1" if char == "0" else "0") + text[i + 1 :])
+            with pytest.raises(ValueError, match=r"is damaged: manifest\.json is not "):
+                open_store(store, verify=False)
+    for cut in (0, 1, len(text) // 2, len(text) - 3):
+        file.write_text(text[:cut])
+        with pytest.raises(ValueError, match=r"is damaged: manifest\.json"):
+            open_store(store)
+    file.write_text(text)
+    change(store)
+    assert open_store(store).fingerprint == fingerprint
+    assert "checksum" not in open_store(store).manifest
 
 
 def test_refuses_damage(store):

@@ -24,7 +24,7 @@ from jaxtrain.data.tokenizer import (
     read_hf,
     train_bpe,
 )
-from jaxtrain.runtime.files import read_json, write_json
+from jaxtrain.runtime.files import read_json, write_json, write_sealed_json
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def write_store(
         split: join_units(folder, parts, split, counts, dtype, limits.shard_tokens, stages(f"writing {split}", sizes))
         for split in SPLITS
     }
-    write_json(folder / STORE_MANIFEST, _make_manifest(corpus, request, rule, tokenizer, splits, counts, hashes))
+    write_sealed_json(folder / STORE_MANIFEST, _make_manifest(corpus, request, rule, tokenizer, splits, counts, hashes))
 
 
 def _make_manifest(
