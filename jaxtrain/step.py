@@ -138,10 +138,15 @@ def make_train_step(
       under that name; `loss_scale` is the scale of this step, present with loss scaling.
 
     Raises:
+      TypeError: an optimizer that is no optax transformation. When called: a state that is no TrainState.
       ValueError: accumulate below 1; float16 without loss scaling; map_gradients with a loss that takes a key. When
         traced: a batch that `accumulate` does not divide; loss scaling without a guard or a loss scale in the state; a
-        loss that is no LossSums; an auxiliary metric with the name of another metric.
+        loss that is no LossSums; an auxiliary metric with the name of another metric, or that is no scalar.
     """
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            f"the optimizer must be an optax transformation, such as clipped_adamw(1e-3), got {optimizer!r}"
+        )
     _check_options(loss_fn, accumulate, policy, loss_scaling, map_gradients)
     wrap = map_gradients or (lambda gradients: gradients)
     one = functools.partial(differentiate, loss_fn)
@@ -173,6 +178,11 @@ class _Parts(NamedTuple):
 
 def _run_step(parts: _Parts, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """Runs a train step: gradients, optimizer, new state, metrics."""
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"the train step takes a TrainState, got {type(state).__name__}: make one from parameters with "
+            "TrainState.create(params, optimizer)"
+        )
     axis_name, loss_scaling = parts.axis_name, parts.loss_scaling
     factor = _loss_factor(state, loss_scaling)
     keys = {} if parts.keys is None else {"keys": parts.keys(state.step, axis_name=axis_name)}
@@ -346,4 +356,10 @@ def _with_aux(metrics: Metrics, aux: Metrics, sums: LossSums) -> Metrics:
     clash = sorted(metrics.keys() & aux.keys())
     if clash:
         raise ValueError(f"loss_fn returns {', '.join(clash)}, which the train step measures itself: rename it")
+    for name, value in aux.items():
+        if jnp.shape(value):
+            raise ValueError(
+                f"loss_fn returns {name} of shape {jnp.shape(value)}; an auxiliary metric is a scalar, its sum over "
+                "the tokens: sum it, or name each element"
+            )
     return metrics | {name: value / jnp.maximum(sums.weight, 1.0) for name, value in aux.items()}

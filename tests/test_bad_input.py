@@ -234,6 +234,8 @@ COMMANDS = {
 }
 
 CONFIGS = {
+    "without its suffix": bad("train mine", "no config file mine", "did you mean mine.py?", make=text("mine.py", "")),
+    "misspelt": bad("train mien.py", "no config file mien.py", "did you mean mine.py?", make=text("mine.py", "")),
     "absent": bad("train no.py", "no config file no.py", "give a .py file"),
     "a folder": bad("train .", "no config file .", "give a .py file"),
     "another kind of file": bad("train c.yaml", "c.yaml", ".py or .json", make=text("c.yaml", "a: 1")),

@@ -77,10 +77,11 @@ def require_writable_path(path: Path) -> None:
     r"""Raises a ValueError if Orbax cannot save below a path that holds `*`, `?`, `[`, `\` or bytes that are not UTF-8.
 
     Orbax 0.12.8 takes `*`, `?` and `[` for patterns. Its save then omits the manifest of the arrays without an error,
-    and no restore can read the checkpoint.
+    and no restore can read the checkpoint. It takes a folder named `gs:` for a bucket.
     """
     text = str(Path(path).absolute())
     bad = [repr(char) for char in text if char in "*?[\\" or "\ud800" <= char <= "\udfff"]
+    bad += ["'gs:/'"] if "gs:/" in f"{text}/" else []
     if bad:
         raise ValueError(
             f"the path {text!r} holds {' '.join(bad)}, with which checkpoints cannot be saved: give another --run-dir"

@@ -3,10 +3,12 @@
 import json
 import webbrowser
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from jaxtrain.fields import Folder, LocalPath, RunFolder, Section
 from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.files import read_json
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo
 
@@ -28,6 +30,11 @@ def run_report(options: ReportOptions) -> int:
 
     if options.config:
         load(options.config)  # adds the entries of its tables
+    for folder in map(Path, options.runs):
+        if (folder / "checkpoints").is_dir() and not isinstance(read_json(folder / "config.json"), dict):
+            from jaxtrain.training.run_folder import recover_config
+
+            recover_config(folder)
     records, path = open_records(options.runs)
     data = report_data(records)
     path.write_text(render(data), encoding="utf-8")

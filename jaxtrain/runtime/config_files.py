@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import Config, ModelConfig, SavedModel, to_dict
-from jaxtrain.fields import check_value, suggest
+from jaxtrain.fields import check_value, nearest, suggest
 
 # How older versions wrote an absent option into config.json. None of these values is allowed there today.
 _ABSENT = {
@@ -38,7 +38,10 @@ def load(path: str | Path) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no config file {path}: give a .py file with a function config(), or a config.json")
+        there = sorted(file.name for file in path.parent.glob("*") if file.suffix in (".py", ".json"))
+        near = f"{path.name}.py" if f"{path.name}.py" in there else nearest(path.name, there)
+        hint = f"did you mean {path.parent / near}?" if near else "give a .py file with config(), or a config.json"
+        raise ValueError(f"no config file {path}: {hint}")
     if path.suffix not in (".json", ".py"):
         raise ValueError(f"config {path} must end in .py or .json")
     if path.suffix == ".json":

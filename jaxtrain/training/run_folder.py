@@ -19,6 +19,7 @@ from jaxtrain.data.order import skip_to
 from jaxtrain.fields import is_url, parse_ranges, require_local
 from jaxtrain.mixture import parse_stores
 from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.runtime import processes
 from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
 from jaxtrain.runtime.files import flock, write_json, write_text
 from jaxtrain.runtime.terminal import echo
@@ -189,6 +190,9 @@ def _changes(old: Config, new: Config) -> Changes:
         compared = [_normalized(value) if key in _PATHS else value for value in values]
         if compared[0] != compared[1] and not key.startswith(free):
             changed[key] = values
+    stated = [(c.optim.warmup_steps, c.optim.warmup_fraction) for c in (old, new)]
+    if stated[0] == stated[1]:
+        changed.pop("optim.warmup_steps", None)  # follows from train.steps, which is listed
     return changed
 
 
@@ -225,6 +229,13 @@ def rollback_config(folder: Path) -> Iterator[None]:
             elif file.read_bytes() != before:
                 file.write_bytes(before)
         raise
+
+
+def discard_config(folder: Path) -> None:
+    """Deletes the config.json of a run that was refused before its first step: the folder stays free for another."""
+    if processes.is_lead() and not has_begun(folder):
+        with contextlib.suppress(OSError):
+            (folder / "config.json").unlink()
 
 
 def check_skip(old: Sequence[str], new: Sequence[str], step: int) -> None:

@@ -302,6 +302,8 @@ def test_a_lost_config_is_read_from_the_newest_whole_checkpoint(config, whole, t
     assert open_run(run_dir, QUICK).config.seed == config.seed  # eval, generate and replay read the same config
     assert "config.json is lost: reading that of the checkpoint of step 18" in capsys.readouterr().err
     assert (run_dir / "config.json").read_bytes() == b"{"  # and write nothing
+    assert cli.main(["report", str(run_dir)]) == 0
+    assert "config.json was lost: restored from the checkpoint of step 18" in capsys.readouterr().err
     assert train(config, run_dir)["reason"] == "finished"
     assert_undisturbed(run_dir, whole)
 
@@ -437,6 +439,7 @@ def test_init_from_refuses_sources_that_do_not_fit(config, whole, corpus, tmp_pa
         assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"does not fit this run(.|\n)*params/"):
         train(with_fields(start, "model", d_ff=64), tmp_path / "wider")
+    assert not (tmp_path / "wider" / "config.json").exists()
     assert train(start, tmp_path / "wider")["step"] == 1  # it had not begun, so it may be mended
     prepare([str(corpus)], tmp_path / "store", tokenizer="bpe:257", validation_fraction=0.2, progress=False)
     with pytest.raises(ValueError, match="trained with another tokenizer"):

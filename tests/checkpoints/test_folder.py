@@ -7,7 +7,7 @@ import shutil
 import pytest
 from checkpoint_helpers import Events, names, save_steps
 
-from jaxtrain.checkpoints.folder import CheckpointFolder, retained
+from jaxtrain.checkpoints.folder import CheckpointFolder, require_writable_path, retained
 
 
 @pytest.fixture
@@ -143,3 +143,14 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(copy):
     assert [fields["path"] for _, fields in events.named("checkpoint_warning")] == [str(copy / ".1.deleting")]
     CheckpointFolder(copy).clean()
     assert names(copy) == ["3"]
+
+
+@pytest.mark.parametrize("name", ["gs:", "x gs:", "gs:/y", "a*", "b?", "[c]", "d\\e", "\udcff"])
+def test_names_with_which_nothing_can_be_saved_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=r"with which checkpoints cannot be saved: give another --run-dir"):
+        require_writable_path(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["gs:x", "a:b", "s3:", "gs", "file:", "c d", "\u00e9"])
+def test_other_names_are_accepted(name, tmp_path):
+    require_writable_path(tmp_path / name)

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -114,6 +115,29 @@ ROWS = {
     "a schedule of no steps": (lambda: plot_schedule(lambda step: step, 0, "no.png"), "at least 1, got 0"),
     "no run to replay": (lambda: replay("nowhere", 1), "nowhere is no run directory"),
 }
+
+
+def test_wrong_kinds_of_optimizer_and_state_are_type_errors():
+    for optimizer in (None, 0.1, optax.adam, {}):
+        with pytest.raises(TypeError, match="must be an optax transformation, such as clipped_adamw"):
+            make_train_step(lambda params, batch: None, optimizer)
+    step = make_train_step(lambda params, batch: None, optax.sgd(0.1))
+    for state in ({"w": jnp.zeros(2)}, (), None, jnp.zeros(2)):
+        with pytest.raises(TypeError, match=r"takes a TrainState, got \w+: .* TrainState\.create\(params, optimizer\)"):
+            step(state, {})
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 2)])
+def test_an_auxiliary_metric_that_is_no_scalar_is_named(shape):
+    def loss_fn(params, batch):
+        zero = jnp.float32(0)
+        sums = losses.LossSums(nll=jnp.sum(params["w"]), z_loss=zero, smoothing=zero, weight=jnp.float32(1))
+        return sums, {"accuracy": jnp.zeros(shape)}
+
+    step = make_train_step(loss_fn, optax.sgd(0.1))
+    state = TrainState.create({"w": jnp.zeros(2)}, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"loss_fn returns accuracy of shape \(.*\); an auxiliary metric is a scalar"):
+        jax.eval_shape(step, state, {"x": jnp.zeros((2, 1))})
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -13,6 +13,7 @@ from jaxtrain.cli import main
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.training.run import open_run, restore_params
+from jaxtrain.training.run_folder import check_or_write_config, write_config
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +203,15 @@ def test_another_environment_is_announced(before, run_dir, tiny_config, capsys):
         assert f"{name} is {value['new']}, and was {value['old']} until step 6" in said
     train(tiny_config, run_dir)
     assert len(events_of(run_dir, "environment_change")) == bool(expected)  # step 8 was made here
+
+
+def test_the_error_lists_what_the_user_has_changed(tiny_config, tmp_path):
+    """The warm-up in steps follows from train.steps where it is a share of them."""
+    config = change(tiny_config, optim={"warmup_steps": None, "warmup_fraction": 0.25})
+    write_config(tmp_path, config)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(ValueError, match="with another config") as error:
+        check_or_write_config(tmp_path, change(config, train={"steps": 24}), 5)
+    assert str(error.value).splitlines()[1:] == ["  train.steps: 12 -> 24"]
+    with pytest.raises(ValueError, match=r"optim\.warmup_steps: 3 -> 6"):
+        check_or_write_config(tmp_path, change(config, optim={"warmup_fraction": 0.5}), 5)
