@@ -85,11 +85,13 @@ class TrainState:
         """Returns the state before step 1, with a fresh optimizer state.
 
         Python floats become arrays. An array that the state would hold twice is copied, so that it can be donated.
+        `flax.serialization` writes and reads the state (`to_bytes`, `from_bytes`) if it was imported before this call.
 
         Raises:
           ValueError: parameters that are no float arrays.
         """
         trees.check_params(params)
+        trees.register_with_flax()
         params = jax.tree.map(lambda p: p if hasattr(p, "dtype") else jnp.float32(p), params)
         return trees.distinct(cls(jnp.zeros((), jnp.int32), params, optimizer.init(params), loss_scale))
 

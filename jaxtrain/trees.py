@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -31,7 +32,28 @@ def dataclass(cls: type[T]) -> type[T]:
     made: Any = dataclasses.dataclass(frozen=True)(cls)
     made.replace = _replace
     names = [field.name for field in dataclasses.fields(made)]
+    _made.append(made)
     return jax.tree_util.register_dataclass(made, data_fields=names, meta_fields=[])
+
+
+_made: list[type] = []  # by `dataclass`
+
+
+def register_with_flax() -> None:
+    """Lets `flax.serialization` (`to_bytes`, `from_bytes`) write and read these dataclasses, if Flax is imported."""
+    flax = sys.modules.get("flax.serialization")
+    for cls in _made if flax is not None else ():
+        names = [field.name for field in dataclasses.fields(cls)]
+
+        def to_dict(value: Any, names: list[str] = names) -> dict[str, Any]:
+            return {name: flax.to_state_dict(getattr(value, name)) for name in names}
+
+        def from_dict(like: Any, state: dict[str, Any], names: list[str] = names) -> Any:
+            return like.replace(
+                **{name: flax.from_state_dict(getattr(like, name), state[name], name=name) for name in names}
+            )
+
+        flax.register_serialization_state(cls, to_dict, from_dict, override=True)
 
 
 def _replace(self: Any, **changes: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -273,3 +274,28 @@ def test_a_spike_below_the_clip_threshold_is_no_spike():
 def test_decay_mask_takes_python_numbers_and_empty_trees():
     assert decay_mask({"w": 1.0}) == {"w": False}
     assert decay_mask({}) == {}
+
+
+@pytest.mark.parametrize("name", ["guard", "guard without sigmas", "zclip", "clip_adaptively", "injected"])
+@pytest.mark.parametrize("scaling", [None, LossScaling()], ids=["plain", "scaled"])
+def test_flax_writes_and_reads_the_state(name, scaling):
+    """The bytes restore every leaf, the guard's window and the statistics of zclip included."""
+    optimizer = MAKERS[name]()
+
+    def create():
+        return TrainState.create(make_params(), optimizer, scaling and scaling.init())
+
+    state = create()
+    gradient = jax.tree.map(lambda leaf: leaf + 0.5, state.params)
+    _, opt_state = optimizer.update(
+        gradient, state.opt_state, state.params, **({"loss": jnp.float32(1)} if "guard" in name else {})
+    )
+    state = state.replace(step=state.step + 1, opt_state=opt_state)
+    restored = flax.serialization.from_bytes(create(), flax.serialization.to_bytes(state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    other = {"w": jnp.ones((2, 2)), "more": jnp.zeros(2)}
+    with pytest.raises(ValueError, match="params"):
+        flax.serialization.from_bytes(create(), flax.serialization.to_bytes(state.replace(params=other)))
