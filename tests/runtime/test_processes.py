@@ -402,7 +402,7 @@ def test_the_survivor_of_a_killed_process_names_it_in_one_line(config, tmp_path,
     """Its quick siblings are in test_peers.py."""
     config = changed(config, "train", steps=1000, eval_every=None)
     both = run_script(config, tmp_path, timeout=200, killed=rank)
-    both.processes[rank].wait(LIMIT)
+    both.processes[rank].communicate(timeout=LIMIT)
     _, error = both.processes[1 - rank].communicate(timeout=30)
     assert both.processes[1 - rank].returncode == 75
     assert error == (
