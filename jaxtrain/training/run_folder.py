@@ -19,7 +19,6 @@ from jaxtrain.data.order import skip_to
 from jaxtrain.fields import is_url, parse_ranges, require_local
 from jaxtrain.mixture import parse_stores
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.runtime import processes
 from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
 from jaxtrain.runtime.files import flock, write_json, write_text
 from jaxtrain.runtime.terminal import echo
@@ -229,13 +228,6 @@ def rollback_config(folder: Path) -> Iterator[None]:
             elif file.read_bytes() != before:
                 file.write_bytes(before)
         raise
-
-
-def discard_config(folder: Path) -> None:
-    """Deletes the config.json of a run that was refused before its first step: the folder stays free for another."""
-    if processes.is_lead() and not has_begun(folder):
-        with contextlib.suppress(OSError):
-            (folder / "config.json").unlink()
 
 
 def check_skip(old: Sequence[str], new: Sequence[str], step: int) -> None:

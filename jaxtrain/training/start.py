@@ -40,7 +40,6 @@ from jaxtrain.training.run_folder import (
     Changes,
     check_or_write_config,
     check_skip,
-    discard_config,
     has_begun,
     recover_config,
     run_lock,
@@ -206,11 +205,7 @@ def warm_start(session: Session) -> tuple[TrainState, Event] | None:
         return None
     state = session.stop.run(lambda: init_state(run))
     like, tokenizer = run.program.abstract_state.params, tokenizer_hash(run)
-    try:
-        params, step = session.stop.run(lambda: weights.read(source, run.folder, like, tokenizer))
-    except ValueError:
-        discard_config(run.folder)
-        raise
+    params, step = session.stop.run(lambda: weights.read(source, run.folder, like, tokenizer))
     text = f"starting from the weights of {source}, step {step}, with fresh moments"
     return state.replace(params=params), Event("start", text, {"source": source, "source_step": step})
 
