@@ -41,7 +41,7 @@ _made: list[type] = []  # by `dataclass`
 
 def register_with_flax() -> None:
     """Lets `flax.serialization` (`to_bytes`, `from_bytes`) write and read these dataclasses, if Flax is imported."""
-    flax = sys.modules.get("flax.serialization")
+    flax: Any = sys.modules.get("flax.serialization")
     for cls in _made if flax is not None else ():
         names = [field.name for field in dataclasses.fields(cls)]
 
