@@ -38,10 +38,10 @@ def draw_norms(results: dict[str, dict[str, Any]], path: Path) -> None:
     finite = np.concatenate([norms[np.isfinite(norms) & (norms > 0)] for norms in shown.values()])
     bins = np.geomspace(finite.min(), finite.max(), 60)
     for name, norms in shown.items():
-        label = f"{results[name]['label']} ({results[name]['gear']}): {', '.join(results[name]['findings']) or 'no finding'}"
-        axes.hist(
-            norms[np.isfinite(norms)].ravel(), bins, histtype="step", linewidth=1.6, color=chosen[name], label=label
-        )
+        findings = ", ".join(results[name]["findings"]) or "no finding"
+        label = f"{results[name]['label']} ({results[name]['gear']}): {findings}"
+        values = norms[np.isfinite(norms)].ravel()
+        axes.hist(values, bins, histtype="step", linewidth=1.6, color=chosen[name], label=label)
     axes.axvline(1.0, color="gray", linewidth=1, linestyle="--")
     axes.set(xscale="log", yscale="log", xlabel="gradient norm before clipping (dashed: the threshold)", ylabel="steps")
     axes.legend(fontsize=8, loc="upper left")
