@@ -104,9 +104,8 @@ def forms(steps: int) -> dict[str, Form]:
         "linear": ("schedule", "linear", adamw(steps, rate=warmup_linear(PEAK, steps, warmup))),
         "wsd": ("schedule", "trapezoid (wsd)", adamw(steps, rate=warmup_stable_decay(PEAK, steps, warmup, steps // 5))),
     }
-    named = {
-        n: {"gear": row[0], "label": row[1], "optimizer": row[2]} | (row[3:] or ({},))[0] for n, row in table.items()
-    }
+    keys = ("gear", "label", "optimizer", "loss")
+    named: dict[str, Form] = {name: dict(zip(keys, row, strict=False)) for name, row in table.items()}
     for name, clip in clips.items():
         if name != "1.0":
             named[f"clip {name}"] = {"gear": "clipping", "label": f"clip {name}", "optimizer": clip()}
@@ -245,7 +244,7 @@ def write_page(page: Path, tables: list[Table], where: str) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--steps", type=int, default=250)
+    arguments.add_argument("--steps", type=int, default=200)
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--only", nargs="+", metavar="FORM", help="names of forms; default: all")
     arguments.add_argument("--out", type=Path, default=ROOT / "docs/four_gears", help="folder of figures and record")
