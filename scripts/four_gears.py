@@ -120,7 +120,8 @@ def forms(steps: int) -> dict[str, Form]:
             "label": f"clip {name}",
             "optimizer": clip(rate=edge),
         }
-    return named
+    gears = [form["gear"] for form in named.values()]
+    return dict(sorted(named.items(), key=lambda item: gears.index(item[1]["gear"])))
 
 
 def read_corpus() -> np.ndarray:

@@ -44,7 +44,7 @@ def draw_norms(results: dict[str, dict[str, Any]], path: Path) -> None:
         axes.hist(values, bins, histtype="step", linewidth=1.6, color=chosen[name], label=label)
     axes.axvline(1.0, color="gray", linewidth=1, linestyle="--")
     axes.set(xscale="log", yscale="log", xlabel="gradient norm before clipping (dashed: the threshold)", ylabel="steps")
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     _save(figure, axes, path)
 
 
