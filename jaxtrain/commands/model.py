@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from jaxtrain.fields import LocalPath, NotNegative, Positive, RunFolder, Section, Store
+from jaxtrain.fields import LocalPath, NotNegative, Positive, RunFolder, Section, Source, Store
 from jaxtrain.runtime.config_files import load
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo, report_error
@@ -29,6 +29,7 @@ class RunOptions(Section):
 class EvalOptions(RunOptions):
     """Options of `jaxtrain eval`."""
 
+    data: tuple[Source, ...] = ()  # token stores or files of text to evaluate on; none takes the data of the run
     split: Literal["validation", "train"] = "validation"  # part of the token store
     step: Checkpoint | None = None  # checkpoint; best has the lowest validation loss; none takes the newest
     batches: Positive[int] | None = None  # batches from the start of the split; none takes all
@@ -37,8 +38,9 @@ class EvalOptions(RunOptions):
 
 
 def run_evaluate(options: EvalOptions) -> int:
-    """Evaluates a run on a split of its data: loss, perplexity, bits per byte."""
+    """Evaluates a model on a split of its data or on other text: loss, perplexity, bits per byte, by position."""
     from jaxtrain.data.compressors import compressor_bits_per_byte
+    from jaxtrain.data.texts import open_split
     from jaxtrain.monitoring.console import Console
     from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
@@ -48,22 +50,40 @@ def run_evaluate(options: EvalOptions) -> int:
     console = Console(0, sys.stderr)
     with compile_cache(), session(report_error):
         run, params, step = _trained(options)
-        split = run.store.train if options.split == "train" else run.store.validation
-        result: dict[str, Any] = {"step": step, "split": options.split}
+        result: dict[str, Any] = {"step": step} | ({"data": options.data} if options.data else {"split": options.split})
         with console.busy("evaluating") if is_lead() else contextlib.nullcontext():
-            result |= evaluate_sources(run, params, options.split, num_batches=options.batches)
+            splits = {name: open_split(name, options.split, run.tokenizer) for name in options.data}
+            result |= evaluate_sources(
+                run, params, splits or options.split, num_batches=options.batches, by_position=True
+            )
     if not is_lead():
         return 0
+    if not splits:
+        splits = {"": getattr(run.store, options.split)}
+    sizes = [split.num_bytes for split in splits.values()]
+    if options.batches is None and None not in sizes:
+        result["bytes"] = sum(sizes)
     if options.compare:
         with console.busy("compressing the same text with gzip and xz"):
-            compressed = compressor_bits_per_byte(split_text(split, run.store.tokenizer))
+            text = b"".join(split_text(split, run.tokenizer) for split in splits.values())
+            compressed = compressor_bits_per_byte(text)
         result |= {f"{name}_bits_per_byte": value for name, value in compressed.items()}
     if options.json:
         echo(json.dumps(result), verbatim=True)
     else:
-        for name, value in result.items():
-            echo(f"{name:22}{value:.6g}" if isinstance(value, float) else f"{name:22}{value}")
+        _show_evaluation(result)
     return 0
+
+
+def _show_evaluation(result: dict[str, Any]) -> None:
+    positions = result.pop("positions")
+    for name, value in result.items():
+        text = f"{value:.6g}" if isinstance(value, float) else " ".join(value) if name == "data" else str(value)
+        echo(f"{name:21} {text}")
+    echo(f"{'position':21} {'nll':10}tokens")
+    for row in positions:
+        window = f"{row['start'] + 1} to {row['stop']}"
+        echo(f"{window:21} {row['nll']:<10.4f}{row['tokens']}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +119,17 @@ def model_of(options: RunOptions) -> Any:
 def _trained(options: EvalOptions) -> tuple[Any, Any, int]:
     """Opens a run; returns it with the parameters of a checkpoint and its step, the same on every process."""
     from jaxtrain.inference.load import find_step
+    from jaxtrain.models.hf.read import is_pretrained
     from jaxtrain.runtime.processes import agree
-    from jaxtrain.training.run import open_run, restore_params
+    from jaxtrain.training.run import open_pretrained, open_run, restore_params
 
     agree("the command", asdict(options), remedy="start them with the same one")
-    run = open_run(options.run, store=options.data_store, model=model_of(options))
+    if is_pretrained(options.run):
+        if not options.data:
+            raise ValueError(f"{options.run} is a folder of transformers, without data: give --data STORE or FILES")
+        return *open_pretrained(options.run), 0
+    store = options.data_store
+    run = open_run(options.run, store=store, model=model_of(options), data=not options.data)
     params, step = restore_params(run, find_step(run.folder, options.step))
     agree("the checkpoint", {"step": step}, remedy="the run must be on a file system that they share")
     return run, params, step

@@ -55,6 +55,8 @@ def documents(run: Run) -> Documents:
       ValueError: documents are to be kept apart, and the token files do not tell where they begin.
     """
     data = run.config.data
+    if run.store is None:  # text that the evaluation tokenizes
+        return Documents(data.mask_documents, data.restart_positions, run.tokenizer.eot_id)
     splits = (run.store.train, run.store.validation)
     if data.mask_documents and any(split.document_starts is None for split in splits):
         raise ValueError(

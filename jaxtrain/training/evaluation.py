@@ -3,10 +3,13 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding
 
 from jaxtrain.data.loader import EvalBatches, Prefetcher, global_batch
@@ -32,23 +35,25 @@ def evaluate(
     prefetch: int = 2,
     asked_to_stop: Callable[[], bool] = lambda: False,
     watchdog: Watchdog | None = None,
+    positions: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Evaluates a model on a split.
 
     Every token but the first is predicted exactly once; padding does not count. Sums have double precision.
 
     Args:
-      eval_step: `(params, batch) -> LossSums`, jitted.
+      eval_step: `(params, batch) -> LossSums`, jitted; with `positions`, of vectors with a sum for each of them.
       params: parameters, sharded as `eval_step` expects.
       batches: batches of the split.
       sharding: sharding of a batch.
       num_batches: number of batches from the start of the split; None takes all.
       prefetch: number of batches to load ahead.
       asked_to_stop, watchdog: polled between batches; notified of each batch.
+      positions: bounds of ranges of positions in a window, see `position_step`; () makes no table.
 
     Returns:
       `nll` (nats per token), `perplexity`, `bits_per_token`, `tokens`, and `bits_per_byte` (by the bytes of the
-      split) or a `note` why it is absent.
+      split) or a `note` why it is absent. With `positions`, `positions` holds `start`, `stop`, `nll` and `tokens`.
 
     Raises:
       ValueError: num_batches below 1, or no label that counts, as in prompts without their completions.
@@ -57,7 +62,7 @@ def evaluate(
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"the number of batches must be above 0, or None for the whole split; got {num_batches}")
     last = min(num_batches or batches.num_batches, batches.num_batches)
-    nll = weight = 0.0
+    sums = np.zeros((2, max(len(positions) - 1, 1)))  # nll and weight
     pending: LossSums | None = None
     fetch = functools.partial(global_batch, batches, sharding=sharding)
     with Prefetcher(fetch, 0, last, prefetch, time_limit=time_limit()) as feed:
@@ -71,9 +76,10 @@ def evaluate(
                 watchdog.beat()
             following = eval_step(params, batch)
             if pending is not None:  # read one batch late, while the next batch runs
-                nll, weight = nll + float(pending.nll), weight + float(pending.weight)
+                sums += _host_sums(pending)
             pending = following
-    nll, weight = nll + float(pending.nll), weight + float(pending.weight)
+    sums += _host_sums(pending)
+    nll, weight = sums.sum(axis=1).tolist()
     if not weight:
         raise ValueError(
             f"no label counts in {last} batches of {batches.split.name}: evaluate more, with train.eval_batches"
@@ -85,7 +91,37 @@ def evaluate(
         "bits_per_token": bits_per_token,
         **_bits_per_byte(bits_per_token, batches.split),
         "tokens": round(weight),
+        **({"positions": _position_table(positions, sums)} if positions else {}),
     }
+
+
+def _host_sums(sums: LossSums) -> np.ndarray:
+    return np.stack([np.asarray(leaf, np.float64).reshape(-1) for leaf in (sums.nll, sums.weight)])
+
+
+def _position_table(positions: tuple[int, ...], sums: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {"start": start, "stop": stop, "nll": nll / weight, "tokens": round(weight)}
+        for start, stop, (nll, weight) in zip(positions, positions[1:], sums.T.tolist(), strict=False)
+        if weight
+    ]
+
+
+def position_step(eval_step: Callable, seq_len: int) -> tuple[Callable, tuple[int, ...]]:
+    """Returns an eval step with a sum for each range of positions, and the bounds of the ranges.
+
+    The last range is half a window, the one before it a quarter, and so on. The step runs the model once: only `where`
+    differs between the ranges.
+    """
+    positions = tuple(sorted({0, *(seq_len >> halvings for halvings in range(6))}))
+    start, stop = (jnp.array(bounds)[:, None, None] for bounds in (positions[:-1], positions[1:]))
+
+    def step(params: chex.ArrayTree, batch: Batch) -> LossSums:
+        position = jnp.arange(seq_len)[None, None]
+        where = batch["where"][None] & (position >= start) & (position < stop)
+        return jax.vmap(lambda where: eval_step(params, {**batch, "where": where}))(where)
+
+    return jax.jit(step), positions
 
 
 def _bits_per_byte(bits_per_token: float, split: Split) -> dict[str, Any]:
@@ -104,9 +140,13 @@ def evaluate_split(
     num_batches: int | None = None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     watchdog: Watchdog | None = None,
+    by_position: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a run's model on a split, with the batch size of the run; see `evaluate`."""
     config = run.config.train
+    step, positions = run.program.eval_step, ()
+    if by_position:
+        step, positions = position_step(step, config.seq_len)
     batches = EvalBatches(
         split,
         batch_size=config.batch_size,
@@ -115,39 +155,59 @@ def evaluate_split(
         documents=documents(run),
     )
     return evaluate(
-        run.program.eval_step,
+        step,
         params,
         batches,
         by_rows(run.program.mesh),
         num_batches=num_batches,
         asked_to_stop=asked_to_stop,
         watchdog=watchdog,
+        positions=positions,
     )
 
 
-def evaluate_sources(run: Run, params: chex.ArrayTree, split: str, **options: Any) -> dict[str, Any]:
-    """Evaluates a run's model on a split of all its data.
+def evaluate_sources(
+    run: Run, params: chex.ArrayTree, split: str | Mapping[str, Split], **options: Any
+) -> dict[str, Any]:
+    """Evaluates a run's model on a split of all its data, or on splits by name.
 
     Args:
       run, params, options: see `evaluate_split`; `num_batches` counts those of each source.
-      split: "train" or "validation".
+      split: "train" or "validation", or splits.
 
     Returns:
-      The results of `evaluate` over all tokens and, for a mixture, each source's as `nll/NAME` and so on.
+      The results of `evaluate` over all tokens and, for several sources, each one's as `nll/NAME` and so on.
     """
-    sources = {name: getattr(store, split) for name, store in run.store.sources.items()}
-    if not sources:
-        return evaluate_split(run, params, getattr(run.store, split), **options)
+    if isinstance(split, str):
+        sources = {name: getattr(store, split) for name, store in run.store.sources.items()}
+        sources = sources or {"": getattr(run.store, split)}
+    else:
+        sources = dict(split)
     results = {name: evaluate_split(run, params, source, **options) for name, source in sources.items()}
-    tokens = sum(result["tokens"] for result in results.values())
-    nll = sum(result["nll"] * result["tokens"] for result in results.values()) / tokens
+    if len(results) == 1 and (isinstance(split, Mapping) or not run.store.sources):
+        return next(iter(results.values()))
+    tables = [result.pop("positions", []) for result in results.values()]
+    tokens, nll = _merge(results.values())
     whole = {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "bits_per_token": nll / math.log(2)}
     if all("bits_per_byte" in result for result in results.values()):
         labels = sum(source.num_tokens - 1 for source in sources.values())
         num_bytes = sum(source.num_bytes for source in sources.values())
         whole["bits_per_byte"] = whole["bits_per_token"] * labels / num_bytes
     each = {f"{key}/{name}": value for name, result in results.items() for key, value in result.items()}
-    return whole | {"tokens": tokens} | each
+    rows = [row for table in tables for row in table]
+    positions = [
+        {"start": start, "stop": stop, "nll": nll, "tokens": tokens}
+        for start, stop in sorted({(row["start"], row["stop"]) for row in rows})
+        for tokens, nll in [_merge([row for row in rows if row["start"] == start])]
+    ]
+    return whole | {"tokens": tokens} | ({"positions": positions} if positions else {}) | each
+
+
+def _merge(results: Iterable[dict[str, Any]]) -> tuple[int, float]:
+    """Returns the tokens of all results, and their mean nll."""
+    results = list(results)
+    tokens = sum(result["tokens"] for result in results)
+    return tokens, sum(result["nll"] * result["tokens"] for result in results) / tokens
 
 
 def split_text(split: Split, tokenizer: Tokenizer) -> bytes:

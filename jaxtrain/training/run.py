@@ -13,14 +13,16 @@ from jaxtrain.checkpoints import restore
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.run_config import read_config
 from jaxtrain.checkpoints.save import Saver
-from jaxtrain.config import Config, MeshConfig, ModelConfig, to_dict
+from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, to_dict
 from jaxtrain.data.chat import TEMPLATE_FILES
 from jaxtrain.data.joined import join_stores
 from jaxtrain.data.loader import Batches
 from jaxtrain.data.store import TokenStore, open_store
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from jaxtrain.fields import is_url
+from jaxtrain.inference.pretrained import read_tokenizer
 from jaxtrain.mixture import parse_stores
+from jaxtrain.models.hf.read import PretrainedFolder, is_pretrained
 from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
 from jaxtrain.optim import decay_mask
@@ -77,7 +79,10 @@ class Run(NamedTuple):
         """The tokenizer of the data; the run directory has a copy. A ValueError if token files came without one."""
         if self.store is None and not (self.folder / TOKENIZER_FILE).is_file():
             raise ValueError(f"{self.folder} has no {TOKENIZER_FILE}: copy that of its tokens there")
-        return self.store.tokenizer if self.store is not None else load_tokenizer(self.folder)
+        if self.store is not None:
+            return self.store.tokenizer
+        pretrained = is_pretrained(self.folder)
+        return read_tokenizer(PretrainedFolder(self.folder)) if pretrained else load_tokenizer(self.folder)
 
 
 def assemble(config: Config, folder: Path, store: TokenStore, hooks: Hooks = NO_HOOKS) -> Run:
@@ -111,14 +116,25 @@ def open_run(
     folder = Path(folder)
     config = read_config(folder, model)
     if store is not None:
-        data = dataclasses.replace(config.data, store=store, stores=(), mixture=None)
-        config = dataclasses.replace(config, data=data)
+        moved = dataclasses.replace(config.data, store=store, stores=(), mixture=None)
+        config = dataclasses.replace(config, data=moved)
     config = dataclasses.replace(config, mesh=_mesh_for(config, len(jax.devices())))
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     vocab_size = load_tokenizer(folder).vocab_size if has_tokenizer else getattr(config.model, "vocab_size", None)
     if not data and vocab_size:
         return Run(config, folder, None, _make_program(config, vocab_size, hooks), hooks)
     return assemble(config, folder, open_data(config, folder), hooks)
+
+
+def open_pretrained(folder: str | Path) -> tuple[Run, Any]:
+    """Opens a folder of transformers as a run without data; returns it with the parameters."""
+    model = PretrainedFolder(folder)
+    rows = len(jax.devices())
+    settings = TrainConfig(batch_size=8 * rows, seq_len=min(model.config.max_seq_len, 1024))
+    config = Config(data=DataConfig(sources=(str(folder),)), model=model.config, train=settings)
+    tokenizer = read_tokenizer(model)
+    run = Run(config, model.path, None, _make_program(config, tokenizer.vocab_size, NO_HOOKS), NO_HOOKS)
+    return run, model.read_params(run.program.abstract_state.params)
 
 
 def open_data(config: Config, folder: Path) -> TokenStore:

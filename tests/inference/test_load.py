@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, run_python, user_environment
 
 import jaxtrain
+from jaxtrain.cli import main
 
 SCRIPT = """
 import sys
@@ -62,3 +63,37 @@ def test_a_custom_model_without_logits_says_so(run_dir):
         lacking.logits([[1]])
     with pytest.raises(ValueError, match="NoText generates no text without decode"):
         lacking.generate("x")
+
+
+def test_eval_of_files_stores_and_the_runs_own_data(run_dir, store, tmp_path, capsys):
+    texts = {"a.txt": "1 + 2 = 3\n" * 5, "b.txt": "Grüße 🙂"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    paths = [str(tmp_path / name) for name in texts]
+    model = jaxtrain.load(run_dir)
+    assert main(["eval", str(run_dir), "--data", *paths, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    expected = {}
+    for path, text in zip(paths, texts.values(), strict=True):
+        ids = np.concatenate([[256], model.tokenizer.encode(text)])
+        nll = 0.0
+        for start in range(0, len(ids) - 1, 16):
+            window = ids[start : start + 17]
+            logits = jax.nn.log_softmax(model.logits([np.pad(window[:-1], (0, 17 - len(window)))]))[0]
+            nll -= float(sum(logits[i, token] for i, token in enumerate(window[1:])))
+        expected[path] = nll
+        np.testing.assert_allclose(result[f"nll/{path}"], nll / (len(ids) - 1), rtol=1e-4)
+        bits = nll / np.log(2) / len(text.encode())
+        np.testing.assert_allclose(result[f"bits_per_byte/{path}"], bits, rtol=1e-4)
+    num_bytes = sum(len(text.encode()) for text in texts.values())
+    assert result["bytes"] == num_bytes
+    np.testing.assert_allclose(result["bits_per_byte"], sum(expected.values()) / np.log(2) / num_bytes, rtol=1e-4)
+    assert [(row["start"], row["stop"]) for row in result["positions"]] == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16)]
+    assert sum(row["tokens"] for row in result["positions"]) == result["tokens"]
+    assert main(["eval", str(run_dir), "--data", str(store)]) == 0
+    assert main(["eval", str(run_dir)]) == 0
+    first, second = capsys.readouterr().out.split("split ")
+    assert next(line for line in first.splitlines() if "nll" in line) in second
+    (tmp_path / "empty.txt").write_text("")
+    assert main(["eval", str(run_dir), "--data", str(tmp_path / "empty.txt")]) == 2
+    assert "empty.txt is empty: give text" in capsys.readouterr().err

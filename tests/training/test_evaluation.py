@@ -16,7 +16,7 @@ from jaxtrain.data.store import Split, open_store
 from jaxtrain.losses import LossSums
 from jaxtrain.runtime.mesh import by_rows, make_mesh
 from jaxtrain.runtime.stop import Stopped
-from jaxtrain.training.evaluation import evaluate, split_text
+from jaxtrain.training.evaluation import evaluate, position_step, split_text
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 103).astype(np.uint16)
 SPLIT = Split((TOKENS,), np.zeros(3, np.int64), num_bytes=100)
@@ -44,6 +44,22 @@ def test_every_token_counts_once_whatever_the_batch(batch_size, seq_len, devices
     np.testing.assert_allclose(result["perplexity"], math.exp(nll), rtol=1e-5)
     np.testing.assert_allclose(result["bits_per_token"], nll / math.log(2), rtol=1e-6)
     np.testing.assert_allclose(result["bits_per_byte"], nll / math.log(2) * 102 / 100, rtol=1e-6)
+
+
+def test_positions_of_a_window_are_told_apart():
+    step, bounds = position_step(eval_step, 8)
+    assert bounds == (0, 1, 2, 4, 8)
+    batches = EvalBatches(SPLIT, batch_size=4, seq_len=8, vocab_size=50)
+    mesh = make_mesh(MeshConfig(data=4))
+    result = evaluate(step, jnp.float32(0.1), batches, by_rows(mesh), positions=bounds)
+    whole = run(4, 8)
+    for key in ("nll", "tokens"):
+        np.testing.assert_allclose(result[key], whole[key], rtol=1e-6)
+    for row in result["positions"]:
+        position = np.arange(102) % 8
+        labels = TOKENS[1:][(position >= row["start"]) & (position < row["stop"])]
+        assert row["tokens"] == len(labels)
+        np.testing.assert_allclose(row["nll"], 0.1 * labels.astype(float).mean(), rtol=1e-6)
 
 
 def test_a_part_of_the_split():
