@@ -125,10 +125,8 @@ def make_train_step(
       loss_scaling: required by float16. The loss is multiplied by the factor in `state.loss_scale` and the float32
         gradient divided by it. A gradient that is not finite halves the factor; `guard.skip_bad_steps` must skip it.
       seed: determines the keys.
-      micro_batch_terms: adds `micro_batch_loss`, `_nll`, `_tokens`, `_grad_norm`, float32 `[accumulate]`, by a second
-        pass if there are several micro-batches.
-      map_gradients: wraps `(params, batch, *loss_factor) -> (sums, gradients)` to run over a mesh, while the optimizer
-        stays outside; see `runtime.mesh.map_gradients`.
+      micro_batch_terms: adds `micro_batch_loss`, `_nll`, `_tokens`, `_grad_norm`, float32 `[accumulate]`.
+      map_gradients: wraps `(params, batch, *loss_factor) -> (sums, gradients)`; see `runtime.mesh.map_gradients`.
       diagnose: `(params, grads, updates, opt_state) -> dict` of more metrics, from the parameters before the update,
         the gradient before clipping and the optimizer's new state; see `monitoring.layers.layer_diagnostics`.
 
@@ -145,10 +143,7 @@ def make_train_step(
         traced: a batch that `accumulate` does not divide; loss scaling without a guard or a loss scale in the state; a
         loss that is no LossSums; an auxiliary metric with the name of another metric, or that is no scalar.
     """
-    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
-        raise TypeError(
-            f"the optimizer must be an optax transformation, such as clipped_adamw(1e-3), got {optimizer!r}"
-        )
+    _check_optimizer(optimizer)
     _check_options(loss_fn, accumulate, policy, loss_scaling, map_gradients)
     wrap = map_gradients or (lambda gradients: gradients)
     one = functools.partial(differentiate, loss_fn)
@@ -259,6 +254,13 @@ def replicate(state: Any, devices: list[jax.Device] | None = None) -> Any:
     devices = devices or jax.local_devices()
     sharding = NamedSharding(Mesh(np.array(devices), (_PMAP_AXIS,)), PartitionSpec(_PMAP_AXIS))
     return jax.tree.map(lambda x: jax.device_put(jnp.stack([x] * len(devices)), sharding), state)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            f"the optimizer must be an optax transformation, such as clipped_adamw(1e-3), got {optimizer!r}"
+        )
 
 
 def _check_options(

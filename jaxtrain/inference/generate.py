@@ -45,14 +45,12 @@ def complete(
 ) -> Iterator[Completion]:
     """Continues texts, each as the beginning of a document; yields the completions in the order of the prompts.
 
-    A prompt's completion depends on the seed and the prompt alone, not on the batch, up to rounding. The second copy
-    of a prompt draws other numbers than the first.
+    A completion depends on the seed and the prompt alone, not on the batch, up to rounding. Copies of a prompt differ.
 
     Args:
       model, params, tokenizer: the model; one device per process computes.
       prompts: texts, which follow the end-of-text token, or token ids, which are taken as they are.
-      num_tokens: tokens to add to each.
-      batch_size: prompts that run together.
+      num_tokens, batch_size: tokens to add to each prompt; prompts that run together.
       seed, sampling, timing: see `decode.generate`.
       stop: strings that end a completion, also where they span tokens.
       stop_ids: ids that end a completion. None takes the end-of-text token; () never stops at a token.
@@ -65,11 +63,7 @@ def complete(
         raise ValueError("a stop string is '': leave it out, or give at least one character")
     ends = (tokenizer.eot_id,) if stop_ids is None else tuple(stop_ids)
     rows = [[tokenizer.eot_id, *tokenizer.encode(p).tolist()] if isinstance(p, str) else list(p) for p in prompts]
-    copies: collections.Counter = collections.Counter()
-    streams = []
-    for row in map(tuple, rows):
-        streams.append(copies[row])
-        copies[row] += 1
+    streams = _number_copies(rows)
     for start in range(0, len(rows), batch_size):
         texts = [_Text(tokenizer, row, tuple(stop), ends) for row in rows[start : start + batch_size]]
 
@@ -93,8 +87,17 @@ def complete(
             every=1 if on_text else 16,
             timing=timing,
         )
-        for text, tokens in zip(texts, new, strict=True):
-            yield text.completion(tokens.tolist())
+        yield from (text.completion(tokens.tolist()) for text, tokens in zip(texts, new, strict=True))
+
+
+def _number_copies(rows: list[list[int]]) -> list[int]:
+    """Returns for each row the number of equal rows before it."""
+    seen: collections.Counter = collections.Counter()
+    numbers = []
+    for row in map(tuple, rows):
+        numbers.append(seen[row])
+        seen[row] += 1
+    return numbers
 
 
 @dataclass

@@ -79,17 +79,22 @@ def evaluate(
                 sums += _host_sums(pending)
             pending = following
     sums += _host_sums(pending)
+    return _result(sums, positions, batches.split, last)
+
+
+def _result(sums: np.ndarray, positions: tuple[int, ...], split: Split, num_batches: int) -> dict[str, Any]:
+    """Returns the result of `evaluate` from the sums of nll and weight `[2, ranges]`."""
     nll, weight = sums.sum(axis=1).tolist()
     if not weight:
         raise ValueError(
-            f"no label counts in {last} batches of {batches.split.name}: evaluate more, with train.eval_batches"
+            f"no label counts in {num_batches} batches of {split.name}: evaluate more, with train.eval_batches"
         )
     bits_per_token = nll / weight / math.log(2)
     return {
         "nll": nll / weight,
         "perplexity": math.exp(min(nll / weight, 700.0)),
         "bits_per_token": bits_per_token,
-        **_bits_per_byte(bits_per_token, batches.split),
+        **_bits_per_byte(bits_per_token, split),
         "tokens": round(weight),
         **({"positions": _position_table(positions, sums)} if positions else {}),
     }

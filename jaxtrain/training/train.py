@@ -64,8 +64,7 @@ def train(
     """Trains a run, or resumes the run that the directory holds.
 
     Args:
-      config: the run. To resume, it must equal that of the run, but for fields such as `log_every` that change no
-        number of the run.
+      config: the run. To resume, it must equal that of the run, but for fields that change no number, as `log_every`.
       run_dir: holds config.json, tokenizer.json, metrics.jsonl, checkpoints/, and at the end report.html and
         sample.txt.
       rewind: resume from the checkpoint of this step and rename later ones; None resumes from the newest.
