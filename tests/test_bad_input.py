@@ -200,6 +200,12 @@ COMMANDS = {
     "eval of no run": bad("eval nowhere", "nowhere is no run directory", "--run-dir of `jaxtrain train`"),
     "eval of a file": bad("eval {config}", "config.json is no run directory", "give the --run-dir"),
     "report of no run": bad("report nowhere", "nowhere is no run directory", "--run-dir of `jaxtrain train`"),
+    "report of a run without config.json": bad(  # and no whole checkpoint to take it from
+        "report {run}",
+        "has lost its config.json",
+        "`jaxtrain train CONFIG --run-dir",
+        make=lambda world: [path.unlink() for path in (world.run / "config.json", *world.run.rglob("manifest.json"))],
+    ),
     **{
         f"a run directory with {char}": bad(
             f"train {{config}} --run-dir below{char}x/run", f"holds {char!r},", "--run-dir"

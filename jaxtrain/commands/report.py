@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxtrain.fields import Folder, LocalPath, RunFolder, Section
-from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.config_files import load, load_run
 from jaxtrain.runtime.files import read_json
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo
@@ -35,6 +35,7 @@ def run_report(options: ReportOptions) -> int:
             from jaxtrain.training.run_folder import recover_config
 
             recover_config(folder)
+            load_run(folder)  # raises if no checkpoint has it
     records, path = open_records(options.runs)
     data = report_data(records)
     path.write_text(render(data), encoding="utf-8")

@@ -28,6 +28,7 @@ from jaxtrain.mixture import Mixture
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.2  # between polls for a stop while a batch is awaited
+_WORDS_PER_ROW = 32  # of 8 bytes, for the places that a row is read from
 
 
 class Batches(Protocol):
@@ -91,6 +92,7 @@ class TrainBatches:
 
     def rows(self, step: int, start: int, stop: int) -> TokenBatch:
         """Returns rows [start, stop) of a step's batch, `where` all True; a ValueError if a token is out of range."""
+        _require_memory(start, stop, self.seq_len)
         reader = RowReader(self.split, self.seq_len, self.vocab_size, self.documents)
         return reader.read(self.pieces(step, start, stop))
 
@@ -191,6 +193,11 @@ class EvalBatches:
     def batch(self, index: int) -> TokenBatch:
         """Returns a whole batch."""
         return self.rows(index, 0, self.batch_size)
+
+
+def _require_memory(start: int, stop: int, seq_len: int) -> None:
+    """Raises a MemoryError, before any work, if rows [start, stop) take more memory than the machine has."""
+    np.empty((max(stop - start, 0), _WORDS_PER_ROW + seq_len), np.int64)
 
 
 def global_batch(batches: Batches, index: int, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
