@@ -96,18 +96,18 @@ def printable(text: str, *, encoding: str | None = None) -> str:
 
 
 def echo(
-    text: str = "", *, file: TextIO | None = None, end: str = "\n", flush: bool = False, verbatim: bool = False
+    value: object = "", *, file: TextIO | None = None, end: str = "\n", flush: bool = False, verbatim: bool = False
 ) -> None:
     """Prints text with its terminal controls escaped, see `printable`. Every print of the package goes through here.
 
     Args:
-      text: what to print.
+      value: what to print; `str` makes its text.
       file: where to; None is standard output.
-      end: printed after the text.
+      end: printed after it.
       flush: flushes the stream.
       verbatim: a pipe or a file gets the text as it is, such as JSON or a sample.
     """
-    stream = sys.stdout if file is None else file
+    stream, text = sys.stdout if file is None else file, str(value)
     print(text if verbatim and not stream.isatty() else printable(text), end=end, file=stream, flush=flush)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,9 @@ def test_hostile_names_are_escaped_by_every_printer(name, capsys):
         while "s\n" not in stream.getvalue().rpartition(":")[2]:
             pass
     assert all(map(is_clean, (screen.getvalue(), stream.getvalue(), *capsys.readouterr())))
+    echo(Path(name))  # any object
+    echo(OSError(name), file=sys.stderr)
+    assert all(map(is_clean, capsys.readouterr()))
     echo(name, verbatim=True)
     assert capsys.readouterr().out == f"{name}\n"  # a pipe gets a sample as it is
 
