@@ -38,7 +38,7 @@ class EvalOptions(RunOptions):
 
 
 def run_evaluate(options: EvalOptions) -> int:
-    """Evaluates a model on a split of its data or on other text: loss, bits per byte, by position."""
+    """Evaluates a model on a split of its data or on other text: loss and bits per byte."""
     from jaxtrain.data.compressors import compressor_bits_per_byte
     from jaxtrain.data.texts import open_split
     from jaxtrain.monitoring.console import Console

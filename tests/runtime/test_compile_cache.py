@@ -79,7 +79,7 @@ def test_another_learning_rate_and_length_compile_no_step(tiny_config, tmp_path)
     assert "hit for 'jit_train_step'" in errors
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-20] + b"x" + data[-19:]])
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"x" * len(data)])
 def test_a_damaged_entry_is_compiled_again_with_a_warning(tmp_path, damage):
     _, first = run(tmp_path)
     (entry,) = compiled(tmp_path)

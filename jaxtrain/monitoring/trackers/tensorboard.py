@@ -1,6 +1,7 @@
 """TensorBoard, through tensorboardX: event files in RUN/tensorboard/ID."""
 
 import json
+import time
 
 from jaxtrain.monitoring.tracked import TrackedRun, Tracker
 
@@ -12,7 +13,9 @@ class TensorBoard(Tracker):
         """Opens the event files."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.folder / "tensorboard" / run.id))
+        # Files are named by the second: a run that is resumed within it would overwrite its own.
+        suffix = f".{time.time_ns()}"
+        self._writer = SummaryWriter(str(run.folder / "tensorboard" / run.id), filename_suffix=suffix)
         if run.is_new:
             self._writer.add_text("config", f"```\n{json.dumps(run.config, indent=1)}\n```", 0)
             self._writer.add_text("commit", str(run.commit), 0)
