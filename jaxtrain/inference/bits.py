@@ -6,6 +6,8 @@ import jax
 import numpy as np
 
 from jaxtrain.data.compressors import COMPRESSORS, compressor_bits_per_byte
+from jaxtrain.data.loader import EvalBatches
+from jaxtrain.data.store import Split
 from jaxtrain.data.tokenizer import ByteTokenizer
 from jaxtrain.inference.load import TrainedModel
 
@@ -18,18 +20,14 @@ def model_bits(trained: TrainedModel, data: bytes) -> float:
     Raises:
       ValueError: bytes that the tokenizer cannot encode.
     """
-    tokenizer, window = trained.tokenizer, trained.config.train.seq_len
+    tokenizer = trained.tokenizer
     ids = tokenizer.encode(data if isinstance(tokenizer, ByteTokenizer) else data.decode("utf-8"))
-    rows = -(-len(ids) // window)
-    inputs = np.zeros(-(-rows // _ROWS) * _ROWS * window, np.int32)
-    labels, where = inputs.copy(), np.arange(inputs.size) < len(ids)
-    labels[: len(ids)] = ids
-    inputs[: len(ids)] = np.concatenate([[tokenizer.eot_id], ids[:-1]])
-    arrays = {"inputs": inputs, "labels": labels, "where": where}
+    tokens = np.concatenate([[tokenizer.eot_id], ids]).astype(np.uint32)
+    split = Split((tokens,), np.zeros(1, np.int64), len(data))
+    batches = EvalBatches(split, _ROWS, trained.config.train.seq_len, trained.model.vocab_size)
     nats = 0.0
-    for start in range(0, inputs.size, _ROWS * window):
-        batch = {name: x[start : start + _ROWS * window].reshape(_ROWS, window) for name, x in arrays.items()}
-        sums = trained.loss(batch)
+    for index in range(batches.num_batches):
+        sums = trained.loss(batches.batch(index))
         nats += float((sums[0] if isinstance(sums, tuple) else sums).nll)
     return nats / math.log(2)
 
