@@ -1,5 +1,6 @@
 """Commands that compress: compress, decompress, bpb."""
 
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 
 from jaxtrain.commands.model import Checkpoint, RunOptions, model_of
 from jaxtrain.fields import LocalPath, Positive
+from jaxtrain.runtime.files import write_bytes
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo
 
@@ -35,7 +37,7 @@ def run_compress(options: CompressOptions) -> int:
     out = _new_file(options.out or options.file + SUFFIX)
     work = lambda model, progress: compress(model, data, num_streams=options.streams, progress=progress)  # noqa: E731
     seconds, made = _timed(options, work, "compressing")
-    _write(out, made)
+    write_bytes(out, made)
     rate = f", {8 * len(made) / len(data):.4f} bits per byte" if data else ""
     echo(f"{len(data):,} bytes to {len(made):,}{rate}, {len(data) / seconds / 1e3:.3g} kB/s")
     echo(f"compressed: {out}")
@@ -67,7 +69,7 @@ def run_decompress(options: DecompressOptions) -> int:
         seconds, made = _timed(options, work, "decompressing")
     except ValueError as error:
         raise ValueError(f"{options.file}: {error}") from None
-    _write(out, made)
+    write_bytes(out, made)
     echo(f"{len(data):,} bytes to {len(made):,}, {len(made) / seconds / 1e3:.3g} kB/s")
     echo(f"decompressed: {out}")
     return 0
@@ -85,8 +87,6 @@ class BpbOptions(RunOptions):
 
 def run_bpb(options: BpbOptions) -> int:
     """Compares the bits per byte of a model, gzip, bzip2, xz and zstd on the same files."""
-    import json
-
     from jaxtrain.inference.bits import compare_files
     from jaxtrain.monitoring.tables import format_table
 
@@ -133,12 +133,6 @@ def _new_file(name: str) -> Path:
     if not path.parent.is_dir():
         raise ValueError(f"no folder {path.parent}: create it, or give another file with --out")
     return path
-
-
-def _write(path: Path, data: bytes) -> None:
-    from jaxtrain.runtime.files import write_bytes
-
-    write_bytes(path, data)
 
 
 COMMANDS = [
