@@ -4,6 +4,7 @@ A batch is a dict of numpy arrays [batch_size, seq_len]: `inputs` int32, `labels
 `where` bool (True for the labels that count), and segments and positions if `rows.Documents` says so.
 """
 
+import os
 import queue
 import sys
 import threading
@@ -197,7 +198,10 @@ class EvalBatches:
 
 def _require_memory(start: int, stop: int, seq_len: int) -> None:
     """Raises a MemoryError, before any work, if rows [start, stop) take more memory than the machine has."""
-    np.empty((max(stop - start, 0), _WORDS_PER_ROW + seq_len), np.int64)
+    needed = 8 * (stop - start) * (_WORDS_PER_ROW + seq_len)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise MemoryError(f"{stop - start:,} rows of {seq_len:,} tokens need {needed:,} bytes of the {memory:,} here")
 
 
 def global_batch(batches: Batches, index: int, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
