@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.data.loader import EvalBatches, Prefetcher, TrainBatches, global_batch
 from jaxtrain.data.order import permute
+from jaxtrain.data.rows import Documents, RowReader
 from jaxtrain.data.store import Split
 
 
@@ -94,6 +95,20 @@ def test_labels_are_the_inputs_shifted():
     batch = TrainBatches(split, seed=1, batch_size=6, seq_len=9, vocab_size=50).batch(4)
     np.testing.assert_array_equal(batch["labels"][:, :-1], batch["inputs"][:, 1:])
     assert not np.array_equal(batch["labels"], batch["inputs"])
+
+
+def test_whole_windows_equal_the_same_rows_as_pieces():
+    """Rows of whole windows are read into one array; any other request reads piece by piece."""
+    split = Split((np.arange(41, dtype=np.uint16),), np.zeros(1, np.int64), 40)
+    rows = [[(start, 8)] for start in (0, 3, 32, 8)]
+    windows = RowReader(split, 8, 41).read(rows)
+    pieces = RowReader(split, 8, 41, Documents(restart=True)).read(rows)
+    ragged = RowReader(split, 8, 41).read([*rows, [(33, 7)]])  # the last row has no label for its last token
+    for name, array in windows.items():
+        np.testing.assert_array_equal(array, pieces[name], strict=True)
+        np.testing.assert_array_equal(array, ragged[name][:-1], strict=True)
+    with pytest.raises(ValueError, match="token id 40 at position 40"):
+        RowReader(split, 8, 40).read(rows)
 
 
 def test_batches_own_their_memory():
