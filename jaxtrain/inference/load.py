@@ -38,7 +38,7 @@ class TrainedModel:
       step: train steps that the parameters have seen; 0 for a folder of transformers.
       folder: the run directory, or the folder of transformers.
       maybe_tokenizer: see `tokenizer`.
-      pretrained: True for a folder of transformers.
+      pretrained: True for a folder of transformers, and for a run that `jaxtrain import` made of one.
     """
 
     model: Any
@@ -69,7 +69,7 @@ class TrainedModel:
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the token ids of a text that begins a document, with the tokens that the model expects before it.
 
-        For a run it is the end-of-text token. For a folder of transformers its tokenizer adds them, as there.
+        For a run it is the end-of-text token. For a pretrained model its tokenizer adds them, as in transformers.
         """
         if self.pretrained and (ids := self.tokenizer.encode_whole(text).tolist()):
             return ids
@@ -181,7 +181,8 @@ def load(
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
     params, step = read_mean(folder, like, step, average, sha256_file(source / TOKENIZER_FILE) if tokenizer else None)
     params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
-    return TrainedModel(definition, params, config, step, folder, tokenizer)
+    imported = step == 0 and not (folder / "metrics.jsonl").exists()  # by `jaxtrain import`: it has seen no step here
+    return TrainedModel(definition, params, config, step, folder, tokenizer, pretrained=imported)
 
 
 def _load_pretrained(folder: Path, sharding: jax.sharding.Sharding) -> TrainedModel:

@@ -1,6 +1,7 @@
 """Models of transformers with their tokenizers. The folders here are our own exports: no transformers needed."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -53,6 +54,26 @@ def renamed(tokenizer, text, number):
     """Returns the values of a tokenizer.json with another added token."""
     token = dict(tokenizer["added_tokens"][0], id=number, content=text)
     return tokenizer | {"added_tokens": [*tokenizer["added_tokens"], token]}
+
+
+def test_an_imported_run_begins_texts_as_its_folder_does(source, tmp_path, capsys):
+    """With the first token that the tokenizer adds, not with our end-of-text token."""
+    folder, run = tmp_path / "folder", tmp_path / "run"
+    shutil.copytree(source, folder)
+    values = renamed(json.loads((folder / "tokenizer.json").read_text()), "<s>", 270)
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [270], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    assert main(["import", str(folder), "--out", str(run)]) == 0
+    first, second = jaxtrain.load(folder), jaxtrain.load(run)
+    assert first.encode_prompt("the cat") == second.encode_prompt("the cat")
+    assert second.encode_prompt("the cat")[0] == 270
+    assert first.generate("the cat", 5, temperature=0) == second.generate("the cat", 5, temperature=0)
 
 
 @pytest.mark.parametrize(
