@@ -23,8 +23,6 @@ def check_number(name: str, value: Any, interval: str, otherwise: str = "") -> N
     """Raises a ValueError unless a number lies in an interval; an array may be traced and passes unchecked.
 
     Args:
-      name: name of the argument.
-      value: value of the argument.
       interval: such as "[0, 1)" or "(0, inf)".
       otherwise: what is allowed beside numbers, for the error.
     """

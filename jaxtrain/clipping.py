@@ -68,20 +68,14 @@ def scale_to_factor(grads: optax.Updates, factor: jax.Array) -> optax.Updates:
 
 
 class ZClipState(NamedTuple):
-    """State of `zclip`.
+    """State of `zclip`."""
 
-    Attributes:
-      grad_norm: norm of the last gradient before clipping, float32.
-      clip_factor: factor applied to it, float32.
-      mean, variance: moving mean and variance of the clipped norms, float32.
-      count: number of clipped norms, int32.
-    """
-
-    grad_norm: jax.Array
-    clip_factor: jax.Array
+    grad_norm: jax.Array  # norm of the last gradient before clipping, float32
+    clip_factor: jax.Array  # factor applied to it, float32
+    # mean, variance: moving mean and variance of the clipped norms, float32
     mean: jax.Array
     variance: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    count: jax.Array  # type: ignore[assignment]  # number of clipped norms, int32; hides tuple.count
 
 
 def zclip(

@@ -30,7 +30,6 @@ class Bounds:
     includes_high: bool = False
 
     def allows(self, value: float) -> bool:
-        """Returns True if a number lies in the interval."""
         above = value >= self.low if self.includes_low else value > self.low
         below = value <= self.high if self.includes_high else value < self.high
         return above and below
@@ -244,10 +243,6 @@ def suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
 def parse_range(text: str, name: str) -> range:
     """Reads a range START:STOP of whole numbers, without STOP.
 
-    Args:
-      text: such as "12000:12200".
-      name: the option, for errors.
-
     Raises:
       ValueError: not two whole numbers, or an empty range.
     """
@@ -261,14 +256,7 @@ def parse_range(text: str, name: str) -> range:
 
 
 def parse_ranges(texts: Sequence[str]) -> Ranges:
-    """Reads the START:STOP texts of `data.skip`.
-
-    Returns:
-      The same batches as ranges [START, STOP) in ascending order, with gaps between them.
-
-    Raises:
-      ValueError: see `parse_range`.
-    """
+    """Reads the texts of `data.skip` as ascending ranges [START, STOP) with gaps between them; see `parse_range`."""
     merged: list[tuple[int, int]] = []
     for part in sorted((parse_range(text, "data.skip") for text in texts), key=lambda part: part.start):
         if merged and part.start <= merged[-1][1]:

@@ -31,28 +31,18 @@ SHARE_STEPS = 1000
 
 
 class GuardState(NamedTuple):
-    """State of `skip_bad_steps`; the scalars describe the last update.
+    """State of `skip_bad_steps`; the scalars describe the last update."""
 
-    Attributes:
-      inner: state of the wrapped optimizer.
-      losses, grad_norms: last accepted values, float32 [window], as ring buffers.
-      accepted: number of accepted updates, int32.
-      skipped: 1 if the update was skipped, float32.
-      skip_reason: one of the codes above, int32.
-      consecutive: number of skipped updates in a row, int32.
-      share: share of skipped updates among the recent ones, float32: an exponential mean over SHARE_STEPS.
-      give_up: 1 if too many were skipped, float32: end the run.
-    """
-
-    inner: optax.OptState
+    inner: optax.OptState  # state of the wrapped optimizer
+    # losses, grad_norms: last accepted values, float32 [window], as ring buffers
     losses: jax.Array
     grad_norms: jax.Array
-    accepted: jax.Array
-    skipped: jax.Array
-    skip_reason: jax.Array
-    consecutive: jax.Array
-    share: jax.Array
-    give_up: jax.Array
+    accepted: jax.Array  # number of accepted updates, int32
+    skipped: jax.Array  # 1 if the update was skipped, float32
+    skip_reason: jax.Array  # one of the codes above, int32
+    consecutive: jax.Array  # number of skipped updates in a row, int32
+    share: jax.Array  # share of skipped updates among the recent ones, float32: an exponential mean over SHARE_STEPS
+    give_up: jax.Array  # 1 if too many were skipped, float32: end the run
 
 
 def skip_bad_steps(

@@ -84,7 +84,6 @@ def _classes(logits: jax.Array, terms: Terms, width: int = 0, start: Any = 0) ->
 
     Args:
       logits: `[..., V]`, or a block of its columns.
-      terms: settings of the loss.
       width: columns of the kernel, if the logits are a block.
       start: first column of the block.
     """

@@ -105,16 +105,12 @@ class Mixture:
 
     Sequences count from 0 over the whole run, `batch_size` to a batch. After any number of sequences of a stage, a
     source has given its share of them to within 1 for each source listed before it, and 1 for itself.
-
-    Attributes:
-      names: the sources.
-      stages: first batch of each stage, with its sources as (index in `names`, share) in the order that deals them out.
-      batch_size: sequences per batch.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # the sources
+    # first batch of each stage, with its sources as (index in `names`, share) in the order that deals them out
     stages: tuple[tuple[int, tuple[tuple[int, Fraction], ...]], ...]
-    batch_size: int
+    batch_size: int  # sequences per batch
 
     def counts(self, num_sequences: int) -> list[int]:
         """Returns how many of the first `num_sequences` each source gives."""
@@ -167,8 +163,6 @@ def make_mixture(text: str | None, windows: Mapping[str, int], steps: int, batch
     Args:
       text: see `parse_mixture`; None reads every source in proportion to its size.
       windows: sequences in one pass over each source.
-      steps: optimizer steps of the run.
-      batch_size: sequences per step.
 
     Raises:
       ValueError: an unknown source, stages that do not lie in the run, or passes that do not fill or fit their stage.

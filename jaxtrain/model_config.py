@@ -9,20 +9,16 @@ Remat = Literal["none", "minimal", "full", "offload"]
 
 
 class RopeScaling(NamedTuple):
-    """Stretch of the rotary wavelengths, for contexts longer than those of the pretraining.
+    """Stretch of the rotary wavelengths, for contexts longer than those of the pretraining."""
 
-    Attributes:
-      kind: `linear` stretches all wavelengths by `factor` (arXiv:2306.15595). `llama3` leaves those below
-        length / high, stretches those above length / low, and interpolates between them (arXiv:2407.21783).
-      factor, low, high: see `kind`.
-      length: tokens of the pretraining's context.
-    """
-
+    # `linear` stretches all wavelengths by `factor` (arXiv:2306.15595). `llama3` leaves those below length / high,
+    # stretches those above length / low, and interpolates between them (arXiv:2407.21783).
     kind: str
+    # factor, low, high: see `kind`
     factor: float
     low: float = 0.0
     high: float = 0.0
-    length: float = 0.0
+    length: float = 0.0  # tokens of the pretraining's context
 
 
 @dataclass(frozen=True)

@@ -353,20 +353,16 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
 
 
 class OptimizerEntry(NamedTuple):
-    """Optimizer that `optim.name` of a config can name; see `OPTIMIZERS`.
+    """Optimizer that `optim.name` of a config can name; see `OPTIMIZERS`."""
 
-    Attributes:
-      make: `(optim, learning_rate, clip) -> optax.GradientTransformation`, from a `config.OptimConfig`, the schedule
-        and the transformation that clips the gradient, which `make` puts first.
-      description: one line.
-      check: `(optim) -> None`, raises a ValueError that names the fields of `optim`. None: `make` checks.
-      stays_finite: True if a finite gradient norm, state and learning rate imply finite updates; see `check_updates` of
-        `guard.skip_bad_steps`.
-    """
-
+    # `(optim, learning_rate, clip) -> optax.GradientTransformation`, from a `config.OptimConfig`, the schedule and the
+    # transformation that clips the gradient, which `make` puts first
     make: Callable[[Any, optax.Schedule, optax.GradientTransformation], optax.GradientTransformation]
-    description: str
+    description: str  # one line
+    # `(optim) -> None`, raises a ValueError that names the fields of `optim`. None: `make` checks.
     check: Callable[[Any], None] | None = None
+    # True if a finite gradient norm, state and learning rate imply finite updates; see `check_updates` of
+    # `guard.skip_bad_steps`
     stays_finite: bool = False
 
 

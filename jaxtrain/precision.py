@@ -57,15 +57,10 @@ class Policy:
 
 @trees.dataclass
 class LossScale:
-    """State of loss scaling.
+    """State of loss scaling."""
 
-    Attributes:
-      scale: current scale, float32.
-      good_steps: number of steps since the scale last changed, int32.
-    """
-
-    scale: jax.Array
-    good_steps: jax.Array
+    scale: jax.Array  # current scale, float32
+    good_steps: jax.Array  # number of steps since the scale last changed, int32
 
 
 @dataclass(frozen=True)

@@ -156,16 +156,12 @@ def warmup_constant(peak: float, warmup_steps: int) -> Schedule:
 
 
 class ScheduleEntry(NamedTuple):
-    """Schedule that `optim.schedule` of a config can name; see `SCHEDULES`.
+    """Schedule that `optim.schedule` of a config can name; see `SCHEDULES`."""
 
-    Attributes:
-      make: `(optim, total_steps) -> Schedule`, from a `config.OptimConfig` and the steps of the run.
-      description: one line; fields of `OptimConfig` in braces are filled in.
-      check: `(optim, total_steps) -> None`, raises a ValueError that names the fields. None: `make` checks.
-    """
-
+    # `(optim, total_steps) -> Schedule`, from a `config.OptimConfig` and the steps of the run
     make: Callable[[Any, int], Schedule]
-    description: str
+    description: str  # one line; fields of `OptimConfig` in braces are filled in
+    # `(optim, total_steps) -> None`, raises a ValueError that names the fields. None: `make` checks.
     check: Callable[[Any, int], None] | None = None
 
 

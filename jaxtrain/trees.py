@@ -133,7 +133,6 @@ def is_vector(names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, .
     """Returns True if a leaf is a vector by its name: `bias`, `scale` and the like, `b` beside `w`, or part of a norm.
 
     Args:
-      names: names along the path of the leaf.
       shapes: all leaves of the tree, see `named_leaves`.
     """
     parts = re.split(r"[/.]", "/".join(names).lower())
@@ -154,7 +153,6 @@ def layer_axes(params: Any, stacked: tuple[str, ...] | None = None) -> list[int 
     """Finds the axis of each leaf that counts stacked layers; see `optim.decay_mask` for the rule.
 
     Args:
-      params: a tree of arrays or of `jax.ShapeDtypeStruct`.
       stacked: keys of the subtrees with a leading layer axis. None: `layers` and `blocks`, if their leaves prove it.
 
     Returns:
@@ -270,8 +268,6 @@ def state_fields(state: Any, name: str, params: Any) -> dict[KeyPath, jax.Array]
     of the parameters, such as Adam's moments, are not searched: a parameter may have any name.
 
     Args:
-      state: state of any optax transformation.
-      name: name of the field.
       params: the parameters, or a tree of their structure.
 
     Returns:

@@ -17,15 +17,10 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Template of a tokenizer.
+    """Template of a tokenizer."""
 
-    Attributes:
-      source: the Jinja text, which runs in a sandbox.
-      special_tokens: text of the special tokens by their names in the template, such as `bos_token`.
-    """
-
-    source: str
-    special_tokens: Mapping[str, str]
+    source: str  # the Jinja text, which runs in a sandbox
+    special_tokens: Mapping[str, str]  # text of the special tokens by their names in the template, such as `bos_token`
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Returns the text of a conversation; its special tokens are spelled out, see `Tokenizer.encode_special`.

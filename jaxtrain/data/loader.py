@@ -56,7 +56,6 @@ class Windows(NamedTuple):
         return max((self.num_tokens - 1) // self.seq_len, 0)
 
     def pieces(self, window: int) -> list[Piece]:
-        """Returns the tokens of a window."""
         return [(self.start + window * self.seq_len, self.seq_len)]
 
 
@@ -150,7 +149,6 @@ class TrainBatches:
         return 1 - filled / ((stop - start) * self.batch_size * self.seq_len)
 
     def batch(self, step: int) -> TokenBatch:
-        """Returns the batch of a step."""
         return self.rows(step, 0, self.batch_size)
 
 
@@ -192,7 +190,6 @@ class EvalBatches:
         return RowReader(self.split, self.seq_len, self.vocab_size, self.documents).read(rows)
 
     def batch(self, index: int) -> TokenBatch:
-        """Returns a whole batch."""
         return self.rows(index, 0, self.batch_size)
 
 

@@ -10,18 +10,13 @@ from jaxtrain.data.rows import Piece
 
 @dataclass(frozen=True, eq=False)
 class PackedWindows:
-    """Rows of a source, each with the pieces that best-fit packing puts there.
+    """Rows of a source, each with the pieces that best-fit packing puts there."""
 
-    Attributes:
-      starts, lengths: of the pieces, in tokens, int64 `[P]`, sorted by row.
-      ends: number of pieces up to the end of each row, int64 `[N]`.
-      seq_len: tokens of a row.
-    """
-
+    # starts, lengths: of the pieces, in tokens, int64 `[P]`, sorted by row
     starts: np.ndarray
     lengths: np.ndarray
-    ends: np.ndarray
-    seq_len: int
+    ends: np.ndarray  # number of pieces up to the end of each row, int64 `[N]`
+    seq_len: int  # tokens of a row
 
     @property
     def count(self) -> int:
@@ -34,7 +29,6 @@ class PackedWindows:
         return 1 - int(self.lengths.sum()) / (self.count * self.seq_len)
 
     def pieces(self, window: int) -> list[Piece]:
-        """Returns the pieces of a row."""
         part = slice(self.ends[window - 1] if window else 0, self.ends[window])
         return list(zip(self.starts[part].tolist(), self.lengths[part].tolist(), strict=True))
 
@@ -48,7 +42,6 @@ def pack_documents(document_starts: np.ndarray, start: int, stop: int, seq_len: 
     Args:
       document_starts: first token of each document, int64, ascending.
       start, stop: range of the tokens, of whole documents.
-      seq_len: tokens of a row.
     """
     inside = document_starts[(document_starts > start) & (document_starts < stop)]
     starts = np.unique(np.concatenate([[start], inside]))

@@ -18,18 +18,13 @@ Piece = tuple[int, int]  # first token, number of tokens
 
 @dataclass(frozen=True)
 class Documents:
-    """Treatment of the documents in a row.
+    """Treatment of the documents in a row."""
 
-    Attributes:
-      mask: adds `segment_ids`, and takes the weight of labels that belong to another document than their input. The
-        end-of-text token that follows a document stays its last label: without it a model would learn no end.
-      restart: adds `positions`, which restart at each document.
-      eot_id: the end-of-text token; None if the data has none.
-    """
-
+    # adds `segment_ids`, and takes the weight of labels that belong to another document than their input. The
+    # end-of-text token that follows a document stays its last label: without it a model would learn no end.
     mask: bool = False
-    restart: bool = False
-    eot_id: int | None = None
+    restart: bool = False  # adds `positions`, which restart at each document
+    eot_id: int | None = None  # the end-of-text token; None if the data has none
 
 
 PLAIN = Documents()

@@ -18,7 +18,6 @@ def open_split(source: str, split: str, tokenizer: Tokenizer, text_field: str = 
     Args:
       source: a token store, or files as `jaxtrain prepare` takes them.
       split: "train" or "validation" of a token store.
-      tokenizer: tokenizer of the model.
       text_field: field or column that holds the text of a record.
 
     Raises:
@@ -37,11 +36,6 @@ def open_split(source: str, split: str, tokenizer: Tokenizer, text_field: str = 
 
 def tokenize(documents: Iterable[str | Iterable[str]], tokenizer: Tokenizer, name: str = "the text") -> Split:
     """Tokenizes documents, each behind the end-of-text token, so that every token of their text is a label.
-
-    Args:
-      documents: texts, or the parts of texts.
-      tokenizer: the tokenizer.
-      name: of the documents, for errors.
 
     Returns:
       A split whose `num_bytes` are the UTF-8 bytes of the documents. Empty documents are left out.

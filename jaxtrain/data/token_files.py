@@ -119,11 +119,7 @@ def find_token_files(path: Path) -> tuple[list[Path], list[Path]] | None:
 
 
 def read_token_file(path: Path) -> TokenFile:
-    """Opens a token file; reads its header only.
-
-    Raises:
-      ValueError: an unknown, torn or empty file; names it.
-    """
+    """Opens a token file; reads its header only. Raises a ValueError for an unknown, torn or empty file."""
     stated = _read_description(path)
     if (index := path.with_suffix(".idx")).is_file():
         file = _read_megatron(index)
@@ -256,7 +252,6 @@ def join_documents(files: Sequence[TokenFile], positions: Sequence[np.ndarray | 
     """Returns the document starts (int64, in tokens) of consecutive files, None if they are not known.
 
     Args:
-      files: of one split.
       positions: of the end-of-text tokens of each file, as `TokenFile.scan` returns them; a document may span files.
     """
     offsets = np.cumsum([0, *(len(file.tokens) for file in files)])

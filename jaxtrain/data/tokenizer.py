@@ -86,7 +86,6 @@ class ByteTokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file that `save` writes."""
         return _sha256(BYTE_FILE_TEXT)
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -95,7 +94,6 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the token ids of each text."""
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -118,7 +116,6 @@ class ByteTokenizer(Tokenizer):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.json` into a folder."""
         write_text(Path(folder, TOKENIZER_FILE), BYTE_FILE_TEXT)
 
 
@@ -165,7 +162,6 @@ class BPETokenizer(Tokenizer):
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest token id."""
         return max(self._ids.values()) + 1
 
     @cached_property
@@ -194,7 +190,6 @@ class BPETokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the file that `save` writes."""
         return _sha256(self.json_text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -235,7 +230,6 @@ class BPETokenizer(Tokenizer):
         return self._library.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.json` into a folder."""
         write_text(Path(folder, TOKENIZER_FILE), self.json_text)
 
 

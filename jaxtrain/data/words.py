@@ -28,7 +28,6 @@ class WordEncoder:
         self._same: dict[str, bool] = {}  # character: Python and the library put it in the same class
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each text."""
         if len(self._ids) > _MAX_WORDS:
             self._ids.clear()
         words = [_WORDS.findall(text) if self._is_plain(text) else [text] for text in texts]

@@ -15,16 +15,11 @@ UNFINISHED = "\ufffd"  # how an incomplete character is decoded
 
 @dataclass(frozen=True)
 class Completion:
-    """Generated text.
+    """Generated text."""
 
-    Attributes:
-      text: the new text only, without the stop string or the end-of-text token that ended it.
-      num_tokens: number of generated tokens.
-      finish: "length" after `num_tokens` tokens, "stop" at a stop string, "end" at the end-of-text token.
-    """
-
-    text: str
-    num_tokens: int
+    text: str  # the new text only, without the stop string or the end-of-text token that ended it
+    num_tokens: int  # number of generated tokens
+    # "length" after `num_tokens` tokens, "stop" at a stop string, "end" at the end-of-text token
     finish: Literal["length", "stop", "end"]
 
 

@@ -22,43 +22,27 @@ _CRC = struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Stream:
-    """Coded part of the original.
+    """Coded part of the original."""
 
-    Attributes:
-      num_bytes: bytes of the original.
-      num_tokens: coded tokens; 0 if the bytes are stored as they are.
-      first: token that the first one follows.
-      size: bytes in the file.
-    """
-
-    num_bytes: int
-    num_tokens: int
-    first: int
-    size: int
+    num_bytes: int  # bytes of the original
+    num_tokens: int  # coded tokens; 0 if the bytes are stored as they are
+    first: int  # token that the first one follows
+    size: int  # bytes in the file
 
 
 @dataclass(frozen=True)
 class Header:
-    """Facts that decoding needs and checks.
+    """Facts that decoding needs and checks."""
 
-    Attributes:
-      num_bytes: bytes of the original.
-      crc: CRC-32 of the original.
-      window: tokens after which the context begins anew.
-      parameters, tokenizer: SHA-256 (hex, 32 digits) of the model's parameters and of the tokenizer.
-      software: versions of jax, jaxlib and jaxtrain, and the kind of device.
-      probe: digest (hex, 16 digits) of probabilities of the encoder for fixed tokens.
-      streams: the streams in the order of the original.
-    """
-
-    num_bytes: int
-    crc: int
-    window: int
+    num_bytes: int  # bytes of the original
+    crc: int  # CRC-32 of the original
+    window: int  # tokens after which the context begins anew
+    # parameters, tokenizer: SHA-256 (hex, 32 digits) of the model's parameters and of the tokenizer
     parameters: str
     tokenizer: str
-    software: str
-    probe: str
-    streams: tuple[Stream, ...]
+    software: str  # versions of jax, jaxlib and jaxtrain, and the kind of device
+    probe: str  # digest (hex, 16 digits) of probabilities of the encoder for fixed tokens
+    streams: tuple[Stream, ...]  # the streams in the order of the original
 
 
 def pack(header: Header, payloads: list[bytes]) -> bytes:

@@ -60,12 +60,10 @@ class Harness:
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the end-of-text token."""
         return self._model.tokenizer.eot_id
 
     @property
     def max_length(self) -> int:
-        """Longest context, tokens."""
         return self._model.model.max_seq_len
 
     @property

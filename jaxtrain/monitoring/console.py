@@ -36,12 +36,7 @@ class Console:
     """
 
     def __init__(self, total_steps: int, stream: TextIO | None = None):
-        """Chooses how to draw.
-
-        Args:
-          total_steps: optimizer steps of the run.
-          stream: where to print; None is standard output at the time of the call.
-        """
+        """Prints to `stream`; None is standard output at the time of the call."""
         self._total_steps = total_steps
         self._stream = sys.stdout if stream is None else stream
         self._encoding = getattr(self._stream, "encoding", None)
@@ -56,7 +51,6 @@ class Console:
             self._terminal = rich.console.Console(file=self._stream, force_terminal=True)
 
     def step(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Shows a logged step; `metrics.read_metrics` lists the fields."""
         if self._terminal is None:
             self._step_seconds.append(float(fields["step_seconds"]))
             self.print("  ".join(self._parts(step, fields)))
@@ -89,7 +83,6 @@ class Console:
                 self._terminal.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Prints a table of names and values."""
         if self._terminal is None:
             width = max((len(name) for name, _ in rows), default=0)
             self.print("\n".join([title, *(f"  {name:{width}}  {value}" for name, value in rows)]))
@@ -112,7 +105,6 @@ class Console:
         """Shows that an activity is running: "compiling ... 12 s".
 
         Args:
-          activity: its name.
           first: seconds until it is first shown. None is 1 s on a terminal, where the text is then redrawn each second,
             and 10 s elsewhere, where a line follows each minute.
         """

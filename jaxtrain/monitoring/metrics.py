@@ -25,15 +25,10 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["metrics"], meta_fields=["shapes"])
 @dataclasses.dataclass(frozen=True)
 class PackedMetrics:
-    """Float32 arrays by name, concatenated: the host pays milliseconds for each array that a step returns.
+    """Float32 arrays by name, concatenated: the host pays milliseconds for each array that a step returns."""
 
-    Attributes:
-      metrics: the concatenated arrays, float32 [n].
-      shapes: name and shape of each.
-    """
-
-    metrics: jax.Array
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    metrics: jax.Array  # float32 [n]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # name and shape of each
 
     def unpack(self) -> dict[str, np.ndarray]:
         """Waits for the array and splits it."""
@@ -67,7 +62,6 @@ class JsonLines:
         self._write_waiting()
 
     def step(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Writes a logged step; `read_metrics` lists its keys."""
         self._write_line({"step": step, **fields})
 
     def event(self, name: str, text: str, fields: Mapping[str, Any]) -> None:
@@ -78,11 +72,7 @@ class JsonLines:
         self._write_line({"event": name, "time": time, **fields})
 
     def close(self) -> None:
-        """Closes the file; a second call does nothing.
-
-        Raises:
-          OSError: lines are left that could not be written.
-        """
+        """Closes the file; a second call does nothing. Raises an OSError if lines could not be written."""
         if self._file.closed:
             return
         self._write_waiting()

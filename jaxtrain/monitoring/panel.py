@@ -55,7 +55,6 @@ class Panel:
     """State of a run since the start of this process, as a text of four lines."""
 
     def __init__(self, total_steps: int):
-        """Starts the clock."""
         self._total, self._begin = total_steps, time.monotonic()
         self._loss, self._norm = Sparkline(), Sparkline()
         self._seconds: deque[float] = deque(maxlen=_RECENT)
@@ -64,7 +63,6 @@ class Panel:
         self._validation = self._saved = ""
 
     def step(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Takes a logged step; `metrics.read_metrics` lists the fields."""
         self._fields = {**fields, "step": step}
         self._seconds.append(float(fields["step_seconds"]))
         self._loss.add(float(fields["loss"]))
@@ -74,7 +72,6 @@ class Panel:
         self._skipped += fields.get("skipped", 0)
 
     def event(self, name: str, fields: Mapping[str, Any]) -> None:
-        """Takes an evaluation or a completed save."""
         if name == "eval" and "nll" in fields:
             self._validation = f"validation {fields['nll']:.4f} at step {fields['step']:,}"
         elif name == "saved":

@@ -57,7 +57,6 @@ def draw_curve(values: Sequence[float], *, width: int = 72, height: int = 12, la
         several. A column without a finite value stays empty.
       width: characters per line, the y axis included.
       height: lines of the curve; the x axis and the label take one more each.
-      label: title above the curve.
 
     Returns:
       Lines joined by newlines. The y axis names the highest and lowest value, the x axis the first and last x.

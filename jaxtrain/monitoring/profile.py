@@ -94,14 +94,7 @@ class Profiler:
     """
 
     def __init__(self, steps: range, folder: Path, program: jax.stages.Compiled, recorder: Recorder):
-        """Prepares the profiler.
-
-        Args:
-          steps: steps to trace; an empty range traces nothing.
-          folder: run directory.
-          program: the compiled train step.
-          recorder: flushed before and after the traced steps, and receives the event.
-        """
+        """`recorder` is flushed before and after the traced steps, and receives the event."""
         self._steps, self._program, self._recorder = steps, program, recorder
         self._folder = folder / "profile"
         self._first = self._last = 0  # traced steps so far; first is 0 while no trace is running

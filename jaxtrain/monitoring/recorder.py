@@ -39,12 +39,9 @@ def open_recorder(
 
     Args:
       folder: run directory; metrics.jsonl in it is appended to.
-      facts: facts of the run, for the health rules.
       flops_per_step: FLOPs of the model in one step; None leaves `mfu` out.
       peak_flops: peak FLOP/s of all devices together; None leaves `mfu` out.
-      sinks: further sinks.
       more: returns further fields of a line from the first and the last step that it covers.
-      track: names of `tracked.TRACKERS`.
     """
     file, config = folder / "metrics.jsonl", facts.config.train
     lines, events = read_metrics(file) if file.exists() else ([], [])
@@ -104,11 +101,9 @@ class Recorder:
 
         Args:
           config: number and size of the steps, and which of them are logged.
-          sinks: receivers of steps and events.
           console: where `say`, `table` and `pause` show their text; None shows nothing.
           flops_per_step, peak_flops, more: see `open_recorder`.
           lines, events: records of the earlier attempts, as `read_metrics` returns them.
-          clock: seconds that only grow.
         """
         self.sinks = list(sinks)
         self.begun = [event for event in events if event["event"] in ("start", "resume")]
@@ -144,7 +139,6 @@ class Recorder:
 
     @property
     def skipped_steps(self) -> int:
-        """Number of steps skipped so far."""
         return len(self._skipped)
 
     def event(self, name: str, text: str, /, **fields: Any) -> None:
@@ -166,12 +160,10 @@ class Recorder:
         self.event("stop", text, **outcome, skipped_steps=len(self._skipped))
 
     def say(self, text: str) -> None:
-        """Shows a text."""
         if self._console:
             self._console.print(text)
 
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Shows a table."""
         if self._console:
             self._console.table(title, rows)
 

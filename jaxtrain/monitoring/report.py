@@ -73,11 +73,7 @@ def open_records(run_dirs: str | Path | Sequence[str | Path]) -> tuple[list[RunR
 
 
 def findings_of(record: RunRecord) -> list[Finding]:
-    """Returns the findings of a run.
-
-    Raises:
-      ValueError: a config that cannot be read, such as one with a schedule of its config file.
-    """
+    """Returns the findings of a run. Raises a ValueError if its config needs a config file, or cannot be read."""
     return diagnose(record.lines, record.events, load_run(record.folder))
 
 

@@ -29,22 +29,16 @@ _DEPTH = 4  # levels of folders that are searched for runs
 
 @dataclass
 class RunRecord:
-    """Contents of a run directory, without its checkpoints. Needs no device.
-
-    Attributes:
-      folder: the run directory.
-      config: value of each field of config.json by its dotted path.
-      lines, events: see `read_metrics`; events of starts that added no step to a finished run are left out.
-    """
+    """Contents of a run directory, without its checkpoints. Needs no device."""
 
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any]  # value of each field of config.json by its dotted path
+    # lines, events: see `read_metrics`; events of starts that added no step to a finished run are left out
     lines: list[dict[str, Any]]
     events: list[dict[str, Any]]
 
     @property
     def name(self) -> str:
-        """Name of the run directory."""
         return self.folder.resolve().name
 
     @property
@@ -54,12 +48,10 @@ class RunRecord:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the config."""
         steps = self.config.get("train.steps")
         return steps if isinstance(steps, int) else self.step
 
     def named(self, *names: str) -> list[dict[str, Any]]:
-        """Returns the events of these names."""
         return [event for event in self.events if event["event"] in names]
 
     @property
@@ -102,7 +94,6 @@ class RunRecord:
 
     @property
     def skipped(self) -> int:
-        """Number of skipped steps."""
         return int(np.sum(column(self.lines, "skipped") == 1))
 
     @property
@@ -144,11 +135,7 @@ class RunRecord:
 
 
 def read_record(folder: str | Path) -> RunRecord:
-    """Reads a run directory.
-
-    Raises:
-      ValueError: no config.json or metrics.jsonl there, or a config.json that is not valid JSON.
-    """
+    """Reads a run directory. Raises a ValueError without metrics.jsonl, or without a config.json that is JSON."""
     folder = Path(folder)
     file = folder / "config.json"
     if not file.is_file():

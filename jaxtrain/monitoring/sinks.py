@@ -82,11 +82,9 @@ class BackgroundSink:
         self._thread.start()
 
     def step(self, step: int, fields: Fields) -> None:
-        """Queues a step."""
         self._put("step", step, fields)
 
     def event(self, name: str, text: str, fields: Fields) -> None:
-        """Queues an event."""
         self._put("event", name, text, fields)
 
     def close(self) -> None:
@@ -140,18 +138,11 @@ class HealthSink:
     every_step = True
 
     def __init__(self, facts: RunFacts, report: Callable[..., None], lines: Iterable[Fields], events: Iterable[Fields]):
-        """Starts the judgement.
-
-        Args:
-          facts: facts of the run.
-          report: `Recorder.event` of the run.
-          lines, events: earlier records of a resumed run, as `read_metrics` returns them.
-        """
+        """`lines` and `events` are the earlier records of a resumed run, as `read_metrics` returns them."""
         self._health, self._report = Health(facts), report
         self._earlier = list(lines), [event for event in events if event["event"] == "eval"]
 
     def step(self, step: int, fields: Fields) -> None:
-        """Judges a step."""
         self._publish(self._health.observe(fields))
 
     def event(self, name: str, text: str, fields: Fields) -> None:

@@ -22,8 +22,6 @@ def format_table(
     """Formats a table as wide as the terminal, or 120 characters elsewhere.
 
     Args:
-      head: column titles.
-      rows: cells of each row.
       left: titles of the columns that are aligned to the left; the first column always is.
       cut: titles of the columns whose cells are cut to one line; other cells are wrapped.
 

@@ -32,23 +32,14 @@ _LEFT_OUT = {"step", "steps", "attempt", "skip_reason", "give_up"}
 
 
 class TrackedRun(NamedTuple):
-    """Facts of a run for its tracker.
-
-    Attributes:
-      folder: the run directory.
-      title: name for people.
-      id: identity of the run with the tracker; letters and digits.
-      is_new: False if the tracker has received this id before.
-      config: value of each field by its dotted path.
-      commit: git commit of the working directory; None without one.
-    """
+    """Facts of a run for its tracker."""
 
     folder: Path
-    title: str
-    id: str
-    is_new: bool
-    config: dict[str, Any]
-    commit: str | None
+    title: str  # name for people
+    id: str  # identity of the run with the tracker; letters and digits
+    is_new: bool  # False if the tracker has received this id before
+    config: dict[str, Any]  # value of each field by its dotted path
+    commit: str | None  # git commit of the working directory; None without one
 
 
 class Tracker:
@@ -86,14 +77,7 @@ class Tracked:
     def __init__(
         self, name: str, folder: Path, config: dict[str, Any], lines: Iterable[Fields], events: Iterable[Fields]
     ):
-        """Opens nothing yet.
-
-        Args:
-          name: entry of TRACKERS.
-          folder: the run directory.
-          config: value of each field by its dotted path.
-          lines, events: earlier records of a resumed run, as `read_metrics` returns them.
-        """
+        """Opens nothing yet; `lines` and `events` are earlier records, as `read_metrics` returns them."""
         self._name, self._folder, self._config = name, folder, config
         self._earlier = [(line, "train") for line in lines]
         self._earlier += [(event, "validation") for event in events if event["event"] == "eval"]
@@ -111,7 +95,6 @@ class Tracked:
         self._log("train", step, fields)
 
     def event(self, name: str, text: str, fields: Fields) -> None:
-        """Passes an evaluation or another event on."""
         if name in ("start", "resume"):
             self._begun, self._step = fields, fields["step"]
         elif name in ("rewind", "config_change"):
@@ -123,7 +106,6 @@ class Tracked:
             self._tracker.note(fields.get("step", self._step), name, text)
 
     def close(self) -> None:
-        """Closes the tracker."""
         if self._tracker:
             self._tracker.close()
 

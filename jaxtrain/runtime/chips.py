@@ -31,26 +31,18 @@ _PEAK_BFLOAT16 = {
 
 
 class Chip(NamedTuple):
-    """One accelerator.
+    """One accelerator."""
 
-    Attributes:
-      name: name on the command line.
-      device_kind: `jax.Device.device_kind`.
-      hbm_bytes: memory available to a program. TPU: as the TPU compiler reports it (of 16, 95 and 32 GB in the Cloud
-        TPU documentation); NVIDIA: from the data sheets.
-      slice_dims: number of dimensions of a TPU slice's shape; 0 for GPUs.
-      capability: CUDA compute capability; None for TPUs.
-    """
-
-    name: str
-    device_kind: str
+    name: str  # name on the command line
+    device_kind: str  # `jax.Device.device_kind`
+    # memory available to a program. TPU: as the TPU compiler reports it (of 16, 95 and 32 GB in the Cloud TPU
+    # documentation); NVIDIA: from the data sheets.
     hbm_bytes: int
-    slice_dims: int = 0
-    capability: tuple[int, int] | None = None
+    slice_dims: int = 0  # number of dimensions of a TPU slice's shape; 0 for GPUs
+    capability: tuple[int, int] | None = None  # CUDA compute capability; None for TPUs
 
     @property
     def platform(self) -> str:
-        """`jax.Device.platform`."""
         return "tpu" if self.slice_dims else "gpu"
 
     @property
@@ -86,13 +78,9 @@ def find_chip(name: str) -> Chip:
 
 
 def parse_topology(topology: str) -> tuple[Chip, int]:
-    """Parses a TPU slice, such as `v5p:2x2x2` or `v6e:4x4`, or GPUs, such as `h100:8` or `h100:4x8` (hosts x GPUs).
+    """Parses a TPU slice (`v5p:2x2x2`, `v6e:4x4`) or GPUs (`h100:8`, `h100:4x8` for hosts x GPUs).
 
-    Returns:
-      The chip and the number of chips.
-
-    Raises:
-      ValueError: another form, chip, or number of dimensions.
+    Returns the chip and the number of chips. Raises a ValueError for another form, chip, or number of dimensions.
     """
     name, _, shape = topology.partition(":")
     if name not in CHIPS:

@@ -19,19 +19,12 @@ _START_SECONDS = 1800.0  # for all processes of a cluster to start: nodes boot a
 
 
 class Cluster(NamedTuple):
-    """Processes of a run.
+    """Processes of a run."""
 
-    Attributes:
-      address: `host:port` of process 0.
-      num_processes: number of processes.
-      process_id: index of this process.
-      detection: `cluster_detection_method` of `jax.distributed.initialize`, which assigns local devices.
-    """
-
-    address: str
+    address: str  # `host:port` of process 0
     num_processes: int
     process_id: int
-    detection: str | None
+    detection: str | None  # `cluster_detection_method` of `jax.distributed.initialize`, which assigns local devices
 
 
 @contextlib.contextmanager

@@ -35,7 +35,6 @@ def compile_for_chip(
     """Compiles a program with the options of its chips.
 
     Args:
-      lowered: the program.
       devices: array of the devices of its mesh. One device has no collectives, and gets no options.
       tune: False uses the compiler's defaults.
       report: receives a line for each option that the compiler refuses; the program is compiled without it.

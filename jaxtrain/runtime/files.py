@@ -109,12 +109,7 @@ def git_commit(folder: Path) -> str | None:
 def flock(descriptor: int, folder: Path) -> bool:
     """Locks an open file exclusively, without waiting; returns False if another process holds its lock.
 
-    Args:
-      descriptor: the open file.
-      folder: name for the error.
-
-    Raises:
-      ValueError: the file system has no locks.
+    Raises a ValueError that names `folder` if the file system has no locks.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -135,7 +130,6 @@ def locked(folder: Path, *, lock: bool = True) -> Iterator[None]:
     """Holds an exclusive lock on a folder, which is created if it is missing.
 
     Args:
-      folder: the folder.
       lock: False takes no lock, for a file system that has none.
 
     Raises:

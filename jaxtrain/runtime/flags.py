@@ -23,19 +23,12 @@ from jaxtrain.runtime.config_files import load
 
 
 class Command(NamedTuple):
-    """Command of the program.
+    """Command of the program."""
 
-    Attributes:
-      name: word after `jaxtrain`.
-      options: option class; its attribute `positional` names the fields without a flag.
-      run: function of the options that returns an exit code; its docstring is the description.
-      example: command line without `jaxtrain`.
-    """
-
-    name: str
-    options: type[Any]
-    run: Callable[[Any], int]
-    example: str
+    name: str  # word after `jaxtrain`
+    options: type[Any]  # option class; its attribute `positional` names the fields without a flag
+    run: Callable[[Any], int]  # function of the options that returns an exit code; its docstring is the description
+    example: str  # command line without `jaxtrain`
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,6 @@ class Flag:
 
     @property
     def name(self) -> str:
-        """Returns the spelling on the command line."""
         return "--" + self.path.replace("data_store", "data.store").replace("_", "-")
 
     @property
@@ -60,17 +52,9 @@ class Flag:
 
 
 def parse(command: Command, words: Sequence[str]) -> Any:
-    """Reads the options of a command.
+    """Reads the options of a command, an instance of `command.options`, from the words after its name.
 
-    Args:
-      command: the command.
-      words: command line after the name of the command.
-
-    Returns:
-      An instance of `command.options`.
-
-    Raises:
-      ValueError: an unknown flag, a missing or a wrong value; suggests the nearest flag.
+    Raises a ValueError for an unknown flag, or a missing or wrong value; it suggests the nearest flag.
     """
     words, config, positional = list(words), None, command.options.positional
     if positional == "config":
@@ -116,11 +100,7 @@ class _ConfigOptions(Section):
 
 
 def parse_config(words: Sequence[str]) -> Config:
-    """Reads a config file and the flags that change it: `["configs/quickstart.py", "--train.steps", "30"]`.
-
-    Raises:
-      ValueError: see `parse`.
-    """
+    """Reads a config file and its flags, `["configs/quickstart.py", "--train.steps", "30"]`; raises as `parse` does."""
     return parse(Command("train", _ConfigOptions, lambda options: 0, ""), words).config
 
 

@@ -26,28 +26,18 @@ _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
 class Collective(NamedTuple):
-    """Array that a collective moves.
+    """Array that a collective moves."""
 
-    Attributes:
-      kind: one of `KINDS`, or `ragged-all-to-all` or `collective-broadcast`.
-      axes: mesh axes of the collective, in the mesh's order; `("?",)` if its groups match no axes.
-      dtype: HLO's name of the dtype, such as `bf16`.
-      shape: shape of the unsharded array on one device.
-      count: executions per step: the product of the trip counts of the enclosing loops.
-      num_bytes: bytes per step, over all executions.
-      blocking: True if nothing runs beside it; False for an asynchronous one and for one that is split over the fusions
-        of matrix products.
-      source: operation of the traced program, or `""` if the compiler added the collective.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    dtype: str
-    shape: tuple[int, ...]
-    count: int
-    num_bytes: int
+    kind: str  # one of `KINDS`, or `ragged-all-to-all` or `collective-broadcast`
+    axes: tuple[str, ...]  # mesh axes of the collective, in the mesh's order; `("?",)` if its groups match no axes
+    dtype: str  # HLO's name of the dtype, such as `bf16`
+    shape: tuple[int, ...]  # shape of the unsharded array on one device
+    count: int  # executions per step: the product of the trip counts of the enclosing loops
+    num_bytes: int  # bytes per step, over all executions
+    # True if nothing runs beside it; False for an asynchronous one and for one that is split over the fusions of matrix
+    # products
     blocking: bool
-    source: str
+    source: str  # operation of the traced program, or `""` if the compiler added the collective
 
 
 class Instruction(NamedTuple):
@@ -66,7 +56,6 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that the instruction calls."""
         branches = _BRANCHES.search(self.rest)
         names = [name.strip().lstrip("%") for name in branches.group(1).split(",")] if branches else []
         return names + _CALLED.findall(self.rest)
@@ -142,10 +131,6 @@ class HloModule:
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """Lists the arrays that the collectives of a compiled program move in one execution.
 
-    Args:
-      text: `compiled.as_text()`.
-      mesh_shape: `mesh.shape` of the program's mesh.
-
     Raises:
       ValueError: the text is not an HLO module, or has a loop of unknown length.
     """
@@ -180,11 +165,7 @@ def is_collective(line: Instruction) -> bool:
 
 
 def summarize(found: list[Collective]) -> list[dict]:
-    """Sums collectives by kind, axes and dtype.
-
-    Returns:
-      Dicts `kind axes dtype count bytes blocking_bytes`, most bytes first.
-    """
+    """Sums collectives by kind, axes and dtype: dicts with `count`, `bytes` and `blocking_bytes`, most bytes first."""
     sums: dict[tuple, dict] = {}
     for one in found:
         key = (one.kind, one.axes, one.dtype)

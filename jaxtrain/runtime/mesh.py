@@ -30,7 +30,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Args:
       config: sizes of the axes. Without a -1 among them the mesh uses the first data x fsdp x tensor devices.
-      devices: devices to use; None means all.
 
     Returns:
       A mesh with the axes `data`, `fsdp`, `tensor`. TPU slices joined by a data-centre network lie along `data`.

@@ -57,7 +57,6 @@ class Peers:
             self._thread.join(_CLOSE_SECONDS)
 
     def wait(self, seconds: float) -> None:
-        """Waits for the end of the watch."""
         self._done.wait(seconds)
 
     def _watch(self) -> None:

@@ -58,7 +58,6 @@ def agree(subject: str, values: Mapping[str, Any], *, remedy: str = "", timeout:
     Args:
       subject: noun that the error names: "the processes disagree on `subject`".
       values: JSON values; nested mappings are compared key by key.
-      remedy: advice for the error message.
       timeout: seconds to wait for the other processes. None means `time_limit()`.
 
     Raises:
@@ -135,16 +134,9 @@ def broadcast_from_lead(task: str, function: Callable[[], T], *, key: str | None
 
 
 def gather_on_lead(task: str, value: Any, *, key: str | None = None, timeout: float = LONG_SECONDS) -> list | None:
-    """Returns the values of all processes on the lead process, in the order of the processes, and None elsewhere.
+    """Returns the JSON values of all processes, in their order, on the lead and None elsewhere; see `run_on_lead`.
 
-    Args:
-      task: verb phrase that the error names.
-      value: JSON value of this process.
-      key: name of the message, used once. None numbers the message, which only the main thread may do.
-      timeout: seconds that the lead waits.
-
-    Raises:
-      ValueError: on the lead, if a process is missing.
+    Raises a ValueError on the lead if a process is missing.
     """
     if is_alone():
         return [value]
@@ -185,7 +177,6 @@ class Board:
         self._key = f"jaxtrain/{new_key(name)}"
 
     def write(self, text: str) -> None:
-        """Replaces the text of this process."""
         if not is_alone():
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone
                 _state().client.key_value_set(f"{self._key}/{_state().process_id}", text, allow_overwrite=True)
@@ -223,11 +214,9 @@ class StopVote:
         self._key = f"jaxtrain/{new_key('stop')}"
 
     def reason(self, signal_name: str | None, step: int) -> str | None:
-        """Returns why to stop after this step, the same on every process, or None.
+        """Returns why to stop after `step` launched steps, the same on every process, or None.
 
-        Args:
-          signal_name: signal that this process received, or None.
-          step: number of steps launched.
+        `signal_name` is the signal that this process received, or None.
         """
         if is_alone():
             return signal_name
@@ -246,8 +235,7 @@ class StopVote:
 def announce_failure(error: BaseException) -> bool:
     """Publishes this process's error and waits up to 5 s for the other processes to fail.
 
-    Returns:
-      True if every process failed and the coordinator shut down cleanly.
+    Returns True if every process failed and the coordinator shut down cleanly.
     """
     state = _state()
     text = f"process {state.process_id} failed: {error or type(error).__name__}"

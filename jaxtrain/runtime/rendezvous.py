@@ -27,8 +27,6 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> d
 
     Args:
       address: `host:port` of process 0, the same on all processes.
-      num_processes: number of processes, including this one.
-      process_id: index of this process.
       timeout: seconds to wait for the others.
 
     Raises:

@@ -69,7 +69,6 @@ class Stop:
                 signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """Returns True if this process was asked to stop."""
         return self.reason is not None
 
     def run(self, function: Callable[..., T], *args: Any) -> T:

@@ -21,7 +21,6 @@ class Output:
             self._stream.reconfigure(errors=errors)
 
     def write(self, text: str) -> int:
-        """Writes text, or drops it if the stream is closed."""
         if not self.closed_early:
             try:
                 self._stream.write(text)
@@ -30,7 +29,6 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Flushes the stream unless it is closed."""
         if not self.closed_early:
             try:
                 self._stream.flush()
@@ -100,12 +98,7 @@ def echo(
 ) -> None:
     """Prints text with its terminal controls escaped, see `printable`. Every print of the package goes through here.
 
-    Args:
-      value: what to print; `str` makes its text.
-      file: where to; None is standard output.
-      end: printed after it.
-      flush: flushes the stream.
-      verbatim: a pipe or a file gets the text as it is, such as JSON or a sample.
+    `verbatim` leaves the text as it is for a pipe or a file, such as JSON or a sample.
     """
     stream, text = sys.stdout if file is None else file, str(value)
     print(text if verbatim and not stream.isatty() else printable(text), end=end, file=stream, flush=flush)

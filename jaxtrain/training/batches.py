@@ -93,9 +93,7 @@ def check_mixture(run: Run, saved: dict[str, Any], step: int) -> None:
     """Checks that a mixture leaves what the first `step` steps of a run have read as it was.
 
     Args:
-      run: the run as it is to continue.
       saved: fingerprint in the checkpoint; its stores are among those of the run.
-      step: step of the checkpoint.
 
     Raises:
       ValueError: the steps would have read other sequences.

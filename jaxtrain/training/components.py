@@ -41,12 +41,7 @@ def check_optimizer(config: Config) -> None:
 
 
 class Scalars(NamedTuple):
-    """Values of a config that are arguments of the compiled step, so that another value needs no compilation.
-
-    Attributes:
-      learning_rate: that of the step.
-      clip_norm: `optim.clip_norm`.
-    """
+    """Values of a config that are arguments of the compiled step, so that another value needs no compilation."""
 
     learning_rate: jax.Array
     clip_norm: jax.Array
@@ -63,7 +58,6 @@ def make_optimizer(
     """Returns the optimizer of the config under the schedule, behind the guard.
 
     Args:
-      config: the run.
       platform: of the devices. On CPUs the guard checks all updates of all optimizers: one pass more is cheap there.
       scalars: takes these in place of the config's constants; the learning rate where the optimizer asks for `step`.
       step: the current step, the very array that `update` receives as `step=`.

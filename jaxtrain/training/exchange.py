@@ -32,10 +32,6 @@ def import_model(folder: str | Path, run_dir: str | Path) -> Run:
     `--train.init-from` trains it further in another run directory. Its config computes in the dtype of the weights,
     bfloat16 or float32; the parameters are float32.
 
-    Args:
-      folder: a folder of transformers.
-      run_dir: the new run directory; empty or absent.
-
     Raises:
       ValueError: no such model, or one that the decoder does not compute, or a run directory that is not empty.
     """
@@ -86,7 +82,6 @@ def export_model(
       folder: the new folder; empty or absent. It appears when it is complete.
       step, average: see `inference.load.load`.
       dtype: float32 keeps every bit of the parameters; float16 or bfloat16.
-      shard_bytes: bytes above which a file gets no further tensor.
 
     Raises:
       ValueError: no such checkpoint, a folder that is not empty, or no architecture of transformers that computes the

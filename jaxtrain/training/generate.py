@@ -12,11 +12,7 @@ from jaxtrain.training.run import Run
 def continue_text(run: Run, params: chex.ArrayTree, prompt: str, num_tokens: int, *, seed: int = 0) -> str:
     """Continues a text, as the beginning of a document, and returns the new text only.
 
-    Args:
-      run: the run whose model and tokenizer are used.
-      params: the model's parameters, on any of the run's devices. One device per process computes.
-      prompt: the text to continue; may be empty.
-      num_tokens, seed: see `decode.generate`.
+    The parameters may be on any of the run's devices; one device per process computes.
     """
     if jax.process_count() > 1:  # shards of other processes arrive only by replication
         gather = jax.jit(lambda tree: tree, out_shardings=replicated(run.program.mesh))

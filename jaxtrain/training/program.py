@@ -40,32 +40,21 @@ _UNROLLED = {"cpu": 12, "gpu": 24}
 
 
 class Program(NamedTuple):
-    """Jitted steps of a run, with the shapes, dtypes and shardings of their arguments; holds no data.
+    """Jitted steps of a run, with the shapes, dtypes and shardings of their arguments; holds no data."""
 
-    Attributes:
-      model: the model for use outside the steps, not sharded.
-      vocab_size: number of token ids of the model.
-      mesh: devices of the steps; abstract devices serve `jaxtrain plan`.
-      abstract_state: shapes, dtypes and shardings of the state.
-      abstract_batch: shapes, dtypes and shardings of a batch.
-      init_state: makes the first state, sharded from the start.
-      train_step: `(state, batch, scalars=None) -> (state, packed metrics)`; donates the state. Without scalars the
-        program holds the learning rate and the clip threshold as constants.
-      scalars: `step -> Scalars` of a step counted from 0; None for an optimizer that is not the config's.
-      tune_compiler: see `TrainConfig`.
-      eval_step: `(params, batch) -> LossSums`.
-    """
-
-    model: Any
-    vocab_size: int
-    mesh: Mesh
-    abstract_state: TrainState
-    abstract_batch: dict[str, jax.ShapeDtypeStruct]
-    init_state: Callable[[], TrainState]
+    model: Any  # the model for use outside the steps, not sharded
+    vocab_size: int  # token ids of the model
+    mesh: Mesh  # devices of the steps; abstract devices serve `jaxtrain plan`
+    abstract_state: TrainState  # shapes, dtypes and shardings of the state
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]  # shapes, dtypes and shardings of a batch
+    init_state: Callable[[], TrainState]  # makes the first state, sharded from the start
+    # `(state, batch, scalars=None) -> (state, packed metrics)`; donates the state. Without scalars the program holds
+    # the learning rate and the clip threshold as constants.
     train_step: Callable[..., tuple[TrainState, PackedMetrics]]
+    # `step -> Scalars` of a step counted from 0; None for an optimizer that is not the config's
     scalars: Callable[[jax.Array], Any] | None
-    tune_compiler: bool
-    eval_step: Callable
+    tune_compiler: bool  # see `TrainConfig`
+    eval_step: Callable  # `(params, batch) -> LossSums`
 
     def compile(self, state: TrainState, batch: Batch, report: Callable[[str], None]) -> "CompiledStep":
         """Compiles the train step for the shapes of a state and a batch, with the options of the chip.
@@ -103,9 +92,7 @@ def make_program(
     """Builds the program of a config.
 
     Args:
-      config: the run.
       mesh: devices of the steps, or abstract devices.
-      vocab_size: number of tokens in the vocabulary of the data.
       wrap_loss: wraps the training loss `(params, batch) -> LossSums`.
       optimizer: any optax transformation; None takes that of the config.
       diagnose, micro_batch_terms: see `make_train_step`; None takes the diagnostics of the config.
@@ -184,11 +171,6 @@ def state_shardings(state: TrainState, specs: Any, mesh: Mesh) -> TrainState:
 
     A leaf of the optimizer state is such a copy if its path ends with the path of the parameter and both have the same
     shape, whichever transformation it belongs to. All other leaves are replicated.
-
-    Args:
-      state: shapes of all leaves.
-      specs: PartitionSpec of each parameter.
-      mesh: the devices.
     """
     shardings = jax.tree.map(lambda leaf, spec: NamedSharding(mesh, spec), state.params, specs)
     by_path = {

@@ -52,7 +52,6 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     state twice for one step.
 
     Args:
-      run_dir: the run.
       step: the step, counted from 1, as in metrics.jsonl.
       hooks, options: see `open_run`.
 

@@ -39,27 +39,18 @@ def _unchanged(x: Any) -> Any:
 
 
 class Hooks(NamedTuple):
-    """Replaceable parts of a run, for tests and for callers with other needs.
-
-    Attributes:
-      make_program: builds the program; see `program.make_program`.
-      wrap_loss: wraps the training loss `(params, batch) -> LossSums`; None leaves it as it is.
-      wrap_batches: wraps the training batches.
-      wrap_step: wraps the compiled train step `(state, batch) -> (state, metrics)`.
-      make_saver: constructs the writer of checkpoints.
-      make_watchdog: constructs the watchdog of the loop.
-      write_report: writes the report when the run ends, and returns its path.
-      sinks: further receivers of steps and events.
-    """
+    """Replaceable parts of a run, for tests and for callers with other needs."""
 
     make_program: Callable[..., Program] = make_program
+    # wraps the training loss `(params, batch) -> LossSums`; None leaves it as it is
     wrap_loss: Callable[[Callable], Callable] | None = None
     wrap_batches: Callable[[Batches], Batches] = _unchanged
+    # wraps the compiled train step `(state, batch) -> (state, metrics)`
     wrap_step: Callable[[Callable], Callable] = _unchanged
     make_saver: Callable[..., Saver] = Saver
     make_watchdog: Callable[..., Watchdog] = Watchdog
-    write_report: Callable[[Path], Any] = write_report
-    sinks: Sequence[Sink] = ()
+    write_report: Callable[[Path], Any] = write_report  # writes the report when the run ends, and returns its path
+    sinks: Sequence[Sink] = ()  # further receivers of steps and events
 
 
 NO_HOOKS = Hooks()
@@ -86,11 +77,7 @@ class Run(NamedTuple):
 
 
 def assemble(config: Config, folder: Path, store: TokenStore, hooks: Hooks = NO_HOOKS) -> Run:
-    """Builds a run; allocates and compiles nothing.
-
-    Raises:
-      ValueError: sizes that do not divide over the mesh, or a vocabulary that does not fit.
-    """
+    """Builds a run; allocates and compiles nothing. Raises as `make_program` does."""
     return Run(config, folder, store, _make_program(config, store.vocab_size, hooks), hooks)
 
 
@@ -104,8 +91,6 @@ def open_run(
     """Opens an existing run on the devices of this machine, which need not be those of the training.
 
     Args:
-      folder: the run directory.
-      hooks: replaces parts of the run.
       store: path of the token store; None takes that of the config.
       model: the model of the config file, for a run whose config file defines its own.
       data: False opens no token store where the run directory has the tokenizer.

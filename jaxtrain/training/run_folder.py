@@ -50,7 +50,6 @@ def run_lock(folder: Path, *, lock: bool = True) -> Iterator[None]:
     The lock ends with the block or with the process. Directories created here are removed if they are still empty.
 
     Args:
-      folder: the run directory.
       lock: False takes no lock, for a file system that has none.
 
     Raises:
@@ -146,7 +145,6 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
 
     Args:
       folder: the run directory; the caller holds its lock.
-      config: config of this start.
       step: step to resume from; up to there the config must have the same effect.
       allow_change: accept other values after that step, where the state keeps its shapes.
 

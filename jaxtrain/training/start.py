@@ -72,12 +72,8 @@ def prepare_data(
     """Opens the token store of a run. Before that, the lead process locks and prepares the run directory.
 
     Args:
-      config: the run.
-      folder: the run directory.
       stack: releases the lock when it closes.
       rewind: step that the run goes back to; None keeps all steps.
-      allow_change: see `check_or_write_config`.
-      lock: False takes no locks, for a file system that has none.
 
     Returns:
       The store, and the fields that differ from those of the earlier steps (on the lead process).

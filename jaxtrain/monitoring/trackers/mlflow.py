@@ -13,7 +13,6 @@ class MLflow(Tracker):
     """Logs to one MLflow run per id, which it finds again by the tag `jaxtrain.id`; see `Tracker`."""
 
     def __init__(self, run: TrackedRun):
-        """Starts or finds the run of this id."""
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
@@ -33,7 +32,6 @@ class MLflow(Tracker):
             self._client.log_batch(self._id, params=params[start : start + _PARAMS])
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Logs a batch of metrics."""
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, [self._metric(key, value, now, step) for key, value in values.items()])
 

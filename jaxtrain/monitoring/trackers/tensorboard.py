@@ -10,7 +10,6 @@ class TensorBoard(Tracker):
     """Writes one folder of event files per id; see `Tracker`."""
 
     def __init__(self, run: TrackedRun):
-        """Opens the event files."""
         from tensorboardX import SummaryWriter
 
         # Files are named by the second: a run that is resumed within it would overwrite its own.
@@ -27,9 +26,7 @@ class TensorBoard(Tracker):
         self._writer.flush()
 
     def note(self, step: int, name: str, text: str) -> None:
-        """Writes an event as text."""
         self._writer.add_text(name, text, step)
 
     def close(self) -> None:
-        """Closes the file."""
         self._writer.close()

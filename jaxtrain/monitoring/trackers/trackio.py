@@ -9,7 +9,6 @@ class Trackio(Tracker):
     """Logs to one Trackio run per id; see `Tracker`."""
 
     def __init__(self, run: TrackedRun):
-        """Starts or resumes the run of this id."""
         import trackio
 
         self._alert, self._level = trackio.alert, trackio.AlertLevel.WARN
@@ -22,7 +21,6 @@ class Trackio(Tracker):
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Logs a row."""
         self._run.log(values, step=step)
 
     def note(self, step: int, name: str, text: str) -> None:

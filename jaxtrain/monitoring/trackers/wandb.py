@@ -9,7 +9,6 @@ class WeightsAndBiases(Tracker):
     """Logs to one wandb run per id; see `Tracker`. The x axis is the metric `step`, which survives a resume."""
 
     def __init__(self, run: TrackedRun):
-        """Starts or resumes the run of this id."""
         import wandb
 
         self._alert_level = wandb.AlertLevel.WARN
@@ -26,7 +25,6 @@ class WeightsAndBiases(Tracker):
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Logs a row."""
         self._run.log({**values, "step": step})
 
     def note(self, step: int, name: str, text: str) -> None:
@@ -35,5 +33,4 @@ class WeightsAndBiases(Tracker):
             self._run.alert(title=f"step {step}", text=text, level=self._alert_level)
 
     def close(self) -> None:
-        """Finishes the run."""
         self._run.finish()
