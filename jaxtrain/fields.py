@@ -131,26 +131,20 @@ def _check_scalar(kind: type, value: Any, path: str) -> Any:
     return float(value) if whole else value
 
 
-def check_choice(value: Any, choices: Iterable[str], path: str) -> Any:
+def check_choice(value: Any, choices: Iterable[str], path: str, otherwise: str = "") -> Any:
     """Returns the value if it is one of the choices; otherwise raises a ValueError that suggests one."""
     choices = list(choices)
     if value not in choices:
         near = nearest(value, choices)
         hint = f"; did you mean {near}?" if near else ""
-        raise ValueError(f"{path}: {value!r} is none of {', '.join(choices)}{hint}")
+        raise ValueError(f"{path}: {value!r} is none of {', '.join(choices)}{hint}{otherwise}")
     return value
 
 
 def check_entry(name: str, table: Iterable[str], path: str, table_name: str) -> None:
     """Raises a ValueError unless a name is in a table to which config files may add entries."""
-    names = list(table)
-    if name not in names:
-        near = nearest(name, names)
-        hint = f"did you mean {near}? " if near else ""
-        raise ValueError(
-            f"{path}: {name!r} is none of {', '.join(names)}: {hint}If a config file adds it to {table_name}, give "
-            "that file (for an existing run with --config CONFIG.py)"
-        )
+    remedy = f"if a config file adds it to {table_name}, give that file, for an existing run with --config CONFIG.py"
+    check_choice(name, table, path, f" ({remedy})")
 
 
 def is_url(path: str | os.PathLike) -> bool:

@@ -18,7 +18,6 @@ from jaxtrain.trees import as_float32, float32_if_array, global_norm, state_fiel
 
 # Reasons for a skip: `GuardState.skip_reason`.
 NOT_SKIPPED, NOT_FINITE, LOSS_SPIKE, GRAD_NORM_SPIKE = range(4)
-REASONS = ("", "not finite", "loss spike", "grad_norm spike")
 
 # The deviation counts as at least this fraction of the mean: the deviation of a loss that hardly changes is next to
 # nothing, and any change would be a spike.
@@ -170,9 +169,7 @@ def _record(
 ) -> GuardState:
     """Returns the state after an update: accepted values enter the windows, skipped updates are counted.
 
-    Args:
-      reason: reason of a skip.
-      broken: True if the new inner state is not finite though the step is good.
+    `broken` is True if the new inner state is not finite though the step is good.
     """
     bad = reason != NOT_SKIPPED
     consecutive = jnp.where(bad, state.consecutive + 1, 0)

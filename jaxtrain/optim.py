@@ -224,11 +224,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> opt
     Two forms differ from the textbook's, to keep float32 exact. A moment moves by (1 - b) * (g - m): the form
     b * m + (1 - b) * g is biased by the rounding of b, 1.3e-5 for b2 = 0.999. And 1 - b**t is -expm1(t * log(b)).
 
-    Args:
-      b1, b2, eps, mu_dtype: as for `clipped_adamw`.
-
-    Raises:
-      ValueError: an argument out of range; `init` with parameters that are no float arrays.
+    Arguments and errors are those of `clipped_adamw`.
     """
 
     for name, value in (("b1", b1), ("b2", b2)):
@@ -274,11 +270,7 @@ def _bias_correction(b: Any, count: jax.Array) -> jax.Array:
 def add_decayed_weights(weight_decay: float, mask: MaskFn | Any) -> optax.GradientTransformation:
     """Adds `weight_decay * p` to the updates of the parameters under the mask.
 
-    Args:
-      weight_decay, mask: as for `clipped_adamw`. The Python number 0 needs no parameters.
-
-    Raises:
-      ValueError: an argument out of range; a mask that does not fit the parameters; `update` without `params`.
+    Arguments and errors are those of `clipped_adamw`; with the Python number 0, `update` needs no `params`.
     """
     check_number("weight_decay", weight_decay, "[0, inf)")
     disabled = not isinstance(weight_decay, jax.Array | np.ndarray) and weight_decay == 0
@@ -321,14 +313,10 @@ class LearningRateState(NamedTuple):
 
 
 def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    """Multiplies by minus the learning rate, in float32, and casts to the parameters' dtype.
+    """Multiplies by minus the learning rate, in float32, and casts to the parameters' dtype; see `clipped_adamw`.
 
-    Args:
-      learning_rate: as for `clipped_adamw`. The state does not hold an array: its owner, such as
-        `optax.inject_hyperparams`, already does, and `tree_get` wants to find it once.
-
-    Raises:
-      ValueError: a learning rate out of range.
+    The state does not hold a learning rate that is an array: its owner, such as `optax.inject_hyperparams`, already
+    does, and `tree_get` wants to find it once.
     """
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, "[0, inf)", "or a schedule")

@@ -67,15 +67,8 @@ def warmup_stable_decay(
 
     A run may be extended during its constant part, which a cosine does not allow.
 
-    Args:
-      peak, total_steps, warmup_steps, floor: as for `warmup_cosine`.
-      decay_steps: optimizer steps of the decay at the end; with the warm-up at most `total_steps`.
-
-    Returns:
-      A schedule as of `warmup_cosine`.
-
-    Raises:
-      ValueError: as for `warmup_cosine`.
+    `decay_steps` at the end, with the warm-up at most `total_steps`, are the decay. The other arguments, the returned
+    schedule and the errors are those of `warmup_cosine`.
 
     Example:
       >>> from jaxtrain.schedules import warmup_stable_decay
@@ -99,11 +92,7 @@ def sgdr(
       decay: factor on the peak from one cycle to the next, in (0, 1].
       floor: last learning rate of a cycle as a fraction of that cycle's peak, in [0, 1].
 
-    Returns:
-      A schedule as of `warmup_cosine`.
-
-    Raises:
-      ValueError: as for `warmup_cosine`.
+    The returned schedule and the errors are those of `warmup_cosine`.
 
     Example:
       >>> from jaxtrain.schedules import sgdr
@@ -130,14 +119,7 @@ def sgdr(
 def warmup_constant(peak: float, warmup_steps: int) -> Schedule:
     """Returns a linear warm-up, then the peak without end.
 
-    Args:
-      peak, warmup_steps: as for `warmup_cosine`.
-
-    Returns:
-      A schedule as of `warmup_cosine`.
-
-    Raises:
-      ValueError: as for `warmup_cosine`.
+    Args, returned schedule and errors are those of `warmup_cosine`.
 
     Example:
       >>> from jaxtrain.schedules import warmup_constant

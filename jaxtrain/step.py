@@ -210,10 +210,7 @@ def make_eval_step(
     """Makes `eval_step(params, batch) -> LossSums`.
 
     Add the sums over a whole data set, then divide once. A `loss_fn` that takes a key receives None: evaluation has no
-    dropout. Auxiliary sums are dropped.
-
-    Args:
-      loss_fn, axis_name, policy: as for `make_train_step`.
+    dropout. Auxiliary sums are dropped. The arguments are those of `make_train_step`.
     """
 
     def eval_step(params: Any, batch: Batch) -> LossSums:
@@ -236,11 +233,8 @@ def pmap_train_step(
     """Maps the train step with `jax.pmap`, for code that holds a replica of the state on each device.
 
     State leaves are `[devices, ...]` as `replicate` makes them, batch leaves `[devices, B / devices, ...]`. Metrics are
-    `[devices]`, all equal. The state is donated.
-
-    Args:
-      loss_fn, optimizer, accumulate, policy, seed: as for `make_train_step`.
-      devices: devices to map over; None: all local ones.
+    `[devices]`, all equal. The state is donated. `devices` None maps over all local ones; the other arguments are those
+    of `make_train_step`.
     """
     body = make_train_step(loss_fn, optimizer, accumulate=accumulate, axis_name=_PMAP_AXIS, policy=policy, seed=seed)
     return jax.pmap(body, axis_name=_PMAP_AXIS, donate_argnums=0, devices=devices)

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
 from jaxtrain.config import Config
@@ -108,10 +108,9 @@ class PlanOptions(Section):
 
 def run_plan(options: PlanOptions) -> int:
     """Estimates memory, traffic, time and cost of a config before it runs."""
-    from jaxtrain.plan.view import Question, plan
+    from jaxtrain.plan.view import plan
 
-    question = {item.name: getattr(options, item.name) for item in fields(options) if item.name != "config"}
-    plan(options.config, Question(**question))
+    plan(options.config, options)
     return 0
 
 

@@ -173,11 +173,8 @@ class EvalBatches:
     @property
     def num_batches(self) -> int:
         """Number of batches, the last one padded."""
-        return -(-self._num_windows // self.batch_size)
-
-    @property
-    def _num_windows(self) -> int:
-        return -(-(self.split.num_tokens - 1) // self.seq_len)
+        windows = -(-(self.split.num_tokens - 1) // self.seq_len)
+        return -(-windows // self.batch_size)
 
     def rows(self, index: int, start: int, stop: int) -> TokenBatch:
         """Returns rows [start, stop) of a batch; inputs and labels are 0 where `where` is False."""

@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import statistics
 import sys
 import textwrap
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
@@ -18,11 +16,9 @@ import rich.table
 from rich.text import Text
 
 from jaxtrain.monitoring.panel import Panel
-from jaxtrain.monitoring.tables import format_seconds
 from jaxtrain.runtime.terminal import printable
 
 _REDRAW = 2.0  # seconds between two panels: drawing one takes about a millisecond
-_RECENT_STEPS = 10  # logged steps from which the remaining time is estimated
 # Styles of rich by the severity of a finding, or by the name of an event.
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan", "sink_failed": "yellow", "save_failed": "red"}
 # A log on a full disk, a pipe without a reader, a terminal that is gone: training continues without output.
@@ -40,7 +36,6 @@ class Console:
         self._total_steps = total_steps
         self._stream = sys.stdout if stream is None else stream
         self._encoding = getattr(self._stream, "encoding", None)
-        self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._panel = Panel(total_steps)
         self._drawn = -_REDRAW  # time of the last panel
         self._live: rich.live.Live | None = None
@@ -51,11 +46,10 @@ class Console:
             self._terminal = rich.console.Console(file=self._stream, force_terminal=True)
 
     def step(self, step: int, fields: Mapping[str, Any]) -> None:
+        self._panel.step(step, fields)
         if self._terminal is None:
-            self._step_seconds.append(float(fields["step_seconds"]))
-            self.print("  ".join(self._parts(step, fields)))
+            self.print(self._panel.line())
         else:
-            self._panel.step(step, fields)
             now = time.monotonic()
             if now - self._drawn >= _REDRAW or step == self._total_steps:
                 self._drawn = now
@@ -145,23 +139,6 @@ class Console:
                 self._live.start(refresh=True)
             else:
                 live.update(text, refresh=True)
-
-    def _parts(self, step: int, fields: Mapping[str, Any]) -> list[str]:
-        left = statistics.median(self._step_seconds) * max(self._total_steps - step, 0)
-        clipped = fields.get("clipped", fields.get("clip_factor", 1.0) < 1) / fields.get("steps", 1)
-        mark = " skipped" if fields.get("skipped") else f" {clipped:.0%} clipped" if 0 < clipped < 1 else ""
-        mark = mark or (" clipped" if clipped else "")
-        parts = [
-            f"step {step}/{self._total_steps} {step / self._total_steps:.1%}",
-            f"{float(fields['tokens_per_second']):,.0f} tokens/s",
-            *([f"{float(fields['mfu']):.1%} MFU"] if "mfu" in fields else []),
-            f"loss {float(fields['loss']):.4f}",
-        ]
-        if "grad_norm" in fields:
-            parts.append(f"grad_norm {float(fields['grad_norm']):.3g}{mark}")
-        if "learning_rate" in fields:
-            parts.append(f"lr {float(fields['learning_rate']):.2e}")
-        return [*parts, f"{format_seconds(left)} left"]
 
 
 def _wrap_words(line: str, width: int) -> str:

@@ -1,4 +1,4 @@
-"""Live panel of a run: four lines with sparklines of the loss and the gradient norm."""
+"""Progress of a run as text: four lines with sparklines of the loss and the gradient norm, or one line."""
 
 import itertools
 import math
@@ -77,13 +77,34 @@ class Panel:
         elif name == "saved":
             self._saved = f"saved step {fields['step']:,}"
 
+    def _left(self) -> str:
+        """Returns the remaining time."""
+        return format_seconds(statistics.median(self._seconds) * max(self._total - self._fields["step"], 0))
+
+    def line(self) -> str:
+        """Returns the last step as one line."""
+        fields, step = self._fields, self._fields["step"]
+        clipped = fields.get("clipped", fields.get("clip_factor", 1.0) < 1) / fields.get("steps", 1)
+        mark = " skipped" if fields.get("skipped") else f" {clipped:.0%} clipped" if 0 < clipped < 1 else ""
+        mark = mark or (" clipped" if clipped else "")
+        parts = [
+            f"step {step}/{self._total} {step / self._total:.1%}",
+            f"{float(fields['tokens_per_second']):,.0f} tokens/s",
+            *([f"{float(fields['mfu']):.1%} MFU"] if "mfu" in fields else []),
+            f"loss {float(fields['loss']):.4f}",
+        ]
+        if "grad_norm" in fields:
+            parts.append(f"grad_norm {float(fields['grad_norm']):.3g}{mark}")
+        if "learning_rate" in fields:
+            parts.append(f"lr {float(fields['learning_rate']):.2e}")
+        return "  ".join([*parts, f"{self._left()} left"])
+
     def render(self, width: int) -> Text:
         """Returns the panel for a terminal of a width; empty before the first step."""
         if not self._fields:
             return Text()
         fields, step = self._fields, self._fields["step"]
         elapsed = format_seconds(time.monotonic() - self._begin)
-        left = format_seconds(statistics.median(self._seconds) * max(self._total - step, 0))
         cells = max(min(_CELLS, width - 62), 0)
         done = round(cells * min(step / self._total, 1.0))
         rows = [
@@ -91,7 +112,7 @@ class Panel:
                 f"step {step:,}/{self._total:,} {step / self._total:.1%}".ljust(26),
                 ("\u2501" * done, "green"),
                 ("\u2501" * (cells - done), "dim"),
-                f"  {elapsed} elapsed, {left} left",
+                f"  {elapsed} elapsed, {self._left()} left",
             ),
             ("loss", f"{float(fields['loss']):.4f}", self._loss, "blue", self._validation),
         ]

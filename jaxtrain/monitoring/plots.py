@@ -31,10 +31,18 @@ def schedule_figure(schedule: Schedule, total_steps: int) -> "Figure":
     """Draws a learning-rate schedule; see `plot_schedule`."""
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'jaxtrain[plot]'") from error
     rates = np.asarray(schedule(np.arange(total_steps, dtype=np.int32)))
-    figure = _new_figure(height=4.0)
+    # Not pyplot, which keeps figures in global state and may choose a backend that needs a display.
+    figure = Figure(figsize=(9.0, 4.0), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(np.arange(1, total_steps + 1), rates, color="C2", marker=_marker(rates))
+    marker = "o" if total_steps < 3 else ""  # a line through one point is invisible
+    axes.plot(np.arange(1, total_steps + 1), rates, color="C2", marker=marker)
     peak = float(rates.max()) or 1.0
     axes.set_ylim(-0.15 * peak, 1.2 * peak)  # room for text above the highest point and below the lowest
     axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= 1.2 * peak])
@@ -45,7 +53,9 @@ def schedule_figure(schedule: Schedule, total_steps: int) -> "Figure":
         _annotate(axes, index + 1, float(rates[index]), names, total_steps)
     axes.set_xlabel("optimizer step (the first is 1)")
     axes.set_ylabel("learning rate")
-    _style(figure)
+    axes.grid(True, alpha=0.25)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -84,29 +94,6 @@ def draw_curve(values: Sequence[float], *, width: int = 72, height: int = 12, la
         lines.append(f"{name:>{margin}} |" + "".join(_BLOCKS[cell] for cell in cells).rstrip())
     lines.append(" " * (margin + 2) + "1" + (last.rjust(columns - 1) if array.size > 1 else ""))
     return "\n".join(lines)
-
-
-def _new_figure(height: float) -> "Figure":
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'jaxtrain[plot]'") from error
-    # Not pyplot, which keeps figures in global state and may choose a backend that needs a display.
-    figure = Figure(figsize=(9.0, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style(figure: "Figure") -> None:
-    for axes in figure.axes:
-        axes.grid(True, alpha=0.25)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.spines[["top", "right"]].set_visible(False)
-
-
-def _marker(points: Sequence) -> str:
-    return "o" if len(points) < 3 else ""  # a line through one point is invisible
 
 
 def _annotate(axes: "Axes", step: int, rate: float, names: list[str], total_steps: int) -> None:

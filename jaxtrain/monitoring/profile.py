@@ -22,6 +22,7 @@ from jaxtrain.config import TrainConfig
 from jaxtrain.fields import parse_range
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.trace import SCOPES
+from jaxtrain.runtime.compile_cache import jax_settings
 from jaxtrain.runtime.files import write_json
 from jaxtrain.runtime.hlo import HloModule
 
@@ -51,22 +52,12 @@ def steps_left(steps: range, first: int, say: Callable[[str], None]) -> range:
     return steps
 
 
-@contextlib.contextmanager
-def named_as_now(steps: range) -> Iterator[None]:
+def named_as_now(steps: range) -> contextlib.AbstractContextManager[None]:
     """Makes the compilation cache tell programs apart by their names too, if steps are to be traced.
 
     Otherwise a cached program with older names would be loaded, and the trace could not be mapped to scopes.
     """
-    if not steps:
-        yield
-        return
-    flag = "jax_compilation_cache_include_metadata_in_key"
-    before = getattr(jax.config, flag)
-    jax.config.update(flag, True)
-    try:
-        yield
-    finally:
-        jax.config.update(flag, before)
+    return jax_settings({"jax_compilation_cache_include_metadata_in_key": True} if steps else {})
 
 
 def scopes_of(text: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxtrain.monitoring.tables import format_table
+from jaxtrain.monitoring.tables import format_table, format_value
 from jaxtrain.runtime.terminal import echo
 
 _SHOWN = 10  # differences and rows
@@ -27,9 +27,12 @@ def show(result: dict[str, Any]) -> None:
     head = "logged" if covered == 1 else f"logged for {covered} steps"
     echo(format_table(("metric", "replayed", head), rows), end="\n\n")
     names = ("micro_batch", "loss", "nll", "tokens", "grad_norm")
-    echo(format_table(names, [[_short(one[name]) for name in names] for one in result["micro_batches"]]), end="\n\n")
+    echo(
+        format_table(names, [[format_value(one[name]) for name in names] for one in result["micro_batches"]]),
+        end="\n\n",
+    )
     names = ("grad_norm", "param_norm", "update_norm", "update_ratio")
-    rows = [(one["name"], *(_short(one[name]) for name in names)) for one in result["layers"]]
+    rows = [(one["name"], *(format_value(one[name]) for name in names)) for one in result["layers"]]
     echo(format_table(("layer", *names), rows), end="\n\n")
     head = ("row", "micro_batch", "nll", "documents", "tokens", "repeats", "text")
     echo(format_table(head, [_row(one) for one in result["rows"][:_SHOWN]], left=("text",), cut=("text",)))
@@ -50,7 +53,7 @@ def _verdict(result: dict[str, Any]) -> str:
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
     documents = _span(row["documents"][0], row["documents"][1] + 1)
     repeats = f"{row['repeated_tokens']} of {row['repeated_period']}" if row["repeated_tokens"] else ""
-    place = (str(row["row"]), str(row["micro_batch"]), _short(row["nll"]), documents, _span(*row["tokens"]))
+    place = (str(row["row"]), str(row["micro_batch"]), format_value(row["nll"]), documents, _span(*row["tokens"]))
     return (*place, repeats, row["text"])
 
 
@@ -58,10 +61,6 @@ def _exact(value: Any) -> str:
     if isinstance(value, list) or getattr(value, "ndim", 0):
         return " ".join(_exact(item) for item in value)
     return str(value) if isinstance(value, int) else f"{float(value):.9g}"  # nine digits restore a float32
-
-
-def _short(value: float) -> str:
-    return f"{value:,.6g}"
 
 
 def _span(start: int, stop: int) -> str:

@@ -17,7 +17,7 @@ from jaxtrain.monitoring.health import Finding, diagnose
 from jaxtrain.monitoring.metrics import encode
 from jaxtrain.monitoring.run_record import RunRecord, describe, differences, find_runs, read_record
 from jaxtrain.monitoring.sentences import sentence
-from jaxtrain.monitoring.tables import format_seconds
+from jaxtrain.monitoring.tables import format_seconds, format_value
 from jaxtrain.monitoring.trace import newest_trace, read_times
 from jaxtrain.runtime.config_files import load_run
 
@@ -130,7 +130,8 @@ def _distinct_names(records: Sequence[RunRecord]) -> list[str]:
 def _marks(record: RunRecord, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the marks of the time line: kind, text and position."""
     kinds = {event: kind for kind, names in _MARKS.items() for event in names}
-    found = [(kinds[e["event"]], e["step"], sentence(e)) for e in events if e["event"] in kinds and _has_step(e)]
+    shown = [event for event in events if event["event"] in kinds and isinstance(event.get("step"), int)]
+    found = [(kinds[event["event"]], event["step"], sentence(event)) for event in shown]
     found += [("skip", line["step"], "A step was skipped.") for line in record.lines if line.get("skipped")]
     marks: list[tuple[str, int, str]] = []
     for kind in (*_MARKS, "skip"):
@@ -142,10 +143,6 @@ def _marks(record: RunRecord, events: Iterable[dict[str, Any]]) -> list[dict[str
         {"kind": kind, "text": text, **{name: values[i] for name, values in places.items()}}
         for i, (kind, _, text) in enumerate(marks)
     ]
-
-
-def _has_step(event: dict[str, Any]) -> bool:
-    return isinstance(event.get("step"), int)
 
 
 def _sample(record: RunRecord) -> str:
@@ -236,7 +233,7 @@ def _several_runs(data: dict[str, Any]) -> str:
         steps = f"{facts['step']:,} of {facts['steps']:,}"
         more = [f"{speed:,.0f}" if speed else "", format_seconds(seconds), f"{facts['skipped_steps']:,}"]
         rows.append([run["name"], facts["state"], steps, *numbers, *more])
-    values = [[name, *map(_value, found)] for name, found in differing.items()]
+    values = [[name, *map(format_value, found)] for name, found in differing.items()]
     config = _columns(("field", *(run["name"] for run in runs)), values) if values else "<p>All configs are equal.</p>"
     details = [
         f"<details><summary>{html.escape(run['name'])}</summary>{_findings(run)}{_table(run['about'])}"
@@ -285,7 +282,7 @@ def _findings(run: dict[str, Any]) -> str:
 
 def _evaluation_rows(event: dict[str, Any]) -> list[tuple[str, str]]:
     """Returns every field of an `eval` event, those of future evaluations included."""
-    return [(k.replace("_", " "), _value(v)) for k, v in event.items() if k not in ("event", "time")]
+    return [(k.replace("_", " "), format_value(v)) for k, v in event.items() if k not in ("event", "time")]
 
 
 def _times(times: dict[str, Any]) -> str:
@@ -297,7 +294,7 @@ def _times(times: dict[str, Any]) -> str:
 def _config(config: dict[str, Any]) -> str:
     """Returns the fields of a config, without those of `data.sources` that a token store overrides."""
     overridden = _OF_SOURCES if config.get("data.store") or config.get("data.stores") else ()
-    rows = [(name, _value(value)) for name, value in config.items() if name not in overridden]
+    rows = [(name, format_value(value)) for name, value in config.items() if name not in overridden]
     return f"<details><summary>{len(rows)} fields</summary>{_table(rows)}</details>"
 
 
@@ -326,11 +323,3 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) and math.isfinite(value) else ""
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_value, value)) or "none"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "none" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

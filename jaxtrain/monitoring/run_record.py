@@ -4,7 +4,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtrain.monitoring.curves import clipped_steps, column, covered_steps
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.tables import format_seconds
+from jaxtrain.runtime.config_files import flatten
 from jaxtrain.runtime.files import read_json
 
 Rows = list[tuple[str, str]]
@@ -141,7 +142,7 @@ def read_record(folder: str | Path) -> RunRecord:
     if not file.is_file():
         raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
     try:
-        config = dict(_flatten(json.loads(file.read_text(encoding="utf-8"))))
+        config = flatten(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{file}: {error}; correct it, or give another run directory") from None
     lines, events = read_metrics(folder / "metrics.jsonl")
@@ -181,14 +182,6 @@ def _is_sound(event: dict[str, Any]) -> bool:
     texts = ("event", "name", "severity", "evidence", "remedy") if event["event"] == "finding" else ("event",)
     numbered = isinstance(event.get("step", 0), int) and isinstance(event.get("attempt", 0), int)
     return numbered and all(isinstance(event.get(name), str) for name in texts)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _with_steps(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxtrain.monitoring.tables import format_bytes, format_seconds
+from jaxtrain.monitoring.tables import format_bytes, format_seconds, format_value
 
 Event = dict[str, Any]
 
@@ -16,7 +16,9 @@ def sentence(event: Event) -> str:
             return write(event)
         except (KeyError, TypeError, ValueError, AttributeError):  # fields of another version
             pass
-    fields = [f"{k.replace('_', ' ')} {_plain(v)}" for k, v in event.items() if k not in ("event", "time", "step")]
+    fields = [
+        f"{k.replace('_', ' ')} {format_value(v)}" for k, v in event.items() if k not in ("event", "time", "step")
+    ]
     at = f" at step {event['step']:,}" if isinstance(event.get("step"), int) else ""
     return event["event"].replace("_", " ").capitalize() + at + (": " + ", ".join(fields) if fields else "")
 
@@ -40,20 +42,13 @@ def _stop(event: Event) -> str:
 
 
 def _changes(event: Event) -> str:
-    return ", ".join(
-        f"{k}: {_plain(v['old'])} \N{RIGHTWARDS ARROW} {_plain(v['new'])}" for k, v in event["changes"].items()
-    )
+    values = {name: (format_value(one["old"]), format_value(one["new"])) for name, one in event["changes"].items()}
+    return ", ".join(f"{name}: {old} \N{RIGHTWARDS ARROW} {new}" for name, (old, new) in values.items())
 
 
 def _size(event: Event) -> str:
     hashed = event.get("bytes_hashed", 0)
     return format_bytes(sum(hashed) if isinstance(hashed, list) else hashed)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
 _SENTENCES: dict[str, Callable[[Event], str]] = {

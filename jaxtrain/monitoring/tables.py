@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import rich.box
 import rich.console
@@ -42,6 +43,15 @@ def format_table(
     console = rich.console.Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").split("\n"))
+
+
+def format_value(value: Any) -> str:
+    """Formats a JSON value for people: numbers in six digits, a list by its items, None and an empty list as `none`."""
+    if isinstance(value, list):
+        return " ".join(map(format_value, value)) or "none"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "none" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
 def format_bytes(size: float) -> str:

@@ -15,77 +15,63 @@ from jaxtrain.runtime.chips import Chip, find_chip, parse_topology
 from jaxtrain.runtime.terminal import echo
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """Options of `jaxtrain plan` besides the config."""
-
-    topology: str | None = None  # compile for these chips: v5p:2x2x2, v6e:4x4, h100:8, any shape
-    devices: int | None = None  # without a topology: number of devices; None takes the product of the config's mesh
-    chip: str | None = None  # without a topology: v5e, v5p, v6e, a100, h100, h200 or b200; for time, cost and fit
-    mfu: float = 0.4  # assumed share of the chips' peak that the model's FLOPs reach
-    price: float | None = None  # price of one chip-hour, in any currency; None gives no cost
-    max_batch: bool = False  # search the largest train.batch_size that fits (needs a topology)
-    timeout: float = 3600.0  # seconds that one compilation may take
-    json: bool = False  # print one JSON object
-
-
-def plan(config: Config, question: Question) -> None:
-    """Prints the plan of a config.
+def plan(config: Config, options: Any) -> None:
+    """Prints the plan of a config, with the options of `commands.train.PlanOptions`.
 
     Raises:
       ValueError: an unknown topology or chip, or a config that does not fit the devices.
       OSError: the compiler fails, is locked, or takes too long.
     """
     vocab_size = plan_vocab(config)
-    chip, num_devices = _devices(config, question)
-    settings = {"mfu": question.mfu, "price": question.price}
+    chip, num_devices = _devices(config, options)
+    settings = {"mfu": options.mfu, "price": options.price}
     formulas = make_plan(config, vocab_size, num_devices, chip, **settings)
     compiled, note = None, "by formula: give --topology, such as v5p:2x2x2, or h100:8, to ask its compiler"
-    if question.topology:
+    if options.topology:
         try:
-            compiled, tries = _compile(config, vocab_size, question, formulas)
+            compiled, tries = _compile(config, vocab_size, options, formulas)
             note = ""
         except CompilerMissing as missing:
             note = f"by formula only, {missing}"
-    if compiled and question.max_batch and compiled["fits"]:
+    if compiled and options.max_batch and compiled["fits"]:
         train = dataclasses.replace(config.train, batch_size=compiled["batch_size"])
         config = dataclasses.replace(config, train=train)
         formulas = make_plan(config, vocab_size, num_devices, chip, **settings)
     result = _result(config, formulas, chip, compiled, note)
-    if compiled and question.max_batch:
+    if compiled and options.max_batch:
         fitting = [one["batch_size"] for one in tries if one["fits"]]
         result |= {"max_batch": max(fitting, default=0), "tries": [_outcome(one) for one in tries]}
-    if question.json:
+    if options.json:
         echo(json.dumps(result), verbatim=True)
     else:
-        _show(config, formulas, chip, question, result)
+        _show(config, formulas, chip, options, result)
 
 
-def _devices(config: Config, question: Question) -> tuple[Chip | None, int]:
-    if question.topology:
-        if question.devices or question.chip:
+def _devices(config: Config, options: Any) -> tuple[Chip | None, int]:
+    if options.topology:
+        if options.devices or options.chip:
             raise ValueError("--topology already names the chips and their number: leave out --devices and --chip")
-        return parse_topology(question.topology)
-    if question.max_batch:
+        return parse_topology(options.topology)
+    if options.max_batch:
         raise ValueError("--max-batch needs the compiler: give a --topology, such as v5p:2x2x2")
     sizes = dataclasses.asdict(config.mesh).values()
     named = math.prod(size for size in sizes if size != -1)
-    return find_chip(question.chip) if question.chip else None, named if question.devices is None else question.devices
+    return find_chip(options.chip) if options.chip else None, named if options.devices is None else options.devices
 
 
 def _compile(
-    config: Config, vocab_size: int, question: Question, formulas: Plan
+    config: Config, vocab_size: int, options: Any, formulas: Plan
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns the compiler's answer, with --max-batch for the largest batch that fits, and all tries."""
-    stream = sys.stderr if question.json else sys.stdout
-    if not question.max_batch:
-        if not question.json:
-            echo(f"compiling the train step for {question.topology}: this takes minutes", flush=True)
-        answer = compile_step(config, vocab_size, question.topology, question.timeout)
+    stream = sys.stderr if options.json else sys.stdout
+    if not options.max_batch:
+        if not options.json:
+            echo(f"compiling the train step for {options.topology}: this takes minutes", flush=True)
+        answer = compile_step(config, vocab_size, options.topology, options.timeout)
         return {"batch_size": config.train.batch_size} | answer, []
     unit = config.train.accumulate * formulas.mesh["data"] * formulas.mesh["fsdp"]
     tries = []
-    for answer in search_batch(config, vocab_size, question.topology, unit, question.timeout):
+    for answer in search_batch(config, vocab_size, options.topology, unit, options.timeout):
         tries.append(answer)
         outcome = f"{'fits' if answer['fits'] else 'does not fit'}, {_amount(answer)}"
         echo(f"batch {answer['batch_size']}: {outcome}, {answer['compile_seconds']:.0f} s", file=stream, flush=True)
@@ -132,8 +118,8 @@ def _result(
     }
 
 
-def _show(config: Config, formulas: Plan, chip: Chip | None, question: Question, result: dict[str, Any]) -> None:
-    where = question.topology or (chip.name if chip else "unnamed chips")
+def _show(config: Config, formulas: Plan, chip: Chip | None, options: Any, result: dict[str, Any]) -> None:
+    where = options.topology or (chip.name if chip else "unnamed chips")
     mesh = " x ".join(f"{name} {size}" for name, size in formulas.mesh.items())
     echo(f"{formulas.num_devices} devices ({where}): {mesh}")
     _print_table(("the run", ""), _run_rows(config, formulas, result))

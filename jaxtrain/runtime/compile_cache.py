@@ -9,13 +9,12 @@ deleted.
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.runtime.files import cache_folder
 from jaxtrain.runtime.terminal import echo
-
-_MIN_SECONDS = 0.0  # programs that compile faster are not stored
 
 
 @contextlib.contextmanager
@@ -38,14 +37,26 @@ def compile_cache() -> Iterator[None]:
         return
     settings: dict[str, str | float] = {"jax_compilation_cache_dir": str(folder)}
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        settings["jax_persistent_cache_min_compile_time_secs"] = _MIN_SECONDS
-    with contextlib.ExitStack() as stack:
-        for name, value in settings.items():
-            stack.callback(jax.config.update, name, getattr(jax.config, name))
-            jax.config.update(name, value)
+        settings["jax_persistent_cache_min_compile_time_secs"] = 0.0  # no program is too small
+    with jax_settings(settings), contextlib.ExitStack() as stack:
         stack.callback(reset_cache)
         reset_cache()
         yield
+
+
+@contextlib.contextmanager
+def jax_settings(values: Mapping[str, Any]) -> Iterator[None]:
+    """Changes values of `jax.config` inside the block."""
+    import jax
+
+    before = {name: getattr(jax.config, name) for name in values}
+    try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def _prepare(folder: Path) -> str:

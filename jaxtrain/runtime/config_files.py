@@ -192,11 +192,12 @@ def flat_fields(config: Config) -> dict[str, Any]:
     """Returns the JSON value of every field by its dotted path, with the warm-up in steps however it is stated."""
     values = json.loads(to_json(config))
     values["optim"] |= {"warmup_steps": config.warmup_steps, "warmup_fraction": None}
-    return _flatten(values)
+    return flatten(values)
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested dicts by dotted path."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -229,14 +229,12 @@ def _axes(rest: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], in
         differ = {i for one in coordinates for i, at in enumerate(one) if at[0] != at[1]}
         return tuple(names[i] for i in sorted(differ)), 2 if moved else 1
     groups = _replica_groups(rest, math.prod(sizes))
-    differ = {i for i, at in enumerate(np.unravel_index(groups[0], sizes)) if len(set(at.tolist())) > 1}
-    whole = math.prod(sizes[i] for i in differ) == len(groups[0])
-    alike = all(
-        {i for i, at in enumerate(np.unravel_index(group, sizes)) if len(set(at.tolist())) > 1} == differ
-        for group in groups
-    )
-    axes = tuple(names[i] for i in sorted(differ)) if whole and alike else ("?",)
-    return axes, len(groups[0])
+    varying = [
+        [i for i, at in enumerate(np.unravel_index(group, sizes)) if len(set(at.tolist())) > 1] for group in groups
+    ]
+    whole = math.prod(sizes[i] for i in varying[0]) == len(groups[0])
+    alike = all(axes == varying[0] for axes in varying)
+    return tuple(names[i] for i in varying[0]) if whole and alike else ("?",), len(groups[0])
 
 
 def _replica_groups(rest: str, num_devices: int) -> list[list[int]]:
@@ -245,34 +243,31 @@ def _replica_groups(rest: str, num_devices: int) -> list[list[int]]:
         return _mesh_groups(*mesh.groups())
     groups = rest.partition("replica_groups=")[2]
     if iota := _IOTA.match(groups):
-        return _iota(iota).tolist()
+        return _transposed(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()
     braces = re.match(r"\{(\{.*?\})\}", groups)
     return _brace_groups(braces.group(1)) if braces else [list(range(num_devices))]
 
 
 def _brace_groups(text: str) -> list[list[int]]:
-    return [[int(i) for i in group.split(",")] for group in re.findall(r"[\d,]+\d|\d", text.replace("},{", " "))]
+    return [_numbers(group) for group in re.findall(r"[\d,]+\d|\d", text.replace("},{", " "))]
 
 
-def _iota(found: re.Match) -> np.ndarray:
-    """Parses `[2,4]<=[8]T(1,0)`: an iota of the right shape, transposed, then reshaped to the left shape."""
-    shape, dims = ([int(i) for i in found.group(i).split(",")] for i in (1, 2))
-    array = np.arange(math.prod(dims)).reshape(dims)
-    if found.group(3):
-        array = array.transpose([int(i) for i in found.group(3).split(",")])
-    return array.reshape(shape)
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _transposed(dims: str, order: str | None) -> np.ndarray:
+    """Returns the iota of `[4,2]T(1,0)`, given as `4,2` and `1,0`."""
+    array = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return array.transpose(_numbers(order)) if order else array
 
 
 def _mesh_groups(sizes: str, device_ids: str | None, axes: str) -> list[list[int]]:
     """Parses `mesh['data'=2,'fsdp'=4] {'fsdp'}`, with `device_ids=([4,2]T(1,0))` for another device order."""
     mesh = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
-    devices = np.arange(math.prod(mesh.values()))
-    if order := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids or ""):
-        dims = [int(i) for i in order.group(1).split(",")]
-        devices = devices.reshape(dims)
-        if order.group(2):
-            devices = devices.transpose([int(i) for i in order.group(2).split(",")])
+    order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids or "")
     grid, names = _split_named_axes(mesh, axes)
+    devices = _transposed(*order.groups()) if order else np.arange(math.prod(mesh.values()))
     devices = devices.reshape(list(grid.values()))
     inside = [list(grid).index(name) for name in names]
     outside = [i for i in range(len(grid)) if i not in inside]

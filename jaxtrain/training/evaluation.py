@@ -138,37 +138,14 @@ def _bits_per_byte(bits_per_token: float, split: Split) -> dict[str, Any]:
 
 
 def evaluate_split(
-    run: Run,
-    params: chex.ArrayTree,
-    split: Split,
-    *,
-    num_batches: int | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
-    watchdog: Watchdog | None = None,
-    by_position: bool = False,
+    run: Run, params: chex.ArrayTree, split: Split, *, by_position: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """Evaluates a run's model on a split, with the batch size of the run; see `evaluate`."""
-    config = run.config.train
-    step, positions = run.program.eval_step, ()
+    """Evaluates a run's model on a split, with the batch size of the run and the options of `evaluate`."""
+    config, step = run.config.train, run.program.eval_step
     if by_position:
-        step, positions = position_step(step, config.seq_len)
-    batches = EvalBatches(
-        split,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        vocab_size=run.program.vocab_size,
-        documents=documents(run),
-    )
-    return evaluate(
-        step,
-        params,
-        batches,
-        by_rows(run.program.mesh),
-        num_batches=num_batches,
-        asked_to_stop=asked_to_stop,
-        watchdog=watchdog,
-        positions=positions,
-    )
+        step, options["positions"] = position_step(step, config.seq_len)
+    batches = EvalBatches(split, config.batch_size, config.seq_len, run.program.vocab_size, documents(run))
+    return evaluate(step, params, batches, by_rows(run.program.mesh), **options)
 
 
 def evaluate_sources(

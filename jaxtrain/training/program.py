@@ -125,6 +125,7 @@ def make_program(
         diagnose=diagnose or components.make_diagnose(config),
         micro_batch_terms=micro_batch_terms,
     )
+    make_scalars = jax.jit(functools.partial(components.make_scalars, config), out_shardings=replicated(mesh))
     return Program(
         model=model,
         vocab_size=getattr(model, "vocab_size", vocab_size),
@@ -133,14 +134,10 @@ def make_program(
         abstract_batch=_abstract_batch(config, mesh),
         init_state=jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))),
-        scalars=None if optimizer else _jit_scalars(config, mesh),
+        scalars=None if optimizer else make_scalars,
         tune_compiler=config.train.tune_compiler,
         eval_step=jax.jit(make_eval_step(losses.eval_loss, policy=policy), out_shardings=replicated(mesh)),
     )
-
-
-def _jit_scalars(config: Config, mesh: Mesh) -> Callable[[jax.Array], components.Scalars]:
-    return jax.jit(functools.partial(components.make_scalars, config), out_shardings=replicated(mesh))
 
 
 def _make_step(

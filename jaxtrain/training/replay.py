@@ -29,15 +29,7 @@ from jaxtrain.runtime.terminal import echo
 from jaxtrain.step import TrainState
 from jaxtrain.training.batches import batch_source, train_batches
 from jaxtrain.training.program import CompiledStep
-from jaxtrain.training.run import (
-    NO_HOOKS,
-    Hooks,
-    Run,
-    environment_changes,
-    init_state,
-    open_run,
-    tokenizer_hash,
-)
+from jaxtrain.training.run import NO_HOOKS, Hooks, Run, environment_changes, init_state, open_run, tokenizer_hash
 from jaxtrain.trees import global_norm, is_stacked, layer_squares, path_names
 
 # Fields of a step line that depend on the clock or on restarts.
@@ -98,7 +90,10 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
         "compared_steps": compared,
         "reproduces": not differences if compared else None,
         "differences": differences,
-        "notes": _notes(run, step, events),
+        "notes": [  # changes of the environment, which let the numbers differ without any fault
+            f"{name} was {before} in the run and is {now} here: expect equal numbers up to rounding only"
+            for name, (before, now) in environment_changes(run, events, step).items()
+        ],
         "micro_batches": _micro_batches(terms),
         "layers": _layers(terms),
         "rows": _rows(run, step, jax.device_get(nll)),
@@ -157,28 +152,13 @@ def _differences(logged: dict[str, Any], values: dict[str, Any]) -> list[dict[st
     return sorted(found, key=lambda difference: difference["metric"])
 
 
-def _notes(run: Run, step: int, events: list[dict]) -> list[str]:
-    """Returns the changes of the environment that let the numbers differ without any fault."""
-    return [
-        f"{name} was {before} in the run and is {now} here: expect equal numbers up to rounding only"
-        for name, (before, now) in environment_changes(run, events, step).items()
-    ]
-
-
 def _diagnosed_step(run: Run) -> Any:
     """Returns the run's train step with the terms of each micro-batch and layer in its metrics.
 
     A program of its own: more results change the fusions around the gradients, and with them the last bits.
     """
-    program = run.hooks.make_program(
-        run.config,
-        run.program.mesh,
-        run.store.vocab_size,
-        wrap_loss=run.hooks.wrap_loss,
-        diagnose=_layer_norms,
-        micro_batch_terms=True,
-    )
-    return program.train_step
+    options = {"wrap_loss": run.hooks.wrap_loss, "diagnose": _layer_norms, "micro_batch_terms": True}
+    return run.hooks.make_program(run.config, run.program.mesh, run.store.vocab_size, **options).train_step
 
 
 def _layer_norms(params: Any, grads: Any, updates: Any, opt_state: Any) -> dict[str, jax.Array]:

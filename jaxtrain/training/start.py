@@ -36,14 +36,7 @@ from jaxtrain.training.run import (
     open_data,
     tokenizer_hash,
 )
-from jaxtrain.training.run_folder import (
-    Changes,
-    check_or_write_config,
-    check_skip,
-    has_begun,
-    recover_config,
-    run_lock,
-)
+from jaxtrain.training.run_folder import Changes, check_or_write_config, check_skip, has_begun, recover_config, run_lock
 
 
 class Session(NamedTuple):

@@ -34,14 +34,7 @@ from jaxtrain.training.double_check import ReplayChecked, ReplayMismatch
 from jaxtrain.training.evaluation import evaluate_sources, split_text
 from jaxtrain.training.frozen import describe_frozen
 from jaxtrain.training.generate import continue_text
-from jaxtrain.training.run import (
-    NO_HOOKS,
-    Hooks,
-    Run,
-    assemble,
-    fingerprint,
-    save_tokenizer,
-)
+from jaxtrain.training.run import NO_HOOKS, Hooks, Run, assemble, fingerprint, save_tokenizer
 from jaxtrain.training.run_folder import absolute_paths, rollback_config, write_config
 from jaxtrain.training.start import Session, check_resume, prepare_data, start, start_table
 
@@ -315,19 +308,10 @@ def _evaluate_between_steps(session: Session, state: TrainState) -> None:
 def _validate(session: Session, state: TrainState, num_batches: int | None, **more: float) -> dict[str, float | int]:
     """Evaluates the validation split, and records the result with the values in `more`."""
     run, stop, step = session.run, session.stop, int(state.step)
-    asked_to_stop = stop.asked if processes.is_alone() else lambda: False
+    options = {"num_batches": num_batches, "watchdog": session.watchdog}
+    options |= {"asked_to_stop": stop.asked} if processes.is_alone() else {}
     with session.recorder.pause("evaluating"):
-        measured = stop.run(
-            lambda: evaluate_sources(
-                run,
-                state.params,
-                "validation",
-                num_batches=num_batches,
-                asked_to_stop=asked_to_stop,
-                watchdog=session.watchdog,
-            )
-        )
-    result = measured | more
+        result = stop.run(lambda: evaluate_sources(run, state.params, "validation", **options)) | more
     text = f"validation at step {step}: nll {result['nll']:.4f}, perplexity {result['perplexity']:.2f}" + (
         f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
     )
@@ -342,12 +326,8 @@ def _finish(session: Session, state: TrainState) -> dict[str, Any]:
     run, recorder, stop = session.run, session.recorder, session.stop
     config, split = run.config.train, run.store.validation
     compressed = {}
-    if (
-        split.masks is None
-        and split.num_bytes is not None
-        and split.num_bytes <= _COMPRESS_LIMIT
-        and processes.is_lead()
-    ):
+    is_small = split.masks is None and split.num_bytes is not None and split.num_bytes <= _COMPRESS_LIMIT
+    if is_small and processes.is_lead():
         with recorder.pause("compressing the same text with gzip and xz"), session.watchdog.pause():
             compressed = stop.run(lambda: compressor_bits_per_byte(split_text(split, run.store.tokenizer)))
     more = {f"{name}_bits_per_byte": value for name, value in compressed.items()}
