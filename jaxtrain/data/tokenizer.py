@@ -289,8 +289,8 @@ def _cut_runs(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def read_hf(path: str | Path, eot: str | None = None) -> BPETokenizer:
-    """Reads a local `tokenizer.json`, or the one in a folder.
+def read_hf(path: str | Path, eot: str | None = None) -> ByteTokenizer | BPETokenizer:
+    """Reads a local `tokenizer.json`, or the one in a folder: of the tokenizers library, or of a run.
 
     Args:
       path: the file or its folder.
@@ -303,7 +303,11 @@ def read_hf(path: str | Path, eot: str | None = None) -> BPETokenizer:
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no tokenizer file {file}: hf:PATH is a local {TOKENIZER_FILE}, or a folder that holds one")
-    tokenizer = _bpe_from_file(file)
+    tokenizer = _read(file)
+    if isinstance(tokenizer, ByteTokenizer) or tokenizer._library.to_str() == byte_level_json():
+        if eot not in (None, END_OF_TEXT):
+            raise ValueError(f"{file} is a tokenizer of bytes, whose end-of-text token is {END_OF_TEXT}, not {eot}")
+        return ByteTokenizer()
     if eot is not None:
         tokenizer = BPETokenizer(json.dumps({"eot": eot} | json.loads(tokenizer.json_text) | {"eot": eot}))
     try:
@@ -330,10 +334,12 @@ def load_tokenizer(folder: str | Path) -> ByteTokenizer | BPETokenizer:
     file = Path(folder, TOKENIZER_FILE)
     if not file.is_file():
         raise ValueError(f"no tokenizer file {file}: the folder is not a token store, or is damaged")
-    return ByteTokenizer() if file.read_bytes() == BYTE_FILE_TEXT.encode() else _bpe_from_file(file)
+    return _read(file)
 
 
-def _bpe_from_file(file: Path) -> BPETokenizer:
+def _read(file: Path) -> ByteTokenizer | BPETokenizer:
+    if file.read_bytes() == BYTE_FILE_TEXT.encode():
+        return ByteTokenizer()
     try:
         tokenizer = BPETokenizer(file.read_bytes().decode("utf-8"))
         tokenizer._library  # noqa: B018 - parsed here, so that the error can name the file

@@ -62,8 +62,6 @@ def read_tokenizer(model: PretrainedFolder) -> BPETokenizer | ByteTokenizer:
             "transformers"
         )
     values = read_json(file)
-    if values == json.loads(byte_level_json()):
-        return ByteTokenizer()
     eot = _end_of_text(model, values)
     try:
         tokenizer = read_hf(file)
@@ -72,7 +70,7 @@ def read_tokenizer(model: PretrainedFolder) -> BPETokenizer | ByteTokenizer:
     except ValueError:
         tokenizer = read_hf(file, eot)
     limit = model.config.vocab_rows
-    if tokenizer.vocab_size > limit:
+    if isinstance(tokenizer, BPETokenizer) and tokenizer.vocab_size > limit:
         values = json.loads(tokenizer.json_text)
         values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] < limit]
         tokenizer = BPETokenizer(json.dumps(values))

@@ -15,6 +15,7 @@ from jaxtrain.data.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
     _cut_runs,
+    byte_level_json,
     load_tokenizer,
     parse_spec,
     read_hf,
@@ -179,6 +180,15 @@ def test_hf_adds_no_tokens_and_does_not_truncate(bpe, tmp_path):
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     assert read_hf(tmp_path).encode("zebra quest").tolist() == bpe.encode("zebra quest").tolist()
+
+
+def test_hf_knows_the_tokenizer_of_bytes(tmp_path):
+    """As a run saves it, and as an export writes it."""
+    for text in ('{"type": "byte"}\n', byte_level_json()):
+        (tmp_path / "tokenizer.json").write_text(text)
+        assert read_hf(tmp_path) == read_hf(tmp_path / "tokenizer.json", "<|endoftext|>") == ByteTokenizer()
+        with pytest.raises(ValueError, match=r"a tokenizer of bytes, .* is <\|endoftext\|>, not </s>"):
+            read_hf(tmp_path, "</s>")
 
 
 def test_hf_refusals(bpe, tmp_path):
