@@ -30,7 +30,7 @@ from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.flags import parse_config
 from jaxtrain.training.batches import batch_source
 from jaxtrain.training.evaluation import evaluate_split
-from jaxtrain.training.run import assemble, open_run, restore_params
+from jaxtrain.training.run import assemble, open_run, restore_run_params
 from jaxtrain.training.train import train
 
 MASKED = {"mask_documents": True}
@@ -66,7 +66,7 @@ def measure(config: Config, folder: Path, name: str) -> list[Any]:
         train(with_form(config, name), run_dir)
     lines, _ = read_metrics(run_dir / "metrics.jsonl")
     run = open_run(run_dir)
-    params, _ = restore_params(run)
+    params, _ = restore_run_params(run)
     nll = []
     for rule in (MASKED, {"mask_documents": False, "restart_positions": False, "packing": "concatenate"}):
         data = dataclasses.replace(run.config.data, **rule)

@@ -25,7 +25,7 @@ from benchmark import Table, parser, report
 from jaxtrain.config import CheckpointConfig, Config, DataConfig
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import open_store
-from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.config_files import load_config
 from jaxtrain.training.batches import batch_source
 from jaxtrain.training.run import Hooks, assemble
 from jaxtrain.training.train import train
@@ -99,7 +99,7 @@ def main() -> None:
     arguments.add_argument("--terminal", action="store_true", help="draw the live panel")
     arguments.add_argument("--log-every", type=int, help="steps; default: as in the config")
     options = arguments.parse_args()
-    config = load(Path(options.config))
+    config = load_config(Path(options.config))
     with tempfile.TemporaryDirectory() as folder:
         store = options.store or config.data.store
         if not store:

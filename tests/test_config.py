@@ -19,7 +19,7 @@ from jaxtrain.config import (
     gpt2,
     llama,
 )
-from jaxtrain.runtime.config_files import differences, from_json, load, to_json
+from jaxtrain.runtime.config_files import differences, from_json, load_config, to_json
 from jaxtrain.runtime.flags import parse_config
 
 DATA = DataConfig(sources=("python-stdlib",))
@@ -41,7 +41,7 @@ def test_a_config_of_an_older_run_equals_the_same_config_today(file):
         train=TrainConfig(diagnose_every=None if file.stem == "given" else 100),
         guard=GuardConfig(sigmas=None if file.stem == "given" else 6.0),
     )
-    old = load(file)
+    old = load_config(file)
     assert differences(old, today) == []
 
 
@@ -50,9 +50,9 @@ def test_loads_python_and_json(tmp_path):
         "from jaxtrain.config import Config, DataConfig\n"
         "def config():\n    return Config(data=DataConfig(sources=('python-stdlib',)), seed=5)\n"
     )
-    assert load(tmp_path / "run.py").seed == 5
+    assert load_config(tmp_path / "run.py").seed == 5
     (tmp_path / "config.json").write_text(to_json(CONFIG))
-    assert load(tmp_path / "config.json") == CONFIG
+    assert load_config(tmp_path / "config.json") == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_files_that_are_no_config(tmp_path, name, text, message):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        load(tmp_path / name)
+        load_config(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_config_imports_its_neighbours_and_leaves_none_behind(tmp_path):
         )
     path = list(sys.path)
     for name, seed in (("one", 1), ("two", 2), ("one", 1)):
-        config = load(tmp_path / name / "run.py")
+        config = load_config(tmp_path / name / "run.py")
         assert (config.seed, config.train.steps) == (seed, 100 + 10 * seed)
         assert sys.path == path
         assert not {"base_of_ours", "parts", "parts.longer"} & set(sys.modules)
@@ -219,7 +219,7 @@ def test_a_config_that_fails_leaves_the_path_as_it_was(tmp_path):
     path = list(sys.path)
     (tmp_path / "run.py").write_text("import no_such_neighbour\n")
     with pytest.raises(ValueError, match=r"run\.py line 1: ModuleNotFoundError"):
-        load(tmp_path / "run.py")
+        load_config(tmp_path / "run.py")
     assert sys.path == path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import find_fingerprint
 from jaxtrain.config import Config, ModelConfig, SavedModel
-from jaxtrain.runtime.config_files import differences, from_json, load_run
+from jaxtrain.runtime.config_files import differences, from_json, load_run_config
 from jaxtrain.runtime.files import read_json
 from jaxtrain.runtime.terminal import echo
 
@@ -37,7 +37,7 @@ def read_config(folder: Path, model: Any = None) -> Config:
         echo(f"{folder / 'config.json'} is lost: reading that of the checkpoint of step {step}", file=sys.stderr)
         config = from_json(json.dumps(values))
     else:
-        config = load_run(folder)
+        config = load_run_config(folder)
     if isinstance(config.model, SavedModel) and model is None:
         raise ValueError(
             f"{folder} has the model {config.model.custom} of a config file: give --config CONFIG.py, or `model` in "

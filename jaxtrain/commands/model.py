@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from jaxtrain.fields import LocalPath, NotNegative, Positive, RunFolder, Section, Source, Store
-from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.config_files import load_config
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo, report_error
 
@@ -113,7 +113,7 @@ def run_replay(options: ReplayOptions) -> int:
 
 def model_of(options: RunOptions) -> Any:
     """Returns the model of the config file that the options name, if they do."""
-    return load(options.config).model if options.config else None
+    return load_config(options.config).model if options.config else None
 
 
 def _trained(options: EvalOptions) -> tuple[Any, Any, int]:
@@ -121,7 +121,7 @@ def _trained(options: EvalOptions) -> tuple[Any, Any, int]:
     from jaxtrain.inference.load import find_step
     from jaxtrain.models.hf.read import is_pretrained
     from jaxtrain.runtime.processes import agree
-    from jaxtrain.training.run import open_pretrained, open_run, restore_params
+    from jaxtrain.training.run import open_pretrained, open_run, restore_run_params
 
     agree("the command", asdict(options), remedy="start them with the same one")
     if is_pretrained(options.run):
@@ -130,7 +130,7 @@ def _trained(options: EvalOptions) -> tuple[Any, Any, int]:
         return *open_pretrained(options.run), 0
     store = options.data_store
     run = open_run(options.run, store=store, model=model_of(options), data=not options.data)
-    params, step = restore_params(run, find_step(run.folder, options.step))
+    params, step = restore_run_params(run, find_step(run.folder, options.step))
     agree("the checkpoint", {"step": step}, remedy="the run must be on a file system that they share")
     return run, params, step
 

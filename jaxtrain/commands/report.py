@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxtrain.fields import Folder, LocalPath, RunFolder, Section
-from jaxtrain.runtime.config_files import load, load_run
+from jaxtrain.runtime.config_files import load_config, load_run_config
 from jaxtrain.runtime.files import read_json
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo
@@ -29,13 +29,13 @@ def run_report(options: ReportOptions) -> int:
     from jaxtrain.monitoring.report import open_records, render, report_data
 
     if options.config:
-        load(options.config)  # adds the entries of its tables
+        load_config(options.config)  # adds the entries of its tables
     for folder in map(Path, options.runs):
         if (folder / "checkpoints").is_dir() and not isinstance(read_json(folder / "config.json"), dict):
             from jaxtrain.training.run_folder import recover_config
 
             recover_config(folder)
-            load_run(folder)  # raises if no checkpoint has it
+            load_run_config(folder)  # raises if no checkpoint has it
     records, path = open_records(options.runs)
     data = report_data(records)
     path.write_text(render(data), encoding="utf-8")

@@ -177,8 +177,3 @@ def axes_of(model: Model, params: Any) -> Any:
                 "logical axis or None, for each dimension"
             )
     return jax.tree.unflatten(structure, axes)
-
-
-def flops_per_token(model: Model, seq_len: int) -> float | None:
-    """Returns the FLOPs to train on one token, or None if the model does not provide them."""
-    return model.flops_per_token(seq_len) if hasattr(model, "flops_per_token") else None

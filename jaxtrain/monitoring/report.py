@@ -19,7 +19,7 @@ from jaxtrain.monitoring.run_record import RunRecord, describe, differences, fin
 from jaxtrain.monitoring.sentences import sentence
 from jaxtrain.monitoring.tables import format_seconds, format_value
 from jaxtrain.monitoring.trace import newest_trace, read_times
-from jaxtrain.runtime.config_files import load_run
+from jaxtrain.runtime.config_files import load_run_config
 
 # Rows of the time line, with the events that they show.
 _MARKS = {
@@ -74,7 +74,7 @@ def open_records(run_dirs: str | Path | Sequence[str | Path]) -> tuple[list[RunR
 
 def findings_of(record: RunRecord) -> list[Finding]:
     """Returns the findings of a run. Raises a ValueError if its config needs a config file, or cannot be read."""
-    return diagnose(record.lines, record.events, load_run(record.folder))
+    return diagnose(record.lines, record.events, load_run_config(record.folder))
 
 
 def report_data(records: Sequence[RunRecord]) -> dict[str, Any]:

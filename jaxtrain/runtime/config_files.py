@@ -28,7 +28,7 @@ _RENAMED = {("model.scan_unroll", -1): "auto", ("model.scan_unroll", 0): "all"}
 _REMOVED = ("faults", "checkpoint.retries")
 
 
-def load(path: str | Path) -> Config:
+def load_config(path: str | Path) -> Config:
     """Reads a config from a `.py` file (executed: it is the user's own code) or a `.json` file (not executed).
 
     A `.py` file may import modules of its folder.
@@ -62,7 +62,7 @@ def load(path: str | Path) -> Config:
         raise ValueError(f"{path}{_line_in(path, error)}: {_message(error)}; correct the config") from error
 
 
-def load_run(run_dir: str | Path) -> Config:
+def load_run_config(run_dir: str | Path) -> Config:
     """Reads the config.json of a run directory.
 
     Raises:
@@ -76,7 +76,7 @@ def load_run(run_dir: str | Path) -> Config:
                 "checkpoint"
             )
         raise ValueError(f"{run_dir} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
-    return load(run_dir / "config.json")
+    return load_config(run_dir / "config.json")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING
 
 from jaxtrain.config import Config, ModelConfig
-from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.config_files import load_config
 from jaxtrain.runtime.flags import Command, Flag, field_docs, kind_of, list_flags, metavar, positional_metavars, usage
 
 _COLUMN = 36  # characters before the text of a flag
@@ -17,7 +17,7 @@ _COLUMN = 36  # characters before the text of a flag
 
 def show_help(command: Command, words: Sequence[str]) -> str:
     """Returns the help of a command; a config among its words gives the defaults."""
-    config = load(words[0]) if command.options.positional == "config" and words and words[0][:1] != "-" else None
+    config = load_config(words[0]) if command.options.positional == "config" and words and words[0][:1] != "-" else None
     width = min(shutil.get_terminal_size().columns, 120)
     positional = command.options.positional
     lines = [f"usage: {usage(command)}", "", *_wrap(inspect.getdoc(command.run) or "", width), ""]

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.fields import LocalPath, Section, check_value, nearest
-from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.config_files import load_config
 
 
 class Command(NamedTuple):
@@ -61,7 +61,7 @@ def parse(command: Command, words: Sequence[str]) -> Any:
         if not words or words[0].startswith("-"):
             raise ValueError(f"give a config first: {usage(command)}, such as configs/quickstart.py")
         file = words.pop(0)
-        config = load(file)
+        config = load_config(file)
     flags = {flag.path: flag for flag in list_flags(command.options, config)}
     given, rest = _read(flags, words, command)
     if config is not None and "run_dir" in flags:

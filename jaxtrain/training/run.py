@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jaxtrain.checkpoints import restore
 from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.restore import restore_params
 from jaxtrain.checkpoints.run_config import read_config
 from jaxtrain.checkpoints.save import Saver
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, to_dict
@@ -192,7 +192,7 @@ def environment_changes(run: Run, events: Sequence[dict[str, Any]], step: int) -
     return {name: (old[name], now) for name, now in environment(run).items() if old.get(name, now) != now}
 
 
-def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
+def restore_run_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     """Restores the parameters of a checkpoint; None takes the newest. Returns them with the step.
 
     Raises:
@@ -201,7 +201,7 @@ def restore_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     if not (run.folder / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint in {run.folder}: train first, or give another run directory")
     checkpoints = CheckpointFolder(run.folder / "checkpoints")
-    params, saved, step = restore.restore_params(checkpoints, run.program.abstract_state.params, step)
+    params, saved, step = restore_params(checkpoints, run.program.abstract_state.params, step)
     check_fingerprint(run, saved, step)
     return params, step
 

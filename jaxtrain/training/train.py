@@ -15,7 +15,6 @@ from jaxtrain.checkpoints.manifest import Damaged, verify
 from jaxtrain.config import Config
 from jaxtrain.data.compressors import compressor_bits_per_byte
 from jaxtrain.data.loader import Prefetcher
-from jaxtrain.models.model import flops_per_token
 from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.monitoring.profile import Profiler, named_as_now, parse_profile, steps_left
 from jaxtrain.monitoring.recorder import Recorder, open_recorder
@@ -24,7 +23,7 @@ from jaxtrain.monitoring.tracked import check_trackers
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.chips import peak_flops
-from jaxtrain.runtime.config_files import load_run
+from jaxtrain.runtime.config_files import load_run_config
 from jaxtrain.runtime.files import write_text
 from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.step import TrainState
@@ -122,7 +121,7 @@ def _outcome_of_finished(session: Session) -> dict[str, Any] | None:
         run, last = session.run, session.recorder.last_stop
         steps = run.config.train.steps
         settled = last.get("reason") == "finished" and last.get("step") == steps == session.checkpoints.latest_step()
-        if not settled or load_run(run.folder) != run.config:
+        if not settled or load_run_config(run.folder) != run.config:
             return None
         try:
             verify(session.checkpoints.checkpoint(steps))
@@ -172,7 +171,8 @@ def _open_recorder(run: Run, track: Sequence[str]) -> Recorder:
         seen = {f"tokens_seen/{name}": count for name, count in batches.tokens_seen(last).items()}
         return seen | ({"padding_share": batches.padding_share(first - 1, last)} if batches.is_packed else {})
 
-    per_token = flops_per_token(program.model, settings.seq_len)
+    model = program.model
+    per_token = model.flops_per_token(settings.seq_len) if hasattr(model, "flops_per_token") else None
     peak = peak_flops(program.mesh.devices.flat[0].device_kind, settings.precision)
     return open_recorder(
         run.folder,

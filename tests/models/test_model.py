@@ -7,8 +7,8 @@ import pytest
 
 from jaxtrain.config import llama
 from jaxtrain.losses import cross_entropy
-from jaxtrain.models.model import Model, TransformerModel, axes_of, flops_per_token
-from jaxtrain.models.size import flops_per_token as transformer_flops
+from jaxtrain.models.model import Model, TransformerModel, axes_of
+from jaxtrain.models.size import flops_per_token
 from jaxtrain.models.transformer import Transformer, logits, make_loss_fn
 
 CONFIG = llama(num_layers=1, num_heads=2, d_model=8, d_ff=16, max_seq_len=8, vocab_size=11)
@@ -46,13 +46,12 @@ def test_the_transformer_is_the_linen_module(params):
         jnp.concatenate([first, second], axis=1), logits(module, params, hidden), rtol=1e-5, atol=1e-6
     )
     assert (model.vocab_size, model.max_seq_len) == (11, 8)
-    assert flops_per_token(model, 6) == transformer_flops(CONFIG, 6)
+    assert model.flops_per_token(6) == flops_per_token(CONFIG, 6)
 
 
 def test_optional_members_have_defaults(params):
     bigram = Bigram()
     assert axes_of(bigram, bigram.init(jax.random.key(0))) == {"table": (None, None), "bias": (None,)}
-    assert flops_per_token(bigram, 6) is None
     axes = axes_of(TransformerModel(CONFIG), params)
     assert axes["embedding"] == ("vocab", "embed")
 

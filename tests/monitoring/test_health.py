@@ -20,7 +20,7 @@ from jaxtrain.monitoring.layers import DIAGNOSTICS
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.rules import RULES, RunFacts
 from jaxtrain.optim import clipped_adamw
-from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.config_files import load_config
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training import program
 from jaxtrain.training.train import GAVE_UP
@@ -100,7 +100,7 @@ def test_a_healthy_tiny_run_is_silent(tiny_config, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "warning:" not in printed
     lines, events = read_metrics(folder / "metrics.jsonl")
-    assert diagnose(lines, events, load(folder / "config.json")) == []
+    assert diagnose(lines, events, load_config(folder / "config.json")) == []
     assert "No findings." in (folder / "report.html").read_text()
 
 
@@ -108,7 +108,7 @@ def test_a_healthy_tiny_run_is_silent(tiny_config, tmp_path, capsys):
 def test_the_quickstart_is_silent(run, tmp_path):
     """The model, optimizer and schedule of the quickstart, on source code."""
     prepare([str(ROOT / "jaxtrain" / "**" / "*.py")], tmp_path / "store", validation_fraction=0.1, progress=False)
-    config = load(ROOT / "configs" / "quickstart.py")
+    config = load_config(ROOT / "configs" / "quickstart.py")
     config = dataclasses.replace(config, data=DataConfig(store=str(tmp_path / "store")), mesh=MeshConfig(data=1))
     settings = {"steps": 160, "batch_size": 2, "log_every": 1, "diagnose_every": 10, "eval_every": None}
     config = change(config, train=settings | {"sample_tokens": None})

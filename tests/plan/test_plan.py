@@ -17,7 +17,7 @@ from jaxtrain.plan.compiler import CompilerMissing, compile_step, search_batch
 from jaxtrain.plan.formulas import make_plan, plan_vocab
 from jaxtrain.plan.traffic import replaced_gathers
 from jaxtrain.runtime.chips import CHIPS, find_chip, parse_topology
-from jaxtrain.runtime.config_files import load, to_json
+from jaxtrain.runtime.config_files import load_config, to_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
@@ -28,7 +28,7 @@ def change(config, section, **fields):
 
 
 def plan_of(name, num_devices, **settings):
-    config = load(CONFIGS / f"{name}.py")
+    config = load_config(CONFIGS / f"{name}.py")
     return make_plan(config, plan_vocab(config), num_devices, **settings)
 
 
@@ -73,7 +73,7 @@ def test_time_and_cost_follow_from_flops_and_mfu():
 
 def test_scores_are_held_where_no_kernel_goes_by_blocks():
     """Scores and weights in float32: on a CPU, and on a GPU with what cuDNN cannot do."""
-    config = load(CONFIGS / "llama2_7b.py")
+    config = load_config(CONFIGS / "llama2_7b.py")
 
     def layer(chip, precision="bfloat16", **fields):
         changed = change(change(config, "model", **fields), "train", precision=precision)
@@ -88,7 +88,7 @@ def test_scores_are_held_where_no_kernel_goes_by_blocks():
 
 
 def test_a_window_skips_hidden_blocks():
-    config = load(CONFIGS / "llama2_7b.py")
+    config = load_config(CONFIGS / "llama2_7b.py")
     whole, window = (
         make_plan(change(config, "model", attention_window=size), 32_000, 64).flops_per_step for size in (None, 1024)
     )
@@ -97,13 +97,13 @@ def test_a_window_skips_hidden_blocks():
 
 
 def test_a_chip_without_a_known_peak_has_no_cost():
-    config = change(load(CONFIGS / "llama2_7b.py"), "train", precision="float32")
+    config = change(load_config(CONFIGS / "llama2_7b.py"), "train", precision="float32")
     assert make_plan(config, 32_000, 64, find_chip("v5p")).cost is None
     assert plan_of("llama2_7b", 64).cost is None
 
 
 def test_remat_policies_keep_less_and_less():
-    config = change(load(CONFIGS / "llama2_7b.py"), "mesh", data=-1, fsdp=1)
+    config = change(load_config(CONFIGS / "llama2_7b.py"), "mesh", data=-1, fsdp=1)
     kept = {}
     for remat in ("none", "minimal", "full", "offload"):
         kept[remat] = make_plan(change(config, "model", remat=remat), 32_000, 64).memory.activations
@@ -113,7 +113,7 @@ def test_remat_policies_keep_less_and_less():
 
 
 def test_tensor_parallelism_divides_the_sharded_dimensions():
-    config = change(change(load(CONFIGS / "llama2_7b.py"), "train", batch_size=64), "mesh", data=1, fsdp=-1)
+    config = change(change(load_config(CONFIGS / "llama2_7b.py"), "train", batch_size=64), "mesh", data=1, fsdp=-1)
     one, two = (make_plan(change(config, "mesh", tensor=size), 32_000, 64).memory for size in (1, 2))
     assert two.logits == one.logits // 2
     assert two.activations == 2 * one.activations  # twice the rows on a device, and full remat keeps them whole
@@ -127,7 +127,7 @@ def test_every_chip_has_a_peak_and_memory(name):
 
 
 def test_gathers_that_became_all_reduces_are_a_warning():
-    config = load(CONFIGS / "llama2_7b.py")
+    config = load_config(CONFIGS / "llama2_7b.py")
     plan, alone = (make_plan(change(config, "mesh", data=1, fsdp=size), 32_000, size) for size in (64, 1))
     rows = [{"kind": one.kind, "axes": list(one.axes), "bytes": one.num_bytes} for one in plan.traffic]
     assert replaced_gathers(plan.traffic, rows, plan.mesh) is None
@@ -371,7 +371,7 @@ def test_the_real_compiler_answers_and_leaks_nothing(config_file, capsys):
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no TPU compiler: pip install jaxtrain[plan]")
 def test_the_real_compiler_rejects_a_program_that_does_not_fit():
-    config = change(load(CONFIGS / "llama_1b.py"), "model", num_layers=2, vocab_size=4_000_000)
+    config = change(load_config(CONFIGS / "llama_1b.py"), "model", num_layers=2, vocab_size=4_000_000)
     config = dataclasses.replace(change(config, "train", batch_size=8, accumulate=1), mesh=MeshConfig(1, 1, 1))
     found = compile_step(config, 4_000_000, "v5e:1x1", 900)
     assert found["fits"] is False

@@ -76,11 +76,11 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from runs import Faults, train
 from jaxtrain.runtime.cluster import session
-from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.config_files import load_config
 from jaxtrain.runtime.terminal import report_error
 
 with session(report_error):
-    train(load(sys.argv[1]), sys.argv[2], faults={FAULTS!r}, report=True)
+    train(load_config(sys.argv[1]), sys.argv[2], faults={FAULTS!r}, report=True)
 """
 
 
@@ -231,7 +231,7 @@ def test_a_save_that_fails_ends_all_processes(config, tmp_path):
         "import functools, sys\n"
         "from jaxtrain.checkpoints.save import Saver\n"
         "from jaxtrain.runtime.cluster import session\n"
-        "from jaxtrain.runtime.config_files import load\n"
+        "from jaxtrain.runtime.config_files import load_config\n"
         "from jaxtrain.runtime.terminal import report_error\n"
         "from jaxtrain.training.run import Hooks\n"
         "from jaxtrain.training.train import train\n"
@@ -239,7 +239,7 @@ def test_a_save_that_fails_ends_all_processes(config, tmp_path):
         "    if stage == 'unsealed': raise OSError(28, 'No space left on device')\n"
         "with session(report_error):\n"
         "    hooks = Hooks(make_saver=functools.partial(Saver, on_stage=full))\n"
-        "    train(load(sys.argv[1]), sys.argv[2], hooks=hooks)\n"
+        "    train(load_config(sys.argv[1]), sys.argv[2], hooks=hooks)\n"
     )
     (tmp_path / "config.json").write_text(to_json(config))
     command = [tmp_path / "script.py", tmp_path / "config.json", run_dir]
@@ -346,7 +346,7 @@ RUN = """
 import os, signal, sys, time
 import absl.logging
 from jaxtrain.runtime.cluster import session
-from jaxtrain.runtime.config_files import load
+from jaxtrain.runtime.config_files import load_config
 from jaxtrain.runtime.terminal import report_error
 from jaxtrain.training.run import Hooks
 from jaxtrain.training.train import train
@@ -367,7 +367,7 @@ def wrap(train_step):
     return wrapped
 
 with session(report_error):
-    train(load(config), run_dir, hooks=Hooks(wrap_step=wrap, write_report=str))
+    train(load_config(config), run_dir, hooks=Hooks(wrap_step=wrap, write_report=str))
 """
 
 
@@ -417,7 +417,9 @@ def test_two_runs_of_one_interpreter_save_the_same_steps(config, tmp_path):
     """The names of their messages differ; the store refuses a name that was used before."""
     file = tmp_path / "config.json"
     file.write_text(to_json(changed(config, "train", steps=4, eval_every=None)))
-    script = FAULTY.replace(f", faults={FAULTS!r}, report=True", "") + "    train(load(sys.argv[1]), sys.argv[3])\n"
+    script = (
+        FAULTY.replace(f", faults={FAULTS!r}, report=True", "") + "    train(load_config(sys.argv[1]), sys.argv[3])\n"
+    )
     codes, _, errors = Processes(*[["-c", script, file, tmp_path / "a", tmp_path / "b"]] * 2).wait()
     assert codes == [0, 0], errors
     assert [CheckpointFolder(tmp_path / name / "checkpoints").steps() for name in "ab"] == [[3, 4]] * 2

@@ -19,7 +19,7 @@ from jaxtrain.runtime.config_files import from_json, to_json
 from jaxtrain.training.batches import batch_source
 from jaxtrain.training.replay import longest_repetition
 from jaxtrain.training.replay import replay as run_again
-from jaxtrain.training.run import open_run, restore_params
+from jaxtrain.training.run import open_run, restore_run_params
 
 
 def replay(run_dir, step, hooks=QUICK):
@@ -106,7 +106,7 @@ def test_the_parts_add_up_to_the_step(sixth):
 
 def test_the_loss_of_a_row_is_its_own(run_dir, sixth):
     run = open_run(run_dir)
-    params, _ = restore_params(run, 5)
+    params, _ = restore_run_params(run, 5)
     batch = batch_source(run)(5)
     for row in sixth["rows"]:
         if row["row"] in (1, 4):  # which another way to make micro-batches would exchange

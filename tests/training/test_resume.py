@@ -12,7 +12,7 @@ import jaxtrain
 from jaxtrain.cli import main
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.training.run import open_run, restore_params
+from jaxtrain.training.run import open_run, restore_run_params
 from jaxtrain.training.run_folder import check_or_write_config, write_config
 
 
@@ -134,7 +134,7 @@ def test_other_data_is_refused(run_dir, tiny_config, corpus, tmp_path):
         train(change(tiny_config, data={"store": str(tmp_path / "other")}), run_dir)
     assert open_run(run_dir).config.data.store != str(tmp_path / "other")
     with pytest.raises(ValueError, match=r"other data than .*other holds \(fingerprint \w{12}, not \w{12}\)"):
-        restore_params(open_run(run_dir, store=str(tmp_path / "other")))
+        restore_run_params(open_run(run_dir, store=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(("field", "path"), [("run_dir", "gs://bucket/run"), ("init_from", "gs://bucket/run")])
