@@ -33,7 +33,6 @@ def restore(
     """Reads a TrainState and its fingerprint.
 
     Args:
-      folder: the run's checkpoints.
       like: a tree of `jax.ShapeDtypeStruct` with shardings: the expected leaves, and where they go.
       step: which checkpoint. None chooses the newest whole one; damaged ones are reported.
       last: ignores later steps; None ignores none.
@@ -62,13 +61,9 @@ def restore_params(
 
 
 def find_fingerprint(folder: CheckpointFolder, last: int | None = None) -> tuple[dict[str, Any], int] | None:
-    """Returns the fingerprint and step of the newest checkpoint whose fingerprint is whole; None if there is none.
+    """Returns the fingerprint and step of the newest checkpoint, not after `last`, whose fingerprint is whole, or None.
 
     Reports nothing, and no other process takes part.
-
-    Args:
-      folder: the run's checkpoints.
-      last: ignores later steps; None ignores none.
     """
     for step in reversed([step for step in folder.steps() if last is None or step <= last]):
         with contextlib.suppress(Damaged):
@@ -89,7 +84,6 @@ def choose(
     """Returns the step of the newest whole checkpoint. Each process verifies a share of the files.
 
     Args:
-      folder: the run's checkpoints.
       like: trees that the checkpoint's parts must fit, by name of the part; other parts need not be whole.
       step: the only candidate. None tries all, from the newest on.
       last: ignores later steps; None ignores none.

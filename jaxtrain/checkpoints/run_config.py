@@ -25,9 +25,7 @@ def lost_config(folder: Path) -> tuple[dict[str, Any], int] | None:
 def read_config(folder: Path, model: Any = None) -> Config:
     """Reads the config of a run; a lost or torn config.json is replaced by that of a checkpoint. Writes nothing.
 
-    Args:
-      folder: the run directory.
-      model: the model of the config file, for a run whose config file defines its own.
+    `model` is that of the config file, for a run whose config file defines its own.
 
     Raises:
       ValueError: no run in the folder, a config that is not valid, or another model.

@@ -161,11 +161,7 @@ class Saver:
         return True
 
     def poll(self) -> None:
-        """Reports how the pending save ended, if it has ended; returns immediately.
-
-        Raises:
-          OSError: two saves in a row have failed.
-        """
+        """Reports how the pending save ended, if it has; returns at once. An OSError after two failures in a row."""
         if self._thread is None or self._thread.is_alive():
             return
         self._thread = None
@@ -215,11 +211,7 @@ class Saver:
                 return
 
     def _failed(self, error: Exception) -> None:
-        """Reports a failed save.
-
-        Raises:
-          OSError: it is the second in a row, or there are several processes.
-        """
+        """Reports a failed save. Raises an OSError for the second in a row, or under several processes."""
         problem = _reason(error)
         text = f"the checkpoint of step {self._step} could not be saved: {problem}"
         self._failures += 1

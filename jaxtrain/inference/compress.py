@@ -36,11 +36,7 @@ class StepModel:
     """Probabilities of the next token of each stream, one step at a time."""
 
     def __init__(self, trained: TrainedModel, num_streams: int, window: int):
-        """Compiles the step.
-
-        Raises:
-          ValueError: a model that cannot decode, or a window longer than its context.
-        """
+        """Compiles the step. A ValueError for a model that cannot decode, or a window longer than its context."""
         model = trained.model
         if missing := [name for name in ("decode", "max_seq_len", "vocab_size") if not hasattr(model, name)]:
             raise ValueError(
@@ -96,11 +92,8 @@ def compress(
     A part that the model makes larger, or that the tokenizer cannot give back, is stored as it is.
 
     Args:
-      trained: the model; it must be at hand, unchanged, for `decompress`.
-      data: the original.
       num_streams: parts that are coded side by side: more are faster and take some 15 bytes each. None takes up to 64,
         of at least 16 windows.
-      progress: called after each step.
       make_step: makes the step from `(trained, num_streams, window)`.
 
     Returns:
@@ -148,13 +141,7 @@ def decompress(
     progress: Progress | None = None,
     make_step: Callable[..., Any] = StepModel,
 ) -> bytes:
-    """Returns the original of a .jxz file.
-
-    Args:
-      trained: the model that compressed it.
-      compressed: bytes of the file.
-      progress: called after each step.
-      make_step: see `compress`.
+    """Returns the original of a .jxz file; the arguments are those of `compress`.
 
     Raises:
       ValueError: no .jxz file, a damaged one, or one of another model, tokenizer, software or kind of device.

@@ -25,21 +25,16 @@ _MIN_LENGTH = 16  # tokens of the smallest bucket
 
 @dataclass(frozen=True)
 class Sampling:
-    """Rule for drawing the next token.
+    """Rule for drawing the next token."""
 
-    Attributes:
-      temperature: divides the logits. 0 always takes the likeliest token.
-      top_k: draws among the k likeliest tokens. None draws among all.
-      top_p: draws among the likeliest tokens that hold this share of the probability (arXiv:1904.09751). 1 keeps all.
-      min_p: draws among the tokens with at least this share of the likeliest one's probability (arXiv:2407.01082).
-      repetition_penalty: divides the positive logits, and multiplies the negative ones, of the tokens in the context
-        (arXiv:1909.05858). 1 changes nothing. Stop ids are exempt.
-    """
-
-    temperature: float = 0.8
-    top_k: int | None = None
+    temperature: float = 0.8  # divides the logits. 0 always takes the likeliest token.
+    top_k: int | None = None  # draws among the k likeliest tokens. None draws among all.
+    # draws among the likeliest tokens that hold this share of the probability (arXiv:1904.09751). 1 keeps all.
     top_p: float = 1.0
+    # draws among the tokens with at least this share of the likeliest one's probability (arXiv:2407.01082)
     min_p: float = 0.0
+    # divides the positive logits, and multiplies the negative ones, of the tokens in the context (arXiv:1909.05858). 1
+    # changes nothing. Stop ids are exempt.
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
@@ -117,8 +112,6 @@ def generate(
       model: a model with `decode` and `max_seq_len`; see `TransformerModel.decode`.
       params: its parameters; they compute in their own dtype.
       prompts: token ids of each row, at least one. Of a prompt that fills the context only the end is used.
-      num_tokens: number of tokens to add to each row.
-      seed: seed of the random numbers.
       streams: number of each row's random stream. None gives all rows stream 0.
       sampling: how tokens are drawn. None takes the defaults of `Sampling`.
       vocab_size: draws ids below this only, for a model with more rows than the tokenizer has ids. None takes the
@@ -223,18 +216,13 @@ class _Rule(NamedTuple):
 
 
 class _Decoding(NamedTuple):
-    """State of the decoding loop; rows above the number of prompts are padding.
+    """State of the decoding loop; rows above the number of prompts are padding."""
 
-    Attributes:
-      tokens_BS, length_B: tokens of each row and their number.
-      cache: keys and values of all tokens but each row's last.
-      keys_B: random key of each row.
-    """
-
+    # tokens_BS, length_B: tokens of each row and their number
     tokens_BS: jax.Array
     length_B: jax.Array
-    cache: Any
-    keys_B: jax.Array
+    cache: Any  # keys and values of all tokens but each row's last
+    keys_B: jax.Array  # random key of each row
 
 
 def _start(

@@ -62,7 +62,6 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, parallel: Parallel) -> ja
 
     Args:
       table_VD: this device's shard, `[V / tensor, D / fsdp]`.
-      tokens_BT: this device's tokens.
 
     Returns:
       Embeddings `[B, T, D]` of this device's tokens, in the table's dtype.

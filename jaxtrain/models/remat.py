@@ -24,8 +24,6 @@ def rematerialize(layer: Callable, remat: Remat, *, gathered: bool, looped: bool
     """Wraps the function of a layer in a rematerialization policy.
 
     Args:
-      layer: the function.
-      remat: name of the policy.
       gathered: True if the layer gathers its weights over devices.
       looped: True if a loop calls the layer. Otherwise the compiler must not merge the recomputation with
         the forward pass.

@@ -16,8 +16,6 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     mixture. The embedding is a look-up and costs none.
 
     Args:
-      config: the model.
-      seq_len: tokens per sequence.
       causal: True counts visible scores only: (seq_len + 1) / 2 keys per query, or in a layer with a window the mean
         of min(t, window) for t from 1 to seq_len. False counts all scores, as PaLM's MFU does (arXiv:2204.02311).
     """

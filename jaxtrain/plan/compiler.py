@@ -45,9 +45,6 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
 
     Args:
       config: the run. Its mesh must fit the slice.
-      vocab_size: size of its vocabulary.
-      topology: chip and shape, such as `v5p:2x2x2` or `h100:8`.
-      timeout: seconds after which the child is killed.
 
     Returns:
       A dict with `fits`, `hbm_bytes` of a chip, `compile_seconds` and `versions`. For a program that fits also:
@@ -93,12 +90,10 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
 def search_batch(config: Config, vocab_size: int, topology: str, unit: int, timeout: float) -> Iterator[dict[str, Any]]:
     """Searches the largest batch that fits: doubles until one does not fit, then bisects.
 
-    Args:
-      config, vocab_size, topology, timeout: see `compile_step`. The timeout applies to each try.
-      unit: granularity in sequences: number of row shards x micro-batches.
+    `unit` is the granularity in sequences: number of row shards x micro-batches. The time-out applies to each try.
 
     Yields:
-      The answer of each try with its `batch_size`. The largest one that `fits` is the result.
+      The answer of `compile_step` to each try with its `batch_size`. The largest one that `fits` is the result.
     """
     fits, too_large, tried = 0, None, max(config.train.batch_size // unit, 1)
     while too_large is None or too_large - fits > 1:

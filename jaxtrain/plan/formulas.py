@@ -30,28 +30,19 @@ from jaxtrain.training.program import check_parts
 
 
 class Memory(NamedTuple):
-    """Estimated bytes per device.
+    """Estimated bytes per device."""
 
-    Attributes:
-      parameters: float32 masters.
-      optimizer: both moments of Adam.
-      gradients: sharded like the parameters; in the compute dtype, or in float32 if they are accumulated or reduced.
-      compute_copy: parameters cast to the compute dtype once per step. 0 in float32, and with `fsdp` above 1, where
-        layers are cast one at a time.
-      gathered: gradient of the head; with `fsdp` above 1 also the gathered head and the weights of two layers.
-      activations: residuals of all layers, saved for the backward pass.
-      layer: working memory of one layer's backward pass.
-      logits: one chunk of float32 logits and its gradient.
-    """
-
-    parameters: int
-    optimizer: int
+    parameters: int  # float32 masters
+    optimizer: int  # both moments of Adam
+    # sharded like the parameters; in the compute dtype, or in float32 if they are accumulated or reduced
     gradients: int
+    # parameters cast to the compute dtype once per step. 0 in float32, and with `fsdp` above 1, where layers are cast
+    # one at a time.
     compute_copy: int
-    gathered: int
-    activations: int
-    layer: int
-    logits: int
+    gathered: int  # gradient of the head; with `fsdp` above 1 also the gathered head and the weights of two layers
+    activations: int  # residuals of all layers, saved for the backward pass
+    layer: int  # working memory of one layer's backward pass
+    logits: int  # one chunk of float32 logits and its gradient
 
     @property
     def state(self) -> int:
@@ -101,12 +92,8 @@ def make_plan(
     """Plans a run.
 
     Args:
-      config: the run.
-      vocab_size: size of its vocabulary (`plan_vocab`).
-      num_devices: number of devices.
       chip: kind of the devices. None, or a compute dtype without a known peak (float32), gives no time and cost.
       mfu: assumed share of the peak that the model's FLOPs reach, from 0 to 1. Recomputation does not count.
-      price: price of one chip for one hour, in any currency.
 
     Raises:
       ValueError: a model of the user's own, a mesh or batch that does not fit, or mfu or price out of range.
@@ -138,11 +125,7 @@ def make_plan(
 
 
 def plan_vocab(config: Config) -> int:
-    """Returns the vocabulary size of a config without preparing its data.
-
-    Raises:
-      ValueError: only the prepared data would tell.
-    """
+    """Returns the vocabulary size of a config without preparing its data; a ValueError if only the data would tell."""
     data = config.data
     if getattr(config.model, "vocab_size", None):
         return config.model.vocab_size

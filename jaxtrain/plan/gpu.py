@@ -56,13 +56,9 @@ device_description_str: "{name}"
 
 
 def target_devices(chip: Chip, shape: str) -> list[Any]:
-    """Returns the devices of GPUs to compile for, and makes JAX's checks of attention answer for them.
+    """Returns GPUs (`4`, or HOSTSxGPUS) to compile for, and makes JAX's checks of attention answer for them.
 
     For a process that only compiles: JAX asks its own first device for the compute capability of cuDNN's kernels.
-
-    Args:
-      chip: the GPU.
-      shape: number of GPUs of one host, or HOSTSxGPUS.
     """
     from jax._src.cudnn import fused_attention_stablehlo
     from jax.experimental import topologies

@@ -24,14 +24,7 @@ class Traffic(NamedTuple):
 
 
 def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: int) -> list[Traffic]:
-    """Lists all traffic except scalars.
-
-    Args:
-      config: the run.
-      model: its model, with `vocab_size` set.
-      mesh: mesh with the axes `data`, `fsdp`, `tensor`.
-      num_local: number of parameters that one device holds.
-    """
+    """Lists all traffic except scalars. The model has its `vocab_size`; a device holds `num_local` parameters."""
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     settings, passes = config.train, config.train.accumulate
     width = 2 if settings.precision == "bfloat16" else 4
@@ -67,10 +60,7 @@ def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num
 def replaced_gathers(expected: list[Traffic], collectives: list[dict], mesh: dict[str, int]) -> str | None:
     """Returns a warning if the compiler gathers weights by all-reduces of whole arrays, which move twice the bytes.
 
-    Args:
-      expected: traffic by formula.
-      collectives: those of the compiled program, see `hlo.summarize`.
-      mesh: sizes of the axes.
+    `collectives` are those of the compiled program, see `hlo.summarize`.
     """
 
     def gathered(rows):

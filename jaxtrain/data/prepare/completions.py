@@ -60,11 +60,9 @@ def prepare_completions(
       sources: files, folders or globs of JSON, JSON lines, CSV, TSV or Parquet, compressed or not.
       out: folder of the store. A finished store of the same files and options is opened.
       tokenizer: `byte` or `hf:PATH`; PATH may be a run directory, for the tokenizer of its model.
-      eot: text of the end-of-text token of an `hf:PATH` tokenizer; None looks for the usual names.
       validation: sources of the validation split, which then is no share of `sources`.
       validation_fraction: share of the records, chosen by hash, at least one.
       chat_template: folder with a chat template; None takes that of the tokenizer.
-      lock: False takes no lock on the unfinished store, for a file system that has none.
 
     Raises:
       ValueError: records that cannot be used, fewer than two of them, a bad option, or another folder at `out`.

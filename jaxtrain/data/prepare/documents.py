@@ -89,10 +89,8 @@ def read_blocks(
     """Yields blocks of about `size` characters; an empty document has none.
 
     Args:
-      documents: as `read_documents` yields them.
       rule: by hash, or by position; the document in which the tail starts is cut in two.
       offset: UTF-8 bytes of document text that come before these documents in the corpus.
-      size: characters a block.
     """
     for number, (file, document) in enumerate(documents):
         if file.split or rule.tail_start is None:

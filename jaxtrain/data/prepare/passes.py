@@ -66,14 +66,6 @@ def write_store(
 ) -> None:
     """Writes the store of a request into `folder`, whose `units_folder` holds the results of an earlier try.
 
-    Args:
-      folder: of the unfinished store.
-      corpus: the input.
-      request: made by `prepare`; stored in the manifest.
-      limits: sizes of the work.
-      num_workers: processes; None is one a core.
-      stages: shows progress, see `progress.show_progress`.
-
     Raises:
       ValueError: sources that cannot be read, are too small to split, or changed meanwhile.
     """

@@ -64,11 +64,14 @@ def prepare(
     """
     _check_options(out, tokenizer, validation_fraction, num_workers)
     if formats is not None:
-        _register_formats(Path(formats).expanduser())
+        if not (file := Path(formats).expanduser()).is_file():
+            raise ValueError(f"no file {file}: formats is a Python file that adds to FORMATS")
+        run_format_file(str(file))
     out = Path(os.path.abspath(Path(out).expanduser()))
     with _spooled_input(sources, out) as (names, spooled):
         files, left_out = find_sources(names, validation)
-        corpus = Corpus((*sources, *validation), [_rename_source(file, spooled) for file in files], left_out)
+        files = [replace(file, source=STDIN) if file.source == spooled else file for file in files]
+        corpus = Corpus((*sources, *validation), files, left_out)
         _refuse_inside_source([*names, *validation], out)
         options = {"validation_fraction": validation_fraction, "text_field": text_field}
         request = _make_request(corpus.files, {**_tokenizer_request(tokenizer, eot), **options}, limits)
@@ -89,8 +92,11 @@ def _make_store(out: Path, corpus: Corpus, request: dict[str, Any], *, lock: boo
     with locked(partial, lock=lock):
         _discard_other_work(partial, request)
         if not (partial / STORE_MANIFEST).exists():
-            with _deleted_if_refused(partial):
+            try:
                 write_store(partial, corpus, request, **options)
+            except ValueError:  # the request itself is at fault, and no other can use the work
+                shutil.rmtree(partial)
+                raise
         shutil.rmtree(units_folder(partial, request), ignore_errors=True)
         os.rename(partial, out)
         sync_folder(out.parent)
@@ -127,10 +133,6 @@ def _spooled_input(sources: Sequence[str], out: Path) -> Iterator[tuple[Sequence
         shutil.rmtree(folder)
 
 
-def _rename_source(file: SourceFile, spooled: str) -> SourceFile:
-    return replace(file, source=STDIN) if file.source == spooled else file
-
-
 def _check_options(out: str | Path, tokenizer: str, validation_fraction: float, num_workers: int | None) -> None:
     require_local(out, "out")
     require_local(tokenizer, "tokenizer")
@@ -138,12 +140,6 @@ def _check_options(out: str | Path, tokenizer: str, validation_fraction: float, 
         raise ValueError(f"validation_fraction must be between 0 and 1, got {validation_fraction}")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"num_workers must be 1 or more, or None for one a core; got {num_workers}")
-
-
-def _register_formats(file: Path) -> None:
-    if not file.is_file():
-        raise ValueError(f"no file {file}: formats is a Python file that adds to FORMATS")
-    run_format_file(str(file))
 
 
 def _make_request(files: Sequence[SourceFile], options: dict[str, Any], limits: Limits) -> dict[str, Any]:
@@ -158,16 +154,6 @@ def _make_request(files: Sequence[SourceFile], options: dict[str, Any], limits: 
     if custom := {FORMATS[file.format].file for file in files} - {None}:
         request["format_files"] = sorted(sha256_file(Path(file)) for file in custom)
     return json.loads(json.dumps(request))
-
-
-@contextmanager
-def _deleted_if_refused(partial: Path) -> Iterator[None]:
-    """Deletes the partial folder on a ValueError: the request itself is at fault, and no other can use the work."""
-    try:
-        yield
-    except ValueError:
-        shutil.rmtree(partial)
-        raise
 
 
 def _tokenizer_request(spec: str, eot: str | None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ def tar_samples(stream: BinaryIO, suffixes: Set[str]) -> Iterator[tuple[str, dic
     """Yields (key, content by suffix) of each sample: the files in a row that share a name up to its first dot.
 
     Args:
-      stream: one tar, or several one after another.
       suffixes: of the files to read; the content of the others is empty.
 
     Raises:

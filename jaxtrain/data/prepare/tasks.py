@@ -25,7 +25,6 @@ def worker_pool(num_workers: int | None, num_tasks: int, format_files: Sequence[
 
     Args:
       num_workers: processes; None is one a core.
-      num_tasks: upper bound of the processes.
       format_files: Python files that each worker runs first: they register formats.
     """
     num_workers = min(num_workers or len(os.sched_getaffinity(0)), num_tasks)
@@ -66,10 +65,7 @@ def run_tasks(
 
     Args:
       function: importable by a worker; returns a JSON value.
-      tasks: its arguments.
       results: one JSON file a task; an existing file is the result of an earlier try.
-      pool: where to run; None is this process.
-      advance: called with the index of each finished task.
     """
     found = [read_json(path) for path in results]
     for index, result in enumerate(found):

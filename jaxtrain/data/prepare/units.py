@@ -151,19 +151,9 @@ def join_units(
     shard_tokens: int,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Joins the units' files of a split into shards and one file of document starts.
+    """Joins the units' files of a split into shards of `shard_tokens` and one file of document starts.
 
-    Args:
-      folder: of the store.
-      units: folder of the units' files.
-      split: its name.
-      counts: results of `encode_unit`, in order.
-      dtype: of the tokens.
-      shard_tokens: tokens of every shard but the last.
-      advance: called with the number of each unit that is copied.
-
-    Returns:
-      The split's part of the manifest.
+    `counts` are the results of `encode_unit`, in order. Returns the split's part of the manifest.
     """
     totals: dict[str, list[int]] = {}
     for count in counts:

@@ -81,27 +81,19 @@ for _leaf, _suffix in {"kernel": "weight", "scale": "weight", "bias": "bias"}.it
 
 
 class Family(NamedTuple):
-    """An architecture of transformers.
+    """An architecture of transformers."""
 
-    Attributes:
-      architecture, model_type: its names in config.json.
-      style: entry of `FAMILIES`.
-      keys: keys of config.json with the fields of `ModelConfig` that they set.
-      names: paths of our parameters with the names of its tensors; `{}` is the number of the layer. Parameters with
-        the same name are parts of one tensor, in this order.
-      defaults: values of keys that config.json may omit.
-      fixed: keys with the values that the decoder computes; the first is written.
-      transposed: True if kernels are stored as `[outputs, inputs]`.
-    """
-
+    # architecture, model_type: its names in config.json
     architecture: str
     model_type: str
-    style: str
-    keys: dict[str, str]
+    style: str  # entry of `FAMILIES`
+    keys: dict[str, str]  # keys of config.json with the fields of `ModelConfig` that they set
+    # paths of our parameters with the names of its tensors; `{}` is the number of the layer. Parameters with the same
+    # name are parts of one tensor, in this order.
     names: dict[str, str]
-    defaults: dict[str, Any]
-    fixed: dict[str, tuple[Any, ...]]
-    transposed: bool = True
+    defaults: dict[str, Any]  # values of keys that config.json may omit
+    fixed: dict[str, tuple[Any, ...]]  # keys with the values that the decoder computes; the first is written
+    transposed: bool = True  # True if kernels are stored as `[outputs, inputs]`
 
 
 _SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_bias": (False,)}
@@ -178,26 +170,18 @@ def find_family(config: dict[str, Any]) -> Family:
 
 
 class Tensor(NamedTuple):
-    """A tensor of a family: its shape, and the parameters whose concatenation along their last axis it holds.
+    """A tensor of a family: its shape, and the parameters whose concatenation along their last axis it holds."""
 
-    Attributes:
-      shape: as the file has it.
-      leaves: paths of the parameters.
-      index: place of the tensor in the leading axes of the parameters: `(layer,)`, or `()`.
-      transposed: True if the file holds the transposed matrix.
-    """
-
-    shape: tuple[int, ...]
-    leaves: tuple[str, ...]
-    index: tuple[int, ...]
-    transposed: bool
+    shape: tuple[int, ...]  # as the file has it
+    leaves: tuple[str, ...]  # paths of the parameters
+    index: tuple[int, ...]  # place of the tensor in the leading axes of the parameters: `(layer,)`, or `()`
+    transposed: bool  # True if the file holds the transposed matrix
 
 
 def tensors_of(family: Family, shapes: dict[str, tuple[int, ...]], vocab_size: int) -> dict[str, Tensor]:
     """Returns the tensors of a model by name.
 
     Args:
-      family: its family.
       shapes: shapes of the parameters by path, such as "layers/attention/query/kernel".
       vocab_size: rows of the embedding and columns of the head without padding.
     """

@@ -197,7 +197,6 @@ def _read_piece(source: Any, spec: jax.ShapeDtypeStruct, tensor: Tensor, start: 
     Args:
       source: slices of the tensor in the file.
       spec: shape, dtype and sharding of the parameter.
-      tensor: the tensor.
       start: column of the tensor at which the parameter begins.
     """
     leading, step = len(tensor.index), -1 if tensor.transposed else 1
@@ -220,8 +219,6 @@ def _place(array: jax.Array | None, spec: jax.ShapeDtypeStruct, piece: jax.Array
     Args:
       array: the stacked parameter so far, which is donated; None before its first layer.
       spec: shape, dtype and sharding of the parameter.
-      piece: the result of `_read_piece`.
-      tensor: the tensor.
     """
     if not tensor.index:
         return _converter(spec.dtype, spec.sharding, tensor.transposed)(piece)

@@ -32,7 +32,6 @@ def write_model(
     """Writes a model into a folder.
 
     Args:
-      folder: an existing folder.
       config: the model, with its vocabulary.
       params: its parameters, on any devices of this process.
       dtype: float32, float16 or bfloat16.
