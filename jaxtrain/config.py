@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from jaxtrain.fields import (
-    Bounds,
     Fraction,
     FractionOrZero,
+    Interval,
     NotNegative,
     Positive,
+    PositiveShare,
     RunFolder,
     Section,
     Share,
@@ -172,11 +173,11 @@ class MeshConfig(Section, section="mesh"):
 class GuardConfig(Section, section="guard"):
     """Skipping of bad steps. A step that is not finite is always skipped."""
 
-    window: Annotated[int, Bounds("at least 2", 2, includes_low=True)] = 128  # accepted steps that define a spike
+    window: Annotated[int, Interval("[2, inf)")] = 128  # accepted steps that define a spike
     sigmas: Positive[float] | None = 6.0  # deviations above the mean of the window that are a spike; None: no spikes
     max_consecutive: Positive[int] = 10  # skipped steps in a row; more end the run
     # share of skipped steps among the last 1,000 or so; more end the run
-    max_share: Annotated[float, Bounds("above 0 and at most 1", 0, 1, includes_high=True)] = 0.05
+    max_share: PositiveShare[float] = 0.05
 
 
 @dataclass(frozen=True)

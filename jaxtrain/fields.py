@@ -20,19 +20,20 @@ _INT_LIMIT = 2**31  # counters on devices have 32 bits
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """Interval of the allowed values of a number; its text is part of errors. Infinite values are never allowed."""
+class Interval:
+    """Allowed values of a number, such as `Interval("(0, 1]")`."""
 
     text: str
-    low: float
-    high: float = math.inf
-    includes_low: bool = False
-    includes_high: bool = False
 
     def allows(self, value: float) -> bool:
-        above = value >= self.low if self.includes_low else value > self.low
-        below = value <= self.high if self.includes_high else value < self.high
-        return above and below
+        low, high = map(float, self.text[1:-1].split(","))
+        above = value >= low if self.text[0] == "[" else value > low
+        return above and (value <= high if self.text[-1] == "]" else value < high)
+
+    def __str__(self) -> str:
+        """Returns what follows "must be" in an error."""
+        words = {"(0, inf)": "above 0", "(0, inf]": "above 0", "[0, inf)": "0 or more", "(0, 1)": "between 0 and 1"}
+        return words.get(self.text, f"in {self.text}")
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class LocalPath:
 
 
 T = TypeVar("T", int, float)
-Positive = Annotated[T, Bounds("above 0", 0)]
-NotNegative = Annotated[T, Bounds("0 or more", 0, includes_low=True)]
-Fraction = Annotated[T, Bounds("between 0 and 1", 0, 1)]
-FractionOrZero = Annotated[T, Bounds("in [0, 1)", 0, 1, includes_low=True)]
-Share = Annotated[T, Bounds("in [0, 1]", 0, 1, includes_low=True, includes_high=True)]
+Positive = Annotated[T, Interval("(0, inf)")]
+NotNegative = Annotated[T, Interval("[0, inf)")]
+Fraction = Annotated[T, Interval("(0, 1)")]
+FractionOrZero = Annotated[T, Interval("[0, 1)")]
+PositiveShare = Annotated[T, Interval("(0, 1]")]
+Share = Annotated[T, Interval("[0, 1]")]
 Folder = Annotated[str, LocalPath("DIR")]
 Source = Annotated[str, LocalPath("SOURCE", or_url=True)]
 Store = Annotated[str, LocalPath("STORE", or_url=True)]
@@ -115,9 +117,9 @@ def check_value(hint: Any, value: Any, path: str) -> Any:
         value = check_value(kind, value, path)
         if isinstance(rule, LocalPath) and not (rule.or_url and is_url(value)):
             require_local(value, path)
-        elif isinstance(rule, Bounds) and not rule.allows(value):
-            finite = " and finite" if math.isinf(rule.high) and not math.isfinite(value) else ""
-            raise ValueError(f"{path} must be {rule.text}{finite}, got {value}")
+        elif isinstance(rule, Interval) and not rule.allows(value):
+            finite = " and finite" if "inf" in rule.text and not math.isfinite(value) else ""
+            raise ValueError(f"{path} must be {rule}{finite}, got {value}")
         return value
     return _check_scalar(hint, value, path)
 

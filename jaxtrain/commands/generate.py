@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from jaxtrain.commands.model import Checkpoint, RunOptions, model_of
-from jaxtrain.fields import Bounds, LocalPath, NotNegative, Positive
+from jaxtrain.fields import LocalPath, NotNegative, Positive, PositiveShare, Share
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo, report_error
 
@@ -23,9 +23,9 @@ class GenerateOptions(RunOptions):
     temperature: NotNegative[float] = 0.8  # divides the logits; 0 takes the likeliest token
     top_k: Positive[int] | None = None  # draws among the k likeliest tokens; none draws among all
     # draws among the likeliest tokens that hold this share of the probability
-    top_p: Annotated[float, Bounds("in (0, 1]", 0, 1, includes_high=True)] = 1.0
+    top_p: PositiveShare[float] = 1.0
     # draws among the tokens with at least this share of the probability of the likeliest
-    min_p: Annotated[float, Bounds("in [0, 1]", 0, 1, includes_low=True, includes_high=True)] = 0.0
+    min_p: Share[float] = 0.0
     repetition_penalty: Positive[float] = 1.0  # makes tokens of the context less likely; 1 changes nothing
     seed: NotNegative[int] = 0  # of the random numbers
     stop: tuple[str, ...] = ()  # strings that end the text, and are left out of it

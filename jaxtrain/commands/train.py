@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from jaxtrain.config import Config
-from jaxtrain.fields import Bounds, LocalPath, NotNegative, Positive, RunFolder, Section
+from jaxtrain.fields import LocalPath, NotNegative, Positive, PositiveShare, RunFolder, Section
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo, report_error
 
@@ -99,7 +99,7 @@ class PlanOptions(Section):
     topology: Annotated[str, "CHIP:SHAPE"] | None = None  # chips to compile for: v5p:2x2x2, v6e:4x4, h100:8 ...
     devices: Positive[int] | None = None  # number of devices without --topology; None takes the product of the mesh
     chip: Annotated[str, "CHIP"] | None = None  # v5e, v5p, v6e, a100, h100, h200 or b200, without --topology
-    mfu: Annotated[float, Bounds("above 0 and at most 1", 0, 1, includes_high=True)] = 0.4  # assumed share of the peak
+    mfu: PositiveShare[float] = 0.4  # assumed share of the peak
     price: NotNegative[float] | None = None  # of one chip for one hour, in any currency
     max_batch: bool = False  # search for the largest train.batch_size that fits; needs --topology
     timeout: Positive[float] = 3600.0  # seconds that one compilation may take

@@ -99,38 +99,35 @@ def run_on_lead(
     Raises:
       ValueError: on the other processes, if `function` raised on the lead or took longer than `timeout`.
     """
+    return _from_lead(task, function, lambda result: None, key, timeout)
+
+
+def broadcast_from_lead(task: str, function: Callable[[], T], *, key: str | None = None) -> T:
+    """Runs `function` on the lead process and returns its result, a JSON value, everywhere. See `run_on_lead`."""
+    return _from_lead(task, function, lambda result: result, key, LONG_SECONDS)
+
+
+def _from_lead(
+    task: str, function: Callable[[], T], shared: Callable[[T], Any], key: str | None, timeout: float
+) -> T | Any:
+    """Runs `function` on the lead; the other processes return what `shared` makes of its result."""
     if is_alone():
         return function()
     state, key = _state(), f"jaxtrain/lead/{key or new_key('unnamed')}"
     if state.process_id == 0:
         try:
             result = function()
+            message = json.dumps(["", shared(result)])
         except Exception as error:
-            state.client.key_value_set(key, f"{error}" or type(error).__name__)
+            state.client.key_value_set(key, json.dumps([str(error) or type(error).__name__, None]))
             raise
-        state.client.key_value_set(key, "")
+        state.client.key_value_set(key, message)
         return result
-    problem = wait_for(state.client, key, time.monotonic() + timeout)
-    if problem is None:
-        problem = _missing([0], task, timeout)
+    text = wait_for(state.client, key, time.monotonic() + timeout)
+    problem, value = (_missing([0], task, timeout), None) if text is None else json.loads(text)
     if problem:
         raise ValueError(problem)
-    return None
-
-
-def broadcast_from_lead(task: str, function: Callable[[], T], *, key: str | None = None) -> T:
-    """Runs `function` on the lead process and returns its result, a JSON value, everywhere. See `run_on_lead`."""
-    result = run_on_lead(task, function, key=key)
-    if is_alone():
-        return result
-    state, key = _state(), f"jaxtrain/broadcast/{key or new_key('unnamed')}"
-    if state.process_id == 0:
-        state.client.key_value_set(key, json.dumps(result))
-        return result
-    text = wait_for(state.client, key, time.monotonic() + time_limit())
-    if text is None:
-        raise ValueError(_missing([0], task, time_limit()))
-    return json.loads(text)
+    return value
 
 
 def gather_on_lead(task: str, value: Any, *, key: str | None = None, timeout: float = LONG_SECONDS) -> list | None:

@@ -21,17 +21,16 @@ class Output:
             self._stream.reconfigure(errors=errors)
 
     def write(self, text: str) -> int:
-        if not self.closed_early:
-            try:
-                self._stream.write(text)
-            except BrokenPipeError:
-                self.discard()
+        self._call("write", text)
         return len(text)
 
     def flush(self) -> None:
+        self._call("flush")
+
+    def _call(self, method: str, *arguments: str) -> None:
         if not self.closed_early:
             try:
-                self._stream.flush()
+                getattr(self._stream, method)(*arguments)
             except BrokenPipeError:
                 self.discard()
 

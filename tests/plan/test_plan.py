@@ -164,7 +164,7 @@ def test_unknown_topologies_are_one_line_with_the_known_ones(topology, capsys):
         (["--topology", "v5p:2x2x2", "--devices", "8"], "leave out --devices and --chip"),
         (["--devices", "8", "--chip", "v7"], "unknown chip 'v7'"),
         (["--max-batch"], "give a --topology"),
-        (["--mfu", "40"], "--mfu must be above 0 and at most 1"),
+        (["--mfu", "40"], "--mfu must be in (0, 1]"),
         (["--price", "-1"], "--price must be"),
         (["--topologie", "v5p:2x2x2"], "did you mean --topology?"),
     ],

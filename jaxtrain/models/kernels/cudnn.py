@@ -16,13 +16,7 @@ AMPERE, HOPPER = (8, 0), (9, 0)  # CUDA compute capabilities
 def cudnn_attention(
     query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array, *, window: int | None = None
 ) -> jax.Array:
-    """Computes causal attention, `[B, T, H, K]`.
-
-    Args:
-      query_BTHK: queries, bfloat16 or float16; H is a multiple of G.
-      key_BTGK, value_BTGK: keys and values in the same dtype.
-      window: number of newest keys that a query attends to, itself included. None means all keys.
-    """
+    """Computes causal attention, `[B, T, H, K]`, in bfloat16 or float16; see `attention.attend`."""
     return jax.nn.dot_product_attention(
         query_BTHK,
         key_BTGK,

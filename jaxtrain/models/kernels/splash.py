@@ -21,15 +21,9 @@ def splash_attention(
     softcap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes causal attention, `[B, T, H, K]`.
+    """Computes causal attention, `[B, T, H, K]`, T a multiple of LANES; see `attention.attend`.
 
-    Args:
-      query_BTHK: queries, T a multiple of LANES; H is a multiple of G.
-      key_BTGK, value_BTGK: keys and values.
-      segment_ids: int `[B, T]`, segment of each token. A query attends to keys of its own segment only.
-      window: number of newest keys that a query attends to, itself included. Masked blocks are not computed.
-      softcap: replaces scores by softcap * tanh(scores / softcap).
-      interpret: runs the kernel in Python on any backend; slow, for tests.
+    Blocks outside the window are not computed. `interpret` runs the kernel in Python on any backend; slow, for tests.
     """
     _, length, num_heads, width = query_BTHK.shape
     kernel = _kernel(length, num_heads, width * key_BTGK.dtype.itemsize, window, softcap, interpret)
