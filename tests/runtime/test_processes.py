@@ -4,24 +4,18 @@ Real processes of two simulated devices each, joined by gloo over the loopback; 
 they are compared with.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers import LIMIT, start, wait_until
+from helpers import LIMIT, wait_until
+from process_helpers import Processes
 from runs import Faults, train
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
@@ -29,48 +23,12 @@ from jaxtrain.checkpoints.manifest import verify
 from jaxtrain.checkpoints.restore import restore
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.runtime import processes
-from jaxtrain.runtime.cluster import find_cluster
 from jaxtrain.runtime.config_files import to_json
-from jaxtrain.runtime.rendezvous import meet
 from jaxtrain.training.run import open_run
 
-
-def free_address():
-    with socket.create_server(("localhost", 0)) as server:
-        return f"localhost:{server.getsockname()[1]}"
-
-
-class Processes:
-    """Some processes of one run, each with two devices; `arguments` go to Python, per process.
-
-    Where nobody is missing the time-out is long: JAX ends a run whose processes do not get to send a heartbeat for so
-    long, and on a machine with too much to do that may be half a minute.
-    """
-
-    def __init__(self, *arguments, count=2, timeout=200, ranks=None):
-        address = free_address()
-        self.processes = []
-        for rank, words in zip(ranks or range(count), arguments, strict=True):
-            environment = {
-                **os.environ,
-                "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
-                "PYTHONWARNINGS": "default",
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(rank),
-                "JAXTRAIN_TIMEOUT": str(timeout),
-            }
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            self.processes.append(start([sys.executable, *words], env=environment, **pipes))
-
-    def wait(self):
-        """The exit codes, outputs and errors."""
-        ends = [process.communicate(timeout=LIMIT) for process in self.processes]
-        return [process.returncode for process in self.processes], *zip(*ends, strict=True)
-
-
 FAULTS = Faults(nan_micro_batch_step=5)  # one bad row, on a device of one process
+
+
 FAULTY = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
@@ -423,192 +381,3 @@ def test_two_runs_of_one_interpreter_save_the_same_steps(config, tmp_path):
     codes, _, errors = Processes(*[["-c", script, file, tmp_path / "a", tmp_path / "b"]] * 2).wait()
     assert codes == [0, 0], errors
     assert [CheckpointFolder(tmp_path / name / "checkpoints").steps() for name in "ab"] == [[3, 4]] * 2
-
-
-class SlowStore:
-    """A key-value store whose answers take 2 ms on their way, as `jax.distributed`'s client tells it."""
-
-    def __init__(self, **values):
-        self.values = {key.replace("__", "/"): value for key, value in values.items()}
-
-    def key_value_dir_get(self, key):
-        return [(name, value) for name, value in self.values.items() if name.startswith(f"{key}/")]
-
-    def key_value_try_get(self, key):
-        if key not in self.values:
-            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: Config key {key} not found.")
-        return self.values[key]
-
-    def blocking_key_value_get(self, key, milliseconds):
-        if milliseconds < 2 or key not in self.values:
-            time.sleep(milliseconds / 1000)
-            raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: GetKeyValue() timed out with key: {key}")
-        return self.values[key]
-
-
-def test_a_late_or_slow_value_of_the_store_is_read():
-    def get(key, seconds, **values):
-        return processes.wait_for(SlowStore(**values), key, time.monotonic() + seconds)
-
-    assert get("said", 0.0, said="1") == "1"  # who waited for a first process has no time left for the second
-    assert get("said", 60.0, said="1", jaxtrain__failed__0="process 0 failed") == "1"
-    assert get("said", 0.01) is None
-    with pytest.raises(ValueError, match=r"^process 0 failed$"):
-        get("said", 60.0, jaxtrain__failed__0="process 0 failed")
-
-
-def meet_all(arguments, timeout=20.0):
-    """Calls `meet` for each (number of processes, process) at once; what each raised, or whom it met."""
-    address, outcome = free_address(), {}
-
-    def one(i, count, process):
-        try:
-            (outcome[i],) = close(meet(address, count, process, timeout))
-        except ValueError as error:
-            outcome[i] = str(error)
-
-    threads = [threading.Thread(target=one, args=(i, *each)) for i, each in enumerate(arguments)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT)
-    return [outcome[i] for i in range(len(arguments))]
-
-
-def close(*connections):
-    """Closes what `meet` has returned; returns the processes at the other ends."""
-    for connection in [connection for each in connections for connection in each.values()]:
-        connection.close()
-    return [sorted(each) for each in connections]
-
-
-def test_processes_meet_in_any_order():
-    assert meet_all([(3, 2), (3, 0), (3, 1)]) == [[0], [1, 2], [0]]
-
-
-def test_everybody_who_came_hears_who_did_not():
-    came = meet_all([(5, 3), (5, 0), (5, 1)], timeout=1.0)
-    assert all("2 of 5 processes did not come within 1 s: processes 2, 4;" in text for text in came)
-
-
-def test_duplicate_numbers_and_other_counts_are_errors():
-    same = meet_all([(4, 0), (4, 1), (4, 1)])
-    assert "two processes say that they are process 1" in same[0]
-    assert same == [same[0]] * 3
-    assert "process 1 counts 2 processes, and process 0 3" in meet_all([(3, 0), (2, 1)])[0]
-    with pytest.raises(ValueError, match="process 4 is not one of 0 to 1"):
-        meet("localhost:1", 2, 4, 1.0)
-
-
-ZEROS = b"0" * 64
-STRANGERS = [
-    *(b"", b"\n", b"GET / HTTP/1.1\n", b"jaxtrain one of two\n", b"jaxtrain 1 of 2\n", b"jaxtrain 1 of 2 token\n"),
-    *(b"x" * 100_000, b"\xff\xfe\x00\n", b"jaxtrain " + b"9" * 5000 + b" of 2\n", "jaxtrain \u0663 of 2\n".encode()),
-    *(b"jaxtrain -1 of 2 " + ZEROS + b"\n", b"jaxtrain 1 of 2 " + ZEROS + b"\n"),  # without the token
-]
-
-
-def test_strangers_at_the_port_do_no_harm():
-    """Connections that stay silent delay nobody."""
-    address = free_address()
-    host, port = address.split(":")
-    outcome = []
-    lead = threading.Thread(target=lambda: outcome.append(meet(address, 2, 0, 60.0)))
-    lead.start()
-
-    def connect():
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                return socket.create_connection((host, int(port)), timeout=5)
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-
-    idle = [connect() for _ in range(20)]
-    for greeting in STRANGERS:
-        with connect() as stranger, contextlib.suppress(ConnectionError):
-            stranger.sendall(greeting)
-    begin = time.monotonic()
-    outcome.append(meet(address, 2, 1, 60.0))
-    lead.join(LIMIT)
-    assert sorted(close(*outcome)) == [[0], [1]]
-    assert time.monotonic() - begin < 30  # 20 of them one after the other would take 100 s
-    for connection in idle:
-        connection.close()
-
-
-def test_a_process_of_another_run_is_refused_with_the_reason(monkeypatch):
-    address, outcome = free_address(), []
-    lead = threading.Thread(target=lambda: outcome.append(meet(address, 2, 0, 20.0)))
-    monkeypatch.setenv("JAXTRAIN_TOKEN", "ours")
-    lead.start()
-    time.sleep(0.5)
-    monkeypatch.setenv("JAXTRAIN_TOKEN", "theirs")
-    with pytest.raises(ValueError, match="process 1 has another JAXTRAIN_TOKEN than process 0"):
-        meet(address, 2, 1, 20.0)
-    assert lead.is_alive()
-    monkeypatch.setenv("JAXTRAIN_TOKEN", "ours")
-    outcome.append(meet(address, 2, 1, 20.0))
-    lead.join(LIMIT)
-    assert sorted(close(*outcome)) == [[0], [1]]
-
-
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-SLURM = {
-    "SLURM_JOB_ID": "4242",
-    "SLURM_STEP_NODELIST": "node[007-010]",
-    "SLURM_NTASKS": "8",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-}
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    """Sets the environment; returns what `session` would have joined."""
-
-    def look(**environment):
-        for name in (*VARIABLES, *SLURM, "JAX_COORDINATOR_PORT", "OMPI_MCA_orte_hnp_uri"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        return find_cluster(1.0)
-
-    return look
-
-
-def test_a_laptop_and_a_cluster_of_one_are_one_process(cluster):
-    assert cluster().num_processes == 1
-    assert cluster(**SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).num_processes == 1
-    assert cluster(**SLURM | {"JAX_NUM_PROCESSES": "1"}).num_processes == 1
-    assert cluster(KUBERNETES_SERVICE_HOST="10.0.0.1").num_processes == 1  # any pod, without a word
-
-
-def test_a_cluster_is_found_or_asked_for(cluster):
-    port = 4242 % 4096 + 65535 - 4096 + 1  # JAX's choice, from the job's number
-    assert cluster(**SLURM) == (f"node007:{port}", 8, 5, None)  # JAX then gives each its local GPU
-    assert cluster(**SLURM, JAX_COORDINATOR_PORT="77").address == "node007:77"
-    asked = dict(zip(VARIABLES, ("host:1", "2", "1"), strict=True))
-    assert cluster(**asked) == ("host:1", 2, 1, "deactivate")
-    assert cluster(**SLURM, **asked) == ("host:1", 2, 1, "deactivate")
-
-
-@pytest.mark.parametrize("given", [("", "2", "1"), ("host:1", "2", ""), ("host:1", "", "0"), ("host:1", "two", "0")])
-def test_half_an_address_is_an_error_that_shows_it(cluster, given):
-    with pytest.raises(ValueError, match=f"got .*JAX_NUM_PROCESSES='{given[1]}'"):
-        cluster(**dict(zip(VARIABLES, given, strict=True)))
-
-
-@pytest.mark.parametrize("text", ["0", "soon", "inf"])
-def test_a_time_out_that_is_none_is_an_error(monkeypatch, text):
-    monkeypatch.setenv("JAXTRAIN_TIMEOUT", text)
-    with pytest.raises(ValueError, match=f"JAXTRAIN_TIMEOUT must be .* got '{text}'"):
-        processes.time_limit()
-
-
-def test_one_process_agrees_with_itself():
-    processes.agree("nothing", {"a": object()})  # not even looked at
-    assert processes.run_on_lead("think", lambda: 7) == 7
-    assert processes.is_lead()
-    assert processes.StopVote().reason("SIGINT", 3) == "SIGINT"
-    assert processes.StopVote().reason(None, 3) is None
