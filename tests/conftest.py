@@ -2,18 +2,16 @@
 
 import atexit
 import faulthandler
-import importlib.metadata
+import gc
 import os
 import shutil
 import tempfile
 
+from helpers import QUICK_XLA, STARTED
+
 NUM_DEVICES = 8
-# Most of the suite's time is LLVM's: without its optimizations tiny programs compile three times as fast. A flag given
-# from outside comes later and wins: XLA_FLAGS=--xla_backend_optimization_level=3 tests what users run.
-QUICK = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # twice as fast again; later ones have no other emitters
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
-FLAGS = f"{QUICK} --xla_force_host_platform_device_count={NUM_DEVICES}"
+# A flag given from outside comes later and wins: XLA_FLAGS=--xla_backend_optimization_level=3 tests what users run.
+FLAGS = f"{QUICK_XLA} --xla_force_host_platform_device_count={NUM_DEVICES}"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -25,9 +23,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+gc.set_threshold(100_000, 20, 100)  # JAX's caches hold millions of objects that never become garbage
+
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
-from helpers import STARTED  # noqa: E402
 
 # An example takes as long as the machine makes it wait.
 hypothesis.settings.register_profile("no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -1,5 +1,6 @@
 """Helpers that several test files share."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -7,6 +8,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Most of the suite's time is LLVM's: without its optimizations, and in one part, tiny programs compile three times as
+# fast. Without fusion emitters, which later versions cannot do without, they do so twice as fast again.
+QUICK_XLA = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK_XLA += " --xla_cpu_use_fusion_emitters=false"
 LIMIT = 240  # seconds until a test gives up on a process; each takes a few
 
 

@@ -7,7 +7,7 @@ import sys
 import tomllib
 
 import pytest
-from helpers import ROOT, run, user_environment
+from helpers import QUICK_XLA, ROOT, run, user_environment
 
 from jaxtrain import cli
 
@@ -49,8 +49,7 @@ def outcomes(tmp_path_factory):
     assert smaller != CODE
     (folder / "blocks.json").write_text(json.dumps(smaller))
     command = [sys.executable, ROOT / "tests/run_blocks.py", folder / "blocks.json", folder / "results.json", ROOT]
-    quick = "--xla_backend_optimization_level=0"  # compiles in a third of the time
-    environment = user_environment(JAX_PLATFORMS="cpu", TMPDIR=str(folder), XLA_FLAGS=quick, PYTHONPATH=str(ROOT))
+    environment = user_environment(JAX_PLATFORMS="cpu", TMPDIR=str(folder), XLA_FLAGS=QUICK_XLA, PYTHONPATH=str(ROOT))
     print(run(command, environment=environment, timeout=1200))
     results = json.loads((folder / "results.json").read_text())
     return {identifier(block): result for block, result in zip(CODE, results, strict=True)}

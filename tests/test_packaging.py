@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run, user_environment
+from helpers import QUICK_XLA, ROOT, run, user_environment
 
 TEN_LINES = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL).group(1)
 CONFIG = """
@@ -56,7 +56,7 @@ def borrow_packages(python):
 
 def check_outside(python, folder):
     """Runs the ten lines and trains a config of the user's own with an installed package, away from the checkout."""
-    environment = user_environment(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0")
+    environment = user_environment(JAX_PLATFORMS="cpu", XLA_FLAGS=QUICK_XLA)
     environment.pop("PYTHONPATH", None)
     where = run([python, "-c", "import jaxtrain; print(jaxtrain.__file__)"], cwd=folder, environment=environment)
     assert Path(where.strip()).is_relative_to(python.parents[1])

@@ -6,7 +6,7 @@ import runpy
 import sys
 
 import pytest
-from helpers import ROOT, call
+from helpers import QUICK_XLA, ROOT, call
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -14,7 +14,7 @@ from benchmark import Table
 
 
 def run(*command, **environment):
-    flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT), **environment}
+    flags = {"XLA_FLAGS": QUICK_XLA, "PYTHONPATH": str(ROOT), **environment}
     return call([sys.executable, *command], cwd=ROOT, env={**os.environ, **flags})
 
 
