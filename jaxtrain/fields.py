@@ -32,8 +32,9 @@ class Interval:
 
     def __str__(self) -> str:
         """Returns what follows "must be" in an error."""
-        words = {"(0, inf)": "above 0", "(0, inf]": "above 0", "[0, inf)": "0 or more", "(0, 1)": "between 0 and 1"}
-        return words.get(self.text, f"in {self.text}")
+        if self.text.startswith("[") and self.text.endswith(", inf)"):
+            return f"{self.text[1:-6]} or more"
+        return {"(0, inf)": "above 0", "(0, 1)": "between 0 and 1"}.get(self.text, f"in {self.text}")
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,10 @@ NAN = float("nan")
         (OptimConfig, {"clip_norm": -1.0}, "clip_norm"),
         (OptimConfig, {"weight_decay": -0.1}, "weight_decay"),
         (OptimConfig, {"floor": 1.5}, "floor"),
+        (GuardConfig, {"window": 1}, r"guard\.window must be 2 or more, got 1"),
+        (GuardConfig, {"max_share": 1.1}, r"guard\.max_share must be in \(0, 1\], got 1\.1"),
         (TrainConfig, {"steps": 0}, "steps"),
+        (TrainConfig, {"steps": 2**31}, r"train\.steps: 2147483648 is too large"),
         (TrainConfig, {"batch_size": 6, "accumulate": 4}, "batch_size 6 is not divisible by train.accumulate 4"),
         (TrainConfig, {"label_smoothing": 1.0}, "label_smoothing"),
         (TrainConfig, {"z_loss": -1.0}, "z_loss"),
@@ -145,6 +148,12 @@ NAN = float("nan")
 def test_values_out_of_range(cls, fields, message):
     with pytest.raises(ValueError, match=message):
         cls(**fields)
+
+
+def test_values_at_their_bounds_are_allowed():
+    assert GuardConfig(window=2, max_share=1.0).window == 2
+    assert TrainConfig(steps=2**31 - 1, label_smoothing=0.0).steps == 2**31 - 1
+    assert OptimConfig(b1=0.0, floor=1.0, weight_decay=0.0).floor == 1.0
 
 
 @pytest.mark.parametrize(

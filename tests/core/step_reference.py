@@ -51,17 +51,6 @@ def lm_batch(counts=(1, 9, 0, 128)):
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "mask": mask.reshape(ROWS, LENGTH)}
 
 
-def assert_close(actual, expected, rtol=1e-6):
-    """The largest difference in a leaf is at most rtol of its largest number."""
-
-    def check(a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.abs(b).max(initial=0))
-
-    jax.tree.map(check, actual, expected)
-
-
 def mesh_of(num_devices, kind="Auto"):
     types = (jax.sharding.AxisType[kind],)
     return jax.make_mesh((num_devices,), ("data",), axis_types=types, devices=jax.devices()[:num_devices])

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from optim_reference import assert_close
 from step_reference import (
     METRICS,
     ROWS,
     VOCAB,
     WIDTH,
     adamw,
-    assert_close,
     lm_batch,
     lm_loss,
     lm_params,

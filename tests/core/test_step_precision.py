@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from optim_reference import assert_close
 from step_reference import (
     METRICS,
     adamw,
-    assert_close,
     lm_batch,
     lm_loss,
     lm_params,

@@ -13,7 +13,7 @@ from jaxtrain.data.joined import join_stores
 from jaxtrain.data.loader import TrainBatches, Windows
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import Split, open_store
-from jaxtrain.mixture import make_mixture, parse_mixture, parse_stores
+from jaxtrain.mixture import check_epochs, make_mixture, parse_mixture, parse_stores
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.training.batches import train_batches
 from jaxtrain.training.evaluation import evaluate_split
@@ -223,6 +223,13 @@ def test_a_run_adds_a_source(tiny_config, stores, tmp_path):
     swapped = {**stores, "web": stores["code"]}
     with pytest.raises(ValueError, match="made with other data"):
         train(with_mixture(config, swapped, config.data.mixture), tmp_path / "run")
+
+
+def test_a_limit_of_passes_may_be_reached_and_not_exceeded():
+    mixture = make_mixture(None, {"": 4}, 3, 2)
+    check_epochs(mixture, {"": 4}, 2, 1.0)  # four sequences, one pass
+    with pytest.raises(ValueError, match=r"data\.max_epochs 1: 3 steps read the data 1\.50 times"):
+        check_epochs(mixture, {"": 4}, 3, 1.0)
 
 
 def test_stores_that_do_not_fit_and_limits(tiny_config, stores, tmp_path):

@@ -196,11 +196,12 @@ def test_lines_of_older_runs_and_odd_numbers():
     lines = [
         {"step": 10, "nll": 3.0, "clip_factor": 0.5, "skipped": 0.0, "grad_norm": 2.0},
         {"step": 20, "nll": float("nan"), "clip_factor": 1.0, "skipped": 0.0, "grad_norm": float("inf"), "note": "x"},
+        {"step": 30, "nll": 2.0, "clip_factor": 0.0, "skipped": 1.0},  # a skipped step is not clipped
     ]
     curves = run_curves(lines, [])
-    assert curves["y"]["nll"] == [3, None]
+    assert curves["y"]["nll"] == [3, None, 2]
     assert "note" not in curves["y"]
-    assert curves["clipping"]["share"] == [1, 0]
+    assert curves["clipping"]["share"] == [1, 0, 0]
     assert sum(curves["histogram"]["counts"]) == 10
 
 

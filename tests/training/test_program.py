@@ -8,81 +8,32 @@ import jax
 import numpy as np
 import optax
 import pytest
+from program_helpers import (
+    MESHES,
+    MODELS,
+    ONE,
+    ROWS,
+    STEPS,
+    TOKENS,
+    VOCAB,
+    batch_of,
+    first_state,
+    host_batch,
+    host_state,
+    make_config,
+    moments,
+    program_of,
+    relative,
+)
 
-from jaxtrain.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, gpt2, llama
+from jaxtrain.config import Config, DataConfig, MeshConfig, TrainConfig, llama
 from jaxtrain.losses import LossSums
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.models.transformer import Transformer, make_loss_fn
-from jaxtrain.runtime.mesh import by_rows, make_mesh, map_loss, replicated
+from jaxtrain.runtime.mesh import make_mesh, map_loss
 from jaxtrain.step import TrainState, pmap_train_step, replicate
 from jaxtrain.training import components
 from jaxtrain.training.program import make_program
-
-STEPS, ROWS, TOKENS, VOCAB = 20, 16, 16, 257
-MODELS = {
-    "gpt2": gpt2(num_layers=2, num_heads=4, d_model=32, max_seq_len=TOKENS, vocab_multiple=8),
-    "llama": llama(
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        d_model=32,
-        d_ff=48,
-        max_seq_len=TOKENS,
-        qk_norm=True,
-        logit_softcap=5.0,
-        vocab_multiple=8,
-    ),
-}
-ONE = (1, 1, 1)
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]  # data, fsdp, tensor
-
-
-def make_config(style, sizes=ONE, accumulate=1, precision="float32", **model):
-    return Config(
-        data=DataConfig(store="unused"),
-        model=dataclasses.replace(MODELS[style], **{"scan_unroll": 1, **model}),  # one program on every mesh
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3, clip_norm=0.7),
-        train=TrainConfig(
-            steps=STEPS,
-            batch_size=ROWS,
-            seq_len=TOKENS,
-            accumulate=accumulate,
-            precision=precision,
-            z_loss=1e-3,
-            label_smoothing=0.1,
-        ),
-        mesh=MeshConfig(*sizes),
-    )
-
-
-@functools.cache
-def program_of(config):
-    """Returns one program for all tests that need the same: compiling it takes seconds."""
-    return make_program(config, make_mesh(config.mesh), VOCAB)
-
-
-@functools.cache
-def host_batch(step):
-    """Masks tokens, fewer in later rows, so that devices have very unequal weights."""
-    rng = np.random.default_rng(step)
-    tokens = rng.integers(0, VOCAB, (ROWS, TOKENS + 1)).astype(np.int32)
-    where = rng.random((ROWS, TOKENS)) < np.linspace(0.05, 1, ROWS)[:, None]
-    return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "where": where}
-
-
-def batch_of(program, step=0):
-    return jax.device_put(host_batch(step), by_rows(program.mesh))
-
-
-@functools.cache
-def host_state(style):
-    """Makes the first state on one device; compiling it for each mesh takes seconds."""
-    return jax.device_get(program_of(make_config(style)).init_state())
-
-
-def first_state(program, style):
-    put = lambda leaf, like: jax.device_put(np.copy(leaf), like.sharding)  # noqa: E731
-    return jax.tree.map(put, host_state(style), program.abstract_state)
 
 
 @functools.cache
@@ -122,12 +73,6 @@ def test_another_learning_rate_length_or_threshold_is_the_same_program():
 def test_an_optimizer_of_the_caller_holds_its_own_numbers():
     program = make_program(make_config("gpt2"), make_mesh(MeshConfig(*ONE)), VOCAB, optimizer=optax.sgd(0.1))
     assert program.scalars is None
-
-
-def relative(actual, expected):
-    """Returns the norm of the difference of two trees, relative to the norm of the second."""
-    square = lambda tree: sum(float(np.sum(np.square(x, dtype=np.float64))) for x in jax.tree.leaves(tree))  # noqa: E731
-    return (square(jax.tree.map(np.subtract, actual, expected)) / square(expected)) ** 0.5
 
 
 def assert_same_run(actual, expected):
@@ -198,106 +143,6 @@ def test_evaluation_gives_the_same_sums_on_every_mesh(sizes):
     np.testing.assert_allclose(actual.nll, expected.nll, rtol=1e-6)
     assert actual.weight == expected.weight == host_batch(0)["where"].sum()
     assert actual.z_loss == actual.smoothing == 0
-
-
-# The part of each parameter that a device of data 2 x fsdp 2 x tensor 2 holds: embed over fsdp; heads, hidden and
-# vocabulary (264 rows) over tensor; the layers' number, norms, positions and biases of the residual stream whole.
-PARTS = {
-    "gpt2": {"embedding": (132, 16), "positions": (16, 32), "query/kernel": (2, 16, 16), "key/kernel": (2, 16, 16)}
-    | {"value/kernel": (2, 16, 16), "out/kernel": (2, 16, 16), "up/kernel": (2, 16, 64), "down/kernel": (2, 64, 16)}
-    | {"query/bias": (2, 16), "key/bias": (2, 16), "value/bias": (2, 16), "out/bias": (2, 32), "up/bias": (2, 64)}
-    | {"down/bias": (2, 32), "final_norm/scale": (32,), "final_norm/bias": (32,)}
-    | {f"{norm}_norm/{leaf}": (2, 32) for norm in ("attention", "feed_forward") for leaf in ("scale", "bias")},
-    "llama": {"embedding": (132, 16), "head": (16, 132), "query/kernel": (2, 16, 16), "key/kernel": (2, 16, 8)}
-    | {"value/kernel": (2, 16, 8), "out/kernel": (2, 16, 16), "up/kernel": (2, 16, 24), "gate/kernel": (2, 16, 24)}
-    | {"down/kernel": (2, 24, 16), "query_norm/scale": (2, 8), "key_norm/scale": (2, 8), "final_norm/scale": (32,)}
-    | {"attention_norm/scale": (2, 32), "feed_forward_norm/scale": (2, 32)},
-}
-
-
-def moments(state):
-    return [optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu")]
-
-
-@pytest.mark.parametrize(("style", "accumulate"), [("llama", 2), ("gpt2", 1)])
-def test_state_is_born_in_its_parts_and_stays_there(style, accumulate):
-    """The same numbers as on one device; each device holds its shard alone, and the program compiles once."""
-    program = program_of(make_config(style, (2, 2, 2), accumulate))
-    state = program.init_state()
-    for leaf, reference in zip(jax.tree.leaves(state), jax.tree.leaves(host_state(style)), strict=True):
-        np.testing.assert_array_equal(leaf, reference)
-    for tree in (state.params, *moments(state)):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        parts = {"/".join(key.key for key in path[-2:]): leaf for path, leaf in leaves}
-        assert {name: leaf.addressable_shards[0].data.shape for name, leaf in parts.items()} == PARTS[style]
-        assert all(len(leaf.addressable_shards) == 8 for leaf in parts.values())
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-    assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
-    first = state
-    for step in range(2):
-        state, _ = jax.block_until_ready(program.train_step(state, batch_of(program, step)))
-        assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((first.params, moments(first))))
-    assert program.train_step._cache_size() == 1
-
-
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
-def test_state_takes_twelve_bytes_a_parameter_over_the_devices(sizes):
-    """Norm scales are replicated; in a wide model they are a small share."""
-    wide = dataclasses.replace(MODELS["llama"], d_model=512, d_ff=1536)
-    program = program_of(dataclasses.replace(make_config("llama", sizes), model=wide))
-    state = program.abstract_state
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    np.testing.assert_allclose(held, 12 * num_params / (sizes[1] * sizes[2]), rtol=0.01)
-
-
-def by_rank(params):
-    return jax.tree.map(lambda leaf: "matrix" if len(leaf.shape) > 2 else "other", params)
-
-
-OPTIMIZERS = {
-    "lion": optax.lion(1e-3),
-    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=8),
-    "partitioned": optax.partition({"matrix": optax.adam(1e-3), "other": optax.sgd(1e-3, momentum=0.9)}, by_rank),
-    "in steps": optax.MultiSteps(optax.adam(1e-3), 2).gradient_transformation(),
-    "with hyperparameters": optax.inject_hyperparams(optax.adam)(1e-3),
-    "schedule-free": optax.contrib.schedule_free_adamw(1e-3),
-    "a flat vector": optax.flatten(optax.adam(1e-3)),
-}
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_any_state_of_an_optimizer_is_sharded_like_the_parameters_it_repeats(optimizer):
-    config = make_config("llama", (2, 2, 2))
-    program = make_program(config, make_mesh(config.mesh), VOCAB, optimizer=optimizer)
-    params = {
-        jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state.params)
-    }
-    for path, leaf in jax.tree_util.tree_leaves_with_path(program.abstract_state.opt_state):
-        name = jax.tree_util.keystr(path)
-        repeated = [p for suffix, p in params.items() if name.endswith(suffix) and p.shape == leaf.shape]
-        expected = repeated[0].sharding if repeated else replicated(program.mesh)
-        assert leaf.sharding == expected, name
-
-
-@pytest.mark.slow  # quick sibling: test_own_model.py
-def test_a_partitioned_optimizer_trains_on_a_mesh():
-    """The step equals that on one device, and every leaf keeps its sharding."""
-    states = {}
-    for sizes in (ONE, (2, 2, 2)):
-        config = make_config("llama", sizes)
-        program = make_program(config, make_mesh(config.mesh), VOCAB, optimizer=OPTIMIZERS["partitioned"])
-        put = lambda leaf, like: jax.device_put(np.copy(leaf), like.sharding)  # noqa: E731
-        state = program.init_state()
-        state = state.replace(params=jax.tree.map(put, host_state("llama").params, program.abstract_state.params))
-        with jax.numpy_dtype_promotion("standard"):  # optax is not written for the strict mode of the tests
-            states[sizes], _ = program.train_step(state, batch_of(program))
-        assert jax.tree.map(lambda leaf: leaf.sharding, states[sizes]) == jax.tree.map(
-            lambda leaf: leaf.sharding, program.abstract_state
-        )
-    assert relative(jax.device_get(states[2, 2, 2].params), jax.device_get(states[ONE].params)) < 1e-5
 
 
 @functools.cache
