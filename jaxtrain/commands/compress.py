@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from jaxtrain.commands.model import Checkpoint, RunOptions, model_of
 from jaxtrain.fields import LocalPath, Positive
-from jaxtrain.runtime.files import write_bytes
+from jaxtrain.runtime.files import read_file, write_bytes
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo
 
@@ -33,7 +33,7 @@ def run_compress(options: CompressOptions) -> int:
     """Compresses a file with the probabilities of a trained model, without loss."""
     from jaxtrain.inference.compress import compress
 
-    data = Path(options.file).read_bytes()
+    data = read_file(options.file)
     out = _new_file(options.out or options.file + SUFFIX)
     work = lambda model, progress: compress(model, data, num_streams=options.streams, progress=progress)  # noqa: E731
     seconds, made = _timed(options, work, "compressing")
@@ -62,7 +62,7 @@ def run_decompress(options: DecompressOptions) -> int:
     if options.out is None and not options.file.endswith(SUFFIX):
         raise ValueError(f"{options.file} does not end in {SUFFIX}: name the new file with --out")
     out = _new_file(options.out or options.file.removesuffix(SUFFIX))
-    data = Path(options.file).read_bytes()
+    data = read_file(options.file)
     try:
         unpack(data)  # a damaged file is an error before the model is read
         work = lambda model, progress: decompress(model, data, progress=progress)  # noqa: E731
@@ -90,7 +90,7 @@ def run_bpb(options: BpbOptions) -> int:
     from jaxtrain.inference.bits import compare_files
     from jaxtrain.monitoring.tables import format_table
 
-    texts = {file: Path(file).read_bytes() for file in options.files}
+    texts = {file: read_file(file) for file in options.files}
     if empty := [file for file, text in texts.items() if not text]:
         raise ValueError(f"{empty[0]} is empty, and has no bits per byte: leave it out")
     _, rows = _timed(options, lambda model, progress: compare_files(model, texts), "")

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.runtime.files import read_file
+
 _FORMS = '{"prompt": "..."}, {"messages": [...]} or "..."'
 
 
@@ -18,7 +20,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
       ValueError: no file, no prompt, a file that is not UTF-8, or a line that is not as the first one.
     """
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = sys.stdin.read() if path == "-" else read_file(Path(path).expanduser()).decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"no file {path}: give a file with a prompt on each line, or - for standard input") from None
     except UnicodeDecodeError as error:

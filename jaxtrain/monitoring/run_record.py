@@ -142,11 +142,15 @@ def read_record(folder: str | Path) -> RunRecord:
     if not file.is_file():
         raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
     try:
-        config = flatten(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError, AttributeError) as error:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, got {type(config).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}; correct it, or give another run directory") from None
     lines, events = read_metrics(folder / "metrics.jsonl")
-    return RunRecord(folder, config, lines, _with_steps(lines, [event for event in events if _is_sound(event)]))
+    return RunRecord(
+        folder, flatten(config), lines, _with_steps(lines, [event for event in events if _is_sound(event)])
+    )
 
 
 def find_runs(folder: str | Path) -> list[Path]:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +56,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replaces a small JSON file as `write_bytes` does."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_file(path: str | Path) -> bytes:
+    """Reads a file or pipe that a user names. Raises a ValueError for a device, which may never end."""
+    if stat.S_ISCHR(os.stat(path).st_mode) or stat.S_ISBLK(os.stat(path).st_mode):
+        raise ValueError(f"{path} is a device: give a file")
+    return Path(path).read_bytes()
 
 
 def read_json(path: Path) -> Any:

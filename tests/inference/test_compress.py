@@ -168,6 +168,9 @@ def test_the_commands(run_dir, tmp_path, capsys, monkeypatch):
     for arguments, message in (
         (["compress", str(run_dir), "a.txt", "--out", "b.jxz"], "b.jxz exists"),
         (["compress", str(run_dir), "a.txt", "--out", "no/b.jxz"], "no folder no"),
+        (["compress", str(run_dir), "/dev/zero", "--out", "b.jxz"], "/dev/zero is a device: give a file"),
+        (["bpb", str(run_dir), "/dev/zero"], "/dev/zero is a device: give a file"),
+        (["generate", str(run_dir), "--prompts", "/dev/zero"], "/dev/zero is a device: give a file"),
         (["compress", str(run_dir)], "FILE is missing: jaxtrain compress RUN FILE"),
         (["compress", str(run_dir), "nothing"], "nothing"),
         (["decompress", str(run_dir), "a.txt"], "does not end in .jxz"),

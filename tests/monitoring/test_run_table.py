@@ -58,6 +58,7 @@ def test_rows_and_their_order(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.index("peak_lr=0.003") < printed.index("peak_lr=0.001")
     assert "torn: " in printed
+    assert "config.json: expected an object, got str; correct it" in printed
     assert main(["runs", str(runs), "--json"]) == 0
     assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == [row["name"] for row in rows]
 
