@@ -58,6 +58,17 @@ def test_the_state_of_70b_is_12_bytes_a_parameter_over_all_chips():
     assert plan.memory.peak == sum(plan.memory)
 
 
+def test_gradients_that_are_summed_are_float32():
+    """Over replicas or micro-batches; micro-batches hold a gradient of their own in bfloat16 beside the sum."""
+    config = load_config(CONFIGS / "llama2_7b.py")
+    for changed, share in (
+        (change(config, "mesh", data=2, fsdp=-1), 1.0),
+        (change(config, "train", accumulate=2), 1.5),
+    ):
+        memory = make_plan(changed, 32_000, 64).memory
+        assert memory.gradients == share * memory.parameters
+
+
 def test_time_and_cost_follow_from_flops_and_mfu():
     plan = plan_of("llama2_7b", 64, chip=find_chip("v5p"), mfu=0.5, price=4.0)
     # Six FLOPs a matrix parameter and token, twelve a channel of attention and token, over half the keys.

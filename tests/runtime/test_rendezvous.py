@@ -1,6 +1,7 @@
 """Rendezvous of the processes: who is missing or a stranger is named, and harms nobody."""
 
 import contextlib
+import hashlib
 import socket
 import threading
 import time
@@ -62,6 +63,7 @@ STRANGERS = [
     *(b"", b"\n", b"GET / HTTP/1.1\n", b"jaxtrain one of two\n", b"jaxtrain 1 of 2\n", b"jaxtrain 1 of 2 token\n"),
     *(b"x" * 100_000, b"\xff\xfe\x00\n", b"jaxtrain " + b"9" * 5000 + b" of 2\n", "jaxtrain \u0663 of 2\n".encode()),
     *(b"jaxtrain -1 of 2 " + ZEROS + b"\n", b"jaxtrain 1 of 2 " + ZEROS + b"\n"),  # without the token
+    b"jaxtrain 2 of 2 " + hashlib.sha256(b"").hexdigest().encode() + b"\n",  # a process that the run does not have
 ]
 
 
