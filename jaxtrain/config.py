@@ -17,7 +17,7 @@ from jaxtrain.fields import (
     NotNegative,
     Positive,
     PositiveShare,
-    RunFolder,
+    RunOrUrl,
     Section,
     Share,
     Source,
@@ -139,7 +139,7 @@ class TrainConfig(Section, section="train"):
     stall_minutes: Positive[float] | None = 30.0
     sample_tokens: Positive[int] | None = None  # tokens of generated text in sample.txt at the end; None writes none
     sample_prompt: str = ""  # text that the sample continues
-    init_from: RunFolder | None = None  # RUN or RUN/checkpoints/STEP to take initial weights from; None: random
+    init_from: RunOrUrl | None = None  # RUN or RUN/checkpoints/STEP to take initial weights from; None: random
 
     def __post_init__(self):
         super().__post_init__()

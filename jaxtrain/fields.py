@@ -57,6 +57,7 @@ Source = Annotated[str, LocalPath("SOURCE", or_url=True)]
 Store = Annotated[str, LocalPath("STORE", or_url=True)]
 TokenizerSpec = Annotated[str, LocalPath("byte|bpe:VOCAB|hf:FILE")]
 RunFolder = Annotated[str, LocalPath("RUN")]
+RunOrUrl = Annotated[str, LocalPath("RUN", or_url=True)]
 
 
 class Section:

@@ -112,6 +112,7 @@ class CheckpointFolder:
             raise ValueError(f"keep must be 1 or more, the others 0 or more: {keep}, {keep_every}, {keep_best}")
         self.path = Path(path).absolute()
         self.report, self._delete_folder = report, delete
+        self.pinned: int | None = None  # step that `prune` leaves, while it is uploaded
         self._warned: set[Path] = set()
         self._rule: dict[str, Any] = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
 
@@ -191,7 +192,7 @@ class CheckpointFolder:
         """
         warn = warn or self.warn
         steps = self.steps()
-        stay = retained(steps, self._scores(warn), **self._rule)
+        stay = retained(steps, self._scores(warn), **self._rule) | {self.pinned}
         for step in steps:
             if step not in stay:
                 doomed = self.path / f".{step}.deleting"

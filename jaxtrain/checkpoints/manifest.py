@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtrain.runtime.files import checksum, read_json, sha256_file, sync_folder, write_sealed_json
+from jaxtrain.runtime.remote import MANIFEST, checkpoint_fetcher
 
-MANIFEST = "manifest.json"
 FINGERPRINT = "record/metadata"  # JSON; the name is that of Orbax's JSON handler, which wrote earlier checkpoints
 _WRITTEN_BY = re.compile(r"ocdbt\.process_(\d+)/")
 _FORMAT, _VERSION = "jaxtrain-checkpoint", 1
@@ -86,6 +86,8 @@ def share_of(names: Iterable[str], process: int, count: int) -> list[str]:
 def verify(folder: Path, parts: tuple[str, ...] = (), *, process: int = 0, count: int = 1) -> Verified:
     """Compares the files of a checkpoint with its manifest, byte for byte.
 
+    In the local copy of a run at a URL, missing and damaged files are downloaded, by every process.
+
     Args:
       folder: the checkpoint.
       parts: subfolders to verify; files beside them and the fingerprint are always verified. () verifies all.
@@ -97,9 +99,18 @@ def verify(folder: Path, parts: tuple[str, ...] = (), *, process: int = 0, count
     manifest = _read_manifest(folder)
     tops = (*parts, FINGERPRINT.split("/")[0])
     files = {n: f for n, f in manifest["files"].items() if not parts or "/" not in n or n.split("/")[0] in tops}
-    names = share_of(files, process, count)
+    fetch = checkpoint_fetcher(folder)
+    names = sorted(files) if fetch else share_of(files, process, count)
+
+    def problem_of(name: str) -> str:
+        problem = _problem(folder / name, name, files[name])
+        if problem and fetch:
+            fetch(name)
+            problem = _problem(folder / name, name, files[name])
+        return problem
+
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for problem in pool.map(lambda name: _problem(folder / name, name, files[name]), names):
+        for problem in pool.map(problem_of, names):
             if problem:
                 raise Damaged(problem)
     if FINGERPRINT not in files:

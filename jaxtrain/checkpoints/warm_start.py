@@ -6,21 +6,21 @@ import chex
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore_params
+from jaxtrain.runtime.remote import local_run
 
 
 def find(source: str, run_dir: Path) -> tuple[Path, int | None]:
     """Splits a source into the run directory and the step that it names; step None is the newest.
 
     Args:
-      source: RUN or RUN/checkpoints/STEP.
+      source: RUN or RUN/checkpoints/STEP; RUN may be a URL, of which a local copy is made.
       run_dir: directory of the run that is to start.
 
     Raises:
       ValueError: no such checkpoint, or the source is the run itself.
     """
-    path, step = Path(source), None
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        path, step = path.parent.parent, int(path.name)
+    run, _, name = source.rstrip("/").rpartition("/checkpoints/")
+    path, step = (local_run(run), int(name)) if run and name.isdigit() else (local_run(source), None)
     if path.resolve() == run_dir.resolve():
         raise ValueError(
             f"train.init_from {source} is the run's own folder: leave train.init_from out to resume the run, or give "

@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any
 
 from jaxtrain.config import Config
 from jaxtrain.fields import Folder, Fraction, LocalPath, NotNegative, Positive, Section, Source, TokenizerSpec
 from jaxtrain.runtime.flags import Command
+from jaxtrain.runtime.remote import is_run, local_run
 from jaxtrain.runtime.terminal import echo
 
 _TEXT_OPTIONS, _COMPLETION_OPTIONS = ("text_field", "formats", "num_workers"), ("chat_template",)
@@ -83,9 +83,10 @@ def run_inspect(options: InspectOptions) -> int:
     from jaxtrain.training.run import open_data, read_config
 
     mixture: dict[str, Any] = {}
-    if Path(options.path, "config.json").is_file():
-        config = read_config(Path(options.path))
-        store = open_data(config, Path(options.path))
+    if is_run(options.path):
+        folder = local_run(options.path)
+        config = read_config(folder)
+        store = open_data(config, folder)
         if store.sources:
             mixture = _describe_mixture(config, store)
     else:

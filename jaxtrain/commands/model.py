@@ -6,9 +6,10 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from jaxtrain.fields import LocalPath, NotNegative, Positive, RunFolder, Section, Source, Store
+from jaxtrain.fields import LocalPath, NotNegative, Positive, RunOrUrl, Section, Source, Store
 from jaxtrain.runtime.config_files import load_config
 from jaxtrain.runtime.flags import Command
+from jaxtrain.runtime.remote import local_run
 from jaxtrain.runtime.terminal import echo, report_error
 
 Checkpoint = NotNegative[int] | Literal["best"]
@@ -19,7 +20,7 @@ class RunOptions(Section):
     """Options of the commands that open a run."""
 
     positional = "run"
-    run: RunFolder  # run directory
+    run: RunOrUrl  # run directory
     # config file of the run, if it defines a model, schedule or optimizer
     config: Annotated[str, LocalPath("CONFIG.py")] | None = None
     data_store: Store | None = None  # token store, if it has moved
@@ -124,12 +125,13 @@ def _trained(options: EvalOptions) -> tuple[Any, Any, int]:
     from jaxtrain.training.run import open_pretrained, open_run, restore_run_params
 
     agree("the command", asdict(options), remedy="start them with the same one")
-    if is_pretrained(options.run):
+    folder = local_run(options.run)
+    if is_pretrained(folder):
         if not options.data:
             raise ValueError(f"{options.run} is a folder of transformers, without data: give --data STORE or FILES")
-        return *open_pretrained(options.run), 0
+        return *open_pretrained(folder), 0
     store = options.data_store
-    run = open_run(options.run, store=store, model=model_of(options), data=not options.data)
+    run = open_run(folder, store=store, model=model_of(options), data=not options.data)
     params, step = restore_run_params(run, find_step(run.folder, options.step))
     agree("the checkpoint", {"step": step}, remedy="the run must be on a file system that they share")
     return run, params, step

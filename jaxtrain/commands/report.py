@@ -3,13 +3,13 @@
 import json
 import webbrowser
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
-from jaxtrain.fields import Folder, LocalPath, RunFolder, Section
+from jaxtrain.fields import LocalPath, RunOrUrl, Section
 from jaxtrain.runtime.config_files import load_config, load_run_config
 from jaxtrain.runtime.files import read_json
 from jaxtrain.runtime.flags import Command
+from jaxtrain.runtime.remote import local_run
 from jaxtrain.runtime.terminal import echo
 
 
@@ -18,7 +18,7 @@ class ReportOptions(Section):
     """Options of `jaxtrain report`."""
 
     positional = "runs"
-    runs: tuple[RunFolder, ...]  # run directories, or folders of run directories; several are compared in one page
+    runs: tuple[RunOrUrl, ...]  # run directories, or folders of run directories; several are compared in one page
     config: Annotated[str, LocalPath("CONFIG.py")] | None = None  # config file that adds the schedule of the run
     open: bool = False  # show the page in the browser
     json: bool = False  # print what the page shows as one JSON object
@@ -30,13 +30,14 @@ def run_report(options: ReportOptions) -> int:
 
     if options.config:
         load_config(options.config)  # adds the entries of its tables
-    for folder in map(Path, options.runs):
+    folders = [local_run(run) for run in options.runs]
+    for folder in folders:
         if (folder / "checkpoints").is_dir() and not isinstance(read_json(folder / "config.json"), dict):
             from jaxtrain.training.run_folder import recover_config
 
             recover_config(folder)
             load_run_config(folder)  # raises if no checkpoint has it
-    records, path = open_records(options.runs)
+    records, path = open_records(folders)
     data = report_data(records)
     path.write_text(render(data), encoding="utf-8")
     if options.json:
@@ -68,7 +69,9 @@ class RunsOptions(Section):
     """Options of `jaxtrain runs`."""
 
     positional = "folder"
-    folder: Folder = "runs"  # folder of run directories; its subfolders are searched too
+    folder: Annotated[str, LocalPath("DIR", or_url=True)] = (
+        "runs"  # folder of run directories; its subfolders are searched too
+    )
     # column of the table, or field of the config that differs, such as peak_lr; -KEY sorts in descending order
     sort: str = "name"
     json: bool = False  # print one JSON object per run
@@ -78,7 +81,7 @@ def run_runs(options: RunsOptions) -> int:
     """Lists runs: steps, last validation loss, speed, state, and how their configs differ."""
     from jaxtrain.monitoring.run_table import read_rows, show_rows, sort_key, sort_rows
 
-    rows = read_rows(options.folder)
+    rows = read_rows(local_run(options.folder))
     key = sort_key(rows, options.sort.removeprefix("-"))
     rows = sort_rows(rows, key, descending=options.sort.startswith("-"))
     if options.json:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from jaxtrain.config import Config
-from jaxtrain.fields import LocalPath, NotNegative, Positive, PositiveShare, RunFolder, Section
+from jaxtrain.fields import LocalPath, NotNegative, Positive, PositiveShare, RunOrUrl, Section
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.terminal import echo, report_error
 
@@ -17,7 +17,7 @@ class TrainOptions(Section):
 
     positional = "config"
     config: Config  # config file: .py with a function config(), or .json
-    run_dir: RunFolder | None = None  # run directory; an existing run is resumed; none: runs/NAME for NAME.py
+    run_dir: RunOrUrl | None = None  # run directory or its URL; an existing run is resumed; none: runs/NAME for NAME.py
     allow_change: bool = False  # resume with a changed config, such as more steps; the change is recorded
     rewind: Positive[int] | None = None  # resume from the checkpoint of this step; renames later ones; give it once
     profile: Annotated[str, "START:STOP"] | None = None  # steps to trace into RUN/profile, without STOP, such as 10:13

@@ -1,22 +1,16 @@
-"""Files of object stores (`gs://`, `s3://`, any fsspec URL): sources to read, token stores to copy into a local cache.
+"""Data behind URLs (`gs://`, `s3://`, any fsspec URL): sources to read, token stores to copy into a local cache."""
 
-fsspec is in the extra `remote`; a scheme may need a package of its own, such as gcsfs or s3fs. Their usual environment
-variables and files give the credentials.
-"""
-
-import contextlib
-import fcntl
 import glob
 import hashlib
 import io
 import json
 import os
 import posixpath
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxtrain.runtime.files import cache_folder, read_json, sha256_file, write_json
+from jaxtrain.runtime.remote import exclusive, open_filesystem, reaching
 
 _BUFFER_BYTES = 1 << 20
 _SUMS = "checksums.json"
@@ -26,38 +20,17 @@ _SHARED = ("tokens.json", "tokenizer.json")
 Version = tuple[int, str]  # bytes, and a text that changes with the content
 
 
-@contextlib.contextmanager
-def _reaching(url: str) -> Iterator[None]:
-    """Turns the errors of a remote file system into one line."""
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(f"{url} needs fsspec and its package for this scheme: {error}") from None
-    except FileNotFoundError:
-        raise ValueError(f"no file or folder {url}: check the URL") from None
-    except Exception as error:  # every file system has its own
-        raise ValueError(f"{url} cannot be read: {type(error).__name__}: {error}") from None
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    try:
-        import fsspec
-    except ImportError:
-        raise ImportError("pip install 'jaxtrain[remote]'") from None
-    return fsspec.core.url_to_fs(url)
-
-
 def open_file(url: str) -> BinaryIO:
     """Opens a URL for reading; the stream can seek."""
-    with _reaching(url):
-        system, path = _filesystem(url)
+    with reaching(url):
+        system, path = open_filesystem(url)
         return io.BufferedReader(system.open(path, "rb"), _BUFFER_BYTES)
 
 
 def file_version(url: str) -> Version:
     """Returns the size of a URL in bytes, and a text that changes with its content."""
-    with _reaching(url):
-        return _version(*_filesystem(url))
+    with reaching(url):
+        return _version(*open_filesystem(url))
 
 
 def _version(system: Any, path: str) -> Version:
@@ -77,8 +50,8 @@ def find_files(url: str, left_out: dict[str, list[str]]) -> list[str]:
     Raises:
       ValueError: no such file.
     """
-    with _reaching(url):
-        system, path = _filesystem(url)
+    with reaching(url):
+        system, path = open_filesystem(url)
         is_glob = glob.has_magic(path) and not url.startswith("http")  # there, `?` begins a query
         entries = sorted(system.glob(path)) if is_glob else [path]
         found = []
@@ -107,12 +80,12 @@ def fetch_store(url: str, *, verify: bool = True) -> Path:
     Raises:
       ValueError: the URL does not exist, or a download has another size than the URL.
     """
-    with _reaching(url):
-        system, path = _filesystem(url)
+    with reaching(url):
+        system, path = open_filesystem(url)
         folder, files = _store_files(system, path.rstrip("/"))
         key = hashlib.sha256(json.dumps([url, sorted(files.items())]).encode()).hexdigest()[:32]
         local = cache_folder("stores") / key
-        with _exclusive(local):
+        with exclusive(local):
             sums = read_json(local / _SUMS) or {}
             for name, (size, _) in files.items():
                 target = local / name
@@ -144,16 +117,3 @@ def _store_files(system: Any, path: str) -> tuple[str, dict[str, Version]]:
     if not set(names) - set(_SHARED):
         raise FileNotFoundError
     return folder, {name: _version(system, posixpath.join(folder, name)) for name in names}
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Creates a folder and keeps other processes of this machine from filling it at the same time."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # no locks: both download, and each replaces whole files
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -25,6 +25,7 @@ from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.files import read_json, sha256_file
 from jaxtrain.runtime.mesh import replicated
+from jaxtrain.runtime.remote import local_run
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -144,7 +145,8 @@ def load(
     """Loads the model of a run onto the first device of each process; imports nothing of the training.
 
     Args:
-      run_dir: directory of a run that has a checkpoint, or a folder that `save_pretrained` of transformers wrote.
+      run_dir: directory of a run that has a checkpoint, or a folder that `save_pretrained` of transformers wrote; or
+        a URL of one.
       step: step of the checkpoint, or "best" for the lowest validation loss in metrics.jsonl; None takes the newest.
       model: the model of a run whose config file defined its own.
       average: number of checkpoints, the newest up to `step`, whose parameters are averaged (arXiv:1706.03762, 6.1).
@@ -157,7 +159,7 @@ def load(
       model = jaxtrain.load("runs/quickstart")
       print(model.generate("def main"))
     """
-    folder = Path(run_dir)
+    folder = local_run(run_dir)
     everywhere = replicated(Mesh(_first_devices(), ("processes",)))
     if is_pretrained(folder):
         if step is not None or average != 1 or model is not None:

@@ -29,6 +29,7 @@ from jaxtrain.optim import decay_mask
 from jaxtrain.runtime.files import sha256_file, write_bytes
 from jaxtrain.runtime.mesh import check_batch, make_mesh
 from jaxtrain.runtime.processes import compile_together
+from jaxtrain.runtime.remote import local_run, token_store_of
 from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
 from jaxtrain.training.program import Program, make_program
@@ -91,6 +92,7 @@ def open_run(
     """Opens an existing run on the devices of this machine, which need not be those of the training.
 
     Args:
+      folder: the run directory, or its URL.
       store: path of the token store; None takes that of the config.
       model: the model of the config file, for a run whose config file defines its own.
       data: False opens no token store where the run directory has the tokenizer.
@@ -98,7 +100,7 @@ def open_run(
     Raises:
       ValueError: no run in the folder, another model, or no token store where the config says.
     """
-    folder = Path(folder)
+    folder = local_run(folder)
     config = read_config(folder, model)
     if store is not None:
         moved = dataclasses.replace(config.data, store=store, stores=(), mixture=None)
@@ -134,7 +136,7 @@ def open_data(config: Config, folder: Path) -> TokenStore:
         options = {"verify": data.verify, "vocab_size": vocab_size, "validation_fraction": data.validation_fraction}
         return join_stores({name: open_store(path, **options) for name, path in stores.items()})
     if data.store is None:
-        return open_store(folder / "data", verify=data.verify)
+        return open_store(token_store_of(folder), verify=data.verify)
     path = Path(data.store).expanduser()
     if not (is_url(data.store) or path.exists() or Path(f"{path}.idx").exists()):
         raise ValueError(f"no token store at {path.absolute()}: if it was moved, give its path with --data.store")

@@ -16,11 +16,12 @@ from jaxtrain.checkpoints.folder import require_writable_path
 from jaxtrain.checkpoints.run_config import lost_config
 from jaxtrain.config import Config
 from jaxtrain.data.order import skip_to
-from jaxtrain.fields import is_url, parse_ranges, require_local
+from jaxtrain.fields import is_url, parse_ranges
 from jaxtrain.mixture import parse_stores
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
 from jaxtrain.runtime.files import flock, write_json, write_text
+from jaxtrain.runtime.remote import ORIGIN
 from jaxtrain.runtime.terminal import echo
 from jaxtrain.training import components
 
@@ -103,7 +104,7 @@ def _refuse_foreign(folder: Path) -> None:
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
         raise ValueError(f"{folder} is a file or lies below one: give another --run-dir")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = {"data", ".data.partial", _LOCK}
+    ours = {"data", ".data.partial", ORIGIN, _LOCK}
     foreign = sorted(name for name in names - ours if not name.startswith(("config.json", ".config.json")))
     if "config.json" not in names and foreign:
         raise ValueError(f"{folder} is no run directory, it holds {', '.join(foreign[:3])}: give another --run-dir")
@@ -121,9 +122,8 @@ def absolute_paths(config: Config, run_dir: str | Path) -> Config:
     """Returns the config with absolute paths, so that config.json serves from any working directory.
 
     Raises:
-      ValueError: a run directory with a scheme, such as gs://bucket/run, or one below which Orbax cannot write.
+      ValueError: a run directory below which Orbax cannot write.
     """
-    require_local(run_dir, "--run-dir")
     require_writable_path(Path(run_dir))
     store, init_from = _normalized(config.data.store), _normalized(config.train.init_from)
     validation = tuple(map(_normalized, config.data.validation)) if store else config.data.validation

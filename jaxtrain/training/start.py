@@ -11,6 +11,7 @@ import jax
 from jaxtrain import __version__
 from jaxtrain.checkpoints import warm_start as weights
 from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.mirror import Mirror
 from jaxtrain.checkpoints.restore import find_fingerprint, restore
 from jaxtrain.checkpoints.save import Saver
 from jaxtrain.config import Config, ModelConfig, to_dict
@@ -49,6 +50,7 @@ class Session(NamedTuple):
     saver: Saver
     watchdog: Watchdog
     changes: Changes  # fields whose value differs from that of the earlier steps
+    mirror: Mirror | None = None  # uploads the run directory, if that is a URL
 
 
 class Event(NamedTuple):

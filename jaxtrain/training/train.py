@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.manifest import Damaged, verify
+from jaxtrain.checkpoints.mirror import working_folder
 from jaxtrain.config import Config
 from jaxtrain.data.compressors import compressor_bits_per_byte
 from jaxtrain.data.loader import Prefetcher
@@ -58,7 +59,7 @@ def train(
     Args:
       config: the run. To resume, it must equal that of the run, but for fields that change no number, as `log_every`.
       run_dir: holds config.json, tokenizer.json, metrics.jsonl, checkpoints/, and at the end report.html and
-        sample.txt.
+        sample.txt; a path, or a URL (see `working_folder`).
       rewind: resume from the checkpoint of this step and rename later ones; None resumes from the newest.
       profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; None traces none.
       allow_change: resume with another learning rate, batch size and the like, from the next step on.
@@ -73,12 +74,13 @@ def train(
     Raises:
       ValueError: a config, store or checkpoint that does not fit, with the remedy, or processes that disagree on them.
     """
-    config, folder = absolute_paths(config, run_dir), Path(run_dir)
     traced = parse_profile(profile, config.train)
     processes.run_on_lead("find the trackers", lambda: check_trackers(track))
     with contextlib.ExitStack() as stack:
+        folder, mirror = stack.enter_context(working_folder(run_dir, lock=lock))
+        config = absolute_paths(config, folder)
         options = {"rewind": rewind, "allow_change": allow_change, "lock": lock}
-        session = _open_session(config, folder, stack, hooks, track, **options)
+        session = _open_session(config, folder, stack, hooks, track, **options)._replace(mirror=mirror)
         recorder = session.recorder
         _describe(session)
         if rewind is None and (outcome := _outcome_of_finished(session)):
@@ -257,8 +259,14 @@ def _due_actions(session: Session) -> Callable[[int], list[Callable[[TrainState]
         with recorder.pause(), session.watchdog.pause():
             saver.begin(state, fingerprint(run, state))
 
+    def poll(state: TrainState) -> None:
+        del state
+        saver.poll()
+        if session.mirror is not None:
+            session.mirror.poll(session.checkpoints)
+
     table = [
-        (1, lambda state: saver.poll()),
+        (1, poll),
         (config.eval_every, lambda state: _evaluate_between_steps(session, state)),
         (run.config.checkpoint.every, save),
     ]

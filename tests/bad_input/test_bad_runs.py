@@ -87,10 +87,7 @@ REMOTE = {
     f"{url}: {name}": bad(words.replace("URL", url), url, "no local path", "mount it", **fields)
     for url in ("gs://bucket/x", "memory://x")
     for name, words, fields in (
-        ("run directory", "train {config} --run-dir URL", {}),
-        ("run", "eval URL", {}),
         ("tokenizer", TRAIN + " --data.tokenizer hf:URL", {}),
-        ("weights", TRAIN + " --train.init-from URL", {}),
         ("config of a run", "eval {run} --config URL", {}),
         ("new store", "prepare {corpus} --out URL", {}),
         ("picture", "schedule {config} --png URL.png", {}),
@@ -104,9 +101,17 @@ REMOTE = {
     )
     for name, words, fields in (
         ("store", TRAIN + " --data.store URL", {}),
+        ("run", "eval URL", {}),
+        ("weights", TRAIN + " --train.init-from URL", {}),
         ("moved store", "eval {run} --data.store URL", {}),
         ("validation", "prepare {corpus} --validation URL --out {out}", {}),
         ("in a config", "train c.json", {"make": values(data={"store": url})}),
+    )
+} | {
+    f"{url}: run directory": bad(f"train {{config}} --run-dir {url}", f"{url}{reason}", code=code)
+    for url, reason, code in (
+        ("s3://bucket/x", " needs fsspec and its package for this scheme: Install s3fs", 1),
+        ("none://bucket/x", " cannot be read: ValueError: Protocol not known: none", 2),
     )
 }
 

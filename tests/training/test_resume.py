@@ -137,16 +137,6 @@ def test_other_data_is_refused(run_dir, tiny_config, corpus, tmp_path):
         restore_run_params(open_run(run_dir, store=str(tmp_path / "other")))
 
 
-@pytest.mark.parametrize(("field", "path"), [("run_dir", "gs://bucket/run"), ("init_from", "gs://bucket/run")])
-def test_remote_paths_are_refused(field, path, tiny_config, tmp_path):
-    with pytest.raises(ValueError, match="is no local path"):
-        train(
-            change(tiny_config, train={"init_from": path}) if field == "init_from" else tiny_config,
-            path if field == "run_dir" else tmp_path / "run",
-        )
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_directory_is_all_that_a_loaded_model_needs(run_dir, tiny_config, store, tmp_path, monkeypatch):
     """`jaxtrain.load` of a run whose store is gone: parameters, logits, loss and text."""
     config = (run_dir / "config.json").read_text()
