@@ -83,37 +83,41 @@ RUNS = {
 }
 
 
-REMOTE = {
-    f"{url}: {name}": bad(words.replace("URL", url), url, "no local path", "mount it", **fields)
-    for url in ("gs://bucket/x", "memory://x")
-    for name, words, fields in (
-        ("tokenizer", TRAIN + " --data.tokenizer hf:URL", {}),
-        ("config of a run", "eval {run} --config URL", {}),
-        ("new store", "prepare {corpus} --out URL", {}),
-        ("picture", "schedule {config} --png URL.png", {}),
-    )
-} | {
-    f"{url}: {name}": bad(words.replace("URL", url), f"{url}{reason}", code=code, **fields)
-    for url, reason, code in (
-        ("memory://bucket/none", ": check the URL", 2),
-        ("s3://bucket/x", " needs fsspec and its package for this scheme: Install s3fs", 1),
-        ("none://bucket/x", " cannot be read: ValueError: Protocol not known: none", 2),
-    )
-    for name, words, fields in (
-        ("store", TRAIN + " --data.store URL", {}),
-        ("run", "eval URL", {}),
-        ("weights", TRAIN + " --train.init-from URL", {}),
-        ("moved store", "eval {run} --data.store URL", {}),
-        ("validation", "prepare {corpus} --validation URL --out {out}", {}),
-        ("in a config", "train c.json", {"make": values(data={"store": url})}),
-    )
-} | {
-    f"{url}: run directory": bad(f"train {{config}} --run-dir {url}", f"{url}{reason}", code=code)
-    for url, reason, code in (
-        ("s3://bucket/x", " needs fsspec and its package for this scheme: Install s3fs", 1),
-        ("none://bucket/x", " cannot be read: ValueError: Protocol not known: none", 2),
-    )
-}
+REMOTE = (
+    {
+        f"{url}: {name}": bad(words.replace("URL", url), url, "no local path", "mount it", **fields)
+        for url in ("gs://bucket/x", "memory://x")
+        for name, words, fields in (
+            ("tokenizer", TRAIN + " --data.tokenizer hf:URL", {}),
+            ("config of a run", "eval {run} --config URL", {}),
+            ("new store", "prepare {corpus} --out URL", {}),
+            ("picture", "schedule {config} --png URL.png", {}),
+        )
+    }
+    | {
+        f"{url}: {name}": bad(words.replace("URL", url), f"{url}{reason}", code=code, **fields)
+        for url, reason, code in (
+            ("memory://bucket/none", ": check the URL", 2),
+            ("s3://bucket/x", " needs fsspec and its package for this scheme: Install s3fs", 1),
+            ("none://bucket/x", " cannot be read: ValueError: Protocol not known: none", 2),
+        )
+        for name, words, fields in (
+            ("store", TRAIN + " --data.store URL", {}),
+            ("run", "eval URL", {}),
+            ("weights", TRAIN + " --train.init-from URL", {}),
+            ("moved store", "eval {run} --data.store URL", {}),
+            ("validation", "prepare {corpus} --validation URL --out {out}", {}),
+            ("in a config", "train c.json", {"make": values(data={"store": url})}),
+        )
+    }
+    | {
+        f"{url}: run directory": bad(f"train {{config}} --run-dir {url}", f"{url}{reason}", code=code)
+        for url, reason, code in (
+            ("s3://bucket/x", " needs fsspec and its package for this scheme: Install s3fs", 1),
+            ("none://bucket/x", " cannot be read: ValueError: Protocol not known: none", 2),
+        )
+    }
+)
 
 
 TABLE = {f"runs: {name}": row for name, row in RUNS.items()} | {f"remote: {name}": row for name, row in REMOTE.items()}
