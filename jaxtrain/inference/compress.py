@@ -23,6 +23,7 @@ from jaxtrain import __version__
 from jaxtrain.data.tokenizer import ByteTokenizer, Tokenizer
 from jaxtrain.inference.jxz import Header, Stream, pack, unpack
 from jaxtrain.inference.load import TrainedModel
+from jaxtrain.models.decode import check_decodes
 
 MAX_STREAMS, _WINDOWS = 64, 16  # streams of a file, and windows of a stream, unless the caller says otherwise
 _PROBE_STEPS = 4
@@ -38,10 +39,7 @@ class StepModel:
     def __init__(self, trained: TrainedModel, num_streams: int, window: int):
         """Compiles the step. A ValueError for a model that cannot decode, or a window longer than its context."""
         model = trained.model
-        if missing := [name for name in ("decode", "max_seq_len", "vocab_size") if not hasattr(model, name)]:
-            raise ValueError(
-                f"{type(model).__name__} cannot compress without {' and '.join(missing)}: see TransformerModel.decode"
-            )
+        check_decodes(model, "cannot compress")
         if not 1 <= window <= model.max_seq_len:
             raise ValueError(f"a window of {window} tokens is not in the model's context, 1 to {model.max_seq_len}")
         self.window, self._params = window, trained.params

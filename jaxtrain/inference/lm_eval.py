@@ -1,7 +1,7 @@
 """Adapter for lm-evaluation-harness: a run, or a folder of transformers, as its model."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,7 @@ import numpy as np
 from jaxtrain.data.chat import read_template
 from jaxtrain.inference.generate import complete
 from jaxtrain.inference.load import TrainedModel, load
-from jaxtrain.models.decode import Sampling
-
-_MIN_LENGTH = 16  # tokens of the smallest bucket
+from jaxtrain.models.decode import Sampling, bucket
 
 
 def harness_model(pretrained: str | Path | TrainedModel, step: Any = None, **options: Any) -> Any:
@@ -97,9 +95,10 @@ class Harness:
         results: dict[int, tuple[float, bool]] = {}
         rows = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        for batch in _batches(order, self._batch_size):
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
             longest = max(len(rows[index]) for index in batch) - 1
-            length = min(max(1 << max(longest - 1, 0).bit_length(), _MIN_LENGTH), self.max_length)
+            length = min(bucket(max(longest, 1)), self.max_length)
             tokens = np.zeros((self._batch_size, length + 1), np.int32)
             for row, index in enumerate(batch):
                 tokens[row, : len(rows[index])] = rows[index]
@@ -157,10 +156,6 @@ class Harness:
                 texts[index] = completion.text
                 self.cache_hook.add_partial("generate_until", requests[index].args, completion.text)
         return [texts[index] for index in range(len(requests))]
-
-
-def _batches(order: Sequence[int], size: int) -> Iterable[Sequence[int]]:
-    return (order[start : start + size] for start in range(0, len(order), size))
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

@@ -127,7 +127,8 @@ def generate(
     Raises:
       ValueError: a model without `decode`, an empty prompt, a token id or a seed out of range, num_tokens below 1.
     """
-    vocab_size = _check_model(model) if vocab_size is None else min(vocab_size, _check_model(model))
+    rows = check_decodes(model)
+    vocab_size = rows if vocab_size is None else min(vocab_size, rows)
     contexts = _check_prompts(prompts, num_tokens, seed, vocab_size)
     rule = _Rule(model.decode, getattr(model, "init_cache", None), sampling or Sampling(), vocab_size, tuple(stop_ids))
     keys = [(seed, stream) for stream in (streams or [0] * len(contexts))]
@@ -157,7 +158,7 @@ def _continue_rows(
     while left.any():
         contexts = [tokens[-max(longest // 2, 1) :] if len(tokens) >= longest else tokens for tokens in contexts]
         length = np.array([len(tokens) for tokens in contexts])
-        size = min(_bucket(int((length + left).max())), longest)
+        size = min(bucket(int((length + left).max())), longest)
         now = _start(rule, params, contexts, size, keys, report.timing)
         while left.any() and (length < size)[left > 0].all():
             count = np.minimum(np.minimum(left, report.every if report.on_tokens else num_tokens), size - length)
@@ -177,12 +178,11 @@ def _continue_rows(
     return [np.array(tokens, np.int32) for tokens in new]
 
 
-def _check_model(model: Model) -> int:
-    """Returns the vocabulary size of a model that can generate."""
+def check_decodes(model: Model, refusal: str = "generates no text") -> int:
+    """Returns the vocabulary size of a model that can decode; otherwise raises a ValueError with the refusal."""
     if missing := [name for name in ("decode", "max_seq_len", "vocab_size") if not hasattr(model, name)]:
-        raise ValueError(
-            f"{type(model).__name__} generates no text without {' and '.join(missing)}: see TransformerModel.decode"
-        )
+        name, members = type(model).__name__, " and ".join(missing)
+        raise ValueError(f"{name} {refusal} without {members}: see TransformerModel.decode")
     return model.vocab_size
 
 
@@ -200,7 +200,7 @@ def _check_prompts(prompts: Any, num_tokens: int, seed: int, vocab_size: int) ->
     return [row.astype(np.int32) for row in rows]
 
 
-def _bucket(size: int, least: int = _MIN_LENGTH) -> int:
+def bucket(size: int, least: int = _MIN_LENGTH) -> int:
     """Returns the power of two from `size` on."""
     return max(1 << (size - 1).bit_length(), least)
 
@@ -229,7 +229,7 @@ def _start(
     rule: _Rule, params: Any, contexts: list[np.ndarray], size: int, keys: list[tuple[int, int]], timing: Timing
 ) -> _Decoding:
     """Reads the contexts into a cache of `size` tokens a row; `keys` are (seed, stream) of each row."""
-    rows, width = _bucket(len(contexts), 1), min(_bucket(max(map(len, contexts))), size)
+    rows, width = bucket(len(contexts), 1), min(bucket(max(map(len, contexts))), size)
     tokens, length = np.zeros((rows, size), np.int32), np.ones(rows, np.int32)
     for row, context in enumerate(contexts):
         tokens[row, : len(context)], length[row] = context, len(context)

@@ -81,13 +81,11 @@ class TransformerModel:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
         assert self.config.vocab_size is not None
         return self.config.vocab_size
 
     @property
     def max_seq_len(self) -> int:
-        """Longest context, tokens."""
         return self.config.max_seq_len
 
     def init(self, key: jax.Array) -> Params:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.loss_head import softcap
 from jaxtrain.losses import LossSums, linear_cross_entropy
 from jaxtrain.models.block import INIT_STD, Block, Cache, Norm, TokenContext
 from jaxtrain.models.kernels.attention import rope_tables
@@ -110,18 +111,11 @@ def decode_layers(
     context: TokenContext,
     cache: tuple[Cache, ...] | None,
 ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
-    """Runs all layers.
+    """Runs all layers on embedded tokens; returns the residual stream `[B, T, D]` and the extended cache.
 
     Args:
-      config, parallel: sizes and number of shards.
       params: this device's shards of the stacked parameters, `[L, ...]`.
       masters: float32 masters to cast in each layer, or None to compute with `params`; see masters.py.
-      x_BTD: embedded tokens.
-      context: positions, rotary tables, cache length and segments of the tokens.
-      cache: keys and values of the previous tokens in each layer, or None.
-
-    Returns:
-      The residual stream `[B, T, D]` and the extended cache.
     """
     block = Block(config, parallel, parent=None)
 
@@ -179,8 +173,7 @@ def logits(model: Transformer, params: Params, hidden_BTD: jax.Array) -> jax.Arr
     """Returns the float32 logits `[B, T, V]` of hidden states, soft-capped if configured. V excludes padding rows."""
     kernel_DV = head_kernel(params)[:, : model.config.vocab_size]
     raw_BTV = jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
-    cap = model.config.logit_softcap
-    return cap * jnp.tanh(raw_BTV / cap) if cap else raw_BTV
+    return softcap(raw_BTV, model.config.logit_softcap)
 
 
 def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: jax.typing.DTypeLike) -> tuple[Cache, ...]:

@@ -204,6 +204,8 @@ _CURVES = """<section><h2>Curves</h2><div id="controls"></div><div id="charts"><
 def _one_run(run: dict[str, Any]) -> str:
     facts = run["summary"]
     name, state = html.escape(run["name"]), html.escape(facts["state"])
+    fields = {k: v for k, v in run["evaluation"].items() if k not in ("event", "time")}
+    evaluation = [(k.replace("_", " "), format_value(v)) for k, v in fields.items()]
     return "\n".join(
         [
             f'<header><h1>{name}</h1><span class="state {state.replace(" ", "-")}">{state}</span></header>',
@@ -212,7 +214,7 @@ def _one_run(run: dict[str, Any]) -> str:
             _CURVES,
             '<div class="columns">',
             _section("Summary", _table(run["about"])),
-            _section("Last evaluation", _table(_evaluation_rows(run["evaluation"]))),
+            _section("Last evaluation", _table(evaluation)),
             _times(run["times"]),
             "</div>",
             _section("Sample", f"<pre>{html.escape(run['sample'])}</pre>" if run["sample"] else ""),
@@ -278,11 +280,6 @@ def _findings(run: dict[str, Any]) -> str:
         for one in run["findings"]
     ]
     return f'<ul class="findings">{"".join(items)}</ul>' if items else '<p class="good">No findings.</p>'
-
-
-def _evaluation_rows(event: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns every field of an `eval` event, those of future evaluations included."""
-    return [(k.replace("_", " "), format_value(v)) for k, v in event.items() if k not in ("event", "time")]
 
 
 def _times(times: dict[str, Any]) -> str:

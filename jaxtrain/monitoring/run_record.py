@@ -106,7 +106,8 @@ class RunRecord:
 
     def summary(self) -> dict[str, Any]:
         """Returns the facts of a run as JSON values, None where unknown."""
-        best = min(self.evaluations, key=lambda event: _rank(event["nll"]), default={})
+        finite = [event for event in self.evaluations if math.isfinite(event["nll"])]
+        best = min(finite or self.evaluations[:1], key=lambda event: event["nll"], default={})
         last, line = (self.evaluations or [{}])[-1], (self.lines or [{}])[-1]
         begun = self.begun
         facts = {
@@ -209,10 +210,6 @@ def _with_steps(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> li
 
 def _has(events: list[dict[str, Any]], *names: str) -> bool:
     return any(event["event"] in names for event in events)
-
-
-def _rank(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
 
 
 def _is_locked(file: Path) -> bool:

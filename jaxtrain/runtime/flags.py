@@ -67,7 +67,8 @@ def parse(command: Command, words: Sequence[str]) -> Any:
     if config is not None and "run_dir" in flags:
         given.setdefault("run_dir", f"runs/{Path(file).stem}")
     if config is not None:
-        given["config"] = _change(config, {path: given.pop(path) for path in list(given) if path in _paths(config)})
+        own = {flag.path for flag in _config_flags(config)}
+        given["config"] = _change(config, {path: given.pop(path) for path in list(given) if path in own})
     else:
         rest = _read_positional(command, rest, given)
     if rest:
@@ -212,10 +213,6 @@ def _section_flags(cls: type[Any], value: Any, section: str) -> Iterator[Flag]:
         if kind_of(hints[item.name]) in (bool, int, float, str, tuple):
             default = item.default if value is None else getattr(value, item.name)
             yield Flag(f"{section}.{item.name}", hints[item.name], default, docs.get(item.name, ""))
-
-
-def _paths(config: Config) -> set[str]:
-    return {flag.path for flag in _config_flags(config)}
 
 
 def _change(config: Config, values: dict[str, Any]) -> Config:

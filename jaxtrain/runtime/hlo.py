@@ -15,6 +15,7 @@ import numpy as np
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _OTHER_KINDS = ("ragged-all-to-all", "collective-broadcast")
+_REDUCERS = ("all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "reduce-window", "scatter", "sort", "map")
 _BITS = {"pred": 8, "c64": 64, "c128": 128}  # other dtypes have their width in their name
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.~-]+) .*\{$|^(ENTRY )?%?([\w.~-]+) \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.~-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
@@ -84,7 +85,7 @@ class HloModule:
         name = name or self.entry
         for instruction in self.computations.get(name, ()):
             yield name, instruction, times
-            if instruction.opcode.endswith(("-done", "-update")) or instruction.opcode in _reducers():
+            if instruction.opcode.endswith(("-done", "-update")) or instruction.opcode in _REDUCERS:
                 continue  # the start has already named the computation; a reducer adds two numbers
             trips = self.trip_count(name, instruction) if instruction.opcode == "while" else 1
             for called in instruction.called:
@@ -93,7 +94,7 @@ class HloModule:
     def overlapped(self) -> set[str]:
         """Returns the names of the computations that run beside others: all that an asynchronous start calls."""
         starts = [one for lines in self.computations.values() for one in lines if one.opcode.endswith("-start")]
-        called = [name for one in starts if one.opcode not in _reducers() for name in one.called]
+        called = [name for one in starts if one.opcode not in _REDUCERS for name in one.called]
         return {*called, *(below for name in called for one in self.walk(name) for below in one[1].called)}
 
     def trip_count(self, parent: str, loop: Instruction) -> int:
@@ -109,7 +110,8 @@ class HloModule:
         lines = {line.name: line for line in self.computations[condition]}
         bounds = [line for line in lines.values() if line.opcode == "constant" and line.shape[:3] in ("s32", "s64")]
         counters = [line for line in lines.values() if line.opcode == "get-tuple-element"]
-        if len(bounds) != 1 or len(counters) != 1 or "direction=LT" not in self._text(condition):
+        below = any("direction=LT" in line.rest for _, line, _ in self.walk(condition))  # also inside of fusions
+        if len(bounds) != 1 or len(counters) != 1 or not below:
             raise ValueError(f"the condition of loop %{loop.name} has no readable trip count")
         index = int(re.search(r"index=(\d+)", counters[0].rest).group(1))
         return _constant(bounds[0]) - self._start(parent, loop, index)
@@ -122,10 +124,6 @@ class HloModule:
         while line and line.opcode in ("copy", "bitcast", "copy-done", "copy-start", "convert"):
             line = lines.get(operands_of(line.rest)[0])
         return _constant(line) if line and line.opcode == "constant" else 0
-
-    def _text(self, computation: str) -> str:
-        """Joins the lines of a computation and of its fusions."""
-        return "\n".join(f"{line.opcode} {line.rest}" for _, line, _ in self.walk(computation))
 
 
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
@@ -177,10 +175,6 @@ def summarize(found: list[Collective]) -> list[dict]:
         row["bytes"] += one.num_bytes
         row["blocking_bytes"] += one.num_bytes if one.blocking else 0
     return sorted(sums.values(), key=lambda row: -row["bytes"])
-
-
-def _reducers() -> tuple[str, ...]:
-    return ("all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "reduce-window", "scatter", "sort", "map")
 
 
 def operands_of(rest: str) -> list[str]:

@@ -4,7 +4,6 @@ The host holds one tensor at a time: one layer of a stacked parameter, not all o
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.models.hf.config_json import read_config
 from jaxtrain.models.hf.families import Tensor, tensors_of
 from jaxtrain.models.transformer import Transformer, init_params
+from jaxtrain.runtime.files import read_json
 from jaxtrain.trees import named_leaves, path_names
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -36,7 +36,8 @@ class _Stored(NamedTuple):
 
 def is_pretrained(folder: str | Path) -> bool:
     """Returns True if a folder holds a model of transformers, whole or not, rather than a run."""
-    return isinstance(_parse(Path(folder) / CONFIG), dict) and "model_type" in _parse(Path(folder) / CONFIG)
+    values = read_json(Path(folder) / CONFIG)
+    return isinstance(values, dict) and "model_type" in values
 
 
 class PretrainedFolder:
@@ -57,7 +58,7 @@ class PretrainedFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
-        self.values = _parse(self.path / CONFIG)
+        self.values = read_json(self.path / CONFIG)
         try:
             if not isinstance(self.values, dict):
                 raise ValueError("missing, or not a JSON object")
@@ -140,14 +141,6 @@ def leaf_shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {"/".join(names): shape for names, shape in named_leaves(params).items()}
 
 
-def _parse(file: Path) -> Any:
-    """Returns the value of a JSON file; None if the file is missing, unreadable or not JSON."""
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 def _list_tensors(folder: Path) -> dict[str, _Stored]:
     """Returns the tensors of a folder by name, from the heads of its files.
 
@@ -159,7 +152,7 @@ def _list_tensors(folder: Path) -> dict[str, _Stored]:
         if not (folder / SINGLE).exists():
             raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: save the model with safe_serialization=True")
         return _list_file(folder / SINGLE)
-    values = _parse(index)
+    values = read_json(index)
     names = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) and "/" not in name for name in names.values()):
         raise ValueError(f"{index} is damaged: it has no weight_map of file names")
