@@ -280,6 +280,7 @@ class Saver:
             try:
                 with open(self._log, "rb") as stream:
                     self._fsync(stream.fileno())
+                sync_folder(self._log.parent)  # also makes a new `checkpoints` folder durable
             except OSError as error:
                 self._warnings.append((self._log, f"the log could not be flushed to the disk: {error}"))
 

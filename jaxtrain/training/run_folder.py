@@ -20,7 +20,7 @@ from jaxtrain.fields import is_url, parse_ranges
 from jaxtrain.mixture import parse_stores
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
-from jaxtrain.runtime.files import flock, write_json, write_text
+from jaxtrain.runtime.files import flock, sync_folder, write_bytes, write_json, write_text
 from jaxtrain.runtime.remote import ORIGIN
 from jaxtrain.runtime.terminal import echo
 from jaxtrain.training import components
@@ -60,6 +60,8 @@ def run_lock(folder: Path, *, lock: bool = True) -> Iterator[None]:
     _refuse_foreign(folder)
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    for path in absent:
+        sync_folder(path.parent)
     try:
         with _lock_file(folder) if lock else contextlib.nullcontext():
             yield
@@ -224,7 +226,7 @@ def rollback_config(folder: Path) -> Iterator[None]:
             if before is None:
                 file.unlink()
             elif file.read_bytes() != before:
-                file.write_bytes(before)
+                write_bytes(file, before)
         raise
 
 
