@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 raise
-            code = report_error(error)
+            code = report_error(error, words)
         # Training does not depend on its output: a run whose `| tee log` has died continues.
         trains = words[:1] == ["train"] and not _HELP & set(words)
         return 128 + signal.SIGPIPE if output.closed_early and not code and not trains else code

@@ -157,9 +157,11 @@ def is_url(path: str | os.PathLike) -> bool:
 
 
 def require_local(path: str | os.PathLike, name: str) -> None:
-    """Raises a ValueError if a path is empty or has a `scheme://`, such as gs://bucket/run."""
+    """Raises a ValueError if a path is empty, breaks the line, or has a `scheme://`, such as gs://bucket/run."""
     if not str(path):
         raise ValueError(f"{name} is '': give a path")
+    if len(f"{path}.".splitlines()) > 1:
+        raise ValueError(f"{name} {str(path)!r} holds a line break: rename it, or name the folder that holds it")
     slashes = "/" if isinstance(path, os.PathLike) else "//"  # pathlib folds two slashes into one
     if re.match(rf"(hf:)?[A-Za-z][A-Za-z0-9+.-]+:{slashes}", str(path)):
         raise ValueError(

@@ -10,7 +10,7 @@ from jaxtrain.runtime.config_files import load_config, load_run_config
 from jaxtrain.runtime.files import read_json
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.remote import local_run
-from jaxtrain.runtime.terminal import echo
+from jaxtrain.runtime.terminal import echo, one_line
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def run_report(options: ReportOptions) -> int:
         echo(json.dumps(data), verbatim=True)
     else:
         for record, run in zip(records, data["runs"], strict=True):
-            echo(f"{record.folder}: step {record.step:,} of {record.total_steps:,}, {record.state}")
+            echo(f"{one_line(str(record.folder))}: step {record.step:,} of {record.total_steps:,}, {record.state}")
             _show_findings(run)
         echo(f"report: {path}")
     if options.open and not webbrowser.open(path.resolve().as_uri()) and not options.json:

@@ -16,7 +16,7 @@ import rich.table
 from rich.text import Text
 
 from jaxtrain.monitoring.panel import Panel
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import one_line, printable
 
 _REDRAW = 2.0  # seconds between two panels: drawing one takes about a millisecond
 # Styles of rich by the severity of a finding, or by the name of an event.
@@ -79,7 +79,7 @@ class Console:
     def table(self, title: str, rows: list[tuple[str, str]]) -> None:
         if self._terminal is None:
             width = max((len(name) for name, _ in rows), default=0)
-            self.print("\n".join([title, *(f"  {name:{width}}  {value}" for name, value in rows)]))
+            self.print("\n".join([title, *(f"  {name:{width}}  {one_line(value)}" for name, value in rows)]))
             return
         grid = rich.table.Table(
             title=Text(printable(title, encoding=self._encoding)),
@@ -90,7 +90,7 @@ class Console:
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in rows:
-            grid.add_row(*(Text(printable(cell, encoding=self._encoding)) for cell in (name, value)))
+            grid.add_row(*(Text(printable(one_line(cell), encoding=self._encoding)) for cell in (name, value)))
         with _UNSEEN, self._lock:
             self._terminal.print(grid)
 

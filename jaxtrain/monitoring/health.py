@@ -10,6 +10,7 @@ from typing import Any
 from jaxtrain.config import Config
 from jaxtrain.monitoring.rule import UNKNOWN, Found, Line, Rule, RunFacts, Severity, Verdict
 from jaxtrain.monitoring.rules import RULES
+from jaxtrain.runtime.terminal import one_line
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Finding:
     step: int
     evidence: str
     remedy: str
+
+    def __post_init__(self):
+        for name in ("name", "evidence", "remedy"):  # also of a rule of a user's own, or of a log that was edited
+            object.__setattr__(self, name, one_line(str(getattr(self, name))))
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.name} at step {self.step}: {self.evidence}\n  {self.remedy}"

@@ -82,6 +82,7 @@ class SkippedSteps(Rule):
     """Steps are skipped too often, or one because of a NaN."""
 
     SKIPS = 3  # of WINDOW steps; one or two are spikes, which happen
+    NORM_SKIPS = 5  # if the norm stood out: gradients of small batches have heavy tails [3]
 
     name = "skipped_steps"
     remedy = (
@@ -97,8 +98,8 @@ class SkippedSteps(Rule):
         skipped, not_finite = line["skipped"] == 1, line["skip_reason"] == NOT_FINITE
         routine = not_finite and self.facts.config.train.precision == "float16"  # under loss scaling
         _add(self._skips, line, skipped and not routine, others=False)
-        count = sum(self._skips)
-        if not skipped or routine or (count < self.SKIPS and not not_finite):
+        count, limit = sum(self._skips), self.NORM_SKIPS if line["skip_reason"] == GRAD_NORM_SPIKE else self.SKIPS
+        if not skipped or routine or (count < limit and not not_finite):
             return CLEAR
         return Found(f"{count} of the last {len(self._skips)} steps skipped, this one because {_skip_reason(line)}")
 

@@ -12,7 +12,7 @@ import rich.console
 import rich.table
 from rich.text import Text
 
-from jaxtrain.runtime.terminal import printable
+from jaxtrain.runtime.terminal import one_line
 
 _WIDTH = 120  # characters, where standard output is not a terminal
 
@@ -36,9 +36,9 @@ def format_table(
     for name in head:
         justify = "left" if name == head[0] or name in left else "right"
         overflow = "ellipsis" if name in cut else "fold"
-        table.add_column(name, justify=justify, no_wrap=name in cut, overflow=overflow)
+        table.add_column(Text(one_line(name)), justify=justify, no_wrap=name in cut, overflow=overflow)
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(one_line(cell)) for cell in row))
     width = shutil.get_terminal_size((_WIDTH, 24)).columns if sys.stdout.isatty() else _WIDTH
     console = rich.console.Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False)
     console.print(table)

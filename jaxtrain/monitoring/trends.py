@@ -21,7 +21,8 @@ class InitialLoss(Rule):
     )
 
     def check(self, line: Line) -> Verdict:
-        if line["step"] != 1 or not self.facts.vocab_size or self.facts.config.train.init_from:
+        known = self.facts.vocab_size and line["tokens"] != 0
+        if line["step"] != 1 or not known or self.facts.config.train.init_from:
             return UNKNOWN
         expected = math.log(self.facts.vocab_size)
         if not abs(line["nll"] - expected) > self.GAP:
@@ -62,6 +63,7 @@ class LabelLeak(Rule):
 
     SHARE, TOKENS = 0.1, 1_000_000  # loss over ln V within the first tokens of the first epoch [0.28]
     STEPS = 10  # of the median: one batch of repeated text is no leak
+    COUNTED = 0.5  # of the labels: completions of which few labels count may be easy
     FLOOR_BITS = 0.2  # bits per byte of held-out text; the largest models and compressors need 0.3 and more
 
     name = "label_leak"
@@ -78,7 +80,9 @@ class LabelLeak(Rule):
         settings = self.facts.config.train
         tokens = line["step"] * settings.batch_size * settings.seq_len
         # Only in the first epoch is a low loss no memory of the text.
-        if not self.facts.vocab_size or tokens > min(self.facts.train_tokens or 0, self.TOKENS):
+        new = tokens <= min(self.facts.train_tokens or 0, self.TOKENS)
+        few = line["tokens"] < self.COUNTED * settings.batch_size * settings.seq_len
+        if not self.facts.vocab_size or not new or few:
             return UNKNOWN
         self._losses.add(line["nll"])
         uniform, loss = math.log(self.facts.vocab_size), self._losses.median()
@@ -285,17 +289,21 @@ class NoProgress(Rule):
     """Steps change nothing."""
 
     STEPS = 10  # of equal losses, to the last bit
+    EMPTY = 3  # batches in a row without a token that counts; long prompts may fill one
 
     name = "no_progress"
     remedy = "The steps change nothing: check that batches hold tokens that count, and that gradients reach the model."
 
     def __init__(self, facts: RunFacts):
         super().__init__(facts)
-        self._loss, self._equal = math.nan, 0
+        self._loss, self._equal, self._empty = math.nan, 0, 0
 
     def check(self, line: Line) -> Verdict:
-        if line["tokens"] == 0:
-            return Found("the batch has no token that counts")
+        self._empty = self._empty + 1 if line["tokens"] == 0 else 0
+        if self._empty >= self.EMPTY:
+            return Found(f"{self._empty} batches in a row have no token that counts")
+        if self._empty:
+            return UNKNOWN
         if line["skipped"] == 1 or line["learning_rate"] == 0:
             return UNKNOWN
         self._equal = self._equal + 1 if line["loss"] == self._loss else 1

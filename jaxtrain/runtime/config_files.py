@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxtrain.config import Config, ModelConfig, SavedModel, to_dict
 from jaxtrain.fields import check_value, nearest, suggest
+from jaxtrain.runtime.terminal import one_line
 
 # How older versions wrote an absent option into config.json. None of these values is allowed there today.
 _ABSENT = {
@@ -159,7 +160,7 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         raise ValueError(f"{prefix.rstrip('.') or 'config'}: expected an object, got {values!r}")
     hints = typing.get_type_hints(cls, include_extras=True)
     for key in values.keys() - hints.keys():
-        raise ValueError(f"unknown config key {prefix}{key}; {suggest(key, list(hints), prefix)}")
+        raise ValueError(f"unknown config key {prefix}{one_line(key)}; {suggest(key, list(hints), prefix)}")
     made = {}
     for item in dataclasses.fields(cls):
         hint = hints[item.name]

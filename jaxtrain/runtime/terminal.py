@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 
@@ -92,6 +92,15 @@ def printable(text: str, *, encoding: str | None = None) -> str:
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def one_line(text: str) -> str:
+    r"""Escapes terminal controls, tabs and every line break: for a name or value inside a printed line.
+
+    >>> one_line("a.txt\nerror: all lost")
+    'a.txt\\nerror: all lost'
+    """
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def echo(
     value: object = "", *, file: TextIO | None = None, end: str = "\n", flush: bool = False, verbatim: bool = False
 ) -> None:
@@ -103,8 +112,8 @@ def echo(
     print(text if verbatim and not stream.isatty() else printable(text), end=end, file=stream, flush=flush)
 
 
-def report_error(error: BaseException) -> int:
-    """Prints an error to standard error; returns the exit code of the program."""
+def report_error(error: BaseException, arguments: Sequence[str] = ()) -> int:
+    """Prints an error to standard error, without the line breaks of the `arguments`; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         echo("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -124,6 +133,8 @@ def report_error(error: BaseException) -> int:
     elif not isinstance(error, ValueError | ImportError | OSError):
         traceback.print_exception(error)
         return 1
+    for word in (part for argument in arguments for part in (argument, *argument.split("=", 1))):
+        text = text.replace(word, one_line(word)) if "\n" in word else text
     echo(f"error: {text}", file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
 

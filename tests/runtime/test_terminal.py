@@ -2,15 +2,19 @@
 
 import ast
 import io
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import jaxtrain
 from jaxtrain import cli
 from jaxtrain.data.prepare.progress import show_progress
 from jaxtrain.monitoring.console import Console
+from jaxtrain.monitoring.health import Finding
+from jaxtrain.monitoring.tables import format_table
 from jaxtrain.runtime.terminal import echo, report_error
 
 # Clear the screen, set the title, overwrite the line, backspace, bell, 8-bit CSI, delete, right-to-left override.
@@ -21,6 +25,10 @@ PRINTERS = {"runtime/terminal.py", "monitoring/console.py"}  # they escape what 
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+# A line of its own, after every separator that `str.splitlines` knows.
+BREAKS = [f"x{separator}error: forged" for separator in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"] + ["x\r\nerror: forged"]
 
 
 def is_clean(text):
@@ -44,6 +52,39 @@ def test_the_package_prints_through_one_function():
     }
     assert found.keys() == PRINTERS, found
     assert list(direct_prints(ast.parse("print(1)\nimport sys\nsys.stderr.write('')"))) == [1, 3]
+
+
+def test_a_line_break_in_a_name_or_value_forges_no_line(tiny_config, tmp_path, capsys):
+    """In a file, a run, a flag, a config, a table and a finding."""
+    quickstart, store = str(ROOT / "configs" / "quickstart.py"), str(tmp_path / "store")
+    for i, name in enumerate(BREAKS):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / f"{name}.jsonl").write_text("{")
+        (folder / "config.json").write_text(json.dumps({name: 1}))
+        for arguments in (
+            ["train", quickstart, "--run-dir", name],
+            ["train", quickstart, "--optim.schedule", name],
+            ["train", quickstart, f"--{name}", "1"],
+            ["train", quickstart, f"--{name}=1"],
+            ["train", f"{name}.py"],
+            ["train", str(folder / "config.json")],
+            ["report", name],
+            ["prepare", name, "--out", store],
+            ["prepare", f"{folder}/*.jsonl", "--out", store, "--num-workers", "1"],
+            [name],
+        )[:: 1 if i in (0, 8) else 3]:
+            assert cli.main(arguments) == 2, arguments
+        with pytest.raises(ValueError, match="holds a line break"):
+            jaxtrain.train(tiny_config, tmp_path / name)
+        echo(Finding(name, "error", 3, name, name))
+        echo(format_table([name], [[name]]))
+        Console(3, sys.stdout).table("title", [("name", name)])
+    printed = capsys.readouterr()
+    assert "forged" in printed.out
+    assert "forged" in printed.err
+    lines = (printed.out + printed.err).splitlines()
+    assert not [line for line in lines if line.startswith("error: forged")]
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)

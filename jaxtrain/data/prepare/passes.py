@@ -25,6 +25,7 @@ from jaxtrain.data.tokenizer import (
     train_bpe,
 )
 from jaxtrain.runtime.files import read_json, write_json, write_sealed_json
+from jaxtrain.runtime.terminal import one_line
 
 
 @dataclass(frozen=True)
@@ -165,4 +166,6 @@ def _make_tokenizer(
 def _refuse_changed(files: Sequence[SourceFile]) -> None:
     for file in files:
         if file_version(file.path) != (file.size, file.version):
-            raise ValueError(f"{file.path} changed while it was being read: run prepare again when it is complete")
+            raise ValueError(
+                f"{one_line(file.path)} changed while it was being read: run prepare again when it is complete"
+            )

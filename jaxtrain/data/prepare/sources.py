@@ -14,6 +14,7 @@ from jaxtrain.data.prepare.formats import find_format
 from jaxtrain.data.prepare.streams import naming
 from jaxtrain.fields import is_url, require_local
 from jaxtrain.runtime.files import read_json, sha256_file
+from jaxtrain.runtime.terminal import one_line
 
 PYTHON_STDLIB = "python-stdlib"
 # Tests and other files outside the library itself; `lib2to3/tests` goes with `tests`.
@@ -97,7 +98,7 @@ def describe_left_out(counts: dict[str, int], names: LeftOut) -> str:
     """Returns one line such as `left out: 3 hidden (.git, .env, a/.x), 1 empty (b.txt)`; "" if nothing is left out."""
     parts = []
     for reason, count in counts.items():
-        examples = [os.path.basename(path) for path in names.get(reason, [])[:3]]
+        examples = [one_line(os.path.basename(path)) for path in names.get(reason, [])[:3]]
         more = ", ..." if count > len(examples) else ""
         parts.append(f"{count:,} {reason}" + (f" ({', '.join(examples)}{more})" if examples else ""))
     return f"left out: {', '.join(parts)}" if parts else ""
@@ -198,24 +199,28 @@ def _dataset_files(folder: str, files: Sequence[str]) -> set[str]:
     parts = {part.get("filename") for part in state.get("_data_files", ())}
     if not parts or parts - set(files):
         missing = ", ".join(map(str, parts - set(files))) or "data files in state.json"
-        raise ValueError(f"the dataset {folder} is damaged: it lacks {missing}; save it again")
+        raise ValueError(f"the dataset {one_line(str(folder))} is damaged: it lacks {missing}; save it again")
     return parts
 
 
 def _refuse_unreadable(error: OSError) -> None:
-    raise ValueError(f"the folder {error.filename} cannot be read: {error.strerror}; make it readable or move it away")
+    raise ValueError(
+        f"the folder {one_line(error.filename)} cannot be read: {error.strerror}; make it readable or move it away"
+    )
 
 
 def _is_regular(path: Path) -> bool:
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
+        shown = one_line(str(path))
         if path.is_symlink():
-            why = f"{path} is a link to {os.readlink(path)}, which cannot be opened: fetch the file or remove the link"
+            target = one_line(os.readlink(path))
+            why = f"{shown} is a link to {target}, which cannot be opened: fetch the file or remove the link"
             raise ValueError(why) from None
         if not os.path.lexists(path):
-            raise ValueError(f"no file or folder {path}: check the path, or name a glob or {PYTHON_STDLIB}") from None
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+            raise ValueError(f"no file or folder {shown}: check the path, or name a glob or {PYTHON_STDLIB}") from None
+        raise ValueError(f"{shown} cannot be read: {error.strerror}") from None
 
 
 def _source_file(path: str, key: str = "") -> SourceFile:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from jaxtrain.data import remote
 from jaxtrain.fields import is_url
+from jaxtrain.runtime.terminal import one_line
 
 MAX_RECORD_BYTES = 1 << 27  # of one line, JSON value or table row: a record is held in memory
 CHUNK_BYTES = 1 << 22  # of text read at a time
@@ -70,11 +71,11 @@ def naming(path: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(f"{path} {error}") from None
+        raise ImportError(f"{one_line(path)} {error}") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; replace the file or leave it out") from None
+        raise ValueError(f"{one_line(path)} cannot be read: {error}; replace the file or leave it out") from None
     except ValueError as error:
-        raise ValueError(f"{path} {error}") from None
+        raise ValueError(f"{one_line(path)} {error}") from None
 
 
 class TextReader:
