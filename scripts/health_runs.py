@@ -299,7 +299,8 @@ SICK = (
     report("stopped gradient", "gradient_vanished", "loss_rising", "validation_rising", "adam_frozen", **factor(
         lambda step: 1.0 if step < CHANGE else 1e-9, of_loss=False)),
     tuning("rate of 1", "parameters_growing", "dead_layer", "validation_rising", "loss_rising",
-           "exploding_layer", "clipping_saturated", "skipped_steps", "too_many_bad_steps", "stuck_at_uniform", "update_norm_rising", optim={"peak_lr": 1.0}),
+           "exploding_layer", "clipping_saturated", "skipped_steps", "too_many_bad_steps", "stuck_at_uniform",
+           "update_norm_rising", optim={"peak_lr": 1.0}),
     report("rate of 0.3, no warm-up", "parameters_growing", "loss_rising", "exploding_layer", "clipping_saturated",
            "skipped_steps", "too_many_bad_steps", "stuck_at_uniform", "update_norm_rising", model=gpt2,
            optim={"peak_lr": 0.3, "warmup_steps": 0}),
