@@ -117,8 +117,8 @@ def check_value(hint: Any, value: Any, path: str) -> Any:
     if origin is Annotated:
         kind, rule = typing.get_args(hint)
         value = check_value(kind, value, path)
-        if isinstance(rule, LocalPath) and not (rule.or_url and is_url(value)):
-            require_local(value, path)
+        if isinstance(rule, LocalPath):
+            (require_one_line if rule.or_url and is_url(value) else require_local)(value, path)
         elif isinstance(rule, Interval) and not rule.allows(value):
             finite = " and finite" if "inf" in rule.text and not math.isfinite(value) else ""
             raise ValueError(f"{path} must be {rule}{finite}, got {value}")
@@ -157,17 +157,22 @@ def is_url(path: str | os.PathLike) -> bool:
 
 
 def require_local(path: str | os.PathLike, name: str) -> None:
-    """Raises a ValueError if a path is empty, breaks the line, or has a `scheme://`, such as gs://bucket/run."""
+    """Raises a ValueError if a path is empty, holds a line break, or has a `scheme://`, such as gs://bucket/run."""
     if not str(path):
         raise ValueError(f"{name} is '': give a path")
-    if len(f"{path}.".splitlines()) > 1:
-        raise ValueError(f"{name} {str(path)!r} holds a line break: rename it, or name the folder that holds it")
+    require_one_line(path, name)
     slashes = "/" if isinstance(path, os.PathLike) else "//"  # pathlib folds two slashes into one
     if re.match(rf"(hf:)?[A-Za-z][A-Za-z0-9+.-]+:{slashes}", str(path)):
         raise ValueError(
             f"{name} {str(path)!r} is no local path: copy it to a local disk or mount it (as gcsfuse and s3fs do), and "
             "give that path"
         )
+
+
+def require_one_line(path: str | os.PathLike, name: str) -> None:
+    """Raises a ValueError if a path holds a line break, which would forge a line wherever it is printed."""
+    if len(f"{path}.".splitlines()) > 1:
+        raise ValueError(f"{name} {str(path)!r} holds a line break: rename it, or name the folder that holds it")
 
 
 # Names of other tools for our fields.

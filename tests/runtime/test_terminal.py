@@ -70,6 +70,7 @@ def test_a_line_break_in_a_name_or_value_forges_no_line(tiny_config, tmp_path, c
             ["train", f"{name}.py"],
             ["train", str(folder / "config.json")],
             ["report", name],
+            ["report", f"gs://{name}"],
             ["prepare", name, "--out", store],
             ["prepare", f"{folder}/*.jsonl", "--out", store, "--num-workers", "1"],
             [name],
