@@ -189,9 +189,11 @@ def _open_token_files(
     known = load_tokenizer(tokenizer_file.parent).vocab_size if has_tokenizer else vocab_size
     vocab_size = files[0].vocab_size or known
     if vocab_size is None:
+        pickled = tokenizer_file.with_name("meta.pkl").is_file()
         raise ValueError(
             f"{path} does not state its vocabulary: set model.vocab_size (GPT-2 has 50257), or describe the tokens in "
             f'{files[0].path.with_suffix(".json").name}: {{"vocab_size": 50257}}'
+            + (f", or convert meta.pkl to {TOKENIZER_FILE} as docs/data.md shows: no pickle is read here" * pickled)
         )
     eot_ids = {file.eot_id: file.path for file in files if file.eot_id is not None}
     if len(eot_ids) > 1:

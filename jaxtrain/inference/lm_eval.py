@@ -16,23 +16,32 @@ from jaxtrain.models.decode import Sampling, bucket
 
 
 def harness_model(pretrained: str | Path | TrainedModel, step: Any = None, **options: Any) -> Any:
-    """Returns a model for `lm_eval.simple_evaluate`.
-
-    Args:
-      pretrained: a run directory, a folder of transformers, or a loaded model.
-      step: checkpoint of a run, see `jaxtrain.load`.
-      options: `batch_size`, `max_gen_toks` and `add_bos_token`, see `Harness`.
+    """Returns a model for `lm_eval.simple_evaluate`; see `Harness` for the arguments.
 
     Raises:
       ValueError: no such run or folder.
       ImportError: no lm-eval.
     """
+    return _harness_class()(pretrained, step, **options)
+
+
+def main() -> None:
+    """Runs the command line of the harness, which then has `--model jaxtrain`; `Harness` has its `--model_args`."""
+    model = _harness_class()
+    import lm_eval.models  # noqa: F401 - fills the registry with its own ones
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+
+    register_model("jaxtrain")(model)
+    cli_evaluate()
+
+
+def _harness_class() -> type:
     try:
         from lm_eval.api.model import TemplateLM
     except ImportError:
         raise ImportError("the harness needs the lm-eval package: pip install 'jaxtrain[lm-eval]'") from None
-    model = pretrained if isinstance(pretrained, TrainedModel) else load(pretrained, step)
-    return type("HarnessLM", (Harness, TemplateLM), {})(model, **options)
+    return type("HarnessLM", (Harness, TemplateLM), {})
 
 
 class Harness:
@@ -41,19 +50,32 @@ class Harness:
     Requests run in batches of similar length. Lengths are padded to powers of two, so that few programs are compiled.
 
     Args:
-      model: a loaded model.
-      batch_size: requests that run together.
+      pretrained: a run directory or its URL, a folder of transformers, or a loaded model.
+      step: checkpoint of a run, see `jaxtrain.load`.
+      batch_size: requests that run together; "auto" takes 8.
       max_gen_toks: tokens to generate for a request that does not say.
       add_bos_token: puts the end-of-text token before every context. None does so for a run, whose documents begin
         with it, and not for a folder of transformers, as the harness' own "hf".
+      device, max_batch_size: passed by the harness, and unused: JAX chooses the device.
     """
 
     def __init__(
-        self, model: TrainedModel, *, batch_size: int = 8, max_gen_toks: int = 256, add_bos_token: bool | None = None
+        self,
+        pretrained: str | Path | TrainedModel,
+        step: Any = None,
+        *,
+        batch_size: int | str = 8,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
     ):
         super().__init__()
-        self._model, self._batch_size, self._max_gen_toks = model, batch_size, max_gen_toks
-        self._begins = not model.pretrained if add_bos_token is None else add_bos_token
+        del device, max_batch_size
+        self._model = pretrained if isinstance(pretrained, TrainedModel) else load(pretrained, step)
+        self._batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)
+        self._max_gen_toks = max_gen_toks
+        self._begins = not self._model.pretrained if add_bos_token is None else add_bos_token
         self._score = jax.jit(self._score_tokens)
 
     @property
@@ -164,3 +186,7 @@ def _sampling(options: dict[str, Any]) -> Sampling:
     if options.get("do_sample") is False:
         temperature = 0.0
     return Sampling(temperature, options.get("top_k") or None, options.get("top_p") or 1.0, options.get("min_p") or 0.0)
+
+
+if __name__ == "__main__":
+    main()

@@ -128,6 +128,11 @@ BAD = {
         {},
         r"does not state its vocabulary: set model.vocab_size",
     ),
+    "no vocabulary, but a pickle": (
+        lambda f: (write_nanogpt(f, np.arange(9)), f.with_name("meta.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")),
+        {},
+        r"convert meta.pkl to tokenizer.json as docs/data.md shows: no pickle is read here",
+    ),
     "range": (
         lambda f: write_nanogpt(f, np.array([1, 2, 9, 1])),
         {"vocab_size": 9},

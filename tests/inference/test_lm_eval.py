@@ -1,10 +1,12 @@
 """Adapter for lm-evaluation-harness, checked against the harness' own model on the same folder of transformers."""
 
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
+from helpers import ROOT, run, user_environment
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -92,6 +94,13 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
     ]
     assert found[0]["acc,none"] == found[1]["acc,none"]
     assert found[0]["acc_norm,none"] == found[1]["acc_norm,none"]
+    for model in (["jaxtrain", "--model_args", f"pretrained={folder}"], ["hf", "--model_args", f"pretrained={folder}"]):
+        where = tmp_path / model[0]
+        options = ["--tasks", "sums", "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "4"]
+        command = [sys.executable, "-m", "jaxtrain.inference.lm_eval", "run", "--model", *model, *options]
+        run([*command, "--output_path", str(where)], environment=user_environment(PYTHONPATH=str(ROOT)), timeout=600)
+        (results,) = where.rglob("results_*.json")
+        assert json.loads(results.read_text())["results"]["sums"]["acc,none"] == found[0]["acc,none"]
 
 
 def test_a_score_does_not_depend_on_its_batch_and_follows_the_logits(run_dir):
@@ -114,3 +123,7 @@ def test_a_score_does_not_depend_on_its_batch_and_follows_the_logits(run_dir):
     until = [("1 + 2", {"until": ["\n"], "max_gen_toks": 4})]
     (text,) = harness.generate_until(requests("generate_until", until))
     assert text == model.generate("1 + 2", 4, temperature=0, stop=["\n"])
+    arguments = f"pretrained={run_dir},step={model.step},max_gen_toks=4"
+    for batch_size in ("auto", "2", 1):  # as the command line passes it
+        other = type(harness).create_from_arg_string(arguments, {"batch_size": batch_size, "device": "cpu"})
+        assert other.loglikelihood(requests("loglikelihood", pairs[:1]))[0][0] == pytest.approx(found[0][0], rel=1e-4)
