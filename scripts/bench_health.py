@@ -18,11 +18,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Tiny programs compile three times as fast without LLVM's optimizations.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+if __name__ == "__main__":  # tiny programs compile three times as fast without LLVM's optimizations
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 from benchmark import Table, parser, report
-from health_runs import HEALTHY, SICK, STEPS, Case, Stores
+from health_runs import HEALTHY, SICK, STEPS, Case, Stores, register
 
 from jaxtrain.config import Config
 from jaxtrain.monitoring.health import Finding, diagnose
@@ -84,6 +84,7 @@ def tables(judged: list[Judged]) -> list[Table]:
 
 def main() -> None:
     options = _options()
+    register()
     judged, evidence = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         stores = Stores(Path(temporary), options.sources)

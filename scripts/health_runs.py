@@ -21,7 +21,7 @@ from jaxtrain.config import gpt2 as make_gpt2
 from jaxtrain.config import llama as make_llama
 from jaxtrain.data.prepare.completions import prepare_completions
 from jaxtrain.data.prepare.prepare import prepare
-from jaxtrain.optim import OPTIMIZERS, OptimizerEntry, clipped_adamw
+from jaxtrain.optim import OPTIMIZERS, OptimizerEntry
 from jaxtrain.schedules import SCHEDULES, ScheduleEntry, warmup_cosine
 from jaxtrain.training import program
 from jaxtrain.training.run import Hooks
@@ -63,7 +63,7 @@ class Case:
         """Returns the config: the recipe of a healthy run with the changes of the case."""
         sections = {
             "data": {"store": None if "stores" in self.sections.get("data", {}) else stores.path(self.store)},
-            "optim": {"peak_lr": 3e-3, "warmup_steps": 40},
+            "optim": {"peak_lr": 3e-3, "warmup_steps": steps // 8},
             "train": {"steps": steps, "batch_size": 8, "seq_len": 32, "eval_every": steps // 8, "eval_batches": 4},
             "checkpoint": {"every": steps},
             "mesh": {"data": 1},
@@ -165,14 +165,15 @@ class Stores:
         prepare(self._write("lines", texts), out, validation_fraction=0.1, progress=False)
 
 
-# Optimizers and schedules that a user could register.
-
-OPTIMIZERS["growing"] = OptimizerEntry(lambda o, rate, clip: optax.adamw(rate, weight_decay=-30.0), "negative decay")
-OPTIMIZERS["unguarded"] = OptimizerEntry(lambda o, rate, clip: clipped_adamw(rate, clip=clip), "as adamw")
-SCHEDULES["ends_early"] = ScheduleEntry(
-    lambda optim, total: lambda step: jnp.where(step < CHANGE, warmup_cosine(optim.peak_lr, total, 40)(step), 0.0),
-    "0 from the middle on",
-)
+def register() -> None:
+    """Adds the optimizer and the schedule of two sick runs to the tables, as a config file would."""
+    OPTIMIZERS["growing"] = OptimizerEntry(
+        lambda optim, rate, clip: optax.adamw(rate, weight_decay=-30.0), "AdamW with negative decay"
+    )
+    SCHEDULES["ends_early"] = ScheduleEntry(
+        lambda optim, total: lambda step: jnp.where(step < CHANGE, warmup_cosine(optim.peak_lr, total, 40)(step), 0.0),
+        "0 from the middle on",
+    )
 
 
 # Causes of sickness.

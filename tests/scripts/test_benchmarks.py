@@ -10,6 +10,7 @@ from helpers import QUICK_XLA, ROOT, call
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import bench_health
 from benchmark import Table
 
 
@@ -94,6 +95,34 @@ def test_the_compiled_step_needs_the_compiler():
     command += "sys.path.insert(0, 'scripts'); runpy.run_path(sys.argv[0], run_name='__main__')"
     done = run("-c", command, "scripts/bench_compiled.py", "configs/gpt2_124m.py", "--topology", "v5e:2x2")
     assert (done.returncode, done.stderr) == (1, 'error: no TPU compiler: pip install -e ".[plan]"\n')
+
+
+def test_health_rules_are_scored_on_real_runs(tmp_path):
+    record = tmp_path / "health.json"
+    runs = ["--only", "no label counts", "--steps=16", "--sources", "jaxtrain/fields.py"]
+    done = run("scripts/bench_health.py", *runs, "--json", str(record))
+    assert done.returncode == 0, done.stderr
+    halves, rules, _ = json.loads(record.read_text())["tables"]
+    assert halves["rows"] == [["tuning", 0, 0, 1, 1, 1.0, 1.0], ["report", 0, 0, 0, 0, None, None]]
+    assert rules["rows"] == [["no_progress", 1, 1, 0]]
+
+
+def test_a_false_alarm_costs_precision_and_a_miss_recall():
+    healthy, sick, missed = bench_health.HEALTHY[0], bench_health.SICK[0], bench_health.SICK[-2]
+    judged = [(healthy, ["label_leak"]), (healthy, []), (sick, [*sick.expected, "no_progress"]), (missed, [])]
+    assert bench_health.tables(judged)[0].rows[0] == ["tuning", 2, 1, 2, 1, 1 / 3, 0.5]
+    counts = bench_health.score(judged)
+    assert [counts[name] for name in ("loss_rising", "label_leak", missed.expected[0])] == [
+        (1, 1, 0),
+        (0, 0, 1),
+        (1, 0, 0),
+    ]
+
+
+def test_monitoring_has_the_figures_of_the_record():
+    table = Table(**json.loads((ROOT / "docs/benchmarks/health.json").read_text())["tables"][0])
+    rows = table.markdown().splitlines()[2:6]
+    assert "\n".join(rows) in (ROOT / "docs/monitoring.md").read_text(), "copy the table of docs/benchmarks/health.json"
 
 
 def test_a_table_is_text_and_markdown():
