@@ -101,16 +101,11 @@ def _moved(module: HloModule, lines: dict[str, Instruction], line: Instruction) 
         # The result of an asynchronous operation is a tuple that names the operand again.
         result = _bytes(line.shape) // (2 if line.opcode.endswith("-start") else 1)
         return result + sum(_bytes(one.shape) for one in operands)
-    inside = {one.name: one for one in module.computations[line.called[0]]}
-    users: dict[str, list[Instruction]] = {name: [] for name in inside}
-    for one in inside.values():
-        for name in operands_of(one.rest):
-            users[name].append(one)
-    parameters = {int(one.rest.split(")")[0]): one for one in inside.values() if one.opcode == "parameter"}
     read = sum(
-        min(_bytes(operand.shape), _read(parameters[i], users, inside)) if _bytes(operand.shape) else 0
+        min(_bytes(operand.shape), _read_by_fusion(module, line, i)) if _bytes(operand.shape) else 0
         for i, operand in enumerate(operands)
     )
+    inside = {one.name: one for one in module.computations[line.called[0]]}
     updated = sum(
         _bytes(one.shape) - _bytes(inside[operands_of(one.rest)[1]].shape)
         for one in inside.values()
@@ -119,15 +114,21 @@ def _moved(module: HloModule, lines: dict[str, Instruction], line: Instruction) 
     return read + max(_bytes(line.shape) - updated, 0)
 
 
-def _read(parameter: Instruction, users: dict[str, list[Instruction]], inside: dict[str, Instruction]) -> int:
-    """Returns the bytes that a fusion reads of a parameter: the slices, if it is only sliced or updated in place."""
-    size = 0
-    for one in users[parameter.name]:
-        if one.opcode == "bitcast":
-            size += _read(one, users, inside)
-        elif one.opcode in _SLICES:
+def _read_by_fusion(module: HloModule, fusion: Instruction, index: int) -> int:
+    """Returns the bytes that a fusion reads of an operand: the slices, if it is only sliced or updated in place."""
+    lines = module.computations[fusion.called[0]]
+    parameter = next(one for one in lines if one.opcode == "parameter" and int(one.rest.split(")")[0]) == index)
+    names, size = {parameter.name}, 0
+    for one in lines:
+        operands = operands_of(one.rest)
+        at = [i for i, name in enumerate(operands) if name in names]
+        if at and one.opcode == "bitcast":
+            names.add(one.name)
+        elif at and one.opcode == "fusion":
+            size += sum(_read_by_fusion(module, one, i) for i in at)
+        elif at and one.opcode in _SLICES:
             size += _bytes(one.shape)
-        elif one.opcode != "dynamic-update-slice" or operands_of(one.rest)[0] != parameter.name:
+        elif at and (one.opcode != "dynamic-update-slice" or at != [0]):
             return _bytes(parameter.shape)
     return size
 

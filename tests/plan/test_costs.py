@@ -25,6 +25,13 @@ PROGRAM = f"""HloModule m
   ROOT %one = bf16[8,8]{{1,0}} bitcast(%slice)
 }}
 
+%nested (stack: bf16[4,8,8], i: s32[]) -> bf16[8,8] {{
+  %stack = bf16[4,8,8]{{2,1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %layer = bf16[8,8]{{1,0}} fusion(%stack, %i), kind=kLoop, calls=%sliced
+  ROOT %twice = bf16[8,8]{{1,0}} add(%layer, %layer)
+}}
+
 %updated (stack: f32[4,8], row: f32[8], i: s32[]) -> f32[4,8] {{
   %stack = f32[4,8]{{1,0}} parameter(0)
   %row = f32[8]{{0}} parameter(1)
@@ -43,7 +50,7 @@ PROGRAM = f"""HloModule m
   %stack = bf16[4,8,8]{{2,1,0}} get-tuple-element(%t), index=1
   %rows = f32[4,8]{{1,0}} get-tuple-element(%t), index=2
   %row = f32[8]{{0}} get-tuple-element(%t), index=3
-  %w = bf16[8,8]{{1,0}} fusion(%stack, %i), kind=kLoop, calls=%sliced{op("", LAYER, 100)}
+  %w = bf16[8,8]{{1,0}} fusion(%stack, %i), kind=kLoop, calls=%nested{op("", LAYER, 100)}
   %near = bf16[8,8]{{1,0:T(8,128)S(1)}} copy-start(%w)
   %back = bf16[8,8]{{0,1}} copy(%w){op("", LAYER, 7)}
   %new = f32[4,8]{{1,0}} fusion(%rows, %row, %i), kind=kLoop, calls=%updated{op("", "", 10)}
@@ -67,7 +74,7 @@ backend_config={{"known_trip_count":{{"n":"4"}}}}{op("", "shard_map/jvp(Transfor
 
 
 def test_costs_are_summed_by_part_with_loops_multiplied_out():
-    """Slices count instead of stacks; on-chip memory not at all; what the compiler adds belongs to its loop."""
+    """Slices count instead of stacks, also in nested fusions; on-chip memory not at all; what is added, to its loop."""
     costs = {row.pop("part"): row for row in part_costs(PROGRAM)}
     matrix, row = 8 * 8 * 2, 8 * 4
     # The slice read and written, the prefetch, the kernel, and the row written into the stack, with two counters.
