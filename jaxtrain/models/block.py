@@ -14,9 +14,9 @@ from flax import linen as nn
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.kernels.attention import attend, rotate
-from jaxtrain.models.kernels.linear import Weights, linear, linear_parts
+from jaxtrain.models.kernels.linear import Weights, linear, merge_heads, project_heads
 from jaxtrain.models.kernels.pointwise import gelu, norm, swiglu
-from jaxtrain.models.parallel import Parallel, enter_tensor
+from jaxtrain.models.parallel import Parallel, enter_tensor, free_early
 from jaxtrain.models.remat import checkpoint_name
 
 Rope = tuple[jax.Array, jax.Array]
@@ -113,9 +113,8 @@ class Attention(nn.Module):
             mixed_BTHK = self._attend((query_BTHK, key_BTGK, value_BTGK), context, **more)
         else:
             mixed_BTHK = self._attend((query_BTHK, *cache.read(), context.positions_BT), context, kernel="xla")
-        mixed_BTF = mixed_BTHK.reshape(*x_BTD.shape[:-1], -1)
-        out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")
-        return checkpoint_name(linear(mixed_BTF, out(mixed_BTF.shape[-1]), shards), "attention_out"), cache
+        out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")(math.prod(mixed_BTHK.shape[2:]))
+        return checkpoint_name(merge_heads(mixed_BTHK, out, shards), "attention_out"), cache
 
     def _attend(self, arrays: tuple[jax.Array, ...], context: TokenContext, **more: Any) -> jax.Array:
         """Calls `attend` with the window of the layer, which depends on its number if some layers have none."""
@@ -143,7 +142,7 @@ class Attention(nn.Module):
             Weights(num_heads * width // self.parallel.tensor, INIT_STD, use_bias, name=name)(x_BTD.shape[-1])
             for name, num_heads in heads.items()
         ]
-        return [y.reshape(*y.shape[:-1], -1, width) for y in linear_parts(x_BTD, weights)]
+        return project_heads(x_BTD, weights, width)
 
 
 class FeedForward(nn.Module):
@@ -166,8 +165,8 @@ class FeedForward(nn.Module):
             hidden_BTF = swiglu(hidden_BTF, project("gate"))
         else:
             hidden_BTF = hidden_BTF * gelu(project("gate")) if c.gated else gelu(hidden_BTF)
-        down = Weights(c.d_model, _residual_std(c), c.use_bias, name="down")
-        return linear(hidden_BTF, down(hidden_BTF.shape[-1]), shards)
+        down = Weights(c.d_model, _residual_std(c), c.use_bias, name="down")(hidden_BTF.shape[-1])
+        return linear(*free_early(hidden_BTF, down), shards)
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 class WithMasters(NamedTuple):
@@ -37,13 +38,20 @@ def cast_masters(params: Any, masters: Any, carry: jax.Array) -> Any:
       carry: a value that depends on the loop over layers. A zero derived from it is added; otherwise the TPU compiler
         moves the cast out of the loop and stores all layers twice.
     """
-    zero = jnp.where(carry.reshape(-1)[0] > 0, 0.0, -0.0)
+    corner = jax.lax.slice(carry, (0,) * carry.ndim, (1,) * carry.ndim).reshape(())  # a reshape of all copies all
+    zero = jnp.where(corner > 0, 0.0, -0.0)
     return jax.tree.map(lambda copy, master: _cast_master(copy, master, zero), params, masters)
 
 
 @jax.custom_vjp
 def _cast_master(copy: jax.Array, master: jax.Array, zero: jax.Array) -> jax.Array:
-    return (master + zero).astype(copy.dtype)
+    rows = jax.lax.platform_dependent(master, tpu=_row_major, default=lambda x: x)
+    return (rows + zero).astype(copy.dtype)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    """Pins the layout: a product that prefers another one would have the masters of all layers copied."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def _cast_master_forward(copy: jax.Array, master: jax.Array, zero: jax.Array):

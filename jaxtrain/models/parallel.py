@@ -112,3 +112,19 @@ def barrier_gradients(*arrays):
 
 
 barrier_gradients.defvjp(lambda *arrays: (arrays, None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
+
+
+@jax.custom_vjp
+def free_early(x, weights):
+    """Identity. On TPUs the backward pass goes on only when the gradients of x and of the weights are complete.
+
+    For a linear layer: the compiler would postpone the gradient of the weights, and store x for it until then.
+    """
+    return x, weights
+
+
+def _free_early_backward(_, gradients):
+    return jax.lax.platform_dependent(gradients, tpu=jax.lax.optimization_barrier, default=lambda pair: pair)
+
+
+free_early.defvjp(lambda x, weights: ((x, weights), None), _free_early_backward)

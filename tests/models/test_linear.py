@@ -1,11 +1,21 @@
 """The linear layer against x @ kernel + bias in float64, for both forms of its gradient."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.models.kernels.linear import _concatenated, _separate, linear, linear_parts
+from jaxtrain.models.kernels.linear import (
+    _concatenated,
+    _merge,
+    _merge_flat,
+    _separate,
+    linear,
+    merge_heads,
+    project_heads,
+)
 
 SHAPES = {"widening": (24, 96), "square": (48, 48), "narrowing": (96, 24)}
 
@@ -57,22 +67,43 @@ def parts_of(use_bias):
     return jax.random.normal(keys[6], (2, 5, 6)), list(zip(kernels, biases, strict=True))
 
 
+def plain(x, kernel, bias):
+    y = jnp.tensordot(x, kernel, 1)
+    return y if bias is None else y + bias[None, None]
+
+
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_parts_equal_separate_layers(use_bias):
+def test_projected_heads_equal_separate_layers_in_every_form(use_bias):
     x, parts = parts_of(use_bias)
 
     def run(function):
         loss = lambda x, parts: sum(jnp.sum(jnp.sin(y)) for y in function(x, parts))  # noqa: E731
         return jax.jit(function)(x, parts), jax.jit(jax.grad(loss, (0, 1)))(x, parts)
 
-    expected = run(_separate)
-    for function in (linear_parts, _concatenated):
-        for actual, wanted in zip(*map(jax.tree.leaves, (run(function), expected)), strict=True):
+    expected = run(lambda x, parts: [plain(x, *weights).reshape(2, 5, -1, 2) for weights in parts])
+    for form in (project_heads, _separate, _concatenated):
+        for actual, wanted in zip(*map(jax.tree.leaves, (run(partial(form, width=2)), expected)), strict=True):
+            np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_merged_heads_equal_a_layer_of_all_channels_in_every_form():
+    x = jax.random.normal(jax.random.key(1), (2, 5, 3, 4))
+    kernel, bias = jax.random.normal(jax.random.key(2), (12, 8)), jax.random.normal(jax.random.key(3), (8,))
+
+    def run(function, bias):
+        loss = lambda x, kernel: jnp.sum(jnp.sin(function(x, kernel, bias)))  # noqa: E731
+        return jax.jit(function)(x, kernel, bias), *jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+
+    expected = {use: run(lambda x, *w: plain(x.reshape(2, 5, 12), *w), bias if use else None) for use in (True, False)}
+    forms = [(lambda x, *weights: merge_heads(x, weights), use) for use in (True, False)]
+    forms += [(lambda x, kernel, _, form=form: form(x, kernel), False) for form in (_merge, _merge_flat)]
+    for form, use in forms:
+        for actual, wanted in zip(run(form, bias if use else None), expected[use], strict=True):
             np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("platform", "products"), [("cpu", 1), ("cuda", 1), ("tpu", 3)])
 def test_the_kernels_are_concatenated_except_on_tpus(platform, products):
     x, parts = parts_of(True)
-    text = jax.jit(linear_parts).trace(x, parts).lower(lowering_platforms=(platform,)).as_text()
+    text = jax.jit(partial(project_heads, width=2)).trace(x, parts).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("dot_general") == products

@@ -217,8 +217,8 @@ def _rotate_back(tables: tuple[jax.Array, jax.Array], gradient_BTHK: jax.Array):
     def transpose(gradient_BTHK):  # of a linear function, whose argument does not matter
         return jax.vjp(lambda x: _rotate_halves(x, tables), gradient_BTHK)[1](gradient_BTHK)[0]
 
-    def turn(gradient_BTHK):
-        return _rotate_heads(gradient_BTHK, (cos, -sin))
+    def turn(gradient_BTHK):  # the barrier keeps the rotation out of the products, which would repeat it
+        return jax.lax.optimization_barrier(_rotate_heads(gradient_BTHK, (cos, -sin)))
 
     return jax.lax.platform_dependent(gradient_BTHK, tpu=turn, default=transpose), None
 
@@ -236,6 +236,9 @@ def _rotate_halves(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> ja
 def _rotate_heads(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = tables
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    first, second = jnp.split(x_BTHK, 2, axis=-1)
-    swapped = jnp.concatenate([second, first], axis=-1).astype(jnp.float32)
+    # A product with a permutation, exact in either dtype, moves half of the bytes of two slices.
+    width = x_BTHK.shape[-1]
+    swap_KK = jnp.roll(jnp.eye(width, dtype=x_BTHK.dtype), width // 2, axis=1)
+    precision = jax.lax.Precision.HIGHEST if x_BTHK.dtype == jnp.float32 else None
+    swapped = jnp.matmul(x_BTHK, swap_KK, precision=precision, preferred_element_type=jnp.float32)
     return (x_BTHK.astype(jnp.float32) * cos + swapped * sin).astype(x_BTHK.dtype)

@@ -1,7 +1,10 @@
 """Linear layer with a gradient that is computed as one matrix product, in the layout that is fastest per backend.
 
-Shape suffixes: N tokens of all rows, I inputs, O outputs.
+Shape suffixes: B batch, T tokens, N tokens of all rows, I inputs, O outputs, H heads, K channels per head.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,35 +41,67 @@ def linear(x: jax.Array, weights: tuple[jax.Array, jax.Array | None], num_shards
     return y if bias is None else _add(y, bias)
 
 
-@jax.custom_vjp
-def linear_parts(x: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
-    """Applies several linear layers to the same x `[..., I]`; returns a `[..., O]` of each.
+def project_heads(x_BTI: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]], width: int) -> list[jax.Array]:
+    """Applies several linear layers to the same x; returns `[B, T, O / width, width]` of each.
 
-    One product with the concatenated kernels, except on TPUs: there the concatenation forces layouts that every part
-    pays for with a copy (scripts/bench_compiled.py measures it).
+    One product with the concatenated kernels, except on TPUs: there concatenated kernels, and products of flattened
+    heads, take layouts that cost copies (docs/benchmarks.md, bench_compiled.py).
+
+    Args:
+      x_BTI: input.
+      parts: kernel `[I, O]` and bias `[O]` or None of each layer.
+      width: channels per head.
     """
-    return jax.lax.platform_dependent(x, parts, tpu=_separate, default=_concatenated)
+    forms = (functools.partial(form, width=width) for form in (_separate, _concatenated))
+    return _by_platform(*forms)(x_BTI, parts)
 
 
-def _linear_parts_backward(inputs: tuple[jax.Array, list], gradients: list[jax.Array]):
-    def pull(function):
-        return lambda x, parts, gradients: jax.vjp(function, x, parts)[1](gradients)
-
-    return jax.lax.platform_dependent(*inputs, gradients, tpu=pull(_separate), default=pull(_concatenated))
-
-
-linear_parts.defvjp(lambda x, parts: (linear_parts(x, parts), (x, parts)), _linear_parts_backward)
+def merge_heads(x_BTHK: jax.Array, weights: tuple[jax.Array, jax.Array | None], num_shards: int = 1) -> jax.Array:
+    """Applies a linear layer to all channels of all heads; returns `[B, T, O]`. See `linear` and `project_heads`."""
+    kernel, bias = weights
+    y_BTO = leave_tensor(_by_platform(_merge, _merge_flat)(x_BTHK, kernel), num_shards)
+    return y_BTO if bias is None else _add(y_BTO, bias)
 
 
-def _separate(x: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
-    return [linear(x, weights) for weights in parts]
+def _by_platform(tpu: Callable, default: Callable) -> Callable:
+    """Returns a function with two forms. It saves its arguments, and the gradient is that of the platform's form."""
+
+    @jax.custom_vjp
+    def function(*arguments):
+        return jax.lax.platform_dependent(*arguments, tpu=tpu, default=default)
+
+    def pull(form):
+        return lambda arguments, gradient: jax.vjp(form, *arguments)[1](gradient)
+
+    def backward(arguments, gradient):
+        return jax.lax.platform_dependent(arguments, gradient, tpu=pull(tpu), default=pull(default))
+
+    function.defvjp(lambda *arguments: (function(*arguments), arguments), backward)
+    return function
 
 
-def _concatenated(x: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]]) -> list[jax.Array]:
+def _separate(x_BTI: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]], width: int) -> list[jax.Array]:
+    def project(kernel_IO, bias):
+        y_BTHK = jnp.einsum("bti,ihk->bthk", x_BTI, kernel_IO.reshape(kernel_IO.shape[0], -1, width))
+        return y_BTHK if bias is None else _add(y_BTHK.reshape(*x_BTI.shape[:-1], -1), bias).reshape(y_BTHK.shape)
+
+    return [project(*weights) for weights in parts]
+
+
+def _concatenated(x_BTI: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]], width: int) -> list[jax.Array]:
     kernels, biases = zip(*parts, strict=True)
     bias = None if biases[0] is None else jnp.concatenate(biases, axis=-1)
-    y = linear(x, (jnp.concatenate(kernels, axis=-1), bias))
-    return jnp.split(y, np.cumsum([kernel.shape[-1] for kernel in kernels[:-1]]), axis=-1)
+    y_BTO = linear(x_BTI, (jnp.concatenate(kernels, axis=-1), bias))
+    split = jnp.split(y_BTO, np.cumsum([kernel.shape[-1] for kernel in kernels[:-1]]), axis=-1)
+    return [y.reshape(*y.shape[:-1], -1, width) for y in split]
+
+
+def _merge(x_BTHK: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return jnp.einsum("bthk,hko->bto", x_BTHK, kernel_IO.reshape(*x_BTHK.shape[2:], -1))
+
+
+def _merge_flat(x_BTHK: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return linear(x_BTHK.reshape(*x_BTHK.shape[:2], -1), (kernel_IO, None))
 
 
 @jax.custom_vjp

@@ -59,7 +59,9 @@ def _swiglu_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
     y, gradient = gate.astype(jnp.float32), gradient.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(y)
     on_gate = gradient * x.astype(jnp.float32) * sigmoid * (1 + y * (1 - sigmoid))
-    return (gradient * y * sigmoid).astype(x.dtype), on_gate.astype(gate.dtype)
+    gradients = (gradient * y * sigmoid).astype(x.dtype), on_gate.astype(gate.dtype)
+    # Two products take each; a TPU would form it again in both.
+    return jax.lax.platform_dependent(gradients, tpu=jax.lax.optimization_barrier, default=lambda pair: pair)
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
