@@ -214,7 +214,7 @@ def test_a_run_adds_a_source(tiny_config, stores, tmp_path):
     config = with_mixture(tiny_config, stores, "web:1 until 6, then web:0.5 code:0.5")
     with pytest.raises(ValueError, match=r"--allow-change"):
         train(config, tmp_path / "run")
-    early = with_mixture(tiny_config, stores, "web:1 until 3, then web:0.5 code:0.5")
+    early = with_mixture(tiny_config, stores, "web:1 until 5, then web:0.5 code:0.5")
     with pytest.raises(ValueError, match="changes what the first 6 steps have read"):
         train(early, tmp_path / "run", allow_change=True)
     train(config, tmp_path / "run", allow_change=True)
