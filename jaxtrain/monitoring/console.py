@@ -18,7 +18,6 @@ from rich.text import Text
 from jaxtrain.monitoring.panel import Panel
 from jaxtrain.runtime.terminal import one_line, printable
 
-_REDRAW = 2.0  # seconds between two panels: drawing one takes about a millisecond
 # Styles of rich by the severity of a finding, or by the name of an event.
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan", "sink_failed": "yellow", "save_failed": "red"}
 # A log on a full disk, a pipe without a reader, a terminal that is gone: training continues without output.
@@ -31,13 +30,13 @@ class Console:
     `close` clears the panel and restores the terminal.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None):
-        """Prints to `stream`; None is standard output at the time of the call."""
-        self._total_steps = total_steps
+    def __init__(self, total_steps: int, stream: TextIO | None = None, *, redraw_seconds: float = 2.0):
+        """Prints to `stream`; None is standard output at the time of the call. Drawing takes about a millisecond."""
+        self._total_steps, self._redraw_seconds = total_steps, redraw_seconds
         self._stream = sys.stdout if stream is None else stream
         self._encoding = getattr(self._stream, "encoding", None)
         self._panel = Panel(total_steps)
-        self._drawn = -_REDRAW  # time of the last panel
+        self._drawn = -redraw_seconds  # time of the last panel
         self._live: rich.live.Live | None = None
         self._closed = False
         self._lock = threading.RLock()
@@ -51,7 +50,7 @@ class Console:
             self.print(self._panel.line())
         else:
             now = time.monotonic()
-            if now - self._drawn >= _REDRAW or step == self._total_steps:
+            if now - self._drawn >= self._redraw_seconds or step == self._total_steps:
                 self._drawn = now
                 self._draw(self._panel.render(self._terminal.width))
 

@@ -36,7 +36,6 @@ def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr("jaxtrain.monitoring.console._REDRAW", 0.0)
     return Terminal()
 
 
@@ -90,7 +89,7 @@ def test_standard_output_is_looked_up_when_made(capsys):
 
 def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    with closing(Console(2000, terminal)) as console:
+    with closing(Console(2000, terminal, redraw_seconds=0)) as console:
         show(console)
     assert terminal.getvalue() == LINE + "\n"
 
@@ -101,7 +100,7 @@ def plain(text):
 
 
 def test_terminal_redraws_a_panel(terminal):
-    with closing(Console(2000, terminal)) as console:
+    with closing(Console(2000, terminal, redraw_seconds=0)) as console:
         show(console)
         start = len(terminal.getvalue())
         console.event("eval", "", {"step": 30, "nll": 2.5})
@@ -120,7 +119,6 @@ def test_terminal_redraws_a_panel(terminal):
 
 def test_panel_is_drawn_at_most_every_two_seconds(terminal, monkeypatch):
     """Drawing takes a millisecond or two: under 0.2 % of the loop."""
-    monkeypatch.setattr("jaxtrain.monitoring.console._REDRAW", 2.0)
     now = [100.0]
     monkeypatch.setattr("jaxtrain.monitoring.console.time.monotonic", lambda: now[0])
     with closing(Console(2000, terminal)) as console:
@@ -141,7 +139,7 @@ def test_panel_fits_the_terminal(columns):
 
 
 def test_panel_follows_the_size_of_the_terminal(terminal):
-    with closing(Console(2000, terminal)) as console:
+    with closing(Console(2000, terminal, redraw_seconds=0)) as console:
         for columns in (120, 70):
             console._terminal.width = columns
             show(console)
@@ -172,7 +170,7 @@ def test_a_sparkline_shows_the_whole_run():
 
 def test_terminal_gets_its_cursor_back_after_an_error(terminal):
     def interrupted_run():
-        with closing(Console(2000, terminal)) as console:
+        with closing(Console(2000, terminal, redraw_seconds=0)) as console:
             show(console)
             raise KeyboardInterrupt
 
@@ -183,7 +181,7 @@ def test_terminal_gets_its_cursor_back_after_an_error(terminal):
 
 
 def test_terminal_prints_text_as_it_is(terminal):
-    with closing(Console(2000, terminal)) as console:
+    with closing(Console(2000, terminal, redraw_seconds=0)) as console:
         console.table("[red]run", [("path", "/a" * 100), ("steps", "[x]")])
         console.print("[bold]" + "w " * 100)
         show(console)
@@ -200,7 +198,7 @@ def test_terminal_prints_text_as_it_is(terminal):
 def test_a_terminal_wraps_long_text_at_words_and_keeps_its_indentation(terminal, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     path = "/a" * 30  # longer than a line: whole, so that it can be copied
-    with closing(Console(2000, terminal)) as console:
+    with closing(Console(2000, terminal, redraw_seconds=0)) as console:
         console.print(f"warning: the loss of the last hundred steps rose\n  lower optim.peak_lr or look at {path} now")
     assert terminal.getvalue().replace("\r", "").splitlines() == [
         "warning: the loss of the last hundred",
@@ -261,7 +259,7 @@ ESCAPED = r"\x1b[2J\x07\x9b31m\r\u202e"
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_control_characters_never_reach_the_terminal(terminal, is_terminal):
     terminal.isatty = lambda: is_terminal
-    with closing(Console(2000, terminal)) as console:
+    with closing(Console(2000, terminal, redraw_seconds=0)) as console:
         before = terminal.getvalue()
         console.print(f"sample {CONTROL}")
         console.event("finding", f"finding {CONTROL}", {})
