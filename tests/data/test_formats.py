@@ -49,6 +49,8 @@ SHAPES = {
     "mark.jsonl": BOM + JSON_LINES.encode(),
     "mark.json": BOM + json.dumps(RECORDS).encode(),
     "mark.csv": BOM + table(","),
+    "nulls.jsonl": JSON_LINES.replace('"text": ""', '"text": null').encode(),
+    "nulls.json": json.dumps(RECORDS).replace('"text": ""', '"text": null').encode(),
     "array.json": json.dumps(RECORDS).encode(),
     "array.jsonl": json.dumps(RECORDS).encode(),
     "array.Json": b" \n" + json.dumps(RECORDS).encode() + b"\n ",
@@ -182,7 +184,8 @@ def test_a_missing_extra_is_named(name, data, module, message, tmp_path, monkeyp
 
 def test_columns_of_parquet_and_arrow_files(tmp_path):
     """Every container and string type, by name or content, compressed or in row groups; nulls are empty documents."""
-    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+    strings = (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))
+    for kind in (*strings, pyarrow.binary()):
         columns = {"id": list(range(len(TEXTS))), "text": pyarrow.array([*TEXTS[:3], None, *TEXTS[4:]]).cast(kind)}
         rows = pyarrow.table(columns)
         pyarrow.parquet.write_table(rows, tmp_path / "a.parquet", row_group_size=3)

@@ -190,13 +190,17 @@ def _json_values(path: str, limit: int) -> Iterator[Any]:
 
 
 def _record_text(record: Any, text_field: str) -> str:
-    """Returns the text of a parsed record: the record itself if it is a string, else its field."""
+    """Returns the text of a parsed record: the record itself if it is a string, else its field; null is empty text."""
     text = record
     if not isinstance(record, str):
         if not isinstance(record, dict) or text_field not in record:
             fields = ", ".join(record) if isinstance(record, dict) else f"{type(record).__name__}, not an object"
             raise ValueError(f"it has no field {text_field!r} (it has: {fields}); set text_field")
         text = record[text_field]
+        if text is None:
+            return ""
+        if isinstance(text, bytes):  # a binary column, as Spark writes text
+            return text.decode("utf-8")
         if not isinstance(text, str):
             raise ValueError(f"its field {text_field!r} is {type(text).__name__}, not text; set text_field")
     text.encode("utf-8")  # an escaped half of a surrogate pair is JSON, but not text
@@ -279,7 +283,7 @@ def _require_column(names: Iterable[str], text_field: str) -> None:
 def _column_texts(column: Any, text_field: str) -> Iterator[str]:
     for first in range(0, len(column), _ROWS):
         for text in column.slice(first, _ROWS).to_pylist():
-            yield "" if text is None else _record_text({text_field: text}, text_field)
+            yield _record_text({text_field: text}, text_field)
 
 
 def _tar_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
