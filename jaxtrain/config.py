@@ -54,6 +54,7 @@ class DataConfig(Section, section="data"):
     store: Store | None = None
     sources: tuple[Source, ...] = ()  # files, folders, globs, URLs or python-stdlib, if `store` is None
     tokenizer: TokenizerSpec = "byte"  # of `sources`; used if `store` is None
+    eot: str | None = None  # end-of-text token of a tokenizer hf:FILE; None looks for the usual names
     validation: tuple[Source, ...] = ()  # files to validate on, in place of a share of `sources` or of token files
     validation_fraction: Fraction[float] = 0.02  # share of the documents, chosen by hash; of token files, their end
     text_field: str = "text"  # key of the document in a .jsonl line; used if `store` is None

@@ -180,7 +180,8 @@ class BPETokenizer(Tokenizer):
         added = [token.content for token in self._library.get_added_tokens_decoder().values()]
         raise ValueError(
             f"the tokenizer has no end-of-text token: looked for {', '.join(names)}; name one of its tokens with "
-            f"--eot TEXT (eot in Python), such as one of {', '.join(added[:8]) or 'its vocabulary'}"
+            "--eot TEXT (data.eot in a config, eot in Python), such as one of "
+            f"{', '.join(added[:8]) or 'its vocabulary'}"
         )
 
     @property

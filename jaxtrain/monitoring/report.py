@@ -31,7 +31,7 @@ _MARKS = {
     "finding": ("finding", "replay_mismatch", "stalled", "sink_failed"),
 }
 _ROUTINE = {"save", "saved", "verified", "eval", "compile"}
-_OF_SOURCES = ("data.sources", "data.tokenizer", "data.text_field")
+_OF_SOURCES = ("data.sources", "data.tokenizer", "data.eot", "data.text_field")
 _MOST = 400  # marks of a kind, and events in the table
 
 

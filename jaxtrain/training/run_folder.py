@@ -33,7 +33,8 @@ _FREE = ("data.prefetch", "data.skip", "data.verify", "data.max_epochs", "mesh."
 _FREE += ("train.stop_after", "train.stall_minutes", "train.sample_", "train.replay_check", "train.diagnose_every")
 _FREE += ("checkpoint.", "train.tune_compiler")
 # Fields that select the data: free where data.store or data.stores is given.
-_DATA = ("data.store", "data.sources", "data.tokenizer", "data.validation", "data.text_field")  # and its fraction
+_DATA = ("data.store", "data.sources", "data.tokenizer", "data.eot", "data.validation")  # and its fraction
+_DATA += ("data.text_field",)
 _PATHS = ("data.store", "data.sources", "data.validation", "train.init_from")
 # Fields that keep the shapes of the state: a run resumes with other values under --allow-change.
 _CHANGEABLE = ("data.mixture", "data.mask_documents", "data.restart_positions", "data.packing", "train.", "optim.")

@@ -95,6 +95,7 @@ def prepare_data(
                 config.data.sources,
                 folder / "data",
                 tokenizer=config.data.tokenizer,
+                eot=config.data.eot,
                 validation=config.data.validation,
                 validation_fraction=config.data.validation_fraction,
                 text_field=config.data.text_field,

@@ -9,11 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from helpers import LIMIT, start, wait_until
 from runs import assert_same_bits, change, numbers, state_of, train
 
 from jaxtrain.config import DataConfig, MeshConfig
 from jaxtrain.data.store import open_store
+from jaxtrain.data.tokenizer import load_tokenizer
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import from_json, to_json
 from jaxtrain.training.run import assemble, open_run
@@ -192,6 +194,20 @@ def test_a_store_made_in_the_run_directory_serves_when_the_text_is_gone(tiny_con
     train(with_train(config, stop_after=1), tmp_path / "run")
     text.unlink()
     assert train(with_train(config, stop_after=2), tmp_path / "run")["step"] == 2
+
+
+def test_a_config_names_the_end_of_text_token(tiny_config, corpus, tmp_path):
+    """Of a tokenizer file without one of the usual names, such as BERT's; the remedy of the error works."""
+    words = [*(f"word{i}" for i in range(255)), "[UNK]", "[SEP]"]  # as many as bytes, for a shared program
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "words.json"))
+    fields = {"store": None, "sources": (str(corpus),), "tokenizer": f"hf:{tmp_path / 'words.json'}"}
+    config = change(tiny_config, data=fields, train={"stop_after": 1})
+    with pytest.raises(ValueError, match=r"data\.eot in a config"):
+        train(config, tmp_path / "run")
+    train(change(config, data={"eot": "[SEP]"}), tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run").eot_text == "[SEP]"
 
 
 def test_a_batch_that_does_not_divide_is_an_error_with_the_arithmetic(tiny_config, tmp_path):
