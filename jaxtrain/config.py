@@ -268,6 +268,12 @@ class Config(Section):
         return _DEFAULT_WARMUP
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """Patterns of the frozen parameters: `optim.frozen` and, with LoRA, all but its matrices."""
+        lora = isinstance(self.model, ModelConfig) and self.model.lora_rank is not None
+        return (*self.optim.frozen, *(["!*_lora/?"] if lora else []))
+
+    @property
     def resolved_optim(self) -> OptimConfig:
         """Returns `optim` with the default of `warmup_steps` filled in."""
         return dataclasses.replace(self.optim, warmup_steps=self.warmup_steps)

@@ -64,6 +64,10 @@ class ModelConfig(Section, section="model"):
     attention_softcap: Positive[float] | None = None  # scores become cap * tanh(scores / cap); None disables the cap
     # attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs in 16 bits, xla elsewhere and where those cannot run
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    # rank of LoRA matrices, which then are the only parameters that are trained (models/lora.py); None: no LoRA
+    lora_rank: Positive[int] | None = None
+    lora_alpha: Positive[float] = 16.0  # their product counts lora_alpha / lora_rank times
+    lora_targets: tuple[str, ...] = ("query", "value")  # projections that have them: query key value out up gate down
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,6 +91,9 @@ class ModelConfig(Section, section="model"):
         if self.local_rope_theta and not self.global_every:
             raise ValueError("model.local_rope_theta needs model.global_every: set model.rope_theta for all layers")
         _ = self.rope_stretch
+        projections = ("query", "key", "value", "out", "up", *(["gate"] if self.gated else []), "down")
+        for name in self.lora_targets or ("",):
+            check_choice(name, projections, "model.lora_targets")
 
     @property
     def kv_heads(self) -> int:

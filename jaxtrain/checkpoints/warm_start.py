@@ -46,7 +46,15 @@ def read(source: str, run_dir: Path, like: chex.ArrayTree, tokenizer: str | None
       ValueError: the checkpoint is missing or damaged, leaves do not fit (named by path), or the tokenizer differs.
     """
     path, step = find(source, run_dir)
-    params, fingerprint, step = restore_params(CheckpointFolder(path / "checkpoints"), like, step)
+    try:
+        params, fingerprint, step = restore_params(CheckpointFolder(path / "checkpoints"), like, step)
+    except ValueError as error:
+        if "_lora/" not in str(error):
+            raise
+        raise ValueError(
+            f"train.init_from {source}: that run has LoRA matrices: `jaxtrain export` merges them into its weights, "
+            "and `jaxtrain import` makes a run of the result"
+        ) from None
     theirs = fingerprint.get("tokenizer")
     if theirs and tokenizer and theirs != tokenizer:
         raise ValueError(

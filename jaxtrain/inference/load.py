@@ -21,6 +21,7 @@ from jaxtrain.inference.generate import complete
 from jaxtrain.losses import LossSums
 from jaxtrain.models.decode import Sampling
 from jaxtrain.models.hf.read import is_pretrained
+from jaxtrain.models.lora import merge_lora, uses_lora, without_lora
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.files import read_json, sha256_file
@@ -173,16 +174,21 @@ def load(
     if not (folder / TOKENIZER_FILE).is_file():
         source = Path(store or config.data.store or folder / "data").expanduser()
     tokenizer = load_tokenizer(source) if (source / TOKENIZER_FILE).is_file() else None
-    definition = config.model
+    trained = definition = config.model
     if isinstance(definition, ModelConfig):
         vocab_size = definition.vocab_size or (tokenizer or load_tokenizer(source)).vocab_size
-        definition = TransformerModel(dataclasses.replace(definition, vocab_size=vocab_size, attention="auto"))
+        trained = dataclasses.replace(definition, vocab_size=vocab_size, attention="auto")
+        definition = TransformerModel(trained)
     if average < 1:
         raise ValueError(f"average must be 1 or more checkpoints, got {average}")
     shapes = jax.eval_shape(definition.init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
-    params, step = read_mean(folder, like, step, average, sha256_file(source / TOKENIZER_FILE) if tokenizer else None)
+    tokenizer_hash = sha256_file(source / TOKENIZER_FILE) if tokenizer else None
+    params, step = read_mean(folder, like, step, average, tokenizer_hash, trained)
     params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+    if uses_lora(trained):
+        definition = TransformerModel(without_lora(trained))
+        config = dataclasses.replace(config, model=without_lora(config.model))
     imported = step == 0 and not (folder / "metrics.jsonl").exists()  # by `jaxtrain import`: it has seen no step here
     return TrainedModel(definition, params, config, step, folder, tokenizer, pretrained=imported)
 
@@ -206,12 +212,18 @@ def _first_devices() -> np.ndarray:
     return np.array(list(first.values()))
 
 
-def read_mean(folder: Path, like: Any, step: int | None, average: int, tokenizer_sha256: str | None) -> tuple[Any, int]:
-    """Reads the mean of the parameters of `average` checkpoints, the last one of `step`; returns it with that step."""
+def read_mean(
+    folder: Path, like: Any, step: int | None, average: int, tokenizer_sha256: str | None, model: Any
+) -> tuple[Any, int]:
+    """Reads the mean of the parameters of `average` checkpoints, the last one of `step`; returns it with that step.
+
+    LoRA matrices of `model`, the model of the run, are merged.
+    """
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint in {folder}: train first, or give another run directory")
     checkpoints = CheckpointFolder(folder / "checkpoints")
     params, saved, step = restore_params(checkpoints, like, step)
+    params = merge_lora(params, model)
     if tokenizer_sha256 and saved.get("tokenizer") != tokenizer_sha256:
         raise ValueError(f"the checkpoint of step {step} was made with another tokenizer than {folder} holds")
     earlier = [other for other in checkpoints.steps() if other < step]
@@ -220,7 +232,7 @@ def read_mean(folder: Path, like: Any, step: int | None, average: int, tokenizer
             f"average {average} needs as many checkpoints up to step {step}, and {folder} has {1 + len(earlier)}"
         )
     for other in earlier[len(earlier) - average + 1 :]:
-        params = jax.tree.map(jnp.add, params, restore_params(checkpoints, like, other)[0])
+        params = jax.tree.map(jnp.add, params, merge_lora(restore_params(checkpoints, like, other)[0], model))
     return (jax.tree.map(lambda leaf: leaf / average, params) if average > 1 else params), step
 
 

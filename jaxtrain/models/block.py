@@ -16,6 +16,7 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.models.kernels.attention import attend, rotate
 from jaxtrain.models.kernels.linear import Weights, linear, merge_heads, project_heads
 from jaxtrain.models.kernels.pointwise import gelu, norm, swiglu
+from jaxtrain.models.lora import add_lora
 from jaxtrain.models.parallel import Parallel, enter_tensor, free_early
 from jaxtrain.models.remat import checkpoint_name
 
@@ -114,7 +115,8 @@ class Attention(nn.Module):
         else:
             mixed_BTHK = self._attend((query_BTHK, *cache.read(), context.positions_BT), context, kernel="xla")
         out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")(math.prod(mixed_BTHK.shape[2:]))
-        return checkpoint_name(merge_heads(mixed_BTHK, out, shards), "attention_out"), cache
+        out_BTD = add_lora(c, "out", mixed_BTHK, merge_heads(mixed_BTHK, out, shards), shards, row=True)
+        return checkpoint_name(out_BTD, "attention_out"), cache
 
     def _attend(self, arrays: tuple[jax.Array, ...], context: TokenContext, **more: Any) -> jax.Array:
         """Calls `attend` with the window of the layer, which depends on its number if some layers have none."""
@@ -142,7 +144,8 @@ class Attention(nn.Module):
             Weights(num_heads * width // self.parallel.tensor, INIT_STD, use_bias, name=name)(x_BTD.shape[-1])
             for name, num_heads in heads.items()
         ]
-        return project_heads(x_BTD, weights, width)
+        results = zip(heads, project_heads(x_BTD, weights, width), strict=True)
+        return [add_lora(c, name, x_BTD, y, self.parallel.tensor, row=False) for name, y in results]
 
 
 class FeedForward(nn.Module):
@@ -158,7 +161,8 @@ class FeedForward(nn.Module):
 
         def project(name):
             weights = Weights(c.d_ff // shards, INIT_STD, c.use_bias, name=name)
-            return checkpoint_name(linear(x_BTD, weights(x_BTD.shape[-1])), name)
+            y_BTF = add_lora(c, name, x_BTD, linear(x_BTD, weights(x_BTD.shape[-1])), shards, row=False)
+            return checkpoint_name(y_BTF, name)
 
         hidden_BTF = project("up")
         if c.feed_forward == "swiglu":
@@ -166,7 +170,8 @@ class FeedForward(nn.Module):
         else:
             hidden_BTF = hidden_BTF * gelu(project("gate")) if c.gated else gelu(hidden_BTF)
         down = Weights(c.d_model, _residual_std(c), c.use_bias, name="down")(hidden_BTF.shape[-1])
-        return linear(*free_early(hidden_BTF, down), shards)
+        down_BTD = linear(*free_early(hidden_BTF, down), shards)
+        return add_lora(c, "down", hidden_BTF, down_BTD, shards, row=True)
 
 
 class Block(nn.Module):

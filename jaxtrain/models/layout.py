@@ -24,6 +24,9 @@ _AXES = {
     "up/bias": ("hidden",),
     "gate/bias": ("hidden",),
 }
+_LORA = [path.split("/")[0] for path in _AXES if path.endswith("/kernel")]
+_AXES |= {f"{name}_lora/a": (_AXES[f"{name}/kernel"][0], None) for name in _LORA}
+_AXES |= {f"{name}_lora/b": (None, _AXES[f"{name}/kernel"][1]) for name in _LORA}
 _NORMS = ("attention_norm", "attention_post_norm", "feed_forward_norm", "feed_forward_post_norm")
 _NORMS += ("query_norm", "key_norm", "final_norm")
 _AXES |= {f"{norm}/{leaf}": (None,) for norm in _NORMS for leaf in ("scale", "bias")}

@@ -13,7 +13,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     """Returns the FLOPs to train on one token: forward, plus backward at twice that. Recomputation does not count.
 
     Each multiply-add of the matrix products counts as two FLOPs: all matrices, the head, and attention's scores and
-    mixture. The embedding is a look-up and costs none.
+    mixture. The embedding is a look-up and costs none. Beside LoRA matrices, whose products do not count, the
+    other matrices have no gradient.
 
     Args:
       causal: True counts visible scores only: (seq_len + 1) / 2 keys per query, or in a layer with a window the mean
@@ -30,4 +31,5 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     )
     matrices = c.num_layers * matrices_per_layer(c) + c.d_model * c.vocab_size
     scores = 2 * c.num_heads * c.channels_per_head * all_keys
-    return 3 * 2 * (matrices + scores)
+    products = 2 if c.lora_rank else 3
+    return 2 * (products * matrices + 3 * scores)

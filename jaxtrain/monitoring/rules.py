@@ -263,7 +263,7 @@ class DeadLayer(Rule):
         norms = _layers(line, "layer_grad_norm")
         if norms is None or not line["grad_norm"] > 0:
             return UNKNOWN
-        if self.facts.config.optim.frozen and not any(norms):
+        if self.facts.config.frozen and not any(norms):
             return CLEAR  # the layers are frozen
         others = [_median_of_others(norms, i) for i in range(len(norms))]
         dead = [i for i, norm in enumerate(norms) if norm == 0 or norm < self.SHARE * others[i]]

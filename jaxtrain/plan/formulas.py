@@ -26,6 +26,7 @@ from jaxtrain.models.transformer import Transformer, init_params
 from jaxtrain.plan.traffic import Traffic, expected_traffic
 from jaxtrain.runtime.chips import Chip
 from jaxtrain.runtime.mesh import AXES, check_batch, mesh_shape, partition_spec
+from jaxtrain.training.frozen import frozen_mask
 from jaxtrain.training.program import check_parts
 
 
@@ -33,7 +34,7 @@ class Memory(NamedTuple):
     """Estimated bytes per device."""
 
     parameters: int  # float32 masters
-    optimizer: int  # both moments of Adam
+    optimizer: int  # both moments of Adam, of the parameters that are not frozen
     # sharded like the parameters; in the compute dtype, or in float32 if they are accumulated or reduced
     gradients: int
     # parameters cast to the compute dtype once per step. 0 in float32, and with `fsdp` above 1, where layers are cast
@@ -110,7 +111,7 @@ def make_plan(
     check_parts(model, mesh)
     tokens_per_step = config.train.batch_size * config.train.seq_len
     flops = tokens_per_step * flops_per_token(model, config.train.seq_len)
-    total, local = _num_params(model, mesh)
+    total, local, trained = _num_params(config, model, mesh)
     return Plan(
         num_params=total,
         num_devices=mesh.size,
@@ -118,7 +119,7 @@ def make_plan(
         tokens_per_step=tokens_per_step,
         tokens=config.train.steps * tokens_per_step,
         flops_per_step=flops,
-        memory=_memory(config, model, mesh, local, chip),
+        memory=_memory(config, model, mesh, local, trained, chip),
         traffic=expected_traffic(config, model, mesh, local),
         cost=_cost(config, flops, mesh.size, chip, mfu, price),
     )
@@ -154,18 +155,22 @@ def _cost(
     )
 
 
-def _num_params(model: ModelConfig, mesh: AbstractMesh) -> tuple[int, int]:
-    """Returns the number of parameters of the model and of one device's shards."""
+def _num_params(config: Config, model: ModelConfig, mesh: AbstractMesh) -> tuple[int, int, int]:
+    """Returns the number of parameters of the model, of one device's shards, and of those that are not frozen."""
     shapes = jax.eval_shape(lambda: init_params(Transformer(model), jax.random.key(0)))
 
     def local(leaf, axes):
         return math.prod(NamedSharding(mesh, partition_spec(axes)).shard_shape(leaf.shape))
 
     shards = jax.tree.map(local, shapes, logical_axes(shapes))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), sum(jax.tree.leaves(shards))
+    frozen = jax.tree.leaves(frozen_mask(shapes, config.frozen))
+    trained = sum(size for size, is_frozen in zip(jax.tree.leaves(shards), frozen, strict=True) if not is_frozen)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), sum(jax.tree.leaves(shards)), trained
 
 
-def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: int, chip: Chip | None) -> Memory:
+def _memory(
+    config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: int, num_trained: int, chip: Chip | None
+) -> Memory:
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     settings = config.train
     width = 2 if settings.precision == "bfloat16" else 4  # bytes of the compute dtype
@@ -192,7 +197,7 @@ def _memory(config: Config, model: ModelConfig, mesh: AbstractMesh, num_local: i
     head_gradient = (width if 4 * head > CARRY_LIMIT else 4) * head
     return Memory(
         parameters=4 * num_local,
-        optimizer=(4 + (2 if config.optim.mu_dtype == "bfloat16" else 4)) * num_local,
+        optimizer=(4 + (2 if config.optim.mu_dtype == "bfloat16" else 4)) * num_trained,
         gradients=(4 if summed else width) * num_local + (width * num_local if settings.accumulate > 1 else 0),
         compute_copy=width * num_local if width < 4 and not per_layer else 0,
         gathered=head_gradient + (width * (head + two_layers) if fsdp > 1 else 0),

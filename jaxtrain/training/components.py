@@ -72,7 +72,7 @@ def make_optimizer(
 
     optimizer = entry.make(optim, learning_rate, _make_clip(optim.clipping, clip_norm))
     return skip_bad_steps(
-        freeze_updates(optimizer, optim.frozen) if optim.frozen else optimizer,
+        freeze_updates(optimizer, config.frozen) if config.frozen else optimizer,
         window=guard.window,
         sigmas=guard.sigmas,
         clip_norm=None if optim.clipping == "adaptive" else clip_norm,  # a ratio if adaptive

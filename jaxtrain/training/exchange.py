@@ -18,6 +18,7 @@ from jaxtrain.inference.pretrained import copy_companions, read_tokenizer, write
 from jaxtrain.models.hf.config_json import write_config as to_hf
 from jaxtrain.models.hf.read import PretrainedFolder
 from jaxtrain.models.hf.write import SHARD_BYTES, write_model
+from jaxtrain.models.lora import without_lora
 from jaxtrain.runtime.files import sync_folder
 from jaxtrain.step import TrainState
 from jaxtrain.training.run import Run, fingerprint, open_run, tokenizer_hash
@@ -91,17 +92,18 @@ def export_model(
         raise ValueError(
             f"{type(run.config.model).__name__} has no format in transformers: write its parameters yourself"
         )
-    to_hf(run.program.model.config)
+    model = run.program.model.config
+    to_hf(model)
     path = Path(folder).expanduser()
     _require_empty(path)
     like = run.program.abstract_state.params
-    params, step = read_mean(run.folder, like, find_step(run.folder, step), average, tokenizer_hash(run))
+    params, step = read_mean(run.folder, like, find_step(run.folder, step), average, tokenizer_hash(run), model)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with _emptied_on_error(partial):
         tokens = {} if tokenizer_hash(run) is None else write_tokenizer(partial, run.folder, run.tokenizer)
-        write_model(partial, run.program.model.config, params, dtype=dtype, shard_bytes=shard_bytes, more=tokens)
+        write_model(partial, without_lora(model), params, dtype=dtype, shard_bytes=shard_bytes, more=tokens)
         os.replace(partial, path)
         sync_folder(path.parent)
     return step

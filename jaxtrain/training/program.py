@@ -113,7 +113,7 @@ def make_program(
     specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, axes_of(model, shapes.params))
     shardings = state_shardings(shapes, specs, mesh)
     losses = _make_losses(config, model, mesh, shapes.params, specs)
-    train_loss = freeze_gradients(losses.train_loss, config.optim.frozen) if config.optim.frozen else losses.train_loss
+    train_loss = freeze_gradients(losses.train_loss, config.frozen) if config.frozen else losses.train_loss
     train_step = _make_step(
         config,
         mesh.devices.flat[0].platform,

@@ -29,7 +29,7 @@ from jaxtrain.runtime.terminal import echo
 from jaxtrain.step import TrainState
 from jaxtrain.training.batches import batch_source, train_batches
 from jaxtrain.training.program import CompiledStep
-from jaxtrain.training.run import NO_HOOKS, Hooks, Run, environment_changes, init_state, open_run, tokenizer_hash
+from jaxtrain.training.run import NO_HOOKS, Hooks, Run, environment_changes, init_state, open_run, read_weights
 from jaxtrain.trees import global_norm, is_stacked, layer_squares, path_names
 
 # Fields of a step line that depend on the clock or on restarts.
@@ -128,8 +128,7 @@ def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[Tr
         begun = [event for event in events if "source_step" in event][-1]
         path, _ = warm_start.find(source, run.folder)
         path = path / "checkpoints" / str(begun["source_step"])  # the source may have newer checkpoints by now
-        like = run.program.abstract_state.params
-        state = state.replace(params=warm_start.read(str(path), run.folder, like, tokenizer_hash(run))[0])
+        state, _ = read_weights(run, state, str(path))
     return state, 0
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from jaxtrain.checkpoints import warm_start
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore_params
 from jaxtrain.checkpoints.run_config import read_config
@@ -23,6 +24,7 @@ from jaxtrain.fields import is_url
 from jaxtrain.inference.pretrained import read_tokenizer
 from jaxtrain.mixture import parse_stores
 from jaxtrain.models.hf.read import PretrainedFolder, is_pretrained
+from jaxtrain.models.lora import uses_lora, with_base, without_lora
 from jaxtrain.monitoring.report import write_report
 from jaxtrain.monitoring.sinks import Sink
 from jaxtrain.optim import decay_mask
@@ -206,6 +208,20 @@ def restore_run_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     params, saved, step = restore_params(checkpoints, run.program.abstract_state.params, step)
     check_fingerprint(run, saved, step)
     return params, step
+
+
+def read_weights(run: Run, state: TrainState, source: str) -> tuple[TrainState, int]:
+    """Returns an initial state with the weights of another run's checkpoint, and its step; see `warm_start.read`.
+
+    LoRA matrices keep their initial values.
+    """
+    like = run.program.abstract_state.params
+    if not uses_lora(run.config.model):
+        params, step = warm_start.read(source, run.folder, like, tokenizer_hash(run))
+    else:
+        base, step = warm_start.read(source, run.folder, without_lora(like), tokenizer_hash(run))
+        params = with_base(state.params, base)
+    return state.replace(params=params), step
 
 
 def tokenizer_hash(run: Run) -> str | None:

@@ -19,6 +19,7 @@ from jaxtrain.data.packing import PackedWindows
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import TokenStore
 from jaxtrain.mixture import describe
+from jaxtrain.models.lora import uses_lora
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.runtime import processes
@@ -35,7 +36,7 @@ from jaxtrain.training.run import (
     environment_changes,
     init_state,
     open_data,
-    tokenizer_hash,
+    read_weights,
 )
 from jaxtrain.training.run_folder import Changes, check_or_write_config, check_skip, has_begun, recover_config, run_lock
 
@@ -85,6 +86,8 @@ def prepare_data(
     def begin() -> Changes:
         if config.train.init_from and not has_begun(folder):
             weights.find(config.train.init_from, folder)
+        if uses_lora(config.model) and not config.train.init_from:
+            raise ValueError("model.lora_rank trains additions to given weights: give them with train.init_from RUN")
         recover_config(folder)
         stack.enter_context(run_lock(folder, lock=lock))
         step = rewind or CheckpointFolder(folder / "checkpoints").latest_step() or 0
@@ -196,10 +199,9 @@ def warm_start(session: Session) -> tuple[TrainState, Event] | None:
     if not source:
         return None
     state = session.stop.run(lambda: init_state(run))
-    like, tokenizer = run.program.abstract_state.params, tokenizer_hash(run)
-    params, step = session.stop.run(lambda: weights.read(source, run.folder, like, tokenizer))
+    state, step = session.stop.run(lambda: read_weights(run, state, source))
     text = f"starting from the weights of {source}, step {step}, with fresh moments"
-    return state.replace(params=params), Event("start", text, {"source": source, "source_step": step})
+    return state, Event("start", text, {"source": source, "source_step": step})
 
 
 def fresh(session: Session) -> tuple[TrainState, Event]:

@@ -112,8 +112,8 @@ def _describe(session: Session) -> None:
     recorder.table(f"jaxtrain: {run.folder}", start_table(run))
     if run.config.optim.name == "adamw":
         recorder.say(decay_report(run.program.abstract_state.params, decay_mask))
-    if run.config.optim.frozen:
-        recorder.say(describe_frozen(run.program.abstract_state.params, run.config.optim.frozen))
+    if run.config.frozen:
+        recorder.say(describe_frozen(run.program.abstract_state.params, run.config.frozen))
 
 
 def _outcome_of_finished(session: Session) -> dict[str, Any] | None:

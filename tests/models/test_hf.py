@@ -1,5 +1,6 @@
 """Models of transformers: each family against transformers itself, through files and back."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jaxtrain.models.hf.config_json import read_config, write_config
 from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
 from jaxtrain.models.hf.write import write_model
+from jaxtrain.models.lora import merge_lora, without_lora
 from jaxtrain.models.model import TransformerModel
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[test-hf]'")
@@ -119,3 +121,16 @@ def test_an_export_takes_the_simplest_architecture():
     config = read_config(local)[1]
     assert (config.global_every, config.local_rope_theta, config.rope_theta) == (None, None, 10_000.0)
     assert read_config(write_config(config)[1]) == (write_config(config)[0], config)
+
+
+def test_lora_matrices_are_merged_in_an_export(tmp_path):
+    targets = ("query", "out", "gate", "down")
+    config = dataclasses.replace(read_config(transformers.LlamaConfig(**SIZES).to_dict())[1], lora_rank=3)
+    config = dataclasses.replace(config, lora_targets=targets)
+    model, noise = TransformerModel(config), np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: noise.normal(0, 0.3, leaf.shape).astype(np.float32), jax.eval_shape(model.init, jax.random.key(0))
+    )
+    write_model(tmp_path, without_lora(config), merge_lora(params, config))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    np.testing.assert_allclose(logits_of(exported), our_logits(model, params, TOKENS), atol=1e-4)

@@ -69,6 +69,20 @@ def test_gradients_that_are_summed_are_float32():
         assert memory.gradients == share * memory.parameters
 
 
+@pytest.mark.parametrize(
+    ("section", "fields", "trained"),
+    [
+        ("optim", {"frozen": ("!head",)}, 4096 * 32_000 // 8),
+        ("model", {"lora_rank": 8}, 32 * 2 * 8 * (4096 // 8 + 4096)),  # fsdp shards the first of each two
+    ],
+)
+def test_frozen_parameters_have_no_moments(section, fields, trained):
+    config = change(load_config(CONFIGS / "llama2_7b.py"), section, **fields)
+    plan = make_plan(config, plan_vocab(config), 8)
+    assert plan.memory.optimizer == 8 * trained
+    assert plan.memory.parameters * 8 == pytest.approx(4 * plan.num_params, rel=1e-2)
+
+
 def test_time_and_cost_follow_from_flops_and_mfu():
     plan = plan_of("llama2_7b", 64, chip=find_chip("v5p"), mfu=0.5, price=4.0)
     # Six FLOPs a matrix parameter and token, twelve a channel of attention and token, over half the keys.

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from runs import assert_same_bits, change, numbers, state_of, train
 
+import jaxtrain
 from jaxtrain.data.prepare.completions import prepare_completions
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.optim import clipped_adamw, decay_mask
 from jaxtrain.training.batches import train_batches
+from jaxtrain.training.exchange import export_model
 from jaxtrain.training.frozen import freeze_updates, frozen_mask
 from jaxtrain.training.run import open_run
 from jaxtrain.trees import Absent
@@ -23,6 +25,7 @@ FROZEN = ("embedding", "layers/attention/*", "*norm/scale")
 def tuned(tiny_config, tmp_path_factory):
     """A base run, and the config of a run that tunes it on completions."""
     folder = tmp_path_factory.mktemp("tuning")
+    tiny_config = change(tiny_config, model={"num_kv_heads": 2, "vocab_multiple": 2})
     train(change(tiny_config, train={"steps": 4}), folder / "base")
     records = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i}"} for i in range(60)]
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -75,6 +78,41 @@ def test_a_tuned_run_resumes_with_its_choice_only(tuned, tmp_path):
         train(change(config, optim={"frozen": ()}), tmp_path / "parts", allow_change=True)
     train(config, tmp_path / "parts")
     assert_same_bits(state_of(tmp_path / "parts"), state_of(tmp_path / "whole"))
+
+
+def test_lora_trains_its_matrices_and_loads_as_a_plain_model(tuned, tmp_path):
+    """On one device and on four, in one part and in two. A loaded and an exported model is merged."""
+    base, config = tuned
+    config = change(config, model={"lora_rank": 2, "lora_targets": ("query", "out", "up", "down")})
+    config = change(config, optim={"frozen": (), "peak_lr": 0.02, "warmup_steps": 1})
+    train(config, tmp_path / "whole")
+    before, state = by_path(state_of(base).params), state_of(tmp_path / "whole")
+    after = by_path(state.params)
+    assert {path for path in after if "_lora/" not in path} == set(before)
+    assert all(before[path].tobytes() == after[path].tobytes() for path in before)
+    moments = [path for path in by_path(state.opt_state) if "/mu/" in path or "/nu/" in path]
+    assert len(moments) == 2 * (len(after) - len(before)) == 16
+    train(change(config, train={"stop_after": 3}), tmp_path / "parts")
+    train(config, tmp_path / "parts")
+    assert_same_bits(state_of(tmp_path / "parts"), state)
+    train(change(config, mesh={"data": 1, "fsdp": 2, "tensor": 2}), tmp_path / "sharded")
+    for one, four in zip(numbers(tmp_path / "whole"), numbers(tmp_path / "sharded"), strict=True):
+        assert one["loss"] == pytest.approx(four["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-3)
+
+    model = jaxtrain.load(tmp_path / "whole")
+    assert set(by_path(model.params)) == set(before)
+    run, tokens = open_run(tmp_path / "whole"), np.arange(12)[None]
+    np.testing.assert_allclose(model.logits(tokens), run.program.model.logits(state.params, tokens), atol=1e-5)
+    assert not np.allclose(model.logits(tokens), jaxtrain.load(base).logits(tokens), atol=1e-3)
+    export_model(run, tmp_path / "hf")
+    np.testing.assert_array_equal(jaxtrain.load(tmp_path / "hf").logits(tokens), model.logits(tokens))
+    for init_from, message in (
+        (None, "model.lora_rank trains additions to given weights: give them with train.init_from"),
+        (str(tmp_path / "whole"), "that run has LoRA matrices: `jaxtrain export` merges them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(change(config, train={"init_from": init_from}), tmp_path / "refused")
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     c = config
     fields: dict[str, Any] = {"num_kv_heads": c.kv_heads, "head_dim": c.channels_per_head}
     fields |= {"vocab_multiple": 1, "scan_unroll": "auto", "remat": "none", "attention": "auto"}
+    fields |= {"lora_rank": None, "lora_alpha": 16.0, "lora_targets": ("query", "value")}  # an export merges them
     fields["qkv_bias"] = c.qkv_bias and not c.use_bias
     if c.query_scalar == c.channels_per_head:
         fields["query_scalar"] = None
