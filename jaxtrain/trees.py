@@ -70,10 +70,16 @@ class Absent:
 
 
 def path_names(path: KeyPath) -> list[str]:
-    """Returns the names along a path of `jax.tree_util`, without the attribute of a wrapper such as `nnx.Param`."""
+    """Returns the names along a path of `jax.tree_util`, without that of the array in a wrapper.
+
+    Wrappers are `nnx.Param` and other classes with an attribute `value` or `array`, and classes that are registered
+    without names, such as Haliax's `NamedArray`.
+    """
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    wrapped = len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] in ("value", "array")
-    return names[:-1] if wrapped else names
+    last = path[-1] if len(path) > 1 else None
+    by_attribute = isinstance(last, jax.tree_util.GetAttrKey) and names[-1] in ("value", "array")
+    by_place = isinstance(last, jax.tree_util.FlattenedIndexKey) and last.key == 0
+    return names[:-1] if by_attribute or by_place else names
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:

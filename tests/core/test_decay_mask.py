@@ -281,3 +281,29 @@ def test_mask_that_does_not_fit():
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     assert (updates["dense"]["kernel"] == 0).all()
     assert (updates["norm"]["scale"] != 0).all()
+
+
+@jax.tree_util.register_pytree_node_class
+class Named:
+    """Array with named axes, a tree without names of its leaves, as Haliax's NamedArray is."""
+
+    def __init__(self, array, axes=()):
+        self.array, self.axes = array, axes
+
+    def tree_flatten(self):
+        return (self.array,), self.axes
+
+    @classmethod
+    def tree_unflatten(cls, axes, leaves):
+        return cls(*leaves, axes)
+
+
+def test_a_wrapper_without_names_has_the_name_of_its_field():
+    """Haliax 1.3 with Linear and LayerNorm in a Stacked, which failed as blocks/stacked/linear/bias/0."""
+    shapes = {"linear": {"weight": (3, 8, 8), "bias": (3, 8)}, "norm": {"weight": (3, 8), "bias": (3, 8)}}
+    params = {"blocks": {"stacked": shapes}, "norm": {"weight": (8,)}, "head": {"weight": (8, 16), "bias": (16,)}}
+    plain = jax.tree.map(jnp.ones, params, is_leaf=lambda x: isinstance(x, tuple))
+    named = jax.tree.map(Named, plain)
+    assert jax.tree.leaves(decay_mask(named)) == jax.tree.leaves(decay_mask(plain))
+    assert decay_report(named, decay_mask(named)) == decay_report(plain, decay_mask(plain))
+    assert decay_mask(named)["blocks"]["stacked"]["linear"]["weight"].array
