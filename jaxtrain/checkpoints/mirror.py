@@ -53,7 +53,7 @@ def working_folder(run_dir: str | Path, *, lock: bool = True) -> Iterator[tuple[
         mirror = processes.run_on_lead("open the run directory", lambda: _open(url, folder, stack, lock))
         processes.agree(
             "the working folder of the run",
-            {"leases": " ".join((read_json(folder / ORIGIN) or {}).get("leases", ()))},
+            {"leases": " ".join(_leases(folder))},
             remedy="set XDG_CACHE_HOME to a folder on a file system that they share",
         )
         try:
@@ -71,18 +71,16 @@ def working_folder(run_dir: str | Path, *, lock: bool = True) -> Iterator[tuple[
 
 def _open(url: str, folder: Path, stack: contextlib.ExitStack, lock: bool) -> "Mirror":
     """Locks a run at a URL and its working folder, and fetches the run unless the folder is its newest state."""
-    origin = read_json(folder / ORIGIN) or {}
-    known = tuple(origin.get("leases", ()))
     lease = Lease(url)
-    lease.require_free(own=known if lock else ())
+    lease.require_free(own=_leases(folder) if lock else ())
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         stack.enter_context(locked(folder, lock=lock))
     except ValueError:
         lease.require_free()  # names the owner
         raise
-    if known:
-        write_json(folder / ORIGIN, origin | {"leases": [*known, lease.token]})  # a kill may follow `acquire` at once
+    if known := _leases(folder):  # a kill may follow `acquire` at once
+        write_json(folder / ORIGIN, read_json(folder / ORIGIN) | {"leases": [*known, lease.token]})
     previous = lease.acquire(own=known if lock else ())
     stack.callback(lease.release)
     if previous not in known:  # another host has trained since, or none ever
@@ -93,6 +91,11 @@ def _open(url: str, folder: Path, stack: contextlib.ExitStack, lock: bool) -> "M
     write_json(folder / ORIGIN, (read_json(folder / ORIGIN) or {"url": url, "files": {}}) | {"leases": [lease.token]})
     echo(f"{url}: working in {folder}, uploaded after each save", file=sys.stderr)
     return Mirror(url, folder, lease)
+
+
+def _leases(folder: Path) -> tuple[str, ...]:
+    """Returns the tokens of the leases during which a working folder was the newest state of its run."""
+    return tuple((read_json(folder / ORIGIN) or {}).get("leases", ()))
 
 
 class Mirror:
