@@ -1,15 +1,17 @@
 """JAX's persistent compilation cache for the command line: a second start does not compile again.
 
 The cache lies in the user's cache folder and holds machine code. JAX finds an entry by the program, its own version,
-the XLA flags and the features of the processor or accelerator, so one folder serves all runs. A damaged entry is JAX's
-business: it warns, compiles again with equal results, and keeps the entry, so the warning returns until the folder is
-deleted.
+the XLA flags and the features of the processor or accelerator, so one folder serves all runs. JAX warns about a damaged
+entry, compiles again with equal results, and keeps the entry: one line says what to delete, so that the warning ends.
 """
 
 import contextlib
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,21 @@ def compile_cache() -> Iterator[None]:
     with jax_settings(settings), contextlib.ExitStack() as stack:
         stack.callback(reset_cache)
         reset_cache()
+        stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
+        warnings.showwarning = _naming_entries(folder, warnings.showwarning)
         yield
+
+
+def _naming_entries(folder: Path, show: Callable[..., None]) -> Callable[..., None]:
+    """Wraps `warnings.showwarning`: a warning about a damaged entry is followed by the files to delete."""
+
+    def naming(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        show(message, *arguments, **options)
+        if found := re.match(r"Error reading persistent compilation cache entry for '([^']+)'", str(message)):
+            entries = shlex.quote(str(folder / found[1])) + "*-cache"
+            echo(f"the program was compiled again; to end this warning: rm {entries}", file=sys.stderr)
+
+    return naming
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -87,6 +89,9 @@ def test_a_damaged_entry_is_compiled_again_with_a_warning(tmp_path, damage):
     errors, second = run(tmp_path)
     assert "Error reading persistent compilation cache entry for 'jit_step'" in errors
     assert second == first
+    (remedy,) = re.findall("to end this warning: (rm .*)", errors)
+    subprocess.run(remedy, shell=True, check=True)
+    assert not entry.exists()
 
 
 @pytest.mark.parametrize("trouble", ["a file", "open to others"])
