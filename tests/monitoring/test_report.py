@@ -55,7 +55,7 @@ class Page(HTMLParser):
 def make_run(folder, num_steps=40, every=1, name="a", **optim):
     """A run of two attempts with every kind of record, and text that would like to be markup."""
     folder.mkdir(parents=True)
-    data = DataConfig(sources=(HOSTILE,))
+    data = DataConfig(sources=(HOSTILE.replace("\u2028", ""),))
     config = Config(
         data=data,
         optim=OptimConfig(**{"clip_norm": 0.25, "warmup_steps": 1} | optim),
