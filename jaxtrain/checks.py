@@ -12,7 +12,7 @@ LARGEST_COUNT = 2**31 - 2  # counts are int32 on the device, and one more must f
 def check_count(name: str, value: Any, least: int = 0) -> None:
     """Raises a ValueError unless a value is an integer from `least` to 2**31 - 2; the float 100.0 is none."""
     try:
-        valid = least <= operator.index(value) <= LARGEST_COUNT
+        valid = not isinstance(value, bool) and least <= operator.index(value) <= LARGEST_COUNT
     except TypeError:
         valid = False
     if not valid:
@@ -30,9 +30,9 @@ def check_number(name: str, value: Any, interval: str, otherwise: str = "") -> N
         return
     low, high = map(float, interval[1:-1].split(","))
     try:
-        valid = (low <= value if interval[0] == "[" else low < value) and (
-            value <= high if interval[-1] == "]" else value < high
-        )
+        above = low <= value if interval[0] == "[" else low < value
+        below = value <= high if interval[-1] == "]" else value < high
+        valid = above and below and not isinstance(value, bool)
     except TypeError:
         valid = False
     if not valid:

@@ -216,6 +216,10 @@ def _half_cosine(remaining: jax.Array) -> jax.Array:
 
 def _count(step: jax.typing.ArrayLike) -> jax.Array:
     """Converts a step to int32; a negative one counts as 0, and one past int32 as the last."""
+    if not isinstance(step, jax.Array):  # JAX wraps integers past int32
+        step = np.asarray(step)
+        if step.dtype == object or step.dtype.itemsize > 4:
+            step = np.asarray(np.clip(step, 0, 2**31 - 2), np.int32)
     step = jnp.asarray(step)
     limits = jnp.iinfo(step.dtype) if jnp.issubdtype(step.dtype, jnp.integer) else None
     if limits is not None and limits.max > 2**31 - 1:

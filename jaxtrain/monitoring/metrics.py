@@ -139,7 +139,7 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
             continue
         if not isinstance(record, dict):
             continue  # the torn end of a line may be JSON by itself, as in `12`
-        has_step = isinstance(record.get("step"), int)
+        has_step = type(record.get("step")) is int  # a bool is none
         if "event" in record:
             events.append(record)
             if record["event"] in ("start", "resume") and has_step:  # it replaces the later steps

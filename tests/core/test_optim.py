@@ -287,6 +287,8 @@ def test_shardings_agree(mesh_shape):
         ({"b2": 1.0}, r"b2 must be in \[0, 1\), got 1.0"),
         ({"b2": np.nan}, "b2"),
         ({"eps": 0.0}, "eps must be above 0, got 0.0"),
+        ({"learning_rate": True}, "learning_rate .* got True"),
+        ({"weight_decay": True}, "weight_decay .* got True"),
         ({"eps": np.inf}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0, or None for no clipping, got 0.0"),

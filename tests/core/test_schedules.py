@@ -176,7 +176,8 @@ def test_jit_changes_the_last_places_at_most(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_kinds_of_steps(name):
     """Python, numpy and traced integers, scalars, arrays and vmap."""
-    schedule = jax.jit(every_schedule(3e-4, 60, 7, 0.1)[name])
+    plain = every_schedule(3e-4, 60, 7, 0.1)[name]
+    schedule = jax.jit(plain)
     steps = jnp.array([[0, 6, 7], [40, 59, 80]])
     rates = schedule(steps)
     assert (rates.shape, rates.dtype) == ((2, 3), jnp.float32)
@@ -187,6 +188,9 @@ def test_kinds_of_steps(name):
         # A scalar and an array go through different cosines in XLA; the corner at 59 is exact.
         np.testing.assert_array_max_ulp(schedule(kind(40)), rates[1, 0], maxulp=3)
         assert schedule(kind(59)) == rates[1, 1]
+    for far in (2**40, 2**70, np.int64(2**40), np.uint64(2**63), np.array(2**40)):
+        assert plain(far) == plain(2**31 - 2)
+    assert plain(-(2**40)) == plain(0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -204,6 +208,7 @@ def test_is_an_optax_schedule(name):
     [
         (lambda: warmup_cosine(0.0, 10, 3), "peak must be above 0, a learning rate, got 0.0"),
         (lambda: warmup_cosine(math.nan, 10, 3), "peak"),
+        (lambda: warmup_cosine(True, 10, 3), "peak .* got True"),
         (lambda: warmup_linear(math.inf, 10, 3), "peak"),
         (lambda: sgdr(-1.0, 10, 3, 1), "peak .* got -1.0"),
         (lambda: warmup_constant(0.0, 3), "peak"),
@@ -226,7 +231,7 @@ def test_is_an_optax_schedule(name):
             (functools.partial(make, **{**counts, name: value}), f"{name} must be a whole number .*{value}")
             for make, counts in COUNTS.items()
             for name in counts
-            for value in (1e2, 2.5, "3", None)
+            for value in (1e2, 2.5, "3", None, True)
             if not (name == "decay_steps" and value is None)
         ),
     ],
