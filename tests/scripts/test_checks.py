@@ -48,7 +48,7 @@ def test_scripts_test_installs_once_and_checks_everything(shell, tmp_path):
     assert sorted(parts[3:]) == [["mypy"], ["python", "-m"]]  # beside each other
     code, calls, _ = shell("scripts/test", "tests/core", VIRTUAL_ENV=str(tmp_path / "venv"))
     assert code == 0
-    assert calls == ["python -m pytest -n 3 --dist worksteal tests/core"]
+    assert calls == ["python -m pytest -n 2 --dist worksteal tests/core"]
     _, calls, _ = shell("scripts/test", "tests/test_cli.py::test_name", "-x", VIRTUAL_ENV=str(tmp_path / "venv"))
     assert calls == ["python -m pytest tests/test_cli.py::test_name -x"]
 
