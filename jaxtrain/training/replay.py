@@ -61,8 +61,7 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     _require_reached(run, step, lines, events)
     state, first = _state_before(run, step, events)
     fetch = batch_source(run)
-    batch = fetch(first)
-    train_step = _compile(run, state, batch)
+    train_step = _compile(run, state, fetch(first))
     logged = {line["step"]: line for line in _current(lines, events)}
     settings = run.config.train
     differences, compared, replayed = [], [], []

@@ -58,8 +58,7 @@ def train(
 
     Args:
       config: the run. To resume, it must equal that of the run, but for fields that change no number, as `log_every`.
-      run_dir: holds config.json, tokenizer.json, metrics.jsonl, checkpoints/, and at the end report.html and
-        sample.txt; a path, or a URL (see `working_folder`).
+      run_dir: path or URL (see `working_folder`) of the config, tokenizer, metrics, checkpoints, report and sample.
       rewind: resume from the checkpoint of this step and rename later ones; None resumes from the newest.
       profile: `START:STOP`, steps (counted from 1, without STOP) to trace into RUN/profile; None traces none.
       allow_change: resume with another learning rate, batch size and the like, from the next step on.
