@@ -176,7 +176,7 @@ def test_a_save_that_hangs_is_given_up_and_named(tmp_path, monkeypatch):
 
 
 class Crash(BaseException):
-    """Stops the writing thread at its current stage, as the end of the process does."""
+    """Stops the thread of a save at its current stage, as the end of the process does."""
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -192,9 +192,8 @@ def test_a_crash_at_any_stage_leaves_whole_checkpoints_and_litter(tmp_path, stag
     folder = CheckpointFolder(tmp_path, keep=1, keep_every=2)
     with Saver(folder) as before:
         save_all(before, 1, 2)
-    saver = Saver(folder, on_stage=crash)
-    saver.begin(make_state(3), FINGERPRINT)
-    saver.wait()
+    with Saver(folder, on_stage=crash) as saver:  # also waits for Orbax's threads, which no crash stops here
+        saver.begin(make_state(3), FINGERPRINT)
     litter = [name for name in names(tmp_path) if name.startswith(".")]
     assert litter == {"committed": [], "deleting": []}.get(stage, litter[:1])
     folder = CheckpointFolder(tmp_path)
