@@ -213,6 +213,8 @@ _SYNONYMS = {
     "model.num_heads": ("heads", "n_head", "n_heads", "num_attention_heads"),
     "model.d_model": ("n_embd", "hidden_size", "hidden_dim", "width", "dim", "embed_dim"),
     "model.d_ff": ("intermediate_size", "ffn_dim", "mlp_dim"),
+    "model.num_experts": ("num_local_experts", "n_experts", "experts"),
+    "model.experts_per_token": ("num_experts_per_tok", "top_k_experts", "moe_topk"),
     "checkpoint.every": ("save_every", "save_steps", "save_interval", "checkpoint_every"),
     "data.sources": ("data", "dataset", "source", "text", "train_data"),
     "run_dir": ("output_dir", "out_dir", "out", "save_dir", "resume", "workdir"),

@@ -31,7 +31,11 @@ class ModelConfig(Section, section="model"):
     num_kv_heads: Positive[int] | None = None  # key and value heads; None takes num_heads
     head_dim: Positive[int] | None = None  # channels per head; None takes d_model / num_heads
     d_model: Positive[int] = 128  # channels of the residual stream
-    d_ff: Positive[int] = 512  # hidden channels of the feed-forward block
+    d_ff: Positive[int] = 512  # hidden channels of the feed-forward block, or of each expert
+    # feed-forward blocks of a layer, of which a router chooses some for each token; None: one block without a router
+    num_experts: Positive[int] | None = None
+    experts_per_token: Positive[int] = 2  # experts that the router chooses for a token
+    norm_router: bool = True  # divides the probabilities of the chosen experts by their sum
     max_seq_len: Positive[int] = 256  # tokens of the longest context: position table and KV cache
     positions: Literal["learned", "rope"] = "rope"  # position encoding
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # normalization before each block
@@ -91,9 +95,18 @@ class ModelConfig(Section, section="model"):
         if self.local_rope_theta and not self.global_every:
             raise ValueError("model.local_rope_theta needs model.global_every: set model.rope_theta for all layers")
         _ = self.rope_stretch
-        projections = ("query", "key", "value", "out", "up", *(["gate"] if self.gated else []), "down")
+        if self.num_experts and self.num_experts < self.experts_per_token:
+            raise ValueError(
+                f"model.experts_per_token {self.experts_per_token} exceeds model.num_experts {self.num_experts}: "
+                "change one of them"
+            )
+        if self.num_experts and self.use_bias:
+            raise ValueError("model.num_experts has no biases: set model.use_bias false; model.qkv_bias is possible")
+        blocks = () if self.num_experts else ("up", *(["gate"] if self.gated else []), "down")  # no LoRA of experts
+        projections = ("query", "key", "value", "out", *blocks)
+        what = "model.lora_targets" + (" of a mixture of experts" if self.num_experts else "")
         for name in self.lora_targets or ("",):
-            check_choice(name, projections, "model.lora_targets")
+            check_choice(name, projections, what)
 
     @property
     def kv_heads(self) -> int:
@@ -173,6 +186,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"attention_window": 4096, "global_every": 2, "attention_softcap": 50.0, "logit_softcap": 30.0},
     "gemma3": _GEMMA  # arXiv:2503.19786
     | {"attention_window": 512, "global_every": 6, "qk_norm": True, "rope_theta": 1e6, "local_rope_theta": 1e4},
+    "mixtral": {"num_experts": 8, "rope_theta": 1e6},  # arXiv:2401.04088
+    "qwen3_moe": {"qk_norm": True, "norm_eps": 1e-6, "rope_theta": 1e6}  # arXiv:2505.09388
+    | {"num_experts": 128, "experts_per_token": 8},
+    "olmoe": {"qk_norm": "projection", "num_experts": 64, "experts_per_token": 8, "norm_router": False},  # 2409.02060
     "olmo2": {"norm_order": "post", "qk_norm": "projection", "norm_eps": 1e-6, "rope_theta": 5e5},  # arXiv:2501.00656
 }
 

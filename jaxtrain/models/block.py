@@ -1,6 +1,6 @@
 """One layer of the decoder: attention and feed-forward, with their norms.
 
-Shape suffixes: B batch, T tokens, S cached tokens, D d_model, F d_ff, H query heads, G key and value heads, K head_dim,
+Shape suffixes: B batch, T tokens, S cached tokens, D d_model, H query heads, G key and value heads, K head_dim,
 L layers.
 """
 
@@ -13,16 +13,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.models.feed_forward import INIT_STD, Experts, FeedForward, RouterSums, residual_std
 from jaxtrain.models.kernels.attention import attend, rotate
-from jaxtrain.models.kernels.linear import Weights, linear, merge_heads, project_heads
-from jaxtrain.models.kernels.pointwise import gelu, norm, swiglu
+from jaxtrain.models.kernels.linear import Weights, merge_heads, project_heads
+from jaxtrain.models.kernels.pointwise import norm
 from jaxtrain.models.lora import add_lora
-from jaxtrain.models.parallel import Parallel, enter_tensor, free_early
+from jaxtrain.models.parallel import Parallel, enter_tensor
 from jaxtrain.models.remat import checkpoint_name
 
 Rope = tuple[jax.Array, jax.Array]
-
-INIT_STD = 0.02  # Radford et al., 2019
 
 
 class Cache(NamedTuple):
@@ -47,7 +46,7 @@ class Cache(NamedTuple):
 
 
 class TokenContext(NamedTuple):
-    """Facts about the tokens that all layers share: positions, rotary tables, cache length, segments.
+    """Facts about the tokens that all layers share: positions, rotary tables, cache length, segments, weights.
 
     `is_global`, bool scalar, differs between layers: True in a layer that attends to all keys. None if all are alike.
     """
@@ -56,6 +55,7 @@ class TokenContext(NamedTuple):
     rope: Rope | None
     num_cached: jax.Array | None = None
     segment_ids_BT: jax.Array | None = None
+    weight_BT: jax.Array | None = None  # of each token in the sums of the routers; None forms no sums
     local_rope: Rope | None = None  # tables of the layers with a window, if they differ
     is_global: jax.Array | None = None
 
@@ -114,7 +114,7 @@ class Attention(nn.Module):
             mixed_BTHK = self._attend((query_BTHK, key_BTGK, value_BTGK), context, **more)
         else:
             mixed_BTHK = self._attend((query_BTHK, *cache.read(), context.positions_BT), context, kernel="xla")
-        out = Weights(c.d_model, _residual_std(c), c.use_bias, name="out")(math.prod(mixed_BTHK.shape[2:]))
+        out = Weights(c.d_model, residual_std(c), c.use_bias, name="out")(math.prod(mixed_BTHK.shape[2:]))
         out_BTD = add_lora(c, "out", mixed_BTHK, merge_heads(mixed_BTHK, out, shards), shards, row=True)
         return checkpoint_name(out_BTD, "attention_out"), cache
 
@@ -148,32 +148,6 @@ class Attention(nn.Module):
         return [add_lora(c, name, x_BTD, y, self.parallel.tensor, row=False) for name, y in results]
 
 
-class FeedForward(nn.Module):
-    """GELU (arXiv:1606.08415, tanh form), or SwiGLU or GeGLU (arXiv:2002.05202). F counts this device's channels."""
-
-    config: ModelConfig
-    parallel: Parallel
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c, shards = self.config, self.parallel.tensor
-        x_BTD = enter_tensor(x_BTD, shards)
-
-        def project(name):
-            weights = Weights(c.d_ff // shards, INIT_STD, c.use_bias, name=name)
-            y_BTF = add_lora(c, name, x_BTD, linear(x_BTD, weights(x_BTD.shape[-1])), shards, row=False)
-            return checkpoint_name(y_BTF, name)
-
-        hidden_BTF = project("up")
-        if c.feed_forward == "swiglu":
-            hidden_BTF = swiglu(hidden_BTF, project("gate"))
-        else:
-            hidden_BTF = hidden_BTF * gelu(project("gate")) if c.gated else gelu(hidden_BTF)
-        down = Weights(c.d_model, _residual_std(c), c.use_bias, name="down")(hidden_BTF.shape[-1])
-        down_BTD = linear(*free_early(hidden_BTF, down), shards)
-        return add_lora(c, "down", hidden_BTF, down_BTD, shards, row=True)
-
-
 class Block(nn.Module):
     """One layer: attention and feed-forward, each normalized and added to the residual stream."""
 
@@ -181,8 +155,10 @@ class Block(nn.Module):
     parallel: Parallel
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: TokenContext, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        c = self.config
+    def __call__(
+        self, x_BTD: jax.Array, context: TokenContext, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None, RouterSums | None]:
+        c, sums = self.config, None
 
         def norm(order, name, x_BTD):
             return Norm(c, c.norm == "rmsnorm", name=name)(x_BTD) if c.norm_order in (order, "both") else x_BTD
@@ -192,12 +168,10 @@ class Block(nn.Module):
             mixed_BTD, cache = attention(norm("pre", "attention_norm", x_BTD), context, cache)
             x_BTD += norm("post", "attention_post_norm", mixed_BTD)
         with jax.named_scope("mlp"):
-            feed_forward = FeedForward(c, self.parallel, name="feed_forward")
-            mixed_BTD = feed_forward(norm("pre", "feed_forward_norm", x_BTD))
+            mixed_BTD = norm("pre", "feed_forward_norm", x_BTD)
+            if c.num_experts:
+                mixed_BTD, sums = Experts(c, self.parallel, name="feed_forward")(mixed_BTD, context.weight_BT)
+            else:
+                mixed_BTD = FeedForward(c, self.parallel, name="feed_forward")(mixed_BTD)
             x_BTD += norm("post", "feed_forward_post_norm", mixed_BTD)
-        return x_BTD, cache
-
-
-def _residual_std(config: ModelConfig) -> float:
-    # The residual stream adds up 2 L branches; this scale keeps its variance (Radford et al., 2019).
-    return INIT_STD / math.sqrt(2 * config.num_layers)
+        return x_BTD, cache, sums

@@ -70,7 +70,7 @@ class TransformerModel:
     Attributes:
       config: sizes, with `vocab_size` and the automatic choices (`attention`, `scan_unroll`) filled in.
       parallel: shards of the parameters, for `loss` inside `jax.shard_map`. The other methods work on whole arrays.
-      z_loss, label_smoothing, chunk_size: see `linear_cross_entropy`.
+      z_loss, label_smoothing, chunk_size, balance_loss, router_z_loss: see `make_loss_fn`.
     """
 
     config: ModelConfig
@@ -78,6 +78,8 @@ class TransformerModel:
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     chunk_size: int | None = None
+    balance_loss: float = 0.0
+    router_z_loss: float = 0.0
 
     @property
     def vocab_size(self) -> int:
@@ -92,7 +94,7 @@ class TransformerModel:
         """Returns the initial parameters, float32 and unsharded."""
         return init_params(Transformer(self.config), key)
 
-    def loss(self, params: Params, batch: dict[str, jax.Array]) -> LossSums:
+    def loss(self, params: Params, batch: dict[str, jax.Array]) -> LossSums | tuple[LossSums, dict[str, jax.Array]]:
         """Returns the next-token loss, summed over the tokens; see `make_loss_fn`."""
         return self._loss_fn(params, batch)
 
@@ -103,6 +105,8 @@ class TransformerModel:
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
             chunk_size=self.chunk_size,
+            balance_loss=self.balance_loss,
+            router_z_loss=self.router_z_loss,
         )
 
     def axes(self, params: Params) -> Any:

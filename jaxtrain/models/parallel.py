@@ -18,6 +18,7 @@ class Parallel:
 
     fsdp: int = 1
     tensor: int = 1
+    data: int = 1  # replicas of the matrices
 
 
 def gather(x: jax.Array, dim: int, num_devices: int) -> jax.Array:
@@ -25,6 +26,13 @@ def gather(x: jax.Array, dim: int, num_devices: int) -> jax.Array:
     if num_devices == 1:
         return x
     return jax.lax.all_gather(x, "fsdp", axis=dim, tiled=True)
+
+
+def sum_rows(x: jax.Array, parallel: Parallel) -> jax.Array:
+    """Adds over the devices that share the rows of the batch. Has no gradient."""
+    axes = tuple(axis for axis in ("data", "fsdp") if getattr(parallel, axis) > 1)
+    x = jax.lax.stop_gradient(x)
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def enter_tensor(x: jax.Array, num_devices: int) -> jax.Array:

@@ -15,7 +15,7 @@ from jaxtrain.model_config import Remat
 
 BLOCK_INPUT = "block_input"
 ATTENTION = "attention"  # residuals of the attention kernel
-PRODUCTS = ("query", "key", "value", ATTENTION, "attention_out", "up", "gate")
+PRODUCTS = ("query", "key", "value", ATTENTION, "attention_out", "router", "up", "gate")
 # Results of cuDNN's kernel (mixture and logsumexp) belong to a primitive and cannot be named from outside.
 _CUDNN = "dot_product_attention_fwd_wrapper"
 

@@ -3,18 +3,31 @@
 from jaxtrain.config import ModelConfig
 
 
-def matrices_per_layer(c: ModelConfig) -> int:
-    """Returns the number of parameters in the matrices of one layer."""
+def matrices_per_layer(c: ModelConfig, *, tensor: int = 1, active: bool = False) -> int:
+    """Returns the number of parameters in the matrices of one layer.
+
+    Args:
+      tensor: devices that shard heads and hidden channels; the number counts the parameters on one of them.
+      active: True counts the experts that one token uses only.
+    """
     attention = 2 * c.d_model * (c.num_heads + c.kv_heads) * c.channels_per_head
-    return attention + c.d_model * c.d_ff * (3 if c.gated else 2)
+    blocks = (c.experts_per_token if active else c.num_experts) if c.num_experts else 1
+    return (attention + blocks * c.d_model * c.d_ff * (3 if c.gated else 2)) // tensor + c.d_model * (
+        c.num_experts or 0
+    )
+
+
+def active_params(c: ModelConfig, num_params: int) -> int:
+    """Returns the number of parameters that one token uses, of all `num_params` of a model."""
+    return num_params - c.num_layers * (matrices_per_layer(c) - matrices_per_layer(c, active=True))
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -> float:
     """Returns the FLOPs to train on one token: forward, plus backward at twice that. Recomputation does not count.
 
     Each multiply-add of the matrix products counts as two FLOPs: all matrices, the head, and attention's scores and
-    mixture. The embedding is a look-up and costs none. Beside LoRA matrices, whose products do not count, the
-    other matrices have no gradient.
+    mixture; of experts, those that a token uses. The embedding is a look-up and costs none. Beside LoRA matrices, whose
+    products do not count, the other matrices have no gradient.
 
     Args:
       causal: True counts visible scores only: (seq_len + 1) / 2 keys per query, or in a layer with a window the mean
@@ -29,7 +42,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     all_keys = num_local * keys(min(c.attention_window or seq_len, seq_len)) + (c.num_layers - num_local) * keys(
         seq_len
     )
-    matrices = c.num_layers * matrices_per_layer(c) + c.d_model * c.vocab_size
+    matrices = c.num_layers * matrices_per_layer(c, active=True) + c.d_model * c.vocab_size
     scores = 2 * c.num_heads * c.channels_per_head * all_keys
     products = 2 if c.lora_rank else 3
     return 2 * (products * matrices + 3 * scores)

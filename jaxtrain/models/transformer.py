@@ -22,7 +22,8 @@ from flax import linen as nn
 from jaxtrain.config import ModelConfig
 from jaxtrain.loss_head import softcap
 from jaxtrain.losses import LossSums, linear_cross_entropy
-from jaxtrain.models.block import INIT_STD, Block, Cache, Norm, TokenContext
+from jaxtrain.models.block import Block, Cache, Norm, TokenContext
+from jaxtrain.models.feed_forward import INIT_STD, RouterSums, router_losses
 from jaxtrain.models.kernels.attention import rope_tables
 from jaxtrain.models.layout import gather_layer
 from jaxtrain.models.masters import WithMasters, cast_masters
@@ -51,6 +52,7 @@ class Transformer(nn.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        router_weight: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Cache, ...] | None]:
         """Runs the decoder.
 
@@ -61,6 +63,8 @@ class Transformer(nn.Module):
             None: the cache is empty.
           segment_ids: int `[B, T]`. A token attends to its own segment only.
           positions: int `[B, T]`, for the position encoding. None counts from the start of the row, or of the cache.
+          router_weight: `[B, T]`, weights with which the routers' decisions are summed, as `RouterSums` `[L, ...]` in
+            the collection `router` under the name `sums`. None sums nothing.
 
         Returns:
           Hidden states `[B, T, D]` after the final norm, in the parameters' dtype, and the extended cache.
@@ -94,8 +98,10 @@ class Transformer(nn.Module):
         if self.is_initializing():
             self.param("layers", functools.partial(_init_layers, c))
         params, masters = (self.get_variable(kind, "layers") for kind in ("params", "masters"))
-        context = TokenContext(positions_BT, rope, num_cached, segment_ids, local_rope)
-        x_BTD, cache = decode_layers(c, p, params, masters, x_BTD, context, cache)
+        context = TokenContext(positions_BT, rope, num_cached, segment_ids, router_weight, local_rope)
+        x_BTD, cache, sums = decode_layers(c, p, params, masters, x_BTD, context, cache)
+        if sums is not None:
+            self.sow("router", "sums", sums, reduce_fn=lambda _, new: new)
         if not c.tie_embeddings:
             self.param("head", nn.initializers.normal(_head_std(c)), shard_VD[::-1])
         with jax.named_scope("head"):
@@ -110,8 +116,8 @@ def decode_layers(
     x_BTD: jax.Array,
     context: TokenContext,
     cache: tuple[Cache, ...] | None,
-) -> tuple[jax.Array, tuple[Cache, ...] | None]:
-    """Runs all layers on embedded tokens; returns the residual stream `[B, T, D]` and the extended cache.
+) -> tuple[jax.Array, tuple[Cache, ...] | None, RouterSums | None]:
+    """Runs all layers on embedded tokens; returns the residual stream `[B, T, D]`, the extended cache, and router sums.
 
     Args:
       params: this device's shards of the stacked parameters, `[L, ...]`.
@@ -125,7 +131,9 @@ def decode_layers(
         # Cast and gathered inside the rematerialized function, so that no second copy of the weights is stored.
         if masters is not None:
             params = cast_masters(params, masters, x_BTD)
-        return block.apply({"params": gather_layer(params, parallel.fsdp)}, x_BTD, context.in_layer(is_global), cache)
+        gathered = {"params": gather_layer(params, parallel.fsdp)}
+        x_BTD, cache, sums = block.apply(gathered, x_BTD, context.in_layer(is_global), cache)
+        return x_BTD, (cache, sums)
 
     # The program has replaced "auto". Without a program the layers are looped over.
     unroll = {"all": config.num_layers, "auto": 1}.get(config.scan_unroll, config.scan_unroll)
@@ -134,13 +142,14 @@ def decode_layers(
     if config.global_every:
         is_global_L = jnp.asarray([i not in config.window_layers for i in range(config.num_layers)])
     if cache is None:
-        return jax.lax.scan(layer, x_BTD, ((params, masters), None, is_global_L), unroll=unroll)
+        x_BTD, (_, sums) = jax.lax.scan(layer, x_BTD, ((params, masters), None, is_global_L), unroll=unroll)
+        return x_BTD, None, sums
     extended = []
     for i, own in enumerate(cache):  # a scan would copy the whole cache for every token
         weights, is_global = jax.tree.map(lambda leaf, i=i: leaf[i], ((params, masters), is_global_L))
-        x_BTD, own = layer(x_BTD, (weights, own, is_global))
+        x_BTD, (own, _) = layer(x_BTD, (weights, own, is_global))
         extended.append(own)
-    return x_BTD, tuple(extended)
+    return x_BTD, tuple(extended), None
 
 
 def _init_layers(c: ModelConfig, key: jax.Array) -> Params:
@@ -183,29 +192,39 @@ def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: jax.ty
 
 
 def make_loss_fn(
-    model: Transformer, *, z_loss: float = 0.0, label_smoothing: float = 0.0, chunk_size: int | None = None
-) -> Callable[[Params, dict[str, jax.Array]], LossSums]:
+    model: Transformer,
+    *,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk_size: int | None = None,
+    balance_loss: float = 0.0,
+    router_z_loss: float = 0.0,
+) -> Callable[[Params, dict[str, jax.Array]], LossSums | tuple[LossSums, dict[str, jax.Array]]]:
     """Makes `loss_fn(params, batch) -> LossSums` for next-token prediction.
 
     Args:
       model: the transformer. If `model.parallel` has several shards, the function runs inside `jax.shard_map` on one
         device's shard of the parameters and the batch, and returns that shard's sums; see `mesh.map_gradients`.
       z_loss, label_smoothing, chunk_size: see `linear_cross_entropy`.
+      balance_loss, router_z_loss: coefficients of the `router_losses` of a mixture of experts. If one is not 0, the
+        loss function returns `(LossSums, router losses)`, with both products in `smoothing`.
 
     Returns:
       The loss function. Its batch holds `inputs` and `labels` int32 `[B, T]`, `where` bool `[B, T]`, and optionally
       `segment_ids` and `positions` int32 `[B, T]`; see `Transformer`. Its parameters may be `WithMasters`.
     """
     c, p = model.config, model.parallel
+    auxiliary = {"balance_loss": balance_loss, "router_z_loss": router_z_loss} if c.num_experts else {}
 
-    def loss_fn(params: Params, batch: dict[str, jax.Array]) -> LossSums:
+    def loss_fn(params: Params, batch: dict[str, jax.Array]) -> Any:
         params, masters = params if isinstance(params, WithMasters) else (params, None)
         variables = {"params": params} | ({"masters": {"layers": masters["layers"]}} if masters else {})
         documents = {name: batch.get(name) for name in ("segment_ids", "positions")}
-        hidden_BTD, _ = model.apply(variables, batch["inputs"], **documents)
+        summed = {"router_weight": batch["where"]} if any(auxiliary.values()) else {}
+        (hidden_BTD, _), router = model.apply(variables, batch["inputs"], **documents, **summed, mutable=["router"])
         with jax.named_scope("head"):
             hidden_BTD, kernel_DV = barrier_gradients(hidden_BTD, head_kernel(params))
-            return linear_cross_entropy(
+            sums = linear_cross_entropy(
                 hidden_BTD,
                 gather(kernel_DV, 0, p.fsdp),
                 batch["labels"],
@@ -218,6 +237,11 @@ def make_loss_fn(
                 vocab_axis="tensor" if p.tensor > 1 else None,
                 check_labels=False,  # the loader checks them; here the check would slow down the dispatch of each step
             )
+        if not summed:
+            return sums
+        losses = router_losses(router["router"]["sums"], p)
+        extra = sum(factor * losses[name] for name, factor in auxiliary.items())
+        return sums.replace(smoothing=sums.smoothing + extra), losses
 
     return loss_fn
 

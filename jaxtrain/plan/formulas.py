@@ -21,7 +21,7 @@ from jaxtrain.losses import CARRY_LIMIT, default_chunk
 from jaxtrain.mixture import parse_stores
 from jaxtrain.models.kernels.attention import choose_kernel
 from jaxtrain.models.layout import logical_axes
-from jaxtrain.models.size import flops_per_token, matrices_per_layer
+from jaxtrain.models.size import active_params, flops_per_token, matrices_per_layer
 from jaxtrain.models.transformer import Transformer, init_params
 from jaxtrain.plan.traffic import Traffic, expected_traffic
 from jaxtrain.runtime.chips import Chip
@@ -71,6 +71,7 @@ class Plan(NamedTuple):
     """Estimates for a config on a number of chips."""
 
     num_params: int
+    num_active: int  # parameters that one token uses: all, but for experts
     num_devices: int
     mesh: dict[str, int]
     tokens_per_step: int
@@ -114,6 +115,7 @@ def make_plan(
     total, local, trained = _num_params(config, model, mesh)
     return Plan(
         num_params=total,
+        num_active=active_params(model, total),
         num_devices=mesh.size,
         mesh=dict(mesh.shape),
         tokens_per_step=tokens_per_step,
@@ -190,7 +192,7 @@ def _memory(
     scores = 8 * rows * settings.seq_len**2 * model.num_heads // tensor if kernel == "xla" else 0
     num_kept = model.num_layers if model.remat == "none" and fsdp == 1 else 1
     head = model.d_model * model.vocab_rows // tensor
-    two_layers = 2 * matrices_per_layer(model) // tensor
+    two_layers = 2 * matrices_per_layer(model, tensor=tensor)
     chunk = min(settings.loss_chunk or default_chunk(platform), rows * settings.seq_len)
     per_layer = fsdp > 1 and width < 4  # casts, see models/masters.py
     summed = mesh.shape["data"] > 1 or settings.accumulate > 1
@@ -210,12 +212,16 @@ def _memory(
 def _activations(model: ModelConfig, fsdp: int, tensor: int) -> tuple[int, int]:
     """Returns the channels per token that a layer saves for the backward pass, and all channels of a layer."""
     heads = (2 * model.num_heads + 2 * model.kv_heads) * model.channels_per_head // tensor  # query, mixture, key, value
-    hidden = model.d_ff // tensor
+    chosen = model.experts_per_token if model.num_experts else 1
+    hidden = chosen * model.d_ff // tensor
     num_up = 2 if model.gated else 1
-    products = heads + model.d_model + num_up * hidden  # see PRODUCTS in models/remat.py
+    router = 2 * (model.num_experts or 0)  # float32
+    products = heads + model.d_model + router + num_up * hidden  # see PRODUCTS in models/remat.py
     num_norms = 4 if model.norm_order == "both" else 2
     # Norms, residual stream, activations of up and gate.
     every = products + (2 + num_norms) * model.d_model + num_up * hidden
+    if model.num_experts:  # probabilities, and the inputs and outputs of the experts
+        every += router + 2 * chosen * model.d_model
     match model.remat:
         case "full":
             return model.d_model, every

@@ -30,7 +30,7 @@ def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num
     width = 2 if settings.precision == "bfloat16" else 4
     tokens = settings.batch_size * settings.seq_len // (data * fsdp)  # on one device, over all micro-batches
     hidden = width * tokens * model.d_model
-    layers = width * passes * model.num_layers * matrices_per_layer(model) // tensor
+    layers = width * passes * model.num_layers * matrices_per_layer(model, tensor=tensor)
     head = width * passes * model.d_model * model.vocab_rows // tensor
     vectors = _replicated(model, num_local, fsdp, tensor)
     found = []
@@ -41,11 +41,14 @@ def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num
             Traffic("all-to-all", ("fsdp",), 2 * hidden, "rows of the embedding and their gradients"),
             Traffic("reduce-scatter", ("fsdp",), layers + head, "gradients of the weights"),
         ]
+    rows = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
+    if rows and model.num_experts and (settings.balance_loss or settings.router_z_loss):
+        load = 4 * passes * model.num_layers * model.num_experts
+        found.append(Traffic("all-reduce", rows, load, "load of the experts, for the loss that balances it"))
     if data > 1:
         found.append(Traffic("all-reduce", ("data",), 4 * (num_local - vectors), "gradients, float32"))
-    if data * fsdp > 1:
-        axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1)
-        found.append(Traffic("all-reduce", axes, 4 * vectors, "gradients of replicated parameters"))
+    if rows:
+        found.append(Traffic("all-reduce", rows, 4 * vectors, "gradients of replicated parameters"))
     if tensor > 1:
         # Entering and leaving both halves of a layer; full recomputation leaves the first half once more.
         per_layer = 4 if model.remat in ("none", "minimal") else 5
@@ -79,6 +82,6 @@ def replaced_gathers(expected: list[Traffic], collectives: list[dict], mesh: dic
 
 def _replicated(model: ModelConfig, num_local: int, fsdp: int, tensor: int) -> int:
     """Returns the number of parameters that are replicated over `data` and `fsdp`: all except matrices."""
-    matrices = model.num_layers * matrices_per_layer(model)
+    matrices = model.num_layers * matrices_per_layer(model, tensor=tensor)
     tables = model.vocab_rows * model.d_model * (1 if model.tie_embeddings else 2)
-    return num_local - math.ceil((matrices + tables) / (fsdp * tensor))
+    return num_local - math.ceil((matrices + tables / tensor) / fsdp)

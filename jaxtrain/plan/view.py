@@ -96,6 +96,7 @@ def _result(
         "num_devices": formulas.num_devices,
         "mesh": formulas.mesh,
         "num_params": formulas.num_params,
+        "num_active": formulas.num_active,
         "batch_size": config.train.batch_size,
         "tokens_per_step": formulas.tokens_per_step,
         "tokens": formulas.tokens,
@@ -156,8 +157,10 @@ def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 
 def _run_rows(config: Config, formulas: Plan, result: dict[str, Any]) -> list[tuple[str, ...]]:
     settings, cost = config.train, formulas.cost
+    some = formulas.num_active < formulas.num_params
+    active = f", of which a token uses {formulas.num_active:,}" if some else ""
     rows = [
-        ("parameters", f"{formulas.num_params:,}"),
+        ("parameters", f"{formulas.num_params:,}{active}"),
         ("tokens per step", f"{settings.batch_size} x {settings.seq_len} = {formulas.tokens_per_step:,}"),
         ("tokens in total", f"{settings.steps:,} steps: {formulas.tokens / 1e9:,.4g} billion"),
         ("FLOPs per step", f"{formulas.flops_per_step:.4g}"),

@@ -206,14 +206,15 @@ def _make_losses(config: Config, model: Any, mesh: Mesh, params: Any, specs: Any
 def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, params: Any, specs: Any) -> _Losses:
     """Losses of the built-in transformer: each device computes on its shards, in `jax.shard_map` if there are several.
 
-    Evaluation measures plain cross-entropy, without z-loss and label smoothing.
+    Evaluation measures plain cross-entropy, without z-loss, label smoothing and the losses of routers.
     """
     del params  # `check_parts` has checked their sizes
     settings = config.train
-    parallel = Parallel(mesh.shape["fsdp"], mesh.shape["tensor"])
+    parallel = Parallel(**mesh.shape)
     chunk_size = settings.loss_chunk or default_chunk(mesh.devices.flat[0].platform)
     local = TransformerModel(model.config, parallel, chunk_size=chunk_size)
-    train = dataclasses.replace(local, z_loss=settings.z_loss, label_smoothing=settings.label_smoothing)
+    extra = ("z_loss", "label_smoothing", "balance_loss", "router_z_loss")
+    train = dataclasses.replace(local, **{name: getattr(settings, name) for name in extra})
     if mesh.size == 1:
         return _Losses(train.loss, local.loss)
     per_layer = mesh.shape["fsdp"] > 1 and settings.precision != "float32"

@@ -29,6 +29,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_fr
 LLAMA3 |= {"original_max_position_embeddings": 16, "rope_theta": 100.0}
 LOCAL = {"sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
 LOCAL |= {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0}}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3}
 # Class of the config and its values. A name with a comma is a variant of a family.
 CASES = {
     "gpt2": ("GPT2Config", GPT2),
@@ -43,6 +44,9 @@ CASES = {
     ),
     "qwen 3": ("Qwen3Config", SIZES | {"head_dim": 16}),
     "olmo 2": ("Olmo2Config", SIZES),
+    "mixtral": ("MixtralConfig", SIZES | {"num_local_experts": 4, "sliding_window": 5}),
+    "qwen 3 with experts": ("Qwen3MoeConfig", SIZES | EXPERTS | {"moe_intermediate_size": 24, "norm_topk_prob": True}),
+    "olmoe": ("OlmoeConfig", SIZES | EXPERTS),
     "gemma 2": ("Gemma2Config", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma 3": ("Gemma3TextConfig", GEMMA3 | {"rope_parameters": LOCAL}),
 }

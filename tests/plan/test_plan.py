@@ -40,11 +40,13 @@ def plan_of(name, num_devices, **settings):
         ("llama2_7b", 6_738_415_616),
         ("llama3_8b", 8_030_261_248),
         ("llama2_70b", 68_976_648_192),
+        ("olmoe_1b_7b", 6_919_161_856),
     ],
 )
 def test_ready_configs_are_the_models_they_say(name, num_params):
     plan = plan_of(name, 16)
     assert plan.num_params == num_params
+    assert plan.num_active == {"olmoe_1b_7b": 1_282_017_280}.get(name, num_params)
 
 
 def test_the_state_of_70b_is_12_bytes_a_parameter_over_all_chips():

@@ -265,8 +265,9 @@ def check_traffic(found, config, kinds=None):
     [
         (MeshConfig(1, 8, 1), {"remat": "full", "num_kv_heads": 2}),
         (MeshConfig(2, 2, 2), {"style": gpt2}),
+        pytest.param(MeshConfig(2, 2, 2), {"num_experts": 4}, marks=pytest.mark.slow),
     ],
-    ids=["fsdp", "all axes"],
+    ids=["fsdp", "all axes", "experts"],
 )
 def test_the_traffic_of_the_train_step_follows_the_layout(mesh, fields):
     config = tiny(mesh, **fields)
@@ -278,7 +279,8 @@ def test_the_traffic_of_the_train_step_follows_the_layout(mesh, fields):
     matrices = {leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(program.abstract_state.params["layers"])}
     tables = {64 * 256}
     tokens = 16 * 32 // mesh.shape["data"]
-    parts = {(size // mesh.shape["tensor"]) for size in matrices | tables}
+    router = 64 * (config.model.num_experts or 0)  # which `tensor` does not shard
+    parts = {(size // mesh.shape["tensor"]) for size in matrices | tables} | {router}
     for one in found:
         if one.kind == "all-gather":
             size = one.num_bytes // one.count // 4

@@ -24,6 +24,8 @@ def read_config(config: dict[str, Any]) -> tuple[Family, ModelConfig]:
         if key not in config and key not in family.defaults:
             raise ValueError(f"{key} is missing")
         fields[field] = config.get(key, family.defaults.get(key))
+        if field == "num_experts":  # transformers 5 writes the other name; None is a dense model that is written
+            fields[field] = config.get("num_local_experts", fields[field]) or FAMILIES[family.style][field]
         if field == "num_layers" and fields[field] > _MOST_LAYERS:
             raise ValueError(f"{key} is {fields[field]}, and at most {_MOST_LAYERS} are read")
     if family.style == "gpt2":
@@ -44,7 +46,7 @@ def _read_windows(family: Family, config: dict[str, Any], fields: dict[str, Any]
     if window is None or not config.get("use_sliding_window", family.defaults.get("use_sliding_window", True)):
         return none
     period = {"gemma2": 2, "gemma3": config.get("sliding_window_pattern", 6)}.get(family.style)
-    first = config.get("max_window_layers", 28) if family.style.startswith("qwen") else 0
+    first = config.get("max_window_layers", 28) if family.style in ("qwen2", "qwen3") else 0
     kinds = config.get("layer_types") or [
         "full_attention" if i < first or (period and (i + 1) % period == 0) else "sliding_attention"
         for i in range(num_layers)
@@ -66,7 +68,7 @@ def _read_rope(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     given = config.get("rope_parameters") or {}
     local = given.get("sliding_attention", {})
     local = {"rope_theta": config.get("rope_local_base_freq", style.get("local_rope_theta"))} | local
-    default = {"rope_theta": config.get("rope_theta", 1e6 if family.style == "gemma3" else 1e4)}
+    default = {"rope_theta": config.get("rope_theta", 1e6 if family.style in ("gemma3", "mixtral") else 1e4)}
     whole = default | (config.get("rope_scaling") or {}) | given.get("full_attention", given)
     for rope in (whole, local):
         if rope.get("partial_rotary_factor", 1) != 1:
@@ -92,6 +94,8 @@ def canonical(config: ModelConfig) -> ModelConfig:
     fields |= {"vocab_multiple": 1, "scan_unroll": "auto", "remat": "none", "attention": "auto"}
     fields |= {"lora_rank": None, "lora_alpha": 16.0, "lora_targets": ("query", "value")}  # an export merges them
     fields["qkv_bias"] = c.qkv_bias and not c.use_bias
+    if not c.num_experts:
+        fields |= {"experts_per_token": 2, "norm_router": True}
     if c.query_scalar == c.channels_per_head:
         fields["query_scalar"] = None
     if c.positions == "learned":

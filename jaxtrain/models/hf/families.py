@@ -4,6 +4,7 @@ A family is a table entry: the keys of its config.json beside the fields of `Mod
 beside the paths of our parameters.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 _SIZES = {
@@ -29,6 +30,11 @@ _GPT2_SIZES = {
     "tie_word_embeddings": "tie_embeddings",
 }
 _WINDOW = {"sliding_window": "attention_window"}
+_ROUTER = {"num_experts_per_tok": "experts_per_token", "norm_topk_prob": "norm_router"}
+_OLMOE_KEYS = _SIZES | _ROUTER | {"num_experts": "num_experts"}
+_QWEN_MOE_KEYS = {key: field for key, field in (_OLMOE_KEYS | _WINDOW).items() if key != "intermediate_size"}
+_QWEN_MOE_KEYS |= {"moe_intermediate_size": "d_ff"}
+_MIXTRAL_KEYS = _SIZES | _WINDOW | {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
 _GEMMA_KEYS = _SIZES | _WINDOW | {"query_pre_attn_scalar": "query_scalar"}
 _GEMMA_KEYS |= {"attn_logit_softcapping": "attention_softcap", "final_logit_softcapping": "logit_softcap"}
 
@@ -45,11 +51,21 @@ _BASE = _ATTENTION | {
     "final_norm/scale": "model.norm.weight",
     "head": "lm_head.weight",
 }
-_BASE |= {f"layers/feed_forward/{k}/kernel": f"model.layers.{{}}.mlp.{k}_proj.weight" for k in ("gate", "up", "down")}
+_GATED = {"gate": "w1", "up": "w3", "down": "w2"}  # and their names in Mixtral
+_BASE |= {f"layers/feed_forward/{k}/kernel": f"model.layers.{{}}.mlp.{k}_proj.weight" for k in _GATED}
 _LLAMA = _BASE | {
     "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
     "layers/feed_forward_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
 }
+
+
+def _experts(part: str, names: dict[str, str]) -> dict[str, str]:
+    paths = {f"layers/feed_forward/experts/{k}": f"{part}.experts.{{}}.{name}.weight" for k, name in names.items()}
+    return paths | {"layers/feed_forward/router/kernel": f"{part}.gate.weight"}
+
+
+_EXPERTS = _LLAMA | _experts("model.layers.{}.mlp", {k: f"{k}_proj" for k in _GATED})
+_MIXTRAL = _LLAMA | _experts("model.layers.{}.block_sparse_moe", _GATED)
 _POST = {
     "layers/attention_post_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
     "layers/feed_forward_post_norm/scale": "model.layers.{}.post_feedforward_layernorm.weight",
@@ -88,8 +104,8 @@ class Family(NamedTuple):
     model_type: str
     style: str  # entry of `FAMILIES`
     keys: dict[str, str]  # keys of config.json with the fields of `ModelConfig` that they set
-    # paths of our parameters with the names of its tensors; `{}` is the number of the layer. Parameters with the same
-    # name are parts of one tensor, in this order.
+    # paths of our parameters with the names of its tensors; `{}` is the number of the layer, then that of the expert.
+    # Parameters with the same name are parts of one tensor, in this order.
     names: dict[str, str]
     defaults: dict[str, Any]  # values of keys that config.json may omit
     fixed: dict[str, tuple[Any, ...]]  # keys with the values that the decoder computes; the first is written
@@ -97,6 +113,7 @@ class Family(NamedTuple):
 
 
 _SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_bias": (False,)}
+_EVERY_LAYER: dict[str, tuple[Any, ...]] = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 _TANH: dict[str, tuple[Any, ...]] = {"hidden_activation": ("gelu_pytorch_tanh", None), "attention_bias": (False,)}
 _TANH |= {"use_bidirectional_attention": (False, None)}
 _GPT2_FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,)}
@@ -107,6 +124,13 @@ FIXED: dict[str, tuple[Any, ...]] = {"quantization_config": (None,), "partial_ro
 _DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048}
 _DEFAULTS |= {"num_key_value_heads": None, "head_dim": None}
 _QWEN = _DEFAULTS | {"max_position_embeddings": 32_768, "use_sliding_window": False, "sliding_window": 4096}
+_MISTRAL = _DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072}
+_MIXTRAL_DEFAULTS = _MISTRAL | {"rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8}
+_OLMOE_DEFAULTS = _DEFAULTS | {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_experts": 64}
+_QWEN_MOE_DEFAULTS = _QWEN | {"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768}
+_MIXTRAL_DEFAULTS |= {"num_experts_per_tok": 2}
+for _defaults in (_OLMOE_DEFAULTS, _QWEN_MOE_DEFAULTS):
+    _defaults |= {"num_experts_per_tok": 8, "norm_topk_prob": False}
 _GEMMA_DEFAULTS = _DEFAULTS | {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 256}
 _GEMMA_DEFAULTS |= {"sliding_window": 4096, "query_pre_attn_scalar": 256}
 _GEMMA2_DEFAULTS = {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
@@ -122,11 +146,22 @@ HF_FAMILIES = [
         "mistral",
         _SIZES | _WINDOW,
         _LLAMA,
-        _DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072},
+        _MISTRAL,
         _SILU,
     ),
     Family("Qwen2ForCausalLM", "qwen2", "qwen2", _SIZES | _WINDOW, _LLAMA, _QWEN, _SILU),
     Family("Qwen3ForCausalLM", "qwen3", "qwen3", _SIZES | _WINDOW, _LLAMA, _QWEN | {"head_dim": 128}, _SILU),
+    Family("MixtralForCausalLM", "mixtral", "mixtral", _MIXTRAL_KEYS, _MIXTRAL, _MIXTRAL_DEFAULTS, _SILU),
+    Family(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        "qwen3_moe",
+        _QWEN_MOE_KEYS,
+        _EXPERTS,
+        _QWEN_MOE_DEFAULTS,
+        _SILU | _EVERY_LAYER,
+    ),
+    Family("OlmoeForCausalLM", "olmoe", "olmoe", _OLMOE_KEYS, _EXPERTS, _OLMOE_DEFAULTS, _SILU | {"clip_qkv": (None,)}),
     Family("Olmo2ForCausalLM", "olmo2", "olmo2", _SIZES, _BASE | _POST, _DEFAULTS | {"rms_norm_eps": 1e-5}, _SILU),
     Family("Gemma2ForCausalLM", "gemma2", "gemma2", _GEMMA_KEYS, _GEMMA, _GEMMA_DEFAULTS | _GEMMA2_DEFAULTS, _TANH),
     Family(
@@ -144,10 +179,14 @@ HF_FAMILIES = [
 # What well-known architectures need beyond this decoder.
 _LACKING = {
     "GptOssForCausalLM": "attention sinks",
-    "MixtralForCausalLM": "a mixture of experts",
-    "Qwen3MoeForCausalLM": "a mixture of experts",
-    "OlmoeForCausalLM": "a mixture of experts",
-    "DeepseekV3ForCausalLM": "latent attention and a mixture of experts",
+    "Qwen2MoeForCausalLM": "shared experts",
+    "DeepseekV2ForCausalLM": "latent attention and shared experts",
+    "DeepseekV3ForCausalLM": "latent attention, shared experts and a router of sigmoids",
+    "Glm4MoeForCausalLM": "shared experts and a router of sigmoids",
+    "Ernie4_5_MoeForCausalLM": "shared experts",
+    "PhimoeForCausalLM": "a router without softmax over all experts",
+    "GraniteMoeForCausalLM": "experts in one matrix and multipliers of the residual stream",
+    "DbrxForCausalLM": "experts in one matrix",
     "Phi3ForCausalLM": "projections in one matrix and rotary positions of type longrope",
     "Olmo3ForCausalLM": "rotary positions of type yarn",
     "SmolLM3ForCausalLM": "layers without positions",
@@ -174,7 +213,8 @@ class Tensor(NamedTuple):
 
     shape: tuple[int, ...]  # as the file has it
     leaves: tuple[str, ...]  # paths of the parameters
-    index: tuple[int, ...]  # place of the tensor in the leading axes of the parameters: `(layer,)`, or `()`
+    # place of the tensor in the leading axes of the parameters: `()`, `(layer,)` or `(layer, expert)`
+    index: tuple[int, ...]
     transposed: bool  # True if the file holds the transposed matrix
 
 
@@ -191,15 +231,16 @@ def tensors_of(family: Family, shapes: dict[str, tuple[int, ...]], vocab_size: i
         if path in shapes:
             by_name.setdefault(family.names[path], []).append(path)
     for name, paths in by_name.items():
-        stacked = paths[0].startswith("layers/")
-        shape = list(shapes[paths[0]][stacked:])
+        leading = shapes[paths[0]][: name.count("{}")]
+        shape = list(shapes[paths[0]][len(leading) :])
         shape[-1] = sum(shapes[path][-1] for path in paths)
         if paths[0] == "embedding":
             shape[0] = vocab_size
         if paths[0] == "head":
             shape[-1] = vocab_size
-        transposed = len(shape) == 2 and (paths[0] == "head" or (family.transposed and paths[0].endswith("kernel")))
+        in_layer = paths[0].startswith("layers/")
+        transposed = len(shape) == 2 and (paths[0] == "head" or (family.transposed and in_layer))
         there = tuple(shape[::-1] if transposed else shape)
-        for index in [(i,) for i in range(shapes[paths[0]][0])] if stacked else [()]:
+        for index in itertools.product(*map(range, leading)):
             tensors[name.format(*index)] = Tensor(there, tuple(paths), index, transposed)
     return tensors
