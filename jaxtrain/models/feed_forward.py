@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.models.kernels.grouped import grouped_matmul
 from jaxtrain.models.kernels.linear import Weights, linear
 from jaxtrain.models.kernels.pointwise import gelu, swiglu
 from jaxtrain.models.lora import add_lora
@@ -102,13 +103,13 @@ class Experts(nn.Module):
         x_SD = _spread(enter_tensor(x_ND, shards), order_S, row_NK)
 
         def project(name):
-            return checkpoint_name(jax.lax.ragged_dot(x_SD, experts[name], sizes_E), name)
+            return checkpoint_name(grouped_matmul(x_SD, experts[name], sizes_E), name)
 
         hidden_SF = _activate(c, project)
         # Scaled before the last product, whose result then need not be saved for the gradient of the shares.
         share_S1 = enter_tensor(share_NK, shards).reshape(-1, 1)[order_S]
         hidden_SF = (hidden_SF.astype(jnp.float32) * share_S1).astype(hidden_SF.dtype)
-        y_ND = _collect(jax.lax.ragged_dot(hidden_SF, experts["down"], sizes_E), order_S, row_NK)
+        y_ND = _collect(grouped_matmul(hidden_SF, experts["down"], sizes_E), order_S, row_NK)
         sums = None if weight_BT is None else _sum_decisions(logits_NE, probability_NE, expert_NK, weight_BT)
         return leave_tensor(y_ND, shards).reshape(x_BTD.shape), sums
 

@@ -193,6 +193,8 @@ def _memory(
     num_kept = model.num_layers if model.remat == "none" and fsdp == 1 else 1
     head = model.d_model * model.vocab_rows // tensor
     two_layers = 2 * matrices_per_layer(model, tensor=tensor)
+    # The gradient of a matrix of all experts is summed in float32, see models/kernels/grouped.py.
+    grouped = 4 * (model.num_experts or 0) * model.d_model * model.d_ff // tensor if platform != "tpu" else 0
     chunk = min(settings.loss_chunk or default_chunk(platform), rows * settings.seq_len)
     per_layer = fsdp > 1 and width < 4  # casts, see models/masters.py
     summed = mesh.shape["data"] > 1 or settings.accumulate > 1
@@ -204,7 +206,7 @@ def _memory(
         compute_copy=width * num_local if width < 4 and not per_layer else 0,
         gathered=head_gradient + (width * (head + two_layers) if fsdp > 1 else 0),
         activations=width * rows * settings.seq_len * model.num_layers * kept + scores * (num_kept - 1),
-        layer=2 * width * rows * settings.seq_len * layer + scores,
+        layer=2 * width * rows * settings.seq_len * layer + scores + grouped,
         logits=(4 + width) * chunk * model.vocab_rows // tensor,
     )
 
