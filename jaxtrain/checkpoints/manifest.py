@@ -115,6 +115,8 @@ def verify(folder: Path, parts: tuple[str, ...] = (), *, process: int = 0, count
                 raise Damaged(problem)
     if FINGERPRINT not in files:
         raise Damaged(f"{FINGERPRINT} is not listed in {MANIFEST}")
+    if not _is_fingerprint(read_json(folder / FINGERPRINT)):
+        raise Damaged(f"{FINGERPRINT} is not what was written")
     return Verified(manifest["leaves"], sum(files[name]["bytes"] for name in names))
 
 
@@ -151,6 +153,12 @@ def _problem(path: Path, name: str, wanted: dict[str, Any]) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return f"{name} cannot be read: {error}"
     return ""
+
+
+def _is_fingerprint(values: Any) -> bool:
+    """Returns True if a fingerprint has the types that are read, see `training.run.fingerprint`."""
+    form = {"config": dict, "data": dict | str | None, "tokenizer": str | None, "decay_mask": list | None}
+    return isinstance(values, dict) and all(isinstance(values[key], form[key]) for key in form.keys() & values.keys())
 
 
 def _has_form(manifest: dict[str, Any]) -> bool:

@@ -15,11 +15,22 @@ from jaxtrain.runtime.terminal import echo
 
 
 def lost_config(folder: Path) -> tuple[dict[str, Any], int] | None:
-    """Returns the config in the newest whole checkpoint and its step, if config.json is missing or torn."""
-    if isinstance(read_json(folder / "config.json"), dict):
+    """Returns the config in the newest whole checkpoint and its step, if config.json is missing or no valid config.
+
+    Returns None too if the checkpoint's config is not valid either, such as that of a later version.
+    """
+    if _is_valid(read_json(folder / "config.json")):
         return None
     found = find_fingerprint(CheckpointFolder(folder / "checkpoints"))
-    return found and (found[0]["config"], found[1])
+    return (found[0]["config"], found[1]) if found and _is_valid(found[0].get("config")) else None
+
+
+def _is_valid(values: Any) -> bool:
+    try:
+        from_json(json.dumps(values))
+    except ValueError:
+        return False
+    return True
 
 
 def read_config(folder: Path, model: Any = None) -> Config:

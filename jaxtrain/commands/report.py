@@ -1,13 +1,14 @@
 """Commands on the records of runs: report and runs."""
 
 import json
+import sys
 import webbrowser
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from jaxtrain.fields import LocalPath, RunOrUrl, Section
 from jaxtrain.runtime.config_files import load_config, load_run_config
-from jaxtrain.runtime.files import read_json
+from jaxtrain.runtime.files import read_json, write_text
 from jaxtrain.runtime.flags import Command
 from jaxtrain.runtime.remote import local_run
 from jaxtrain.runtime.terminal import echo, one_line
@@ -27,6 +28,7 @@ class ReportOptions(Section):
 def run_report(options: ReportOptions) -> int:
     """Diagnoses runs, finished or not, and writes report.html with their curves."""
     from jaxtrain.monitoring.report import open_records, render, report_data
+    from jaxtrain.monitoring.run_record import damaged_lines
 
     if options.config:
         load_config(options.config)  # adds the entries of its tables
@@ -39,12 +41,15 @@ def run_report(options: ReportOptions) -> int:
             load_run_config(folder)  # raises if no checkpoint has it
     records, path = open_records(folders)
     data = report_data(records)
-    path.write_text(render(data), encoding="utf-8")
+    write_text(path, render(data))
     if options.json:
         echo(json.dumps(data), verbatim=True)
     else:
         for record, run in zip(records, data["runs"], strict=True):
             echo(f"{one_line(str(record.folder))}: step {record.step:,} of {record.total_steps:,}, {record.state}")
+            if damaged := damaged_lines(record):
+                file = one_line(str(record.folder / "metrics.jsonl"))
+                echo(f"{file}: damaged lines are left out: {damaged}", file=sys.stderr)
             _show_findings(run)
         echo(f"report: {path}")
     if options.open and not webbrowser.open(path.resolve().as_uri()) and not options.json:

@@ -329,16 +329,24 @@ def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, v
         raise _damaged(path, f"{file.name} is not int64 [{entry['num_documents']}]")
     if verify and sha256_file(file) != entry["documents_sha256"]:
         raise _damaged(path, f"the checksum of {file.name} is not the manifest's")
+    for source in entry.get("sources", ()):
+        if not isinstance(source["source"], str):
+            raise TypeError(f"source is {source['source']!r}, not a name")
+        for key in ("num_tokens", "num_bytes", "num_documents"):
+            _number(source, key)
     place = f"the {name} split of {path}"
-    split = Split(tuple(shards), starts, _number(entry, "num_bytes"), place, tuple(masks) if masked else None)
+    split = Split(tuple(shards), starts, _number(entry, "num_bytes", 1), place, tuple(masks) if masked else None)
     if not shards or split.num_tokens != entry["num_tokens"]:
         raise _damaged(path, f"the shards of {name} have {split.num_tokens} tokens, not {entry['num_tokens']}")
+    known = starts if verify else starts[:1]
+    if not len(starts) or starts[0] != 0 or starts[-1] >= split.num_tokens or not (known[1:] > known[:-1]).all():
+        raise _damaged(path, f"{file.name} does not rise from 0 to below {split.num_tokens}")
     return split
 
 
-def _number(entry: dict[str, Any], key: str) -> int:
-    if type(entry[key]) is not int:
-        raise TypeError(f"{key} is {entry[key]!r}, not a whole number")
+def _number(entry: dict[str, Any], key: str, least: int = 0) -> int:
+    if type(entry[key]) is not int or not least <= entry[key] < 2**63:
+        raise TypeError(f"{key} is {entry[key]!r:.80}, not a whole number from {least} on")
     return entry[key]
 
 

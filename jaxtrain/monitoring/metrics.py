@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -20,6 +21,19 @@ from jaxtrain.runtime.terminal import echo
 
 # JSON has no such numbers; any JSON reader reads these strings, and `float` of most languages converts them.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+# Fields whose type every reader relies on. Other fields may hold any JSON value.
+_WHOLE = {"step", "attempt", "steps", "vocab_size", "train_tokens"}
+_NUMBERS = {"loss", "nll", "z_loss", "grad_norm", "grad_norm_max", "clip_factor", "clipped", "update_norm"}
+_NUMBERS |= {"param_norm", "learning_rate", "loss_scale", "tokens", "skipped", "skip_reason", "give_up"}
+_NUMBERS |= {"adam_frozen_share", "tokens_seen", "tokens_per_second", "step_seconds", "mfu", "seconds"}
+_LISTS = {"layer_grad_norm", "layer_update_ratio"}
+_TEXTS = {"event", "name", "severity", "evidence", "remedy"}
+_REQUIRED = {
+    "start": {"step"},
+    "resume": {"step"},
+    "eval": {"step"},
+    "finding": {"step", "name", "severity", "evidence", "remedy"},
+}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["metrics"], meta_fields=["shapes"])
@@ -127,26 +141,61 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
     Raises:
       ValueError: there is no such file.
     """
+    log = read_log(path)
+    return log.steps, log.events
+
+
+class Log(NamedTuple):
+    """Contents of a file of `JsonLines`; see `read_metrics` for the first two."""
+
+    steps: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    damaged: list[
+        int
+    ]  # numbers of lines (1 is the first) that are torn or have a field of another type than is written
+
+
+def read_log(path: str | Path) -> Log:
+    """Reads a file of `JsonLines`. Raises a ValueError if there is no such file."""
     path = Path(path)
     if not path.is_file():
+        if os.path.lexists(path):
+            raise ValueError(f"{path} is no regular file: move it away, or give another run directory")
         raise ValueError(f"no metrics file {path}: give a run directory of `jaxtrain train`")
     steps: dict[int, dict[str, Any]] = {}
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    events, damaged = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         try:
-            record = _decode(json.loads(line))
+            record = _decode(json.loads(line)) if line.strip() else {"event": ""}
         except (ValueError, RecursionError):
-            continue
-        if not isinstance(record, dict):
-            continue  # the torn end of a line may be JSON by itself, as in `12`
-        has_step = type(record.get("step")) is int  # a bool is none
-        if "event" in record:
-            events.append(record)
-            if record["event"] in ("start", "resume") and has_step:  # it replaces the later steps
-                steps = {step: line for step, line in steps.items() if step <= record["step"]}
-        elif has_step:
+            record = None
+        if not _is_sound(record):  # the torn end of a line may be JSON by itself, as in `12`
+            damaged.append(number)
+        elif "event" not in record:
             steps[record["step"]] = record  # lines are in order of time: the last attempt wins
-    return [steps[step] for step in sorted(steps)], events
+        elif line.strip():
+            events.append(record)
+            if record["event"] in ("start", "resume"):  # it replaces the later steps
+                steps = {step: line for step, line in steps.items() if step <= record["step"]}
+    return Log([steps[step] for step in sorted(steps)], events, damaged)
+
+
+def _is_sound(record: Any) -> bool:
+    """Returns True for a record with the fields that readers rely on, each of its type."""
+    if not isinstance(record, dict) or not isinstance(record.get("event", ""), str):
+        return False
+    required = _REQUIRED.get(record["event"], set()) if "event" in record else {"step"}
+    return required <= record.keys() and all(_fits(name, value) for name, value in record.items())
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name in _WHOLE:
+        return type(value) is int and 0 <= value < 2**63  # a bool is none
+    if name in _NUMBERS:
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    if name in _LISTS:
+        return isinstance(value, list) and all(_fits("loss", item) for item in value)
+    return name not in _TEXTS or isinstance(value, str)
 
 
 def _is_torn(path: Path) -> bool:

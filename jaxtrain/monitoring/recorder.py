@@ -80,6 +80,7 @@ class Recorder:
       attempt: number of times that the run was started, this one included.
       last_stop: the `stop` event with which the last attempt ended; empty if it crashed.
       evaluated: steps that earlier attempts evaluated.
+      last_line: step of the last line that they logged; 0 without one.
       skipped_steps: steps skipped so far, those of earlier attempts included.
       give_up: True once the guard has given up.
     """
@@ -112,6 +113,7 @@ class Recorder:
         ends = [event for event in events if event["event"] in ("start", "resume", "stop")]
         self.last_stop = ends[-1] if ends and ends[-1]["event"] == "stop" else {}
         self.give_up = False
+        self.last_line = lines[-1]["step"] if lines else 0
         self._skipped = {line["step"] for line in lines if line.get("skipped") == 1}
         self._config, self._console, self._clock, self._more = config, console, clock, more
         self._failed: set[str] = set()  # names of the sinks whose failure was reported

@@ -15,11 +15,12 @@ from typing import Any
 from jaxtrain.monitoring.curves import POINTS, Axis, run_curves
 from jaxtrain.monitoring.health import Finding, diagnose
 from jaxtrain.monitoring.metrics import encode
-from jaxtrain.monitoring.run_record import RunRecord, describe, differences, find_runs, read_record
+from jaxtrain.monitoring.run_record import RunRecord, damaged_lines, describe, differences, find_runs, read_record
 from jaxtrain.monitoring.sentences import sentence
 from jaxtrain.monitoring.tables import format_seconds, format_value
 from jaxtrain.monitoring.trace import newest_trace, read_times
 from jaxtrain.runtime.config_files import load_run_config
+from jaxtrain.runtime.files import write_text
 
 # Rows of the time line, with the events that they show.
 _MARKS = {
@@ -45,7 +46,7 @@ def write_report(run_dirs: str | Path | Sequence[str | Path]) -> Path:
       ValueError: no run there, a broken one, or no step has been logged in any.
     """
     records, path = open_records(run_dirs)
-    path.write_text(render(report_data(records)), encoding="utf-8")
+    write_text(path, render(report_data(records)))
     return path
 
 
@@ -65,8 +66,10 @@ def open_records(run_dirs: str | Path | Sequence[str | Path]) -> tuple[list[RunR
         raise ValueError(f"{given[0]} is no run directory (no config.json), and holds none: give a --run-dir")
     shown = [record for record in records if record.lines]
     if not shown:
+        damaged = f" (damaged lines: {text})" if (text := damaged_lines(records[0])) else ""
         raise ValueError(
-            f"{records[0].folder / 'metrics.jsonl'} holds no logged step: train past train.log_every steps first"
+            f"{records[0].folder / 'metrics.jsonl'} holds no logged step{damaged}: train past train.log_every steps "
+            "first"
         )
     parent = given[0] if len(given) == 1 else Path(os.path.commonpath([os.path.abspath(one) for one in given]))
     return shown, parent / "report.html"

@@ -61,6 +61,7 @@ class Window:
     """The last `size` values."""
 
     def __init__(self, size: int = WINDOW):
+        self.size = size
         self._values: deque[float] = deque(maxlen=size)
 
     def add(self, value: float) -> None:
@@ -70,7 +71,7 @@ class Window:
     @property
     def full(self) -> bool:
         """True once `size` values were added."""
-        return len(self._values) == self._values.maxlen
+        return len(self._values) == self.size
 
     def median(self, start: int | None = None, stop: int | None = None) -> float:
         """Returns the median, of the values `[start:stop]` if given."""

@@ -26,7 +26,7 @@ def _skip_reason(line: Line) -> str:
 
 def _add(window: Window, line: Line, value: float, *, others: float) -> None:
     """Adds a value of each step that a line covers: `others`, and `value` for its last step."""
-    for _ in range(int(line.get("steps", 1)) - 1):
+    for _ in range(min(line.get("steps", 1) - 1, window.size)):
         window.add(others)
     window.add(value)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.monitoring.curves import clipped_steps, column, covered_steps
-from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.monitoring.metrics import read_log
 from jaxtrain.monitoring.tables import format_seconds
 from jaxtrain.runtime.config_files import flatten
 from jaxtrain.runtime.files import read_json
@@ -37,6 +37,7 @@ class RunRecord:
     # lines, events: see `read_metrics`; events of starts that added no step to a finished run are left out
     lines: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    damaged: Sequence[int] = ()  # numbers of the lines of metrics.jsonl that could not be read
 
     @property
     def name(self) -> str:
@@ -143,15 +144,13 @@ def read_record(folder: str | Path) -> RunRecord:
     if not file.is_file():
         raise ValueError(f"{folder} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_bytes())
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, got {type(config).__name__}")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}; correct it, or give another run directory") from None
-    lines, events = read_metrics(folder / "metrics.jsonl")
-    return RunRecord(
-        folder, flatten(config), lines, _with_steps(lines, [event for event in events if _is_sound(event)])
-    )
+    log = read_log(folder / "metrics.jsonl")
+    return RunRecord(folder, flatten(config), log.steps, _with_steps(log.steps, log.events), log.damaged)
 
 
 def find_runs(folder: str | Path) -> list[Path]:
@@ -182,13 +181,6 @@ def differences(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
-def _is_sound(event: dict[str, Any]) -> bool:
-    """Returns False for an event whose fields have other types than this program gives them."""
-    texts = ("event", "name", "severity", "evidence", "remedy") if event["event"] == "finding" else ("event",)
-    numbered = isinstance(event.get("step", 0), int) and isinstance(event.get("attempt", 0), int)
-    return numbered and all(isinstance(event.get(name), str) for name in texts)
-
-
 def _with_steps(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Leaves out the events of an attempt that found the run finished and trained no further."""
     attempts: list[list[dict[str, Any]]] = [[]]
@@ -214,6 +206,8 @@ def _has(events: list[dict[str, Any]], *names: str) -> bool:
 
 def _is_locked(file: Path) -> bool:
     """Returns True while a process trains in the run directory."""
+    if not file.is_file():  # opening a FIFO would wait
+        return False
     try:
         with open(file) as stream:
             try:
@@ -223,6 +217,12 @@ def _is_locked(file: Path) -> bool:
     except OSError:  # none, or a file system without locks
         pass
     return False
+
+
+def damaged_lines(record: RunRecord) -> str:
+    """Returns the numbers of the damaged lines of metrics.jsonl, at most 8 of them; "" if there is none."""
+    more = f" and {len(record.damaged) - 8:,} more" if len(record.damaged) > 8 else ""
+    return ", ".join(map(str, record.damaged[:8])) + more
 
 
 def describe(record: RunRecord) -> Rows:
@@ -244,6 +244,7 @@ def describe(record: RunRecord) -> Rows:
         rows.append(
             ("devices", f"{facts['devices']} x {facts['device']}" + (f", {processes} processes" * (processes > 1)))
         )
+    rows += [("damaged lines", text)] if (text := damaged_lines(record)) else []
     rows += [(name, str(facts[name])) for name in ("data", "tokenizer") if facts[name]]
     rows += [("vocabulary", f"{facts['vocab_size']:,} tokens")] if facts["vocab_size"] else []
     versions = [f"{name} {facts[name]}" for name in ("jaxtrain", "jax", "python") if facts[name]]

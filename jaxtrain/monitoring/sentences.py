@@ -64,6 +64,7 @@ _SENTENCES: dict[str, Callable[[Event], str]] = {
     "verified": lambda e: f"Verified the checkpoint of step {e['step']:,} ({_size(e)}).",
     "checkpoint_damaged": lambda e: f"The checkpoint of step {e['step']:,} is damaged: {e['problem']}.",
     "checkpoint_warning": lambda e: f"{e['path']}: {e['problem']}.",
+    "log_lost": lambda e: f"The lines of steps {e['last_line'] + 1:,} to {e['step']:,} are lost.",
     "config_change": lambda e: f"The config changed after step {e['step']:,}: {_changes(e)}.",
     "environment_change": lambda e: f"Another environment after step {e['step']:,}: {_changes(e)}.",
     "replay_mismatch": lambda e: f"Step {e['step']:,} computed other bits the second time: {', '.join(e['leaves'])}.",

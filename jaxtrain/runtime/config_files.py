@@ -47,7 +47,7 @@ def load_config(path: str | Path) -> Config:
         raise ValueError(f"config {path} must end in .py or .json")
     if path.suffix == ".json":
         try:
-            return from_json(path.read_text(encoding="utf-8"))
+            return from_json(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}; correct it, or give another config") from None
     try:
@@ -115,7 +115,7 @@ def to_json(config: Config) -> str:
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str | bytes) -> Config:
     """Reads a config from the text of `to_json`, of this or an older version. A custom model becomes a SavedModel.
 
     Raises:

@@ -1,5 +1,6 @@
 """Files that survive a crash: durable writes of small files, folder locks, hashes; the git commit of a folder."""
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -9,7 +10,6 @@ import os
 import stat
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,12 +38,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as stream:
+        temporary.unlink(missing_ok=True)  # of a crash; it may also be a FIFO or a link
+        with open(temporary, "xb") as stream:
             stream.write(data)
             sync(stream)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise
     sync_folder(path.parent)
 
@@ -66,9 +68,9 @@ def read_file(path: str | Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; returns None if the file is missing, unreadable or not JSON."""
+    """Reads a JSON file; returns None if the file is missing, unreadable, no regular file or not JSON."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes()) if path.is_file() else None  # a device or a FIFO may have no end
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -133,7 +135,7 @@ def flock(descriptor: int, folder: Path) -> bool:
     return True
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: Path, *, lock: bool = True) -> Iterator[None]:
     """Holds an exclusive lock on a folder, which is created if it is missing.
 

@@ -19,7 +19,7 @@ from jaxtrain.data.order import skip_to
 from jaxtrain.fields import is_url, parse_ranges
 from jaxtrain.mixture import parse_stores
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.runtime.config_files import flat_fields, from_json, to_json
+from jaxtrain.runtime.config_files import flat_fields, load_config, to_json
 from jaxtrain.runtime.files import flock, sync_folder, write_bytes, write_json, write_text
 from jaxtrain.runtime.remote import ORIGIN
 from jaxtrain.runtime.terminal import echo
@@ -106,6 +106,10 @@ def _lock_file(folder: Path) -> Iterator[None]:
 def _refuse_foreign(folder: Path) -> None:
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
         raise ValueError(f"{folder} is a file or lies below one: give another --run-dir")
+    for name, is_right in {"checkpoints": Path.is_dir, "metrics.jsonl": Path.is_file, _LOCK: Path.is_file}.items():
+        if os.path.lexists(folder / name) and not is_right(folder / name):
+            kind = "folder" if is_right is Path.is_dir else "regular file"
+            raise ValueError(f"{folder / name} is no {kind}: move it away, or give another --run-dir")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     ours = {"data", ".data.partial", ORIGIN, _LOCK}
     foreign = sorted(name for name in names - ours if not name.startswith(("config.json", ".config.json")))
@@ -114,11 +118,17 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def recover_config(folder: Path) -> None:
-    """Writes config.json from the newest whole checkpoint if a crash has lost or torn the file."""
+    """Writes config.json from the newest whole checkpoint if the file is missing or no valid config; renames it then.
+
+    A power cut may lose or tear it.
+    """
     if lost := lost_config(folder):
-        values, step = lost
-        write_json(folder / "config.json", values)
-        echo(f"{folder / 'config.json'} was lost: restored from the checkpoint of step {step}", file=sys.stderr)
+        (values, step), file, kept = lost, folder / "config.json", ""
+        if os.path.lexists(file):
+            file.rename(file.with_suffix(".json.damaged"))
+            kept = "; what was there is now config.json.damaged"
+        write_json(file, values)
+        echo(f"{file} was lost: restored from the checkpoint of step {step}{kept}", file=sys.stderr)
 
 
 def absolute_paths(config: Config, run_dir: str | Path) -> Config:
@@ -163,7 +173,7 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
         folder.mkdir(parents=True, exist_ok=True)
         write_config(folder, config)
         return {}
-    old = from_json(file.read_text())
+    old = load_config(file)
     changed = _changes(old, config)
     fixed = {k: v for k, v in changed.items() if not k.startswith(_CHANGEABLE) or k in _FIXED}
     extends = set(changed) <= _LENGTH and config.train.steps >= step and _same_rates(old, config, step)

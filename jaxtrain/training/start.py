@@ -138,7 +138,10 @@ def check_resume(run: Run, rewind: int | None) -> None:
 
 def _check_saved(run: Run, saved: dict[str, Any], step: int) -> None:
     check_fingerprint(run, saved, step)
-    check_skip(saved["config"]["data"].get("skip", ()), run.config.data.skip, step)
+    old = saved.get("config", {}).get("data")
+    if not isinstance(old, dict):
+        raise ValueError(f"the checkpoint of step {step} does not record the config of its data: use an earlier one")
+    check_skip(old.get("skip", ()), run.config.data.skip, step)
     check_mixture(run, saved, step)
 
 
@@ -174,6 +177,9 @@ def start(session: Session, rewind: int | None) -> TrainState:
         )
     if session.changes:
         _record_changes(session, step)
+    if event.name == "resume" and recorder.last_line < step:
+        text = f"metrics.jsonl ends at step {recorder.last_line}: the lines up to step {step} are lost"
+        recorder.event("log_lost", text, step=step, last_line=recorder.last_line)
     return state
 
 

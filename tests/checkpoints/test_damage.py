@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 
 import pytest
 from checkpoint_helpers import Events, abstract, make_state, names
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
-from jaxtrain.checkpoints.manifest import Damaged, verify
+from jaxtrain.checkpoints.manifest import FINGERPRINT, Damaged, hash_files, verify
 from jaxtrain.checkpoints.restore import choose, find_fingerprint, restore_params
 
 
@@ -50,6 +51,7 @@ DAMAGES = {
     "symlink to itself": lambda file, content: replace(file, lambda path: path.symlink_to(path.name)),
     "FIFO": lambda file, content: replace(file, os.mkfifo),
     "folder": lambda file, content: replace(file, lambda path: path.mkdir()),
+    "socket": lambda file, content: replace(file, lambda path: os.mknod(path, stat.S_IFSOCK | 0o600)),
     "chmod 0": lambda file, content: file.chmod(0),
 }
 
@@ -127,6 +129,18 @@ def test_a_crafted_manifest_is_damage(three, tmp_path, changes, problem):
     shutil.copytree(three / "3", tmp_path / "3")
     seal_again(tmp_path / "3", **changes)
     with pytest.raises(Damaged, match=problem):
+        verify(tmp_path / "3")
+
+
+@pytest.mark.parametrize(
+    "values", [[], None, {"config": []}, {"data": 3}, {"tokenizer": {}}, {"decay_mask": "w"}], ids=str
+)
+def test_a_crafted_fingerprint_is_damage(three, tmp_path, values):
+    shutil.copytree(three / "3", tmp_path / "3")
+    (tmp_path / "3" / FINGERPRINT).write_text(json.dumps(values))
+    files = json.loads((tmp_path / "3" / "manifest.json").read_text())["files"]
+    seal_again(tmp_path / "3", files=files | hash_files(tmp_path / "3", [FINGERPRINT]))
+    with pytest.raises(Damaged, match="record/metadata is not what was written"):
         verify(tmp_path / "3")
 
 

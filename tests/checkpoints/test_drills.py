@@ -7,12 +7,14 @@ moment. Each has a quick sibling: a crash at each stage of a save in test_save.p
 import dataclasses
 import errno
 import functools
+import json
 import os
 import random
 import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import absl.logging
 import jax
@@ -29,6 +31,7 @@ from jaxtrain.checkpoints.save import STAGES, Saver
 from jaxtrain.config import CheckpointConfig
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import to_json
+from jaxtrain.runtime.terminal import report_error
 from jaxtrain.training.run import open_run
 from jaxtrain.training.run_folder import run_lock
 
@@ -171,13 +174,21 @@ def test_a_lost_config_is_read_from_the_newest_whole_checkpoint(config, whole, t
     """A power cut may leave config.json empty or torn; the run still refuses another config, and resumes."""
     run_dir = shutil.copytree(whole, tmp_path / "run")
     (run_dir / "checkpoints" / "20" / "record" / "metadata").write_bytes(b"torn")
-    for torn in (None, b"", b"{", bytes(100)):
-        (run_dir / "config.json").unlink(missing_ok=True)
-        if torn is not None:
-            (run_dir / "config.json").write_bytes(torn)
+    other_types = {**json.loads((run_dir / "config.json").read_bytes()), "seed": "0", "data": [], "\ud800": 1}
+    torn = (None, b"", b"{", bytes(100), b"[" * 200_000, b"{}", json.dumps(other_types).encode(), os.mkfifo, Path.mkdir)
+    for content in torn:
+        file = run_dir / "config.json"
+        file.rmdir() if file.is_dir() else file.unlink(missing_ok=True)
+        if content is not None:
+            content(file) if callable(content) else file.write_bytes(content)
         with pytest.raises(ValueError, match="seed: 0 -> 1"):
             train(dataclasses.replace(config, seed=1), run_dir)
         assert "config.json was lost: restored from the checkpoint of step 18" in capsys.readouterr().err
+        if content is not None:
+            aside = run_dir / "config.json.damaged"
+            assert callable(content) or aside.read_bytes() == content
+            aside.rmdir() if aside.is_dir() else aside.unlink()
+    (run_dir / "config.json").unlink(missing_ok=True)
     (run_dir / "config.json").write_bytes(b"{")
     assert open_run(run_dir, QUICK).config.seed == config.seed  # eval, generate and replay read the same config
     assert "config.json is lost: reading that of the checkpoint of step 18" in capsys.readouterr().err
@@ -188,17 +199,14 @@ def test_a_lost_config_is_read_from_the_newest_whole_checkpoint(config, whole, t
     assert_undisturbed(run_dir, whole)
 
 
-def test_two_failed_saves_in_a_row_end_the_run(config, tmp_path, capsys):
-    """The run ends soon with exit code 1 and the reason; the completed steps are recorded, whatever the cause."""
-    (tmp_path / "config.json").write_text(to_json(config))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(to_json(config))
-    (tmp_path / "run" / "checkpoints").write_text("in the way")
-    assert cli.main(["train", str(tmp_path / "config.json"), "--run-dir", str(tmp_path / "run")]) == 1
-    error = capsys.readouterr().err
-    assert "the checkpoint of step 4 could not be saved: " in error
-    assert "free some space or fix the permissions, and start the run again" in error
-    assert [event["step"] for event in events(tmp_path / "run", "save_failed")] == [2, 4]
+def test_two_failed_saves_in_a_row_end_the_run(config, tmp_path):
+    """The run ends soon with the reason; the completed steps are recorded, whatever the cause."""
+    hooks = QUICK._replace(make_saver=functools.partial(Saver, on_stage=FullDisk({2, 3})))
+    remedy = "step 6 could not be saved: .*free some space or fix the permissions, and start the run again"
+    with pytest.raises(OSError, match=remedy) as error:
+        train(config, tmp_path / "run", hooks=hooks)
+    assert report_error(error.value) == 1
+    assert [event["step"] for event in events(tmp_path / "run", "save_failed")] == [4, 6]
     assert events(tmp_path / "run", "stop") == []
     assert not (tmp_path / "run" / "lock").exists()
 

@@ -46,7 +46,7 @@ def write_checkpoint(run, step, text):
     folder = run / "checkpoints" / str(step)
     for name in ("params/a", "rest/b", "record/metadata"):
         (folder / name).parent.mkdir(parents=True)
-        (folder / name).write_text(f"{name} of {step}: {text}")
+        (folder / name).write_text(json.dumps({name: f"of {step}: {text}"}))
     seal(folder, step, {}, {})
 
 

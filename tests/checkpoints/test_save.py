@@ -185,15 +185,16 @@ def test_a_crash_at_any_stage_leaves_whole_checkpoints_and_litter(tmp_path, stag
     """The quick sibling of the drill with kill -9."""
 
     def crash(reached):
-        if reached == stage and saver is not None:
+        if reached == stage:
             raise Crash
 
-    saver = None
     folder = CheckpointFolder(tmp_path, keep=1, keep_every=2)
     with Saver(folder) as before:
         save_all(before, 1, 2)
     with Saver(folder, on_stage=crash) as saver:  # also waits for Orbax's threads, which no crash stops here
         saver.begin(make_state(3), FINGERPRINT)
+    if stage == "arrays":  # they have given the folder its next name
+        (tmp_path / ".3.partial").rename(tmp_path / ".3.partial.orbax-checkpoint-tmp")
     litter = [name for name in names(tmp_path) if name.startswith(".")]
     assert litter == {"committed": [], "deleting": []}.get(stage, litter[:1])
     folder = CheckpointFolder(tmp_path)

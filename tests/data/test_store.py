@@ -8,6 +8,7 @@ import pytest
 from jaxtrain.data.prepare.passes import Limits
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import Split, manifest_fingerprint, open_store
+from jaxtrain.runtime.files import sha256_file
 
 TEXT = "".join(f"line {number}\n" for number in range(400))
 
@@ -161,6 +162,30 @@ def test_refuses_shards_that_do_not_add_up(store):
     splits["validation"]["num_tokens"] += 1
     change(store, splits=splits)
     with pytest.raises(ValueError, match="the shards of validation have"):
+        open_store(store)
+
+
+def test_refuses_numbers_that_cannot_be(store):
+    """Sizes and names of sources with which a command would fail later; a checksum is easily made."""
+    file = store / "manifest.json"
+    whole = json.loads(file.read_text())["splits"]
+    source = whole["train"]["sources"][0]
+    cases = [("num_bytes", value) for value in (-5, 0, 2**64, 1.5, True, "9", None)]
+    cases += [("sources", value) for value in ("x", None, [1], [{}], [source | {"source": 3}])]
+    cases += [("sources", [source | {key: value}]) for key in source for value in (-1, 10**400, None)]
+    for key, value in cases:
+        change(store, splits=whole | {"train": whole["train"] | {key: value}})
+        with pytest.raises(ValueError, match=r"manifest\.json lacks a key or holds a wrong value"):
+            open_store(store)
+
+
+@pytest.mark.parametrize("starts", [[], [1], [0, 5, 5], [0, 9, 7], [0, -2, 3], [0, 10**12], [-(2**63), 2**63 - 1]])
+def test_refuses_starts_of_documents_that_do_not_rise(store, starts):
+    file, splits = store / "train-documents.npy", json.loads((store / "manifest.json").read_text())["splits"]
+    np.save(file, np.array(starts, np.int64))
+    splits["train"] |= {"num_documents": len(starts), "documents_sha256": sha256_file(file)}
+    change(store, splits=splits)
+    with pytest.raises(ValueError, match=r"train-documents\.npy does not rise from 0 to below"):
         open_store(store)
 
 

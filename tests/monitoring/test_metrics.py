@@ -14,7 +14,7 @@ from helpers import call
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.monitoring.metrics import JsonLines, pack, read_metrics
+from jaxtrain.monitoring.metrics import JsonLines, pack, read_log, read_metrics
 from jaxtrain.runtime.chips import peak_flops
 
 
@@ -41,7 +41,7 @@ def test_values_of_every_kind(tmp_path):
             jnp.int32(3), dict(loss=jnp.float32(0.1), low=jnp.bfloat16(1.5), flag=np.bool_(True), none=None, big=2**40)
         )
         writer.event(
-            "eval", "", dict(nested={"values": [jnp.float32(math.nan), -math.inf, math.inf]}, text="a\nb\u20ac")
+            "eval", "", dict(step=3, nested={"values": [jnp.float32(math.nan), -math.inf, math.inf]}, text="a\nb\u20ac")
         )
     (step,), (event,) = read_metrics(path)
     assert step == {"step": 3, "loss": float(np.float32(0.1)), "low": 1.5, "flag": True, "none": None, "big": 2**40}
@@ -55,7 +55,7 @@ def test_values_of_every_kind(tmp_path):
 def test_events_carry_their_time(tmp_path):
     before = datetime.now(UTC).replace(microsecond=0)
     with JsonLines(tmp_path / "m") as writer:
-        writer.event("start", "", dict(name="positional names do not clash"))
+        writer.event("start", "", dict(step=0, name="positional names do not clash"))
         with pytest.raises(ValueError, match="must not be named time"):
             writer.event("stop", "", dict(time=1))
     steps, (event,) = read_metrics(tmp_path / "m")
@@ -71,7 +71,7 @@ def test_lines_are_there_when_the_process_dies(tmp_path):
     path = tmp_path / "m"
     code = (
         "import os, sys\nfrom jaxtrain.monitoring.metrics import JsonLines\n"
-        "writer = JsonLines(sys.argv[1])\nwriter.step(1, {})\nwriter.event('eval', '', {})\nos._exit(1)"
+        "writer = JsonLines(sys.argv[1])\nwriter.step(1, {})\nwriter.event('eval', '', {'step': 1})\nos._exit(1)"
     )
     call([sys.executable, "-c", code, path])
     steps, events = read_metrics(path)
@@ -101,7 +101,7 @@ def test_the_last_attempt_wins(tmp_path):
         for step in (10, 20, 30):
             writer.step(step, dict(attempt=1))
     with JsonLines(path) as writer:
-        writer.event("start", "", dict(attempt=2))
+        writer.event("start", "", dict(step=30, attempt=2))
         for step in (30, 20, 5):  # out of order, to see them sorted
             writer.step(step, dict(attempt=2))
     steps, events = read_metrics(path)
@@ -141,12 +141,32 @@ def test_steps_replaced_by_a_restart_are_left_out(tmp_path):
         b"[" * 200_000,
         b'{"step": "3"}',
         b'{"step": [1]}',
+        b'{"step": true}',
+        b'{"step": -1}',
+        b'{"step": 3, "steps": 1e999}',
+        b'{"step": 3, "steps": 0.5}',
+        b'{"step": 3, "attempt": "1"}',
+        b'{"step": 3, "loss": null}',
+        b'{"step": 3, "loss": "low"}',
+        b'{"step": 3, "loss": [1.0]}',
+        b'{"step": 3, "loss": ' + b"9" * 400 + b"}",
+        b'{"step": 3, "skipped": true}',
+        b'{"step": 3, "layer_grad_norm": 1.0}',
+        b'{"step": 3, "layer_grad_norm": [1.0, null]}',
+        b'{"event": 3}',
+        b'{"event": "resume"}',
+        b'{"event": "eval", "step": "3"}',
+        b'{"event": "eval", "step": 3, "nll": "low"}',
+        b'{"event": "finding", "step": 3}',
+        b'{"event": "start", "step": 0, "vocab_size": "all"}',
     ],
+    ids=lambda damage: damage[:40],
 )
-def test_damaged_lines_are_left_out(tmp_path, damage):
+def test_damaged_lines_are_left_out_and_numbered(tmp_path, damage):
     path = tmp_path / "m"
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
     assert read_metrics(path) == ([{"step": 1}, {"step": 2}], [])
+    assert read_log(path).damaged == ([2] if damage else [])
 
 
 def test_a_value_that_is_no_json_writes_nothing(tmp_path):

@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,30 @@ def test_invalid_json_reads_as_none(data, tmp_path):
     assert read_json(tmp_path / "x.json") is None
     assert read_json(tmp_path / "missing.json") is None
     assert read_json(tmp_path) is None
+
+
+def test_files_that_are_none_are_not_waited_for(tmp_path):
+    """Opening a FIFO waits for its other end, and /dev/zero has no end."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("fifo", "zero"):
+        assert read_json(tmp_path / name) is None
+        (tmp_path / name).rename(tmp_path / "x.json.tmp")
+        write_json(tmp_path / "x.json", {"a": 1})
+        assert read_json(tmp_path / "x.json") == {"a": 1}
+        assert not (tmp_path / "x.json").is_symlink()
+
+
+def test_parts_of_a_run_that_are_something_else_are_named(tmp_path):
+    for name, kind in (("checkpoints", "folder"), ("metrics.jsonl", "regular file"), ("lock", "regular file")):
+        for make in (os.mkfifo, lambda path: path.symlink_to("nowhere"), Path.touch, Path.mkdir):
+            if make is (Path.mkdir if kind == "folder" else Path.touch):
+                continue
+            path = tmp_path / name
+            make(path)
+            with pytest.raises(ValueError, match=f"{name} is no {kind}: move it away"), run_lock(tmp_path):
+                pass
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_json_round_trips_and_hashes(tmp_path):

@@ -190,6 +190,16 @@ def test_another_environment_is_announced(before, run_dir, tiny_config, capsys):
     assert len(events_of(run_dir, "environment_change")) == bool(expected)  # step 8 was made here
 
 
+def test_a_log_that_ends_before_the_checkpoint_is_told(run_dir, tiny_config, capsys):
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if json.loads(line).get("step") in (None, 0, 1, 2, 3)))
+    train(change(tiny_config, train={"stop_after": 7}), run_dir)
+    assert "metrics.jsonl ends at step 3: the lines up to step 6 are lost" in capsys.readouterr().out
+    train(tiny_config, run_dir)
+    assert [event["last_line"] for event in events_of(run_dir, "log_lost")] == [3]  # told once
+
+
 def test_the_error_lists_what_the_user_has_changed(tiny_config, tmp_path):
     """The warm-up in steps follows from train.steps where it is a share of them."""
     config = change(tiny_config, optim={"warmup_steps": None, "warmup_fraction": 0.25})
