@@ -32,5 +32,19 @@ def test_products_and_gradients_are_those_of_ragged_dot(num_rows):
             assert jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) < 2**-7 * jnp.linalg.norm(b.ravel())
 
 
+def test_vmap_maps_what_is_mapped():
+    """Evaluation by position maps the mask of the loss alone."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = (jax.random.normal(key, shape) for key, shape in zip(keys, ((3, 6, 4), (2, 4, 5)), strict=True))
+    sizes = jnp.int32([2, 4])
+    product = jax.value_and_grad(lambda x, factor: jnp.sum(jnp.sin(grouped_matmul(x, kernel, sizes)) * factor))
+    factors = jnp.arange(3.0)
+    for mapped in ((None, 0), (0, 0)):
+        found = jax.jit(jax.vmap(product, mapped))(x if mapped[0] == 0 else x[1], factors)
+        for i in range(3):
+            one = product(x[i if mapped[0] == 0 else 1], factors[i])
+            jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5), found, one)
+
+
 def half(tree):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)

@@ -24,7 +24,13 @@ def grouped_matmul(x_SD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -
       kernel_EDF: a matrix for each group.
       sizes_E: number of rows of each group, int32, with sum S.
     """
-    return jax.lax.platform_dependent(x_SD, kernel_EDF, sizes_E, tpu=jax.lax.ragged_dot, default=_multiply)
+    return jax.lax.platform_dependent(x_SD, kernel_EDF, sizes_E, tpu=_ragged, default=_multiply)
+
+
+# `jax.vmap` fails on `ragged_dot` even if nothing is mapped that it depends on.
+@jax.custom_batching.sequential_vmap
+def _ragged(x_SD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x_SD, kernel_EDF, sizes_E)
 
 
 def _multiply(x_SD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, transposed: bool = False) -> jax.Array:
@@ -45,6 +51,7 @@ def _gradients(x_SD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, gradi
     return _multiply(gradient_SF, kernel_EDF, sizes_E, transposed=True), total_EDF.astype(kernel_EDF.dtype)
 
 
+@jax.custom_batching.sequential_vmap
 def _ragged_gradients(x_SD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, gradient_SF: jax.Array):
     return jax.vjp(lambda x, kernel: jax.lax.ragged_dot(x, kernel, sizes_E), x_SD, kernel_EDF)[1](gradient_SF)
 
