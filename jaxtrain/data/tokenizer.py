@@ -21,6 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>")
 TOKENIZER_FILE = "tokenizer.json"
 _EOT_ENTRY = '{"eot": '
+_BEGIN = '{"type":"TemplateProcessing","replaces":'  # of the post-processor of `begin_with_eot`
 BYTE_FILE_TEXT = '{"type": "byte"}\n'
 MIN_BPE_VOCAB = 257  # every byte and the end-of-text token
 MAX_RUN = 1024  # characters without a word end: BPE training takes quadratic time in a run's length
@@ -247,6 +248,29 @@ def byte_level_json() -> str:
     return library.to_str()
 
 
+def begin_with_eot(tokenizer: BPETokenizer) -> str:
+    """Returns the text of a `tokenizer.json` that puts the end-of-text token before each text, as a run does.
+
+    `read_hf` reads it as the tokenizer was: the library ignores the entry `replaces`, which holds its post-processor.
+    """
+    eot, text = tokenizer.eot_text, tokenizer.library_json
+    single = [{"SpecialToken": {"id": eot, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    values = {"single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}]}
+    values["special_tokens"] = {eot: {"id": eot, "ids": [tokenizer.eot_id], "tokens": [eot]}}
+    found = re.search(r'"post_processor"\s*:\s*(?=null|{)', text)
+    assert found is not None  # the library requires it
+    end = json.JSONDecoder().raw_decode(text, found.end())[1]
+    return f"{text[: found.end()]}{_BEGIN}{text[found.end() : end]},{json.dumps(values)[1:]}{text[end:]}"
+
+
+def _without_begin(text: str) -> str:
+    """Undoes `begin_with_eot`."""
+    if (start := text.find(_BEGIN)) < 0:
+        return text
+    decoder, inner = json.JSONDecoder(), start + len(_BEGIN)
+    return text[:start] + text[inner : decoder.raw_decode(text, inner)[1]] + text[decoder.raw_decode(text, start)[1] :]
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Trains byte-level BPE on a stream of texts.
 
@@ -342,7 +366,7 @@ def _read(file: Path) -> ByteTokenizer | BPETokenizer:
     if file.read_bytes() == BYTE_FILE_TEXT.encode():
         return ByteTokenizer()
     try:
-        tokenizer = BPETokenizer(file.read_bytes().decode("utf-8"))
+        tokenizer = BPETokenizer(_without_begin(file.read_bytes().decode("utf-8")))
         tokenizer._library  # noqa: B018 - parsed here, so that the error can name the file
     except (ImportError, OSError):
         raise

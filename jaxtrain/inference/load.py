@@ -16,6 +16,7 @@ from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore_params
 from jaxtrain.checkpoints.run_config import read_config
 from jaxtrain.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxtrain.data.chat import TOKENIZER_CONFIG
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from jaxtrain.inference.generate import complete
 from jaxtrain.losses import LossSums
@@ -71,11 +72,18 @@ class TrainedModel:
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the token ids of a text that begins a document, with the tokens that the model expects before it.
 
-        For a run it is the end-of-text token. For a pretrained model its tokenizer adds them, as in transformers.
+        For a run it is the end-of-text token. For a pretrained model its tokenizer adds them, as in transformers; for
+        an exported run that is the end-of-text token too.
         """
-        if self.pretrained and (ids := self.tokenizer.encode_whole(text).tolist()):
+        if self.pretrained and not self._begins and (ids := self.tokenizer.encode_whole(text).tolist()):
             return ids
         return [self.tokenizer.eot_id, *self.tokenizer.encode(text).tolist()]
+
+    @functools.cached_property
+    def _begins(self) -> bool:
+        names = read_json(self.folder / TOKENIZER_CONFIG)
+        names = names if isinstance(names, dict) else {}
+        return names.get("add_bos_token") is True and names.get("bos_token") == names.get("eos_token")
 
     def __repr__(self) -> str:
         return f"TrainedModel({str(self.folder)!r}, step={self.step})"
@@ -189,8 +197,12 @@ def load(
     if uses_lora(trained):
         definition = TransformerModel(without_lora(trained))
         config = dataclasses.replace(config, model=without_lora(config.model))
-    imported = step == 0 and not (folder / "metrics.jsonl").exists()  # by `jaxtrain import`: it has seen no step here
-    return TrainedModel(definition, params, config, step, folder, tokenizer, pretrained=imported)
+    return TrainedModel(definition, params, config, step, folder, tokenizer, pretrained=is_imported(folder, step))
+
+
+def is_imported(folder: Path, step: int) -> bool:
+    """Returns True for a checkpoint of a run that `jaxtrain import` made: it has seen no step here."""
+    return step == 0 and not (folder / "metrics.jsonl").exists()
 
 
 def _load_pretrained(folder: Path, sharding: jax.sharding.Sharding) -> TrainedModel:

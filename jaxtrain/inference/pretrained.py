@@ -10,7 +10,14 @@ import jax.numpy as jnp
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG
-from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, byte_level_json, read_hf
+from jaxtrain.data.tokenizer import (
+    TOKENIZER_FILE,
+    BPETokenizer,
+    ByteTokenizer,
+    begin_with_eot,
+    byte_level_json,
+    read_hf,
+)
 from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
 from jaxtrain.runtime.files import read_json, write_json, write_text
 
@@ -102,20 +109,24 @@ def copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def write_tokenizer(folder: Path, run_dir: Path, tokenizer: BPETokenizer | ByteTokenizer) -> dict[str, Any]:
+def write_tokenizer(
+    folder: Path, run_dir: Path, tokenizer: BPETokenizer | ByteTokenizer, *, begins: bool
+) -> dict[str, Any]:
     """Writes the tokenizer files of an export; returns the special tokens for config.json.
 
     Args:
       folder: the exported folder.
       run_dir: the run directory, whose `COMPANIONS` are taken over.
       tokenizer: tokenizer of the run.
+      begins: the run begins texts with its end-of-text token; the files say so, unless `COMPANIONS` say otherwise.
     """
-    text = byte_level_json() if isinstance(tokenizer, ByteTokenizer) else tokenizer.library_json
-    write_text(folder / TOKENIZER_FILE, text)
     copy_companions(run_dir, folder)
+    begins = begins and not (folder / TOKENIZER_CONFIG).exists()
+    library = BPETokenizer(byte_level_json()) if isinstance(tokenizer, ByteTokenizer) else tokenizer
+    write_text(folder / TOKENIZER_FILE, begin_with_eot(library) if begins else library.library_json)
     ids = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}  # one token separates documents
     if not (folder / TOKENIZER_CONFIG).exists():
-        names = {"bos_token": tokenizer.eot_text, "eos_token": tokenizer.eot_text}
+        names = {"bos_token": tokenizer.eot_text, "eos_token": tokenizer.eot_text, "add_bos_token": begins}
         write_json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
     given = read_json(folder / GENERATION_CONFIG)
     if isinstance(given, dict):

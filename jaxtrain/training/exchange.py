@@ -13,7 +13,7 @@ import optax
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.save import Saver
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from jaxtrain.inference.load import find_step, read_mean
+from jaxtrain.inference.load import find_step, is_imported, read_mean
 from jaxtrain.inference.pretrained import copy_companions, read_tokenizer, write_tokenizer
 from jaxtrain.models.hf.config_json import write_config as to_hf
 from jaxtrain.models.hf.read import PretrainedFolder
@@ -102,7 +102,9 @@ def export_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with _emptied_on_error(partial):
-        tokens = {} if tokenizer_hash(run) is None else write_tokenizer(partial, run.folder, run.tokenizer)
+        tokens = {}
+        if tokenizer_hash(run) is not None:
+            tokens = write_tokenizer(partial, run.folder, run.tokenizer, begins=not is_imported(run.folder, step))
         write_model(partial, without_lora(model), params, dtype=dtype, shard_bytes=shard_bytes, more=tokens)
         os.replace(partial, path)
         sync_folder(path.parent)

@@ -6,11 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 import jaxtrain
 from jaxtrain.cli import main
 from jaxtrain.config import family
-from jaxtrain.data.tokenizer import train_bpe
+from jaxtrain.data.tokenizer import BPETokenizer, begin_with_eot, byte_level_json, read_hf, train_bpe
 from jaxtrain.inference.pretrained import read_pretrained
 from jaxtrain.models.hf.write import write_model
 from jaxtrain.models.model import TransformerModel
@@ -56,24 +57,40 @@ def renamed(tokenizer, text, number):
     return tokenizer | {"added_tokens": [*tokenizer["added_tokens"], token]}
 
 
+SINGLE = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+FIRST = {"type": "TemplateProcessing", "single": SINGLE, "pair": [*SINGLE, {"Sequence": {"id": "B", "type_id": 1}}]}
+FIRST["special_tokens"] = {"<s>": {"id": "<s>", "ids": [270], "tokens": ["<s>"]}}
+
+
 def test_an_imported_run_begins_texts_as_its_folder_does(source, tmp_path, capsys):
     """With the first token that the tokenizer adds, not with our end-of-text token."""
     folder, run = tmp_path / "folder", tmp_path / "run"
     shutil.copytree(source, folder)
     values = renamed(json.loads((folder / "tokenizer.json").read_text()), "<s>", 270)
-    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    values["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [270], "tokens": ["<s>"]}},
-    }
+    values["post_processor"] = FIRST
     (folder / "tokenizer.json").write_text(json.dumps(values))
     assert main(["import", str(folder), "--out", str(run)]) == 0
     first, second = jaxtrain.load(folder), jaxtrain.load(run)
     assert first.encode_prompt("the cat") == second.encode_prompt("the cat")
     assert second.encode_prompt("the cat")[0] == 270
     assert first.generate("the cat", 5, temperature=0) == second.generate("the cat", 5, temperature=0)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["bytes", "bpe", "byte level", "first token"])
+def test_a_tokenizer_that_begins_with_end_of_text_is_read_as_it_was(source, tmp_path, name, indent):
+    values = json.loads(byte_level_json() if name == "bytes" else (source / "tokenizer.json").read_text())
+    if name == "byte level":
+        values["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+        values["post_processor"]["use_regex"] = True
+    if name == "first token":
+        values = renamed(values, "<s>", 270) | {"post_processor": FIRST}
+    (tmp_path / "before.json").write_text(json.dumps(values, indent=indent))
+    (tmp_path / "after.json").write_text(begin_with_eot(BPETokenizer((tmp_path / "before.json").read_text())))
+    before, after = read_hf(tmp_path / "before.json"), read_hf(tmp_path / "after.json")
+    assert (before == after, before.fingerprint) == (True, after.fingerprint)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "after.json"))
+    assert library.encode("the cat").ids == [before.eot_id, *before.encode("the cat")]
 
 
 @pytest.mark.parametrize(

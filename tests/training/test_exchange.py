@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 from runs import assert_same_bits, change, train
 
 import jaxtrain
@@ -50,7 +51,11 @@ def test_export_then_import_gives_the_same_bits(run_dir, exported, imported):
     assert again.tokenizer == ours.tokenizer
     trained = dict(ours.params, embedding=ours.params["embedding"][:257], head=ours.params["head"][:, :257])
     assert_same_bits(again.params, trained)
+    assert again.encode_prompt("1 + 2") == ours.encode_prompt("1 + 2") == [256, *b"1 + 2"]
     assert again.generate("1 + 2", 5, seed=3) == ours.generate("1 + 2", 5, seed=3)
+    assert jaxtrain.load(exported).encode_prompt("1 + 2") == ours.encode_prompt("1 + 2")
+    library = tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json"))
+    assert library.encode("1 + 2").ids == ours.encode_prompt("1 + 2")  # as transformers begins it
     assert json.loads((exported / "config.json").read_text())["eos_token_id"] == 256
     assert not list(exported.parent.glob(".*"))
 
