@@ -68,6 +68,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
+def pytest_sessionfinish():
+    gc.freeze()  # pytest and the interpreter collect garbage several times at their ends, for seconds each
+
+
 @pytest.fixture(autouse=True)
 def _no_orphans():
     yield
