@@ -15,7 +15,7 @@ class Terms(NamedTuple):
     """Static settings of the loss; hashable.
 
     Attributes:
-      z_loss, label_smoothing, logit_softcap, num_classes, vocab_axis, vocab_block: as for
+      z_loss, label_smoothing, logit_softcap, num_classes, vocab_axis, gather_axis, vocab_block: as for
         `losses.linear_cross_entropy`, with defaults filled in; vocab_block 0 disables the second pass.
     """
 
@@ -24,7 +24,18 @@ class Terms(NamedTuple):
     logit_softcap: float | None
     num_classes: int
     vocab_axis: str | None = None
+    gather_axis: str | None = None
     vocab_block: int = 0
+
+    def gather(self, kernel: jax.Array) -> jax.Array:
+        """All-gathers the kernel's rows over `gather_axis`."""
+        return jax.lax.all_gather(kernel, self.gather_axis, axis=0, tiled=True) if self.gather_axis else kernel
+
+    def scatter(self, gradient: jax.Array) -> jax.Array:
+        """Reduce-scatters the gradient of a gathered kernel, or of some of its columns."""
+        if not self.gather_axis:
+            return gradient
+        return jax.lax.psum_scatter(gradient, self.gather_axis, scatter_dimension=0, tiled=True)
 
 
 def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -148,6 +159,7 @@ def linear_sums(chunks: Chunks, kernel: jax.Array, terms: Terms) -> jax.Array:
         more, _ = sum_terms(softcap(logits_CV, terms.logit_softcap), chunk.labels, chunk.weights, terms)
         return jax.tree.map(jnp.add, sums, more), None
 
+    kernel = terms.gather(kernel)
     start, _ = vary_alike(jnp.zeros(3, jnp.float32), kernel)
     return jnp.stack(jax.lax.scan(body, tuple(start), chunks)[0])
 
@@ -176,9 +188,11 @@ def _logit_gradient(
 def _sums_and_gradients(chunks: Chunks, kernel: jax.Array, terms: Terms, scales):
     """Returns the sums and the gradients of `scales . sums`: hidden `[K, C, D]`, and kernel `[D, V]`.
 
-    The gradient of the kernel is float32, or has the kernel's dtype if it is formed in blocks.
+    The gradient of the kernel is float32 and not scattered. If it is formed in blocks, it has the kernel's dtype, and
+    each block is scattered before the next is formed.
     """
     in_blocks = bool(terms.vocab_block)
+    kernel = terms.gather(kernel)
 
     def body(carry, chunk):
         sums, kernel_gradient_DV = carry
@@ -201,7 +215,7 @@ def _sums_and_gradients(chunks: Chunks, kernel: jax.Array, terms: Terms, scales)
 
 
 def _kernel_gradient(chunks: Chunks, kernel: jax.Array, lse_KC: jax.Array, terms: Terms, scales) -> jax.Array:
-    """Returns the kernel's gradient `[D, V]` in its dtype, a block of columns at a time, summed in float32."""
+    """Returns the kernel's scattered gradient in its dtype, a block of columns at a time, summed in float32."""
     tokens = Chunks(*map(_join, chunks))
     hidden_ND = jnp.where((tokens.weights != 0)[:, None], tokens.hidden, 0)
     num_columns = kernel.shape[1]
@@ -214,9 +228,11 @@ def _kernel_gradient(chunks: Chunks, kernel: jax.Array, lse_KC: jax.Array, terms
         logits_NW = jnp.matmul(hidden_ND, columns_DW, preferred_element_type=jnp.float32)
         gradient_NW = _logit_gradient(logits_NW, _join(lse_KC), tokens, scales, terms, num_columns, start)
         block_DW = jnp.matmul(hidden_ND.T, gradient_NW.astype(kernel.dtype), preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(gradient_DV, block_DW.astype(kernel.dtype), start, axis=1)
+        block_DW = terms.scatter(block_DW.astype(kernel.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(gradient_DV, block_DW, start, axis=1)
 
-    return jax.lax.fori_loop(0, -(-num_columns // block), body, jnp.zeros_like(kernel))
+    num_rows = kernel.shape[0] // (jax.lax.axis_size(terms.gather_axis) if terms.gather_axis else 1)
+    return jax.lax.fori_loop(0, -(-num_columns // block), body, jnp.zeros_like(kernel[:num_rows]))
 
 
 def _linear_sums_forward(chunks: Chunks, kernel: jax.Array, terms: Terms):
@@ -245,7 +261,8 @@ def _linear_sums_backward(terms: Terms, residuals, cotangents):
         )
     if terms.vocab_axis:
         hidden_gradient = jax.lax.psum(hidden_gradient, terms.vocab_axis)
-    return Chunks(hidden_gradient, None, None), kernel_gradient.astype(like_kernel.dtype)
+    kernel_gradient = kernel_gradient.astype(like_kernel.dtype)
+    return Chunks(hidden_gradient, None, None), kernel_gradient if terms.vocab_block else terms.scatter(kernel_gradient)
 
 
 linear_sums.defvjp(_linear_sums_forward, _linear_sums_backward)

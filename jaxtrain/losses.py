@@ -155,6 +155,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     num_classes: int | None = None,
     vocab_axis: str | None = None,
+    gather_axis: str | None = None,
     vocab_block: int | None = None,
     check_labels: bool = True,
 ) -> LossSums:
@@ -176,6 +177,8 @@ def linear_cross_entropy(
         the loss. None: V, times the devices along `vocab_axis`.
       vocab_axis: name of the mapped axis (of `jax.shard_map`, with `check_vma=False`) that shards the kernel's columns
         equally and in order. Hidden states, labels, sums and the gradient of the hidden states are replicated over it.
+      gather_axis: name of the mapped axis that shards the kernel's rows equally and in order, like `vocab_axis` for its
+        columns. The kernel is gathered here, and its gradient reduce-scattered: in the second pass block by block.
       vocab_block: columns of a block of the second pass; 0 disables the second pass. None: by the size of the kernel
         and its dtype.
       check_labels: emits the check by which `checkify` names a wrong label, which is NaN either way. The check is an
@@ -197,10 +200,12 @@ def linear_cross_entropy(
       1.0986 (2, 3)
     """
     columns = kernel.shape[-1] * (jax.lax.axis_size(vocab_axis) if vocab_axis else 1)
-    vocab_block = _default_block(kernel) if vocab_block is None else vocab_block
+    rows = kernel.shape[0] * (jax.lax.axis_size(gather_axis) if gather_axis else 1)
+    vocab_block = _default_block(rows * kernel.shape[-1], kernel.dtype) if vocab_block is None else vocab_block
     _check_sizes(chunk_size, num_classes, vocab_block, columns)
-    _check_head(hidden, kernel, labels)
-    terms = _make_terms(z_loss, label_smoothing, logit_softcap, num_classes or columns, vocab_axis, vocab_block)
+    _check_head(hidden, kernel, labels, rows)
+    more = num_classes or columns, vocab_axis, gather_axis, vocab_block
+    terms = _make_terms(z_loss, label_smoothing, logit_softcap, *more)
     sums_over = functools.partial(_chunked_sums, terms, chunk_size or default_chunk(), check_labels)
     return _on_auto_axes(sums_over, hidden, kernel, labels, where)
 
@@ -217,14 +222,14 @@ def _chunked_sums(terms: Terms, chunk_size: int, check_labels: bool, hidden, ker
     return LossSums(nll, z_loss, smoothing, weight)
 
 
-def _default_block(kernel: jax.Array) -> int:
+def _default_block(size: int, dtype: jax.typing.DTypeLike) -> int:
     # The second pass leaves sums over all tokens in the kernel's dtype, before loss scaling: float16 overflows.
-    fits = 4 * kernel.size <= CARRY_LIMIT or kernel.dtype == jnp.float16
+    fits = 4 * size <= CARRY_LIMIT or dtype == jnp.float16
     return 0 if fits else _DEFAULT_BLOCK
 
 
-def _check_head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> None:
-    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != kernel.shape[0] or kernel.ndim != 2:
+def _check_head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, rows: int) -> None:
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != rows or kernel.ndim != 2:
         raise ValueError(
             f"hidden {hidden.shape}, kernel {kernel.shape} and labels {labels.shape} must be [..., D], [D, V] and [...]"
         )

@@ -1,5 +1,7 @@
 """Float32 master weights that are cast to the compute dtype layer by layer instead of all at once."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,17 +32,42 @@ def cast_per_layer(gradients: Callable, dtype: str) -> Callable:
     return wrapped
 
 
-def cast_masters(params: Any, masters: Any, carry: jax.Array) -> Any:
-    """Casts `masters` to the dtypes of `params`. The gradient goes to `params`.
+def cast_masters(params: Any, masters: Any, layer: Any, carry: jax.Array) -> Any:
+    """Casts the `masters` of a layer to the dtypes of `params`. The gradient goes to `params`.
 
     Args:
-      params, masters: parameters of one layer.
+      params: parameters of the layer.
+      masters: parameters of all layers, `[L, ...]`.
+      layer: number of the layer.
       carry: a value that depends on the loop over layers. A zero derived from it is added; otherwise the TPU compiler
         moves the cast out of the loop and stores all layers twice.
     """
     corner = jax.lax.slice(carry, (0,) * carry.ndim, (1,) * carry.ndim).reshape(())  # a reshape of all copies all
     zero = jnp.where(corner > 0, 0.0, -0.0)
-    return jax.tree.map(lambda copy, master: _cast_master(copy, master, zero), params, masters)
+
+    def cast(copy, stack):
+        return _cast_master(copy, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), zero)
+
+    return jax.tree.map(cast, params, masters)
+
+
+def split_layers(params: Any, cuts: list[int]) -> list[Any]:
+    """Returns the parameters of the layers from each cut to the next, of stacks `[L, ...]`."""
+    return [params] if len(cuts) == 2 else _split(params, tuple(cuts))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _split(params: Any, cuts: tuple[int, ...]) -> list[Any]:
+    return [jax.tree.map(lambda x, own=slice(*own): x[own], params) for own in itertools.pairwise(cuts)]
+
+
+def _join_gradients(cuts: tuple[int, ...], _, gradients: list[Any]):
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *gradients)
+    # The optimizer would join them in float32, and read and write 6 bytes per parameter more.
+    return (jax.lax.optimization_barrier(joined),)
+
+
+_split.defvjp(lambda params, cuts: (_split(params, cuts), None), _join_gradients)
 
 
 @jax.custom_vjp

@@ -11,6 +11,7 @@ Shape suffixes: B batch, T tokens, D d_model, V vocabulary, L layers.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +27,8 @@ from jaxtrain.models.block import Block, Cache, Norm, TokenContext
 from jaxtrain.models.feed_forward import INIT_STD, RouterSums, router_losses
 from jaxtrain.models.kernels.attention import rope_tables
 from jaxtrain.models.layout import gather_layer
-from jaxtrain.models.masters import WithMasters, cast_masters
-from jaxtrain.models.parallel import Parallel, barrier_gradients, gather, look_up, take_rows
+from jaxtrain.models.masters import WithMasters, cast_masters, split_layers
+from jaxtrain.models.parallel import Parallel, barrier_gradients, look_up, take_rows
 from jaxtrain.models.remat import BLOCK_INPUT, checkpoint_name, rematerialize
 
 Params = dict[str, Any]
@@ -121,16 +122,16 @@ def decode_layers(
 
     Args:
       params: this device's shards of the stacked parameters, `[L, ...]`.
-      masters: float32 masters to cast in each layer, or None to compute with `params`; see masters.py.
+      masters: the same in float32, to cast in each layer, or None to compute with `params`; see masters.py.
     """
     block = Block(config, parallel, parent=None)
 
     def layer(x_BTD, inputs):
-        (params, masters), cache, is_global = inputs
+        params, i, is_global, cache = inputs
         x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
         # Cast and gathered inside the rematerialized function, so that no second copy of the weights is stored.
         if masters is not None:
-            params = cast_masters(params, masters, x_BTD)
+            params = cast_masters(params, masters, i, x_BTD)
         gathered = {"params": gather_layer(params, parallel.fsdp)}
         x_BTD, cache, sums = block.apply(gathered, x_BTD, context.in_layer(is_global), cache)
         return x_BTD, (cache, sums)
@@ -141,15 +142,31 @@ def decode_layers(
     is_global_L = None
     if config.global_every:
         is_global_L = jnp.asarray([i not in config.window_layers for i in range(config.num_layers)])
+    numbers = jnp.arange(config.num_layers), is_global_L
     if cache is None:
-        x_BTD, (_, sums) = jax.lax.scan(layer, x_BTD, ((params, masters), None, is_global_L), unroll=unroll)
-        return x_BTD, None, sums
+        cuts, sums = _cuts(config, looped=masters is not None and unroll == 1), []
+        for part, own in zip(split_layers(params, cuts), itertools.pairwise(cuts), strict=True):
+            inputs = part, *jax.tree.map(lambda leaf, own=slice(*own): leaf[own], numbers), None
+            x_BTD, (_, more) = jax.lax.scan(layer, x_BTD, inputs, unroll=unroll)
+            sums.append(more)
+        return x_BTD, None, jax.tree.map(lambda *parts: jnp.concatenate(parts), *sums)
     extended = []
     for i, own in enumerate(cache):  # a scan would copy the whole cache for every token
-        weights, is_global = jax.tree.map(lambda leaf, i=i: leaf[i], ((params, masters), is_global_L))
-        x_BTD, (own, _) = layer(x_BTD, (weights, own, is_global))
+        weights = jax.tree.map(lambda leaf, i=i: leaf[i], (params, *numbers))
+        x_BTD, (own, _) = layer(x_BTD, (*weights, own))
         extended.append(own)
     return x_BTD, tuple(extended), None
+
+
+def _cuts(config: ModelConfig, looped: bool) -> list[int]:
+    """Returns the first layer of each loop over layers, and the number of layers.
+
+    The backward pass starts with the second of two loops, and frees its saved inputs before the gradients of the first
+    need memory. In one loop both would be stored in full: 5.32 instead of 4.45 GB (docs/benchmarks.md, Llama 2 7B).
+    """
+    num_layers = config.num_layers
+    split = looped and config.remat == "full" and num_layers >= 4
+    return [0, round(0.6 * num_layers), num_layers] if split else [0, num_layers]
 
 
 def _init_layers(c: ModelConfig, key: jax.Array) -> Params:
@@ -226,7 +243,7 @@ def make_loss_fn(
             hidden_BTD, kernel_DV = barrier_gradients(hidden_BTD, head_kernel(params))
             sums = linear_cross_entropy(
                 hidden_BTD,
-                gather(kernel_DV, 0, p.fsdp),
+                kernel_DV,
                 batch["labels"],
                 where=batch["where"],
                 z_loss=z_loss,
@@ -235,6 +252,7 @@ def make_loss_fn(
                 chunk_size=chunk_size,
                 num_classes=c.vocab_size,
                 vocab_axis="tensor" if p.tensor > 1 else None,
+                gather_axis="fsdp" if p.fsdp > 1 else None,
                 check_labels=False,  # the loader checks them; here the check would slow down the dispatch of each step
             )
         if not summed:

@@ -281,3 +281,34 @@ def test_vocabulary_in_parts_over_an_axis(devices, columns, num_classes, terms, 
         assert_close(on_hidden[device], on_logits @ kernel.T)
     assert_close(on_kernel[:, :num_classes], hidden.T @ on_logits)
     assert (on_kernel[:, num_classes:] == 0).all()
+
+
+@pytest.mark.parametrize("vocab_block", [0, 5])
+def test_a_kernel_with_sharded_rows_is_gathered_and_its_gradient_scattered(vocab_block):
+    """Tokens and rows of the kernel over one axis, its columns over another; the blocks overlap or not."""
+    rng = np.random.default_rng(6)
+    hidden = rng.normal(size=(2 * TOKENS, WIDTH)).astype(np.float32)
+    kernel = rng.normal(size=(WIDTH, 24)).astype(np.float32)
+    labels = rng.integers(0, 23, 2 * TOKENS).astype(np.int32)
+    weights = rng.choice([0.0, 0.5, 2.0], 2 * TOKENS).astype(np.float32)
+    scales = (2.0, -3.0, 0.5)
+    options = {"num_classes": 23, "vocab_axis": "tensor", "gather_axis": "fsdp", "vocab_block": vocab_block}
+
+    def body(hidden, kernel, labels, weights):
+        loss = weighed(labels, weights, scales, **options, **ALL_TERMS)
+        gradients, sums = jax.grad(loss, (0, 1), has_aux=True)(hidden, kernel)
+        return jax.lax.psum(jnp.stack(parts(sums)), "fsdp"), *gradients
+
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=auto, devices=jax.devices()[:4])
+    rows, both = P("fsdp"), P("fsdp", "tensor")
+    mapped = jax.shard_map(
+        body, mesh=mesh, in_specs=(rows, both, rows, rows), out_specs=(P(), rows, both), check_vma=False
+    )
+    sums, on_hidden, on_kernel = jax.jit(mapped)(hidden, kernel, labels, weights)
+    hidden, kernel = np.float64(hidden), np.float64(kernel[:, :23])
+    expected_sums, on_logits = oracle(hidden @ kernel, labels, weights, scales, **ALL_TERMS)
+    assert_close(sums, np.stack(expected_sums))
+    assert_close(on_hidden, on_logits @ kernel.T)
+    assert_close(on_kernel[:, :23], hidden.T @ on_logits)
+    assert (on_kernel[:, 23:] == 0).all()

@@ -13,6 +13,7 @@ from jaxtrain.config import MeshConfig, family, gpt2, llama
 from jaxtrain.losses import cross_entropy
 from jaxtrain.models.kernels.attention import rope_tables, rotate
 from jaxtrain.models.layout import logical_axes
+from jaxtrain.models.masters import WithMasters
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.models.size import flops_per_token
 from jaxtrain.models.transformer import Transformer, empty_cache, head_kernel, init_params, logits, make_loss_fn
@@ -167,6 +168,35 @@ def test_scanned_unrolled_and_recomputed_layers_share_a_tree_and_agree(config):
         np.testing.assert_allclose(loss, reference, rtol=1e-6)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_fully_rematerialized_masters_are_differentiated_in_two_loops():
+    """With the numbers of one loop; a layer's window depends on its number. Each loop saves its own inputs."""
+    config, batch = dataclasses.replace(GEMMA, num_layers=5), batch_of(GEMMA)
+    _, params = make(config)
+    like = {**params, "layers": jax.tree.map(jnp.zeros_like, params["layers"])}  # only their gradients count
+
+    def differentiate(num_layers=5, **change):
+        model = Transformer(dataclasses.replace(config, num_layers=num_layers, **change))
+
+        def loss(own, masters):
+            own, masters = (
+                {**one, "layers": jax.tree.map(lambda x: x[:num_layers], one["layers"])} for one in (own, masters)
+            )
+            return make_loss_fn(model)(WithMasters(own, masters), batch).mean()
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    def stacks(*arguments, **options):
+        text = str(differentiate(*arguments, **options).trace(like, params).jaxpr)
+        return {n for n in range(2, 6) if f"f32[{n},4,12,32]" in text}
+
+    assert [stacks(5, remat="full"), stacks(5, remat="minimal"), stacks(3, remat="full")] == [{3, 2}, {5}, {3}]
+    loss, actual = differentiate(remat="full")(like, params)
+    expected, gradient = differentiate()(like, params)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def batch_of(config, batch_size=4, length=12):
