@@ -9,12 +9,14 @@ Names below `checkpoints/`:
   scores.json        validation loss by step, for `keep_best`
 """
 
+import contextlib
 import datetime
 import math
 import os
 import re
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,10 +113,22 @@ class CheckpointFolder:
         if keep < 1 or (keep_every or 0) < 0 or (keep_best or 0) < 0:
             raise ValueError(f"keep must be 1 or more, the others 0 or more: {keep}, {keep_every}, {keep_best}")
         self.path = Path(path).absolute()
+        self._run_directory: int | None = None  # open, so that no other directory can get its inode
+        with contextlib.suppress(OSError):
+            self._run_directory = os.open(self.path.parent, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._run_directory)
         self.report, self._delete_folder = report, delete
         self.pinned: int | None = None  # step that `prune` leaves, while it is uploaded
         self._warned: set[Path] = set()
         self._rule: dict[str, Any] = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
+
+    def has_run_directory(self) -> bool:
+        """Returns False if the run directory was moved, deleted or replaced since this object was made."""
+        with contextlib.suppress(OSError):
+            return self._run_directory is not None and os.path.samestat(
+                os.fstat(self._run_directory), os.stat(self.path.parent)
+            )
+        return False
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, in order."""
@@ -206,6 +220,8 @@ class CheckpointFolder:
 
     def _write_scores(self, scores: dict[int, float]) -> None:
         file = self.path / _SCORES
+        if not self.has_run_directory():
+            return  # the next save ends the run
         try:
             self.path.mkdir(exist_ok=True)
             write_json(file, scores)

@@ -84,7 +84,7 @@ class Saver:
     ):
         self._folder, self._log, self._on_stage, self._notice_seconds = folder, log, on_stage, notice_seconds
         self._fsync = fsync
-        self._run_directory = _identity(folder.path.parent)
+        self._directories = {path: path.stat().st_ino for path in folder.path.parents if path.is_dir()}
         self._limit = _PATIENCE * processes.time_limit()
         self._writer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(
@@ -99,6 +99,7 @@ class Saver:
         self._saved: dict[str, Any] = {}  # fields of the event `saved`
         self._step: int | None = None  # saved last, or being saved
         self._failures = 0  # since the last save that succeeded
+        self._failed_steps: set[int] = set()
         self._progress_at = 0.0  # time.monotonic() of the last sign of progress
 
     def __enter__(self) -> "Saver":
@@ -116,6 +117,8 @@ class Saver:
                 raise
         if self._thread is None:
             self._writer.close()
+        if self._failed_steps:
+            self._sweep()  # the threads of a failed save have ended now
 
     def begin(self, state: TrainState, fingerprint: dict[str, Any]) -> bool:
         """Waits for the previous save, copies the state to the host and writes it in the background.
@@ -285,23 +288,33 @@ class Saver:
                 self._warnings.append((self._log, f"the log could not be flushed to the disk: {error}"))
 
     def _require_run_directory(self) -> None:
-        path = self._folder.path.parent
-        if processes.is_lead() and (self._run_directory is None or _identity(path) != self._run_directory):
-            raise RunDirectoryGone(f"the run directory {path} was moved or deleted")
+        if processes.is_lead() and not self._folder.has_run_directory():
+            raise RunDirectoryGone(f"the run directory {self._folder.path.parent} was moved or deleted")
 
     def _clear(self, step: int) -> None:
         """Deletes the partial checkpoint of a failed save. Under several processes the next start deletes it."""
         if jax.process_count() > 1:
             return
+        self._failed_steps.add(step)
         deadline = time.monotonic() + _CLEAR_SECONDS
-        while (left := list(self._folder.path.glob(f".{step}.partial*"))) and time.monotonic() < deadline:
-            for path in left:  # a thread of Orbax may still be writing there
-                shutil.rmtree(path, ignore_errors=True)
+        while self._sweep() and time.monotonic() < deadline:  # a thread of Orbax may still be writing there
             time.sleep(0.01)
-        if _identity(self._folder.path.parent) != self._run_directory:  # Orbax has made it again
+
+    def _sweep(self) -> bool:
+        """Deletes what failed saves have left; returns True if anything was there.
+
+        In place of a run directory that was moved or deleted, Orbax makes directories, which are deleted if empty.
+        """
+        left = [path for step in self._failed_steps for path in self._folder.path.glob(f".{step}.partial*")]
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        if not self._folder.has_run_directory():
             with contextlib.suppress(OSError):
                 self._folder.path.rmdir()
-                self._folder.path.parent.rmdir()
+                for path, known in self._directories.items():
+                    if path == self._folder.path.parent or path.stat().st_ino != known:
+                        path.rmdir()
+        return bool(left)
 
     def _progress(self) -> None:
         self._progress_at = time.monotonic()
@@ -313,15 +326,6 @@ def _reason(error: Exception) -> str:
         path = re.search(r'Failed \w+: "([^"]+)"', str(error)) or re.search(r'file "([^"]+)"', str(error))
         return str(OSError(int(code[1]), os.strerror(int(code[1])), *([path[1]] if path else [])))
     return str(error)
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Returns the device and inode of a folder; None if there is no folder."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _drop_closed_loop_errors() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ class Cluster(NamedTuple):
     num_processes: int
     process_id: int
     detection: str | None  # `cluster_detection_method` of `jax.distributed.initialize`, which assigns local devices
+
+
+_NUMBER = re.compile("[0-9]{1,6}")
 
 
 @contextlib.contextmanager
@@ -104,9 +108,10 @@ def _from_environment() -> Cluster | None:
     # "deactivate": under Slurm, JAX would otherwise restrict this process to the GPU of its local index.
     if numbers[0] == "1":
         return Cluster(address, 1, 0, "deactivate")
-    if not address or not all(number.isdigit() for number in numbers):
-        got = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in names)
+    if not address or not all(_NUMBER.fullmatch(number) for number in numbers) or int(numbers[0]) < 1:
+        got = ", ".join(f"{name}={os.environ.get(name, '')!r:.200}" for name in names)
         raise ValueError(f"several processes need an address host:port and two numbers, got {got}")
+    split_address(address)
     return Cluster(address, int(numbers[0]), int(numbers[1]), "deactivate")
 
 

@@ -20,6 +20,7 @@ _ANSWER_SECONDS = 5.0  # a process may have started its clock later than process
 _RETRY_SECONDS = 0.2
 _GREETING = re.compile(rb"jaxtrain (\d{1,9}) of (\d{1,9}) ([0-9a-f]{64})\n")
 _MAX_BYTES = 256  # of a greeting
+_PORT = re.compile("[1-9][0-9]{0,4}")
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout: float) -> dict[int, socket.socket]:
@@ -58,9 +59,15 @@ def name_processes(processes: list[int]) -> str:
 def split_address(address: str) -> tuple[str, int]:
     """Splits `host:port`; an IPv6 address loses its brackets."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"the coordinator's address must be host:port, got {address!r}: check JAX_COORDINATOR_ADDRESS")
-    return host.strip("[]"), int(port)
+    try:
+        host.encode("idna")  # as the resolver does
+        if host and _PORT.fullmatch(port) and int(port) < 2**16:
+            return host.strip("[]"), int(port)
+    except UnicodeError:
+        pass
+    raise ValueError(
+        f"the coordinator's address must be host:port, got {address!r:.200}: check JAX_COORDINATOR_ADDRESS"
+    )
 
 
 def _receive(

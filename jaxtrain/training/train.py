@@ -82,8 +82,10 @@ def train(
         session = _open_session(config, folder, stack, hooks, track, **options)._replace(mirror=mirror)
         recorder = session.recorder
         _describe(session)
-        if rewind is None and (outcome := _outcome_of_finished(session)):
-            recorder.say(f"finished at step {outcome['step']} before: nothing to do; {folder / 'report.html'}")
+        if rewind is None and (outcome := _settled_outcome(session)):
+            gave_up = "change the config with --allow-change, or go on from a checkpoint with --rewind STEP"
+            remedy = "nothing to do" if outcome["reason"] == "finished" else gave_up
+            recorder.say(f"{outcome['reason']} at step {outcome['step']} before: {remedy}; {folder / 'report.html'}")
             return outcome
         try:
             state = start(session, rewind)
@@ -115,17 +117,18 @@ def _describe(session: Session) -> None:
         recorder.say(describe_frozen(run.program.abstract_state.params, run.config.frozen))
 
 
-def _outcome_of_finished(session: Session) -> dict[str, Any] | None:
-    """Returns the outcome that a finished run has recorded; None if anything is left to do."""
+def _settled_outcome(session: Session) -> dict[str, Any] | None:
+    """Returns the recorded outcome of a run that has finished or given up; None if it is to train further."""
 
     def find() -> dict[str, Any] | None:
         run, last = session.run, session.recorder.last_stop
         steps = run.config.train.steps
-        settled = last.get("reason") == "finished" and last.get("step") == steps == session.checkpoints.latest_step()
+        end = {"finished": steps, GAVE_UP: last.get("step")}.get(str(last.get("reason")))
+        settled = end is not None and last.get("step") == end == session.checkpoints.latest_step()
         if not settled or load_run_config(run.folder) != run.config:
             return None
         try:
-            verify(session.checkpoints.checkpoint(steps))
+            verify(session.checkpoints.checkpoint(end))
         except Damaged:
             return None
         return {name: value for name, value in last.items() if name not in ("event", "time")}

@@ -225,11 +225,11 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_counts(tmp_path):
     assert synced == [(True, [1])]
 
 
-@pytest.mark.parametrize("what", ["deleted", "renamed", "another in its place"])
+@pytest.mark.parametrize("what", ["deleted", "renamed", "another in its place", "its parent"])
 @pytest.mark.parametrize("stage", ["begin", "arrays", "sealed"])
 def test_a_run_directory_that_disappears_is_an_error_and_no_ghost(tmp_path, what, stage):
-    run, events, turn = tmp_path / "run", Events(), []
-    run.mkdir()
+    run, events, turn = tmp_path / "parent" / "run", Events(), []
+    run.mkdir(parents=True)
 
     def vanish(reached):
         turn.append(reached)
@@ -237,16 +237,25 @@ def test_a_run_directory_that_disappears_is_an_error_and_no_ghost(tmp_path, what
             return
         if stage == "arrays":
             saver._writer.wait_until_finished()
-        shutil.rmtree(run) if what == "deleted" else run.rename(tmp_path / "elsewhere")
+        if what == "deleted":
+            shutil.rmtree(run)
+        else:
+            (run.parent if what == "its parent" else run).rename(tmp_path / "elsewhere")
         if what == "another in its place":
             run.mkdir()
+            (run / "theirs").touch()
+        if stage != "begin":  # what Orbax and an evaluation do, whose threads have not noticed
+            (run / "checkpoints" / ".2.partial").mkdir(parents=True)
+        folder.score(2, 1.0)
 
-    saver = Saver(CheckpointFolder(run / "checkpoints", report=events), on_stage=vanish)
+    folder = CheckpointFolder(run / "checkpoints", keep_best=1, report=events)
+    saver = Saver(folder, on_stage=vanish)
     with pytest.raises(OSError, match=r"step 2 could not be saved"), saver:
         finish_all(saver, 1, 2)
     assert events.named("save_failed")
     assert not (run / "checkpoints").exists()
     assert run.exists() == (what == "another in its place")
+    assert run.parent.exists() == (what != "its parent")
     if what != "deleted":
         assert (tmp_path / "elsewhere" / "checkpoints" / "1" / "manifest.json").exists() or what != "renamed"
 

@@ -46,7 +46,18 @@ def test_a_cluster_is_found_or_asked_for(cluster):
     assert cluster(**SLURM, **asked) == ("host:1", 2, 1, "deactivate")
 
 
-@pytest.mark.parametrize("given", [("", "2", "1"), ("host:1", "2", ""), ("host:1", "", "0"), ("host:1", "two", "0")])
+WRONG = [("", "2", "1"), ("host:1", "2", ""), ("host:1", "", "0"), ("host:1", "0", "0"), ("host:1", "-1", "0")]
+WRONG += [("host:1", text, "0") for text in ("two", "\u00b2", "\u0662", "1000000000", "9" * 5000)]
+
+
+@pytest.mark.parametrize("given", WRONG, ids=lambda given: given[1][:20])
 def test_half_an_address_is_an_error_that_shows_it(cluster, given):
-    with pytest.raises(ValueError, match=f"got .*JAX_NUM_PROCESSES='{given[1]}'"):
+    with pytest.raises(ValueError, match=f"got .*JAX_NUM_PROCESSES='{given[1][:150]}"):
         cluster(**dict(zip(VARIABLES, given, strict=True)))
+
+
+def test_an_address_that_is_none_is_an_error_that_shows_it(cluster):
+    hosts = ("", "..", "h" * 300)
+    for address in ("host", "host:", "host:0", "host:65536", "host:\u00b2", "host:\u0663", *(f"{h}:1" for h in hosts)):
+        with pytest.raises(ValueError, match=r"address must be host:port, got '|got JAX_COORDINATOR"):
+            cluster(**dict(zip(VARIABLES, (address, "2", "0"), strict=True)))

@@ -129,6 +129,9 @@ def test_a_good_step_after_too_many_bad_ones_saves_nothing(steps, tiny_config, t
     assert (events[-1]["reason"], events[-1]["skipped_steps"]) == (GAVE_UP, 11)
     saved, _ = find_fingerprint(CheckpointFolder(tmp_path / "run" / "checkpoints"))
     assert saved["skipped_steps"] == 11
+    config = faulty_config(tiny_config, steps=steps)
+    assert train(config, tmp_path / "run", faults=Faults()) == outcome  # the same command trains no further
+    assert train(config, tmp_path / "run", faults=Faults(), rewind=20)["reason"] == "finished"
 
 
 def test_the_faults_reach_the_right_rows(tiny_config):
