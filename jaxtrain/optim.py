@@ -86,8 +86,8 @@ def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] | None = None) 
     return jax.tree.unflatten(jax.tree.structure(params), decays)
 
 
-def decay_report(params: optax.Params, mask: MaskFn | Any) -> str:
-    """Formats path, shape, size and decay of every parameter as a table, with totals.
+def decay_report(params: optax.Params, mask: MaskFn | Any, frozen: Any | None = None) -> str:
+    """Formats path, shape, size and decay of every parameter as a table, with totals of those that are trained.
 
     A `?` marks a parameter whose decay its shape leaves in doubt: one of two or more dimensions that does not decay and
     is not called `bias` or `scale`, or a decaying one that may be stacked vectors. A line for each stack of layers
@@ -96,6 +96,7 @@ def decay_report(params: optax.Params, mask: MaskFn | Any) -> str:
     Args:
       params: a tree of arrays or of `jax.ShapeDtypeStruct`.
       mask: a tree of bools of the same structure, or a function from parameters to one.
+      frozen: a tree of bools of the same structure, True for parameters that are not trained; None freezes none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,20 +108,20 @@ def decay_report(params: optax.Params, mask: MaskFn | Any) -> str:
     """
     shapes = named_leaves(params)
     flags = jax.tree.leaves(_resolve_mask(mask, params))
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    doubts = [_in_doubt(names, flag, shapes) for names, flag in zip(shapes, flags, strict=True)]
-    rows = [
-        ("/".join(names), "x".join(map(str, shape)) or "scalar", f"{size:,}", ("decay" if flag else "-") + " ?" * doubt)
-        for (names, shape), size, flag, doubt in zip(shapes.items(), sizes, flags, doubts, strict=True)
-    ]
+    fixed = [False] * len(flags) if frozen is None else jax.tree.leaves(frozen)
+    sizes: dict[bool, list[int]] = {False: [], True: []}  # of the trained parameters, by decay
+    rows = []
+    for (names, shape), decays, is_frozen in zip(shapes.items(), flags, fixed, strict=True):
+        size, what = math.prod(shape), "frozen"
+        if not is_frozen:
+            what = ("decay" if decays else "-") + " ?" * _in_doubt(names, decays, shapes)
+            sizes[bool(decays)].append(size)
+        rows.append(("/".join(names), "x".join(map(str, shape)) or "scalar", f"{size:,}", what))
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     lines = [f"{p:<{widths[0]}}  {s:<{widths[1]}}  {n:>{widths[2]}}  {d}" for p, s, n, d in rows]
-    decayed = sum(size for size, flag in zip(sizes, flags, strict=True) if flag)
     lines += _stack_lines(params)
-    lines.append(
-        f"{sum(flags)} parameters of {decayed:,} numbers decay, "
-        f"{len(flags) - sum(flags)} of {sum(sizes) - decayed:,} do not"
-    )
+    (count, total), (others, rest) = ((len(sizes[decays]), sum(sizes[decays])) for decays in (True, False))
+    lines.append(f"{count} parameters of {total:,} numbers decay, {others} of {rest:,} do not")
     return "\n".join(lines)
 
 

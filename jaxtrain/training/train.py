@@ -32,7 +32,7 @@ from jaxtrain.training.batches import batch_source, train_batches
 from jaxtrain.training.components import check_optimizer
 from jaxtrain.training.double_check import ReplayChecked, ReplayMismatch
 from jaxtrain.training.evaluation import evaluate_sources, split_text
-from jaxtrain.training.frozen import describe_frozen
+from jaxtrain.training.frozen import describe_frozen, frozen_mask
 from jaxtrain.training.generate import continue_text
 from jaxtrain.training.run import NO_HOOKS, Hooks, Run, assemble, fingerprint, save_tokenizer
 from jaxtrain.training.run_folder import absolute_paths, rollback_config, write_config
@@ -110,11 +110,12 @@ def train(
 def _describe(session: Session) -> None:
     """Shows the run, and which parameters decay or are frozen."""
     run, recorder = session.run, session.recorder
+    params = run.program.abstract_state.params
     recorder.table(f"jaxtrain: {run.folder}", start_table(run))
     if run.config.optim.name == "adamw":
-        recorder.say(decay_report(run.program.abstract_state.params, decay_mask))
+        recorder.say(decay_report(params, decay_mask, frozen_mask(params, run.config.frozen)))
     if run.config.frozen:
-        recorder.say(describe_frozen(run.program.abstract_state.params, run.config.frozen))
+        recorder.say(describe_frozen(params, run.config.frozen))
 
 
 def _settled_outcome(session: Session) -> dict[str, Any] | None:

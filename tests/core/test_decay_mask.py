@@ -236,6 +236,10 @@ def test_decay_report():
     assert decay_report(params, decay_mask) == decay_report(params, decay_mask(params)) == REPORT
     with pytest.raises(ValueError, match="one bool for each parameter"):
         decay_report(params, {"embed": True})
+    frozen = jax.tree.map(lambda leaf: leaf.ndim != 3, params)
+    *lines, total = decay_report(params, decay_mask, frozen).splitlines()
+    assert [line.split()[-1] for line in lines[:4]] == ["frozen", "decay", "frozen", "frozen"]
+    assert total == "1 parameters of 192 numbers decay, 0 of 0 do not"
 
 
 DOUBTS = """\

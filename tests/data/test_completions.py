@@ -1,9 +1,12 @@
 """Stores of prompts with completions and of chat messages: which labels count, checksums, and what is refused."""
 
+import datetime
 import json
 import re
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jaxtrain.cli import main
@@ -103,11 +106,32 @@ def test_only_the_assistant_s_messages_count(chat_tokenizer, tmp_path):
     assert (store.path / "tokenizer_config.json").read_text() == (chat_tokenizer / "tokenizer_config.json").read_text()
 
 
+def test_messages_of_a_parquet_column_are_those_of_json(chat_tokenizer, tmp_path):
+    """A column of structs has null for each field that a message lacks."""
+    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "me"}
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.name is defined %}{{ m.name }}{% endif %}{{ m.content }}\n{% endfor %}"
+    )
+    records = [{"messages": [asked, answer]}, {"messages": [asked, asked, answer]}]
+    write_lines(tmp_path / "a.jsonl", records)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    options = {"tokenizer": f"hf:{chat_tokenizer}", "chat_template": str(tmp_path)}
+    stores = [
+        prepare_completions([str(tmp_path / name)], tmp_path / f"{name} store", **options)
+        for name in ("a.jsonl", "a.parquet")
+    ]
+    assert stores[0].manifest["splits"] == stores[1].manifest["splits"]
+    assert stores[0].train.num_tokens > 2
+
+
 def test_every_format_of_records_gives_the_same_store(pairs, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(PAIRS, indent=1))
     lines = "".join(f"{record['completion']},{record['prompt']}\n" for record in PAIRS)
     (tmp_path / "a.csv").write_text("completion,prompt\n" + lines)
-    for name in ("a.json", "a.csv"):
+    (tmp_path / "b.csv").write_text("completion;prompt\n" + lines.replace(",", ";"))
+    rows = [record | {"when": datetime.datetime(2026, 1, 1)} for record in PAIRS]  # which is no JSON
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.json", "a.csv", "b.csv", "a.parquet"):
         store = prepare_completions([str(tmp_path / name)], tmp_path / f"{name}-store", validation_fraction=0.2)
         assert store.fingerprint == pairs.fingerprint
         assert prepare_completions([str(tmp_path / name)], store.path, validation_fraction=0.2).path == store.path

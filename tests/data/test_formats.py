@@ -49,6 +49,7 @@ SHAPES = {
     "mark.jsonl": BOM + JSON_LINES.encode(),
     "mark.json": BOM + json.dumps(RECORDS).encode(),
     "mark.csv": BOM + table(","),
+    "semicolons.csv": table(";"),
     "nulls.jsonl": JSON_LINES.replace('"text": ""', '"text": null').encode(),
     "nulls.json": json.dumps(RECORDS).replace('"text": ""', '"text": null').encode(),
     "array.json": json.dumps(RECORDS).encode(),
@@ -227,6 +228,10 @@ def test_tars_of_text(tmp_path):
     for name, mode in (("a.tar", "w"), ("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar.xz", "w:xz"), ("shard", "w")):
         write_tar(tmp_path / name, members, mode)
         assert read(tmp_path / name) == TEXTS, name
+    members = {"1.txt.gz": gzip.compress(b"one"), "2.text.xz": lzma.compress(b"two"), "3.txt": b"three"}
+    members |= {"4.json.bz2": bz2.compress(b'{"text": "four"}'), "5.txt.zst": zstandard.compress(b"five")}
+    write_tar(tmp_path / "a.tar", members | {"5.png.gz": b"no gzip"})
+    assert read(tmp_path / "a.tar") == ["one", "two", "three", "four", "five"]
     write_tar(tmp_path / "a.tar", {"1.body": b"mine", "1.txt": b"not mine"})
     assert read(tmp_path / "a.tar", "body") == ["mine"]
     cases = [
@@ -237,6 +242,9 @@ def test_tars_of_text(tmp_path):
         ({"1.json": b'{"body": "a"}'}, r"sample '1' cannot be used: it has no field 'text'"),
         ({"1.txt": b"\xe9"}, "sample '1' cannot be used: .*utf-8"),
         ({"1.txt": b"a", "./1.txt": b"b"}, "sample '1' cannot be used: two of its files have the same suffix"),
+        ({"1.txt": b"a", "1.txt.gz": gzip.compress(b"b")}, "sample '1' cannot be used: two of its files have the same"),
+        ({"1.txt.gz": b"a"}, "has the member '1.txt.gz', which is not a gzip file, as its name says: rename it"),
+        ({"1.txt.gz": gzip.compress(b"a")[:-9]}, "cannot be read: "),
     ]
     for members, message in cases:
         write_tar(tmp_path / "bad.tar", members)

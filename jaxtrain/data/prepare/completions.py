@@ -9,6 +9,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import numpy as np
 
 from jaxtrain.data.chat import TEMPLATE_FILES, ChatTemplate, read_template
 from jaxtrain.data.prepare.documents import SPLITS, TRAIN, VALIDATION
-from jaxtrain.data.prepare.formats import find_format
+from jaxtrain.data.prepare.formats import find_delimiter, find_format, open_seekable
 from jaxtrain.data.prepare.sources import content_hash, find_sources
 from jaxtrain.data.prepare.streams import MAX_RECORD_BYTES, JsonReader, import_extra, naming, open_stream
 from jaxtrain.data.prepare.units import token_dtype
@@ -130,12 +131,28 @@ def _records(path: str) -> Iterator[Record]:
                         reader.take(",")
         case ".csv" | ".tsv" as suffix:
             with open_stream(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-                yield from csv.DictReader(text, delimiter="," if suffix == ".csv" else "\t")
+                header = text.readline()
+                delimiter = find_delimiter(header, "," if suffix == ".csv" else "\t")
+                yield from csv.DictReader(itertools.chain([header], text), delimiter=delimiter)
         case ".parquet":
-            for batch in import_extra("pyarrow.parquet", "Parquet", "parquet").ParquetFile(path).iter_batches(1024):
-                yield from batch.to_pylist()
+            library = import_extra("pyarrow.parquet", "Parquet", "parquet")
+            with open_seekable(path) as stream, library.ParquetFile(stream) as file:
+                names = file.schema_arrow.names
+                # Others may be of types that are no JSON.
+                columns = [name for name in names if name in ("messages", "prompt", "completion")] or names
+                for batch in file.iter_batches(1024, columns=columns):
+                    yield from map(_without_nulls, batch.to_pylist())
         case _:
             raise ValueError("is no file of records: give JSON, JSON lines, CSV, TSV or Parquet")
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drops the fields of structs that are null, as a record of JSON lacks them; `content` stays."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_nulls(item) for name, item in value.items() if item is not None or name == "content"}
 
 
 def _encode(record: Record, tokenizer: Tokenizer, template: Callable[[], ChatTemplate]) -> Sample:

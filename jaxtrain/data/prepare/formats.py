@@ -19,6 +19,7 @@ import codecs
 import csv
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -213,7 +214,10 @@ def _table_documents(
     """Yields one column of a table with a header line, quoted as in RFC 4180."""
     csv.field_size_limit(limit)
     with open_stream(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        rows = csv.reader(_table_lines(text, limit), delimiter=delimiter, strict=True)
+        lines = _table_lines(text, limit)
+        first = next(lines, "")
+        delimiter = find_delimiter(first, delimiter, text_field)
+        rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         try:
             header = next(rows, [])
             if text_field not in header:
@@ -228,6 +232,12 @@ def _table_documents(
                     yield row[column]
         except csv.Error as error:
             raise ValueError(f"line {rows.line_num} cannot be used: {error}; correct the line") from None
+
+
+def find_delimiter(header: str, delimiter: str, text_field: str | None = None) -> str:
+    """Returns the semicolon for a header without commas between columns, as spreadsheets of many languages write it."""
+    columns = next(csv.reader([header]), [])
+    return ";" if delimiter == "," and len(columns) == 1 and ";" in header and columns != [text_field] else delimiter
 
 
 def _table_lines(text: io.TextIOWrapper, limit: int) -> Iterator[str]:
@@ -245,7 +255,7 @@ def _table_lines(text: io.TextIOWrapper, limit: int) -> Iterator[str]:
 def _parquet_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
     """Yields one column of a Parquet file: the row groups whose first byte lies in [start, stop)."""
     library = import_extra("pyarrow.parquet", "Parquet", "parquet")
-    with _open_seekable(path) as stream, library.ParquetFile(stream) as file:
+    with open_seekable(path) as stream, library.ParquetFile(stream) as file:
         _require_column(file.schema_arrow.names, text_field)
         for group in range(file.num_row_groups):
             first = file.metadata.row_group(group).column(0).data_page_offset
@@ -257,7 +267,7 @@ def _parquet_documents(path: str, start: int, stop: int | None, text_field: str)
 def _arrow_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
     """Yields one column of an Arrow IPC file (also Feather) or stream, as Hugging Face datasets are stored."""
     library = import_extra("pyarrow", "Arrow", "parquet")
-    with _open_seekable(path) as stream:
+    with open_seekable(path) as stream:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
         with (library.ipc.open_file if is_file else library.ipc.open_stream)(stream) as reader:
@@ -267,7 +277,7 @@ def _arrow_documents(path: str, start: int, stop: int | None, text_field: str) -
                 yield from _column_texts(batch.column(text_field), text_field)
 
 
-def _open_seekable(path: str) -> Any:
+def open_seekable(path: str) -> Any:
     """Opens a file for pyarrow: memory-mapped if it is local and plain."""
     library = import_extra("pyarrow", "Arrow or Parquet", "parquet")
     if is_url(path) or is_compressed(path):

@@ -1,5 +1,6 @@
 """Samples of WebDataset tars, read in order; a damaged header is an error, not the end of the archive."""
 
+import io
 import posixpath
 import tarfile
 from collections.abc import Iterator, Set
@@ -7,17 +8,18 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, BinaryIO
 
-from jaxtrain.data.prepare.streams import MAX_RECORD_BYTES
+from jaxtrain.data.prepare.streams import COMPRESSIONS, MAX_RECORD_BYTES
 
 
 def tar_samples(stream: BinaryIO, suffixes: Set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields (key, content by suffix) of each sample: the files in a row that share a name up to its first dot.
 
     Args:
-      suffixes: of the files to read; the content of the others is empty.
+      suffixes: of the files to read, which may be compressed (`txt.gz` is `txt`); the content of the others is empty.
 
     Raises:
-      ValueError: two files of a sample have the same suffix, or a member is too large or no file.
+      ValueError: two files of a sample have the same suffix, or a member is too large, no file, or no compressed one
+        despite its name.
       tarfile.TarError: a damaged archive.
     """
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member, ignore_zeros=True) as archive:
@@ -39,9 +41,24 @@ def _read_files(archive: tarfile.TarFile, suffixes: Set[str]) -> Iterator[tuple[
         if stream is None:
             raise ValueError(f"has the member {member.name!r}, which is neither a file nor a folder: remove it")
         base, _, suffix = name.partition(".")
-        if member.size > MAX_RECORD_BYTES and suffix in suffixes:
-            raise ValueError(f"has the member {member.name!r} of more than {MAX_RECORD_BYTES:,} bytes: cut it")
-        yield posixpath.join(folder, base), suffix, stream.read() if suffix in suffixes else b""
+        plain = next((suffix.removesuffix(end) for end in COMPRESSIONS if suffix.endswith(end)), suffix)
+        data = b""
+        if plain in suffixes:
+            data = _read(member, stream, suffix.removeprefix(plain))
+            if len(data) > MAX_RECORD_BYTES:
+                raise ValueError(f"has the member {member.name!r} of more than {MAX_RECORD_BYTES:,} bytes: cut it")
+        yield posixpath.join(folder, base), plain if plain in suffixes else suffix, data
+
+
+def _read(member: tarfile.TarInfo, stream: Any, compression: str) -> bytes:
+    """Returns the content of a member, decompressed, or the first `MAX_RECORD_BYTES` + 1 bytes of it."""
+    if not compression:
+        return stream.read(MAX_RECORD_BYTES + 1)
+    name, matches, opener = COMPRESSIONS[compression]
+    data = stream.read(MAX_RECORD_BYTES)
+    if not matches(data[:10]):
+        raise ValueError(f"has the member {member.name!r}, which is not a {name} file, as its name says: rename it")
+    return opener(io.BytesIO(data)).read(MAX_RECORD_BYTES + 1)
 
 
 class _Member(tarfile.TarInfo):
