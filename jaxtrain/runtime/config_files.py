@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import Config, ModelConfig, SavedModel, to_dict
-from jaxtrain.fields import check_value, nearest, suggest
+from jaxtrain.fields import check_value, nearest, require_local, suggest
 from jaxtrain.runtime.terminal import one_line
 
 # How older versions wrote an absent option into config.json. None of these values is allowed there today.
@@ -37,12 +37,10 @@ def load_config(path: str | Path) -> Config:
     Raises:
       ValueError: no such file, or one that gives no valid config; names the line.
     """
+    require_local(path, "the config file")
     path = Path(path)
     if not path.is_file():
-        there = sorted(file.name for file in path.parent.glob("*") if file.suffix in (".py", ".json"))
-        near = f"{path.name}.py" if f"{path.name}.py" in there else nearest(path.name, there)
-        hint = f"did you mean {path.parent / near}?" if near else "give a .py file with config(), or a config.json"
-        raise ValueError(f"no config file {path}: {hint}")
+        raise ValueError(f"no config file {path}: {_config_near(path)}")
     if path.suffix not in (".json", ".py"):
         raise ValueError(f"config {path} must end in .py or .json")
     if path.suffix == ".json":
@@ -61,6 +59,14 @@ def load_config(path: str | Path) -> Config:
         return result
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path}{_line_in(path, error)}: {_message(error)}; correct the config") from error
+
+
+def _config_near(path: Path) -> str:
+    if (path / "config.json").is_file():
+        return f"that is a run, which `jaxtrain train {path}/config.json --run-dir {path}` resumes"
+    there = sorted(file.name for file in path.parent.glob("*") if file.suffix in (".py", ".json"))
+    near = f"{path.name}.py" if f"{path.name}.py" in there else nearest(path.name, there)
+    return f"did you mean {path.parent / near}?" if near else "give a .py file with config(), or a config.json"
 
 
 def load_run_config(run_dir: str | Path) -> Config:
