@@ -353,6 +353,7 @@ class OptimizerEntry(NamedTuple):
     # True if a finite gradient norm, state and learning rate imply finite updates; see `check_updates` of
     # `guard.skip_bad_steps`
     stays_finite: bool = False
+    takes_arrays: bool = False  # True if `optim.weight_decay` may be an array: another value needs no compilation
 
 
 def _adamw(optim: Any, learning_rate: optax.Schedule, clip: optax.GradientTransformation):
@@ -369,5 +370,7 @@ def _adamw(optim: Any, learning_rate: optax.Schedule, clip: optax.GradientTransf
 
 # A config file may add an entry: OPTIMIZERS["name"] = OptimizerEntry(make, description).
 OPTIMIZERS: dict[str, OptimizerEntry] = {
-    "adamw": OptimizerEntry(_adamw, "AdamW (arXiv:1711.05101) with decay on matrices alone", stays_finite=True),
+    "adamw": OptimizerEntry(
+        _adamw, "AdamW (arXiv:1711.05101) with decay on matrices alone", stays_finite=True, takes_arrays=True
+    ),
 }

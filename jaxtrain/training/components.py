@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,11 +46,13 @@ class Scalars(NamedTuple):
 
     learning_rate: jax.Array
     clip_norm: jax.Array
+    weight_decay: jax.Array
 
 
 def make_scalars(config: Config, step: jax.Array) -> Scalars:
     """Returns the scalars of a step, which counts from 0."""
-    return Scalars(make_schedule(config)(step), jnp.float32(config.optim.clip_norm))
+    optim = config.optim
+    return Scalars(make_schedule(config)(step), jnp.float32(optim.clip_norm), jnp.float32(optim.weight_decay))
 
 
 def make_optimizer(
@@ -70,7 +73,10 @@ def make_optimizer(
     def learning_rate(count: jax.Array) -> jax.Array:
         return schedule(count) if scalars is None or count is not step else scalars.learning_rate
 
-    optimizer = entry.make(optim, learning_rate, _make_clip(optim.clipping, clip_norm))
+    fields: Any = optim
+    if scalars is not None and entry.takes_arrays:  # a config takes no arrays
+        fields = types.SimpleNamespace(**{**vars(optim), "weight_decay": scalars.weight_decay})
+    optimizer = entry.make(fields, learning_rate, _make_clip(optim.clipping, clip_norm))
     return skip_bad_steps(
         freeze_updates(optimizer, config.frozen) if config.frozen else optimizer,
         window=guard.window,

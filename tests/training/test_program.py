@@ -48,12 +48,21 @@ def trained(style, sizes, accumulate=1):
     return jax.device_get(state.params), history
 
 
-def test_another_learning_rate_length_or_threshold_is_the_same_program():
+def test_another_learning_rate_length_threshold_or_decay_is_the_same_program():
     """And gives the numbers of a program that holds the values as constants."""
     config = make_config("llama")
-    optim = dataclasses.replace(config.optim, peak_lr=1e-3, warmup_steps=5, floor=0.2, schedule="linear", clip_norm=0.1)
-    train = dataclasses.replace(config.train, steps=300)
-    programs = [program_of(one) for one in (config, dataclasses.replace(config, optim=optim, train=train))]
+    rate = {"peak_lr": 1e-3, "warmup_steps": 5, "floor": 0.2, "schedule": "linear", "clip_norm": 0.1}
+    changes = [
+        ("optim", rate),
+        ("train", {"steps": 300}),
+        ("optim", {"weight_decay": 0.3}),
+        ("optim", {"weight_decay": 0}),
+    ]
+    changed = [
+        dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **fields)})
+        for name, fields in changes
+    ]
+    programs = [program_of(one) for one in (config, *changed)]
     texts = set()
     for program in programs:
         scalars = jax.eval_shape(program.scalars, program.abstract_state.step)
