@@ -9,7 +9,7 @@ The plan by formula, from `jaxtrain plan configs/llama2_7b.py --devices 64 --chi
 an all-reduce.
 
 By the TPU compiler, from `jaxtrain plan configs/llama2_7b.py --topology v5p:2x2x2 --train.batch-size 16`:
-2 x 4,096 tokens on each of 8 chips: the state takes 10.11 GB, temporaries 5.32 GB more at the peak, of 103 GB.
+2 x 4,096 tokens on each of 8 chips: the state takes 10.11 GB, temporaries 4.45 GB more at the peak, of 103 GB.
 """
 
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama

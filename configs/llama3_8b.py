@@ -11,7 +11,7 @@ The plan by formula, from `jaxtrain plan configs/llama3_8b.py --devices 256 --ch
 at 40 % MFU 1.8 million tokens a second, 95 days, 584,000 chip-hours.
 
 By the TPU compiler, from `jaxtrain plan configs/llama3_8b.py --topology v6e:4x4 --train.batch-size 16`: 8,192 tokens on
-each of 16 chips: the state takes 6.03 GB, temporaries 4.98 GB more at the peak, of 33.5 GB.
+each of 16 chips: the state takes 6.03 GB, temporaries 4.46 GB more at the peak, of 33.5 GB.
 """
 
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama

@@ -162,7 +162,7 @@ def _cuts(config: ModelConfig, looped: bool) -> list[int]:
     """Returns the first layer of each loop over layers, and the number of layers.
 
     The backward pass starts with the second of two loops, and frees its saved inputs before the gradients of the first
-    need memory. In one loop both would be stored in full: 5.32 instead of 4.45 GB (docs/benchmarks.md, Llama 2 7B).
+    need memory. One loop would store both in full: 5.32 instead of 4.45 GB for Llama 2 7B on v5p:2x2x2.
     """
     num_layers = config.num_layers
     split = looped and config.remat == "full" and num_layers >= 4
