@@ -11,7 +11,7 @@ The plan by formula, from `jaxtrain plan configs/olmoe_1b_7b.py --devices 256 --
 
 By the TPU compiler, from
 `jaxtrain plan configs/olmoe_1b_7b.py --topology v5p:2x2x2 --mesh.data 1 --train.batch-size 32`: the state takes
-10.4 GB, temporaries 6.81 GB more at the peak, of 102.8 GB.
+10.4 GB, temporaries 6.41 GB more at the peak, of 102.8 GB.
 """
 
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, family

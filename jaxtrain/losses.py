@@ -44,7 +44,7 @@ class LossSums:
     Attributes:
       nll: negative log-likelihood of the labels in nats, without z-loss and smoothing.
       z_loss: z-loss in nats.
-      smoothing: contribution of label smoothing in nats.
+      smoothing: contribution of label smoothing in nats, and of the losses of the routers of experts.
       weight: sum of the weights; the number of tokens if `where` is a mask.
 
     Example:
