@@ -111,7 +111,7 @@ def test_the_whole_quickstart_is_healthy(seed, finished, tmp_path):
     """No finding and no skipped step over 900 steps."""
     folder = finished[0] if seed == 0 else tmp_path / "run"
     if seed:
-        train(folder, "--seed", str(seed), "--data.store", finished[0] / "store")
+        train(folder, "--seed", str(seed))
     check_is_healthy(folder)
 
 
