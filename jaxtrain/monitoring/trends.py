@@ -176,9 +176,12 @@ class ValidationRising(Rule):
         self._count = self._count + 1 if risen else 0
         if self._count < self.EVALUATIONS:
             return CLEAR
+        packed = self.facts.config.data.packing == "best_fit"
         return Found(
             f"the validation loss is {loss:.4g}, it was {self._best:.4g} at step {self._best_step:,}; the training "
             f"loss fell from {self._train_at_best:.4g} to {train:.4g}"
+            + "; windows of validation cut documents, which those of best-fit packing do not"
+            * packed
         )
 
 

@@ -8,8 +8,10 @@ import pytest
 from synthetic_runs import HEALTHY, SICK, STEPS, healthy, sick
 
 from jaxtrain.config import OptimConfig
+from jaxtrain.guard import GRAD_NORM_SPIKE, LOSS_SPIKE, NOT_FINITE
 from jaxtrain.monitoring.health import Health
-from jaxtrain.monitoring.rules import CLEAR, RULES, UNKNOWN, Found, Rule, RunFacts
+from jaxtrain.monitoring.rules import CLEAR, RULES, UNKNOWN, Found, Rule, RunFacts, SkippedSteps
+from jaxtrain.monitoring.trends import LabelLeak
 
 
 @healthy()
@@ -236,6 +238,23 @@ def score(seeds):
             if found - set(names) or not set(names[:1]) <= found:
                 mistakes.append((change.__name__, seed, sorted(found)))
     return right / (right + wrong), right / (right + missed), mistakes
+
+
+@pytest.mark.parametrize(("reason", "limit"), [(LOSS_SPIKE, 3), (GRAD_NORM_SPIKE, 5), (NOT_FINITE, 1)])
+def test_more_skips_for_the_gradient_norm_than_for_the_loss_are_routine(tiny_config, reason, limit):
+    """Gradients of small batches have heavy tails; a NaN is never routine."""
+    health = Health(RunFacts(tiny_config), [SkippedSteps])
+    lines = [{"step": step, "skipped": float(step % 10 == 0), "skip_reason": reason} for step in range(1, 100)]
+    found = [finding.step for line in lines for finding in health.observe(line)]
+    assert found[:1] == [10 * limit]
+
+
+@pytest.mark.parametrize(("share", "leaks"), [(1.0, True), (0.51, True), (0.49, False), (0.0, False)])
+def test_a_low_loss_of_few_labels_is_no_leak(tiny_config, share, leaks):
+    """Completions of which few labels count may be easy."""
+    health, tokens = Health(RunFacts(tiny_config, vocab_size=257, train_tokens=10_000), [LabelLeak]), 8 * 16
+    lines = [{"step": step, "nll": 0.01, "tokens": share * tokens} for step in range(1, 20)]
+    assert any(health.observe(line) for line in lines) == leaks
 
 
 def test_the_table_is_large_enough():

@@ -223,10 +223,11 @@ def test_processes_that_disagree_on_the_config_say_where(config, tmp_path):
 def test_processes_that_would_restore_another_step_say_which(config, whole, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(whole, tmp_path / name)
-    shutil.rmtree(tmp_path / "b" / "checkpoints" / "8")
+        shutil.rmtree(tmp_path / name / "checkpoints" / "8")  # else the run is finished
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "6")
     codes, _, errors = Processes(*[train_command(config, tmp_path / name) for name in ("a", "b")]).wait()
     assert codes == [2, 2], errors
-    assert all("newest step: process 0 says 8, process 1 says 6" in error for error in errors)
+    assert all("newest step: process 0 says 6, process 1 says 3" in error for error in errors)
 
 
 @pytest.mark.slow
