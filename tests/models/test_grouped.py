@@ -10,7 +10,7 @@ from jaxtrain.models.kernels.grouped import grouped_matmul
 SIZES = [[0, 100, 3, 0, 57, 0], [160, 0, 0, 0, 0, 0], [16, 32, 15, 17, 40, 40], [0, 0, 0, 0, 1, 159]]
 
 
-@pytest.mark.parametrize("num_rows", [160, 5])
+@pytest.mark.parametrize("num_rows", [160, pytest.param(5, marks=pytest.mark.slow)])
 def test_products_and_gradients_are_those_of_ragged_dot(num_rows):
     """Groups that are empty, end within a block or fill several; fewer rows than groups."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -37,10 +37,10 @@ def test_vmap_maps_what_is_mapped():
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernel = (jax.random.normal(key, shape) for key, shape in zip(keys, ((3, 6, 4), (2, 4, 5)), strict=True))
     sizes = jnp.int32([2, 4])
-    product = jax.value_and_grad(lambda x, factor: jnp.sum(jnp.sin(grouped_matmul(x, kernel, sizes)) * factor))
+    product = jax.jit(jax.value_and_grad(lambda x, factor: jnp.sum(jnp.sin(grouped_matmul(x, kernel, sizes)) * factor)))
     factors = jnp.arange(3.0)
     for mapped in ((None, 0), (0, 0)):
-        found = jax.jit(jax.vmap(product, mapped))(x if mapped[0] == 0 else x[1], factors)
+        found = jax.vmap(product, mapped)(x if mapped[0] == 0 else x[1], factors)
         for i in range(3):
             one = product(x[i if mapped[0] == 0 else 1], factors[i])
             jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5), found, one)
