@@ -11,7 +11,7 @@ The plan by formula, from `jaxtrain plan configs/llama_1b.py --devices 16 --chip
 152,000 tokens a second, 2 days, 784 chip-hours.
 
 By the TPU compiler, from `jaxtrain plan configs/llama_1b.py --topology v5e:4x4`: the state takes 1.01 GB, temporaries
-3.55 GB more at the peak, of 16.9 GB.
+3.36 GB more at the peak, of 16.9 GB.
 """
 
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, llama

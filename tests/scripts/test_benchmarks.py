@@ -53,6 +53,17 @@ def test_rejects_an_unusable_command(flags, message, monkeypatch):
         runpy.run_path(str(ROOT / "scripts/bench_train.py"), run_name="__main__")
 
 
+def test_a_plan_is_a_row_of_memory_and_collectives():
+    """The exchange of the embedding is no traffic of weights; its blocking part does not count."""
+    row_of = runpy.run_path(str(ROOT / "scripts/bench_plans.py"))["row_of"]
+    moved = [("all-gather", 3e9, 1e9), ("all-gather", 1e9, 0), ("reduce-scatter", 2e9, 0), ("all-to-all", 9e9, 9e9)]
+    keys = ("kind", "bytes", "blocking_bytes")
+    found = {"argument_bytes_per_device": 5e9, "temporary_bytes_per_device": 6e9, "warning": None}
+    found |= {"mesh": {"data": 1, "fsdp": 8}, "collectives": [dict(zip(keys, one, strict=True)) for one in moved]}
+    assert row_of("h100:8", found) == ["h100:8", "fsdp 8", 5.0, 6.0, 4.0, 2.0, 0.0, 1.0, "no"]
+    assert row_of("h100:8", found | {"warning": "replaced"})[-1] == "yes"
+
+
 def test_the_loss_head_is_timed(tmp_path):
     record = tmp_path / "loss.json"
     sizes = ["--tokens=64", "--vocab", "40", "--d-model=8", "--chunk-size", "16", "--repeats=1"]
