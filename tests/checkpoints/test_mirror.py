@@ -51,10 +51,10 @@ def write_checkpoint(run, step, text):
 
 
 def steps_at_url():
-    """Verifies the newest checkpoint as a machine without any would; returns the steps there."""
+    """Verifies the checkpoints as a machine without any would; returns their steps."""
     run = local_run(URL)
     steps = CheckpointFolder(run / "checkpoints").steps()
-    for step in steps[-1:]:
+    for step in steps:
         assert verify(run / "checkpoints" / str(step)).num_bytes
     return steps
 
@@ -109,6 +109,23 @@ def test_a_kill_at_any_write_leaves_a_whole_checkpoint(bucket, held, tmp_path, m
     assert seen[-1] == ([10, 15], True)
     assert {tuple(steps) for steps, _ in seen} >= {(5, 10), (5, 10, 15), (5, 15), (10, 15)}
     assert {path for path in bucket.store if "/checkpoints/5/" in path} == set()
+
+
+def test_of_two_that_found_the_lease_free_the_slower_one_loses(bucket):
+    """It does not overwrite the lease of the other, however late it writes."""
+    first = Lease(URL)
+
+    class Slow(Lease):
+        def require_free(self, **options):
+            found = super().require_free(**options)
+            if not bucket.store:
+                first.acquire()
+            return found
+
+    with pytest.raises(ValueError, match="is being trained in by process"):
+        Slow(URL).acquire()
+    first.require()
+    first.release()
 
 
 def test_failures_are_reported_once_and_slow_uploads_block_nothing(bucket, held, tmp_path, monkeypatch):
