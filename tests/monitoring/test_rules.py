@@ -9,7 +9,7 @@ from synthetic_runs import HEALTHY, SICK, STEPS, healthy, sick
 
 from jaxtrain.config import OptimConfig
 from jaxtrain.guard import GRAD_NORM_SPIKE, LOSS_SPIKE, NOT_FINITE
-from jaxtrain.monitoring.health import Health
+from jaxtrain.monitoring.health import Health, diagnose
 from jaxtrain.monitoring.rules import CLEAR, RULES, UNKNOWN, Found, Rule, RunFacts, SkippedSteps
 from jaxtrain.monitoring.trends import LabelLeak
 
@@ -255,6 +255,13 @@ def test_a_low_loss_of_few_labels_is_no_leak(tiny_config, share, leaks):
     health, tokens = Health(RunFacts(tiny_config, vocab_size=257, train_tokens=10_000), [LabelLeak]), 8 * 16
     lines = [{"step": step, "nll": 0.01, "tokens": share * tokens} for step in range(1, 20)]
     assert any(health.observe(line) for line in lines) == leaks
+
+
+def test_a_report_knows_the_vocabulary_from_the_newest_start(tiny_config):
+    events = [{"event": "start", "step": 0, "vocab_size": 10**9}, {"event": "resume", "step": 0, "vocab_size": 257}]
+    for loss, names in ((math.log(257), []), (20.0, ["initial_loss"])):
+        line = {"step": 1, "loss": loss, "nll": loss, "tokens": 128.0}
+        assert [finding.name for finding in diagnose([line], events, tiny_config)] == names
 
 
 def test_the_table_is_large_enough():
