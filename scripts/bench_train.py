@@ -76,6 +76,10 @@ class Ours:
         metrics.unpack()
         return seconds
 
+    def text(self) -> str:
+        """Returns the compiled program."""
+        return self._step.executable.as_text()
+
     def _one(self) -> PackedMetrics:
         self._state, metrics = self._step(self._state, self._batch)
         return metrics

@@ -38,7 +38,7 @@ def read_times(folder: Path) -> tuple[range, dict[str, float]]:
         try:
             about = json.loads(file.read_text())
             steps, scopes = range(about["first"], about["last"] + 1), about["scopes"]
-            lines = list(_lines(file.with_name(file.name.replace(".scopes.json", ".xplane.pb")), about["module"]))
+            lines = list(read_lines(file.with_name(file.name.replace(".scopes.json", ".xplane.pb")), about["module"]))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ValueError(f"the trace in {folder} cannot be read: {error}") from None
         for name, nanoseconds in busy_times(lines).items():
@@ -48,7 +48,8 @@ def read_times(folder: Path) -> tuple[range, dict[str, float]]:
     return steps, {scope: busy[scope] / 1e6 / len(steps) for scope in (*SCOPES, OTHER)}
 
 
-def _lines(file: Path, module: str) -> Iterator[tuple[list[Span], list[tuple[float, str]]]]:
+def read_lines(file: Path, module: str) -> Iterator[tuple[list[Span], list[tuple[float, str]]]]:
+    """Yields the lines of a trace's file, see `read_line`; `module` is the name of the compiled program."""
     from jax.profiler import ProfileData  # takes a second to import
 
     if not file.is_file():
