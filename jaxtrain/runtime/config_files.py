@@ -37,9 +37,9 @@ def load_config(path: str | Path) -> Config:
     Raises:
       ValueError: no such file, or one that gives no valid config; names the line.
     """
-    require_local(path, "the config file")
-    path = Path(path)
+    path, given = Path(path), path
     if not path.is_file():
+        require_local(given, "the config file")
         raise ValueError(f"no config file {path}: {_config_near(path)}")
     if path.suffix not in (".json", ".py"):
         raise ValueError(f"config {path} must end in .py or .json")
