@@ -2,7 +2,8 @@
 """Time of the train step's operations on a CPU, beside those of the same step in compiled PyTorch.
 
 Traces some steps of both: JAX by the kind of the HLO instruction, torch by the name of the operator. Each moment of a
-thread counts for the innermost operation; milliseconds are summed over threads, so that they exceed those of a step.
+thread counts for the innermost operation. Milliseconds of JAX are summed over its threads, so that they exceed those of
+a step; torch's profiler counts the calling thread alone.
 
   python scripts/bench_operations.py configs/gpt2_124m.py --peer-python .venv-torch/bin/python --steps 5 \\
       --train.batch-size=8 --train.accumulate=1 --train.precision=float32
@@ -70,10 +71,10 @@ def peer_times(python: Path, spec: dict[str, Any], steps: int) -> dict[str, floa
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table_of(title: str, times: dict[str, float], top: int) -> Table:
+def table_of(title: str, threads: str, times: dict[str, float], top: int) -> Table:
     """Returns the longest operations, and the sum of the others."""
     rows = sorted(times.items(), key=lambda row: -row[1])
-    table = Table(title, {"operation": "", "ms / step": ".2f", "share": ".1%"})
+    table = Table(title, {"operation": "", "ms / step": ".2f", "share": ".1%"}, notes=[f"Time of {threads}."])
     total, longest = sum(times.values()), rows[:top]
     for name, value in [*longest, ("others", sum(value for _, value in rows[top:])), ("total", total)]:
         table.rows.append([name, value, value / total])
@@ -94,8 +95,13 @@ def main() -> None:
     config = parse_config([options.config, *flags])
     ours, model = ours_times(config, options.steps)
     peer = peer_times(options.peer_python, peer_spec(config, model, compiled=True), options.steps)
-    tables = [table_of("jaxtrain", ours, options.top), table_of("torch.compile", peer, options.top)]
-    report(options, tables)
+    report(
+        options,
+        [
+            table_of("jaxtrain", "all threads, added", ours, options.top),
+            table_of("torch.compile", "the calling thread", peer, options.top),
+        ],
+    )
 
 
 if __name__ == "__main__":
