@@ -162,27 +162,22 @@ def linear_cross_entropy(
     """Sums the cross-entropy of `hidden @ kernel` without holding more than one chunk of the logits.
 
     Scans over chunks of tokens, each with the whole vocabulary. Under differentiation the same pass forms the gradients
-    from the same float32 logits and stores them summed (the scheme of Liger Kernel, arXiv:2410.10989): there is no
-    second product with the vocabulary and no `[tokens, V]` array. A kernel of more than 2^28 elements gets its gradient
-    in a second pass over blocks of the vocabulary, which never holds it in float32. Without differentiation only the
-    sums are computed. Differentiable once, in reverse mode.
+    from the same float32 logits and stores them summed (the scheme of Liger Kernel, arXiv:2410.10989). A kernel of more
+    than 2^28 elements gets its gradient in a second pass over blocks of the vocabulary, which never holds it in
+    float32. Differentiable once, in reverse mode.
 
     Args:
       hidden: `[..., D]`, float32, bfloat16 or float16.
       kernel: `[D, V]`, same dtype; products accumulate in float32.
-      labels, where, z_loss, label_smoothing, logit_softcap: as for `cross_entropy`. A position of weight 0 adds exactly
-        0 even if its hidden state is NaN.
+      labels, where, z_loss, label_smoothing, logit_softcap: as for `cross_entropy`. Weight 0 adds 0, also of NaN.
       chunk_size: largest number of tokens of a chunk, over all devices; None: `default_chunk`.
-      num_classes: number of classes if the last columns of the kernel are padding, which has gradient 0 and no part in
-        the loss. None: V, times the devices along `vocab_axis`.
+      num_classes: number of classes; columns after them are padding, without loss and gradient. None: all columns.
       vocab_axis: name of the mapped axis (of `jax.shard_map`, with `check_vma=False`) that shards the kernel's columns
         equally and in order. Hidden states, labels, sums and the gradient of the hidden states are replicated over it.
       gather_axis: name of the mapped axis that shards the kernel's rows equally and in order, like `vocab_axis` for its
         columns. The kernel is gathered here, and its gradient reduce-scattered: in the second pass block by block.
-      vocab_block: columns of a block of the second pass; 0 disables the second pass. None: by the size of the kernel
-        and its dtype.
-      check_labels: emits the check by which `checkify` names a wrong label, which is NaN either way. The check is an
-        effect, and JAX has no fast dispatch for programs with effects: a call costs the host about a millisecond more.
+      vocab_block: columns of a block of the second pass; 0 disables it. None: by the kernel's size and dtype.
+      check_labels: emits the check by which `checkify` names a wrong label. A call then takes a millisecond more.
 
     Returns:
       LossSums in nats, equal to `cross_entropy(hidden @ kernel, ...)`.

@@ -60,12 +60,10 @@ class Transformer(nn.Module):
         Args:
           tokens_BT: integer token ids.
           cache: keys and values of the tokens before these (`empty_cache`), or None.
-          num_cached: number of valid tokens in the cache, int32 scalar or `[B]`. The new tokens are written after them.
-            None: the cache is empty.
+          num_cached: number of tokens in the cache, int32 scalar or `[B]`; the new ones follow. None: it is empty.
           segment_ids: int `[B, T]`. A token attends to its own segment only.
           positions: int `[B, T]`, for the position encoding. None counts from the start of the row, or of the cache.
-          router_weight: `[B, T]`, weights with which the routers' decisions are summed, as `RouterSums` `[L, ...]` in
-            the collection `router` under the name `sums`. None sums nothing.
+          router_weight: `[B, T]`, weights of the `RouterSums` sown as `sums` in the collection `router`, or None.
 
         Returns:
           Hidden states `[B, T, D]` after the final norm, in the parameters' dtype, and the extended cache.

@@ -83,9 +83,6 @@ def train(
         recorder = session.recorder
         _describe(session)
         if rewind is None and (outcome := _settled_outcome(session)):
-            gave_up = "change the config with --allow-change, or go on from a checkpoint with --rewind STEP"
-            remedy = "nothing to do" if outcome["reason"] == "finished" else gave_up
-            recorder.say(f"{outcome['reason']} at step {outcome['step']} before: {remedy}; {folder / 'report.html'}")
             return outcome
         try:
             state = start(session, rewind)
@@ -119,7 +116,7 @@ def _describe(session: Session) -> None:
 
 
 def _settled_outcome(session: Session) -> dict[str, Any] | None:
-    """Returns the recorded outcome of a run that has finished or given up; None if it is to train further."""
+    """Returns and tells the recorded outcome of a run that has finished or given up; None if it is to train further."""
 
     def find() -> dict[str, Any] | None:
         run, last = session.run, session.recorder.last_stop
@@ -134,7 +131,13 @@ def _settled_outcome(session: Session) -> dict[str, Any] | None:
             return None
         return {name: value for name, value in last.items() if name not in ("event", "time")}
 
-    return processes.broadcast_from_lead("look for the end of the run", find)
+    outcome = processes.broadcast_from_lead("look for the end of the run", find)
+    if outcome:
+        gave_up = "change the config with --allow-change, or go on from a checkpoint with --rewind STEP"
+        remedy = "nothing to do" if outcome["reason"] == "finished" else gave_up
+        report = session.run.folder / "report.html"
+        session.recorder.say(f"{outcome['reason']} at step {outcome['step']} before: {remedy}; {report}")
+    return outcome
 
 
 def _open_session(
