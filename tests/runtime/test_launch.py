@@ -106,7 +106,7 @@ def test_slurm_without_gpus_is_one_process_a_node(cluster):
 
 
 ENDS = [(0, False), (143, True), (138, True), (75, True), (1, False), (2, False), (129, False), (134, False)]
-ENDS = [(code, 0, again) for code, again in ENDS] + [(137, 599, False), (137, 600, True)]
+ENDS = [(code, 0, again) for code, again in ENDS] + [(137, 300, False), (137, 600, True)]
 
 
 @pytest.mark.parametrize(("code", "seconds", "again"), ENDS)
