@@ -146,7 +146,7 @@ class Sleeps(Fake):
     gate = threading.Event()
 
     def log(self, step, values):
-        self.gate.wait(30)
+        self.gate.wait(120)
 
 
 class Stumbles(Fake):
@@ -166,7 +166,7 @@ def test_a_tracker_in_trouble_is_reported_once_and_holds_nothing_up(fake, tmp_pa
     config = change(CONFIG, train={"log_every": 1, "steps": 1200})
     begin = time.monotonic()
     attempt(tmp_path, 0, 1200, config=config)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
     Sleeps.gate.set()
     assert stream.getvalue().count("warning: the sink fake failed, training continues") == 1
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")[0]] == list(range(1, 1201))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import LIMIT
 
 from jaxtrain.runtime.peers import Peers
 from jaxtrain.runtime.relay import relay
@@ -36,7 +37,7 @@ class Three:
             connection.shutdown(socket.SHUT_WR)
 
     def ends(self, count):
-        return sorted(self.left.get(timeout=20) for _ in range(count))
+        return sorted(self.left.get(timeout=LIMIT) for _ in range(count))
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_words_that_are_no_message_are_a_loss(words):
     theirs.settimeout(1.0)
     theirs.sendall(words)
     theirs.close()
-    assert left.get(timeout=20) == 75
+    assert left.get(timeout=LIMIT) == 75
     peers.announce(0)
 
 
@@ -99,16 +100,16 @@ def test_a_suspended_process_is_not_lost_and_a_killed_one_is():
             with pytest.raises(queue.Empty):
                 left.get(timeout=1.0)
             child.kill()
-            assert left.get(timeout=20) == 75
+            assert left.get(timeout=LIMIT) == 75
             peers.announce(0)
         finally:
             child.kill()
-            child.wait(20)
+            child.wait(LIMIT)
 
 
 def test_the_relay_forwards_both_ways_and_stays_open_when_the_lead_dies():
     with socket.create_server(("localhost", 0)) as server:
-        local = socket.create_connection(split_address(relay(*server.getsockname())), timeout=20)
+        local = socket.create_connection(split_address(relay(*server.getsockname())), timeout=LIMIT)
         remote = server.accept()[0]
         remote.settimeout(20)
         local.sendall(b"x" * 200_000)
@@ -126,7 +127,7 @@ def test_the_relay_forwards_both_ways_and_stays_open_when_the_lead_dies():
 
 def test_the_relay_passes_on_that_jax_has_left():
     with socket.create_server(("localhost", 0)) as server:
-        local = socket.create_connection(split_address(relay(*server.getsockname())), timeout=20)
+        local = socket.create_connection(split_address(relay(*server.getsockname())), timeout=LIMIT)
         remote = server.accept()[0]
         remote.settimeout(20)
         local.close()

@@ -48,12 +48,12 @@ def python(code):
 def test_signals_at_the_same_moment_are_one_request_and_a_later_one_ends_the_process():
     """A later signal ends the process even while the main thread runs C code."""
     code = """
-with stop.Stop(grace_seconds=0.3).listen() as asked:
+with stop.Stop(grace_seconds=1.0).listen() as asked:
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
     time.sleep(0.1)
     print(asked.reason, flush=True)
-    time.sleep(1)
+    time.sleep(2)
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here", flush=True)
 """
@@ -63,9 +63,9 @@ with stop.Stop(grace_seconds=0.3).listen() as asked:
 def test_handlers_are_restored_when_the_block_ends_before_the_grace_period():
     code = """
 signal.signal(signal.SIGTERM, lambda *_: print("mine", flush=True))
-with stop.Stop(grace_seconds=0.2).listen():
+with stop.Stop(grace_seconds=1.0).listen():
     os.kill(os.getpid(), signal.SIGTERM)
-time.sleep(0.5)
+time.sleep(1.5)
 os.kill(os.getpid(), signal.SIGTERM)
 """
     assert python(code) == (0, "mine\n")
