@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
@@ -115,12 +116,13 @@ def test_messages_of_a_parquet_column_are_those_of_json(chat_tokenizer, tmp_path
     records = [{"messages": [asked, answer]}, {"messages": [asked, asked, answer]}]
     write_lines(tmp_path / "a.jsonl", records)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    pyarrow.feather.write_feather(pyarrow.Table.from_pylist(records), tmp_path / "a.feather")
     options = {"tokenizer": f"hf:{chat_tokenizer}", "chat_template": str(tmp_path)}
     stores = [
         prepare_completions([str(tmp_path / name)], tmp_path / f"{name} store", **options)
-        for name in ("a.jsonl", "a.parquet")
+        for name in ("a.jsonl", "a.parquet", "a.feather")
     ]
-    assert stores[0].manifest["splits"] == stores[1].manifest["splits"]
+    assert stores[0].manifest["splits"] == stores[1].manifest["splits"] == stores[2].manifest["splits"]
     assert stores[0].train.num_tokens > 2
 
 
@@ -131,7 +133,9 @@ def test_every_format_of_records_gives_the_same_store(pairs, tmp_path):
     (tmp_path / "b.csv").write_text("completion;prompt\n" + lines.replace(",", ";"))
     rows = [record | {"when": datetime.datetime(2026, 1, 1)} for record in PAIRS]  # which is no JSON
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for name in ("a.json", "a.csv", "b.csv", "a.parquet"):
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", pyarrow.Table.from_pylist(rows).schema) as writer:
+        writer.write_table(pyarrow.Table.from_pylist(rows))
+    for name in ("a.json", "a.csv", "b.csv", "a.parquet", "a.arrow"):
         store = prepare_completions([str(tmp_path / name)], tmp_path / f"{name}-store", validation_fraction=0.2)
         assert store.fingerprint == pairs.fingerprint
         assert prepare_completions([str(tmp_path / name)], store.path, validation_fraction=0.2).path == store.path

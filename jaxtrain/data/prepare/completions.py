@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxtrain.data.chat import TEMPLATE_FILES, ChatTemplate, read_template
 from jaxtrain.data.prepare.documents import SPLITS, TRAIN, VALIDATION
-from jaxtrain.data.prepare.formats import find_delimiter, find_format, open_seekable
+from jaxtrain.data.prepare.formats import find_delimiter, find_format, open_arrow, open_seekable
 from jaxtrain.data.prepare.sources import content_hash, find_sources
 from jaxtrain.data.prepare.streams import MAX_RECORD_BYTES, JsonReader, import_extra, naming, open_stream
 from jaxtrain.data.prepare.units import token_dtype
@@ -58,7 +58,7 @@ def prepare_completions(
     """Tokenizes prompts and completions into a new token store and opens it. Holds all tokens in memory.
 
     Args:
-      sources: files, folders or globs of JSON, JSON lines, CSV, TSV or Parquet, compressed or not.
+      sources: files, folders or globs of JSON, JSON lines, CSV, TSV, Parquet or Arrow, compressed or not.
       out: folder of the store. A finished store of the same files and options is opened.
       tokenizer: `byte` or `hf:PATH`; PATH may be a run directory, for the tokenizer of its model.
       validation: sources of the validation split, which then is no share of `sources`.
@@ -137,13 +137,19 @@ def _records(path: str) -> Iterator[Record]:
         case ".parquet":
             library = import_extra("pyarrow.parquet", "Parquet", "parquet")
             with open_seekable(path) as stream, library.ParquetFile(stream) as file:
-                names = file.schema_arrow.names
-                # Others may be of types that are no JSON.
-                columns = [name for name in names if name in ("messages", "prompt", "completion")] or names
-                for batch in file.iter_batches(1024, columns=columns):
+                for batch in file.iter_batches(1024, columns=_record_columns(file.schema_arrow.names)):
                     yield from map(_without_nulls, batch.to_pylist())
+        case ".arrow" | ".feather":
+            with open_arrow(path) as (names, batches):
+                for batch in batches:
+                    yield from map(_without_nulls, batch.select(_record_columns(names)).to_pylist())
         case _:
-            raise ValueError("is no file of records: give JSON, JSON lines, CSV, TSV or Parquet")
+            raise ValueError("is no file of records: give JSON, JSON lines, CSV, TSV, Parquet or Arrow")
+
+
+def _record_columns(names: list[str]) -> list[str]:
+    """Returns the columns that a record may have, as others may be of types that are no JSON; all if it has none."""
+    return [name for name in names if name in ("messages", "prompt", "completion")] or names
 
 
 def _without_nulls(value: Any) -> Any:

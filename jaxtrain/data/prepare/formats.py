@@ -16,6 +16,7 @@ with `data.sources` may fill `FORMATS` in the same way.
 """
 
 import codecs
+import contextlib
 import csv
 import functools
 import io
@@ -266,15 +267,23 @@ def _parquet_documents(path: str, start: int, stop: int | None, text_field: str)
 
 def _arrow_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
     """Yields one column of an Arrow IPC file (also Feather) or stream, as Hugging Face datasets are stored."""
+    with open_arrow(path) as (names, batches):
+        _require_column(names, text_field)
+        for batch in batches:
+            yield from _column_texts(batch.column(text_field), text_field)
+
+
+@contextlib.contextmanager
+def open_arrow(path: str) -> Iterator[tuple[list[str], Iterator[Any]]]:
+    """Opens an Arrow IPC file or stream; gives the names of its columns, and its batches of _ROWS rows at most."""
     library = import_extra("pyarrow", "Arrow", "parquet")
     with open_seekable(path) as stream:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
         with (library.ipc.open_file if is_file else library.ipc.open_stream)(stream) as reader:
-            _require_column(reader.schema.names, text_field)
-            numbers = range(reader.num_record_batches) if is_file else None
-            for batch in reader if numbers is None else map(reader.get_batch, numbers):
-                yield from _column_texts(batch.column(text_field), text_field)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            slices = (batch.slice(first, _ROWS) for batch in batches for first in range(0, len(batch), _ROWS))
+            yield reader.schema.names, slices
 
 
 def open_seekable(path: str) -> Any:
@@ -291,9 +300,8 @@ def _require_column(names: Iterable[str], text_field: str) -> None:
 
 
 def _column_texts(column: Any, text_field: str) -> Iterator[str]:
-    for first in range(0, len(column), _ROWS):
-        for text in column.slice(first, _ROWS).to_pylist():
-            yield _record_text({text_field: text}, text_field)
+    for text in column.to_pylist():
+        yield _record_text({text_field: text}, text_field)
 
 
 def _tar_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
