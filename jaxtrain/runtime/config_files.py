@@ -82,7 +82,10 @@ def load_run_config(run_dir: str | Path) -> Config:
                 f"{run_dir} has lost its config.json: `jaxtrain train CONFIG --run-dir {run_dir}` restores it from a "
                 "checkpoint"
             )
-        raise ValueError(f"{run_dir} is no run directory (no config.json): give the --run-dir of `jaxtrain train`")
+        raise ValueError(
+            f"{run_dir} is no run directory (no config.json): give the --run-dir of `jaxtrain train`"
+            " (to eval, generate and load, a folder of transformers serves as well)"
+        )
     return load_config(run_dir / "config.json")
 
 

@@ -115,11 +115,33 @@ def empty_tensor(head):
     return head | {"model.sinks": {"dtype": "F32", "shape": [0], "data_offsets": [end, end]}}
 
 
+def as_file(folder):
+    shutil.rmtree(folder)
+    folder.write_bytes(b"GGUF")
+
+
+def as_cache(folder):
+    """Moves the model to where the cache of the Hub has it."""
+    (folder / "snapshots" / "b1").mkdir(parents=True)
+    (folder / "config.json").rename(folder / "snapshots" / "b1" / "config.json")
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0}
 DAMAGE = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: missing, or not a JSON object"),
     "torn config": (torn("config.json", 40), "config.json: missing, or not a JSON object"),
     "a list": (edit("config.json", lambda old: [old]), "config.json: missing, or not a JSON object"),
+    "no folder": (shutil.rmtree, "config.json: missing; a model of the .* Hub is downloaded with `hf download"),
+    "a file": (as_file, "config.json: missing, as HF_FOLDER is a file"),
+    "adapter": (
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+        "config.json: missing, as HF_FOLDER holds an adapter: .*merge_and_unload",
+    ),
+    "cache": (as_cache, r"config.json: missing; give the folder of a snapshot: .*/cache/snapshots/b1\n"),
+    "pointer": (
+        lambda folder: (folder / FIRST).write_text("version https://git-lfs.github.com/spec/v1\n"),
+        f"{FIRST} is a pointer of git LFS: run `git lfs pull`",
+    ),
     "unknown architecture": (config(architectures=["BertModel"]), "config.json: architecture 'BertModel' is not known"),
     "sinks": (config(architectures=["GptOssForCausalLM"]), "config.json: .* needs attention sinks, which"),
     "images": (config(architectures=["Gemma3ForConditionalGeneration"]), "config.json: .* needs a tower for images"),

@@ -61,7 +61,7 @@ class PretrainedFolder:
         self.values = read_json(self.path / CONFIG)
         try:
             if not isinstance(self.values, dict):
-                raise ValueError("missing, or not a JSON object")
+                raise ValueError(_no_model(self.path))
             self.family, self.config = read_config(self.values)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path / CONFIG}: {error}") from None
@@ -131,6 +131,19 @@ class PretrainedFolder:
         return matched
 
 
+def _no_model(path: Path) -> str:
+    """Returns why a path without a config.json that can be read is no folder of transformers, and what is."""
+    if not path.exists():
+        return "missing; a model of the Hugging Face Hub is downloaded with `hf download MODEL --local-dir HF_FOLDER`"
+    if path.is_file():
+        return "missing, as HF_FOLDER is a file: give a folder with config.json and safetensors files"
+    if (path / "adapter_config.json").exists():
+        return "missing, as HF_FOLDER holds an adapter: save the model with it merged in (merge_and_unload of peft)"
+    if found := sorted(path.glob(f"snapshots/*/{CONFIG}")):
+        return f"missing; give the folder of a snapshot: {found[-1].parent}"
+    return "missing, or not a JSON object"
+
+
 def abstract_params(config: ModelConfig) -> Any:
     """Returns the parameters of a model as a tree of `jax.ShapeDtypeStruct`."""
     return jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
@@ -181,6 +194,8 @@ def _open(file: Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{file} is missing") from None
     except safetensors.SafetensorError as error:
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file} is a pointer of git LFS: run `git lfs pull` in {file.parent}") from None
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
