@@ -327,7 +327,10 @@ def read_hf(path: str | Path, eot: str | None = None) -> ByteTokenizer | BPEToke
     path = Path(path).expanduser()
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"no tokenizer file {file}: hf:PATH is a local {TOKENIZER_FILE}, or a folder that holds one")
+        raise ValueError(
+            f"no tokenizer file {file}: hf:PATH is a local {TOKENIZER_FILE}, or a folder that holds one; that of a "
+            f"model of the Hugging Face Hub is downloaded with `hf download MODEL {TOKENIZER_FILE} --local-dir PATH`"
+        )
     tokenizer = _read(file)
     if isinstance(tokenizer, ByteTokenizer) or tokenizer._library.to_str() == byte_level_json():
         if eot not in (None, END_OF_TEXT):
@@ -350,7 +353,7 @@ def parse_spec(spec: str) -> tuple[str, str]:
         return kind, argument
     raise ValueError(
         f"unknown tokenizer {spec!r}: use byte, bpe:VOCAB (train one; VOCAB of {MIN_BPE_VOCAB} or more, such as "
-        f"bpe:32000) or hf:PATH (a local {TOKENIZER_FILE})"
+        f"bpe:32000) or hf:PATH (a local {TOKENIZER_FILE}, which `hf download` gets from the Hugging Face Hub)"
     )
 
 

@@ -164,7 +164,8 @@ def find_runs(folder: str | Path) -> list[Path]:
         raise ValueError(f"no folder {folder}: give a folder of run directories, such as runs")
     found = []
     for path, names, files in os.walk(folder):
-        if "config.json" in files or "metrics.jsonl" in files:
+        # Models of transformers and other programs have a config.json too.
+        if "metrics.jsonl" in files or ("config.json" in files and "checkpoints" in names):
             found.append(Path(path))
             names.clear()  # runs are not nested
         depth = len(Path(path).relative_to(folder).parts)

@@ -42,6 +42,8 @@ def test_rows_and_their_order(tmp_path, capsys):
         (runs / name).mkdir()
         (runs / name / "config.json").write_text(content)
         (runs / name / "metrics.jsonl").write_text('{"step": "x"}\n[]\n')
+    (runs / "exported").mkdir()
+    (runs / "exported" / "config.json").write_text('{"model_type": "llama"}')  # is no run
     (runs / "lost").mkdir()
     (runs / "lost" / "metrics.jsonl").write_text("")
     rows = read_rows(runs)
