@@ -296,7 +296,8 @@ def add_decayed_weights(weight_decay: float, mask: MaskFn | Any) -> optax.Gradie
 
 
 def _resolve_mask(mask: MaskFn | Any, params: optax.Params) -> Any:
-    tree = mask(params) if callable(mask) else mask
+    is_tree = any(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(mask))  # and callable, in Equinox
+    tree = mask(params) if callable(mask) and not is_tree else mask
     actual: Any = jax.tree.structure(tree)
     if actual != (expected := jax.tree.structure(params)):
         raise ValueError(

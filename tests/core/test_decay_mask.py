@@ -1,5 +1,6 @@
 """The decay mask on the parameter trees of many models, and its report."""
 
+import dataclasses
 import functools
 import re
 
@@ -226,6 +227,25 @@ layers/scale   3x8        24  -
 temperature    scalar      1  -
 layers: 3 stacked layers along axis 0
 2 parameters of 8,192 numbers decay, 2 of 25 do not"""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["b", "w"], meta_fields=[])
+@dataclasses.dataclass
+class Callable:
+    """Tree with a `__call__`, as modules of Equinox are; its mask has one too."""
+
+    w: object
+    b: object
+
+    def __call__(self, x):
+        return x @ self.w + self.b
+
+
+def test_a_mask_that_is_a_tree_may_be_callable():
+    params = Callable(w=jnp.ones((2, 3)), b=jnp.ones(3))
+    for mask in (decay_mask(params), decay_mask, jax.tree_util.Partial(decay_mask)):
+        assert decay_report(params, mask) == decay_report(vars(params), decay_mask(vars(params)))
+        assert clipped_adamw(1e-3, mask=mask).init(params)
 
 
 def test_decay_report():
