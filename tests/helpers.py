@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 QUICK_XLA = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     QUICK_XLA += " --xla_cpu_use_fusion_emitters=false"
-LIMIT = 240  # seconds until a test gives up on a process; each takes a few
+LIMIT = 600  # seconds until a test gives up on a process; each takes a few
 
 
 def user_environment(**more):
