@@ -68,13 +68,11 @@ def sum_terms(
         shift = jax.lax.pmax(shift, terms.vocab_axis)
     shifted = logits - shift[..., None]
 
-    def over_classes(x):
-        total = jnp.sum(x, axis=-1)
-        return jax.lax.psum(total, terms.vocab_axis) if terms.vocab_axis else total
+    def over_parts(sums):
+        return jax.lax.psum(sums, terms.vocab_axis) if terms.vocab_axis else sums
 
-    log_sum = jnp.log(over_classes(jnp.exp(shifted)))
-    # Compare and sum fuses into the pass over the logits, and its gradient is no scatter.
-    nll = log_sum - over_classes(jnp.where(classes == labels[..., None], shifted, 0.0))
+    log_sum = jnp.log(over_parts(jnp.sum(jnp.exp(shifted), axis=-1)))
+    nll = log_sum - (over_parts(_at_label(logits, labels, classes)) - shift)
     lse = shift + log_sum
 
     def weighted_sum(x):
@@ -85,9 +83,35 @@ def sum_terms(
     smoothing = zero
     if terms.label_smoothing:
         counted = shifted if is_class is None else jnp.where(is_class, shifted, 0.0)
-        cross = log_sum - over_classes(counted) / terms.num_classes
+        cross = log_sum - over_parts(jnp.sum(counted, axis=-1)) / terms.num_classes
         smoothing = weighted_sum(terms.label_smoothing * (cross - nll))
     return (weighted_sum(nll), z_loss, smoothing), lse
+
+
+@jax.custom_jvp
+def _at_label(logits: jax.Array, labels: jax.Array, classes: jax.Array) -> jax.Array:
+    """Returns the logit of the label, `[...]`; 0 where the label is not among these classes.
+
+    Compare and sum fuses into a pass over the logits on TPUs and GPUs. XLA on a CPU would store the selected logits,
+    and the operand of the other sum: twice the memory of the head (scripts/bench_loss.py). There it is a gather.
+    """
+
+    def gather(logits, labels, classes):
+        columns = labels - classes[..., 0]
+        picked = jnp.take_along_axis(logits, columns[..., None], axis=-1, mode="clip")[..., 0]
+        return jnp.where((columns >= 0) & (columns < logits.shape[-1]), picked, 0.0)
+
+    return jax.lax.platform_dependent(logits, labels, classes, cpu=gather, default=_compare_and_sum)
+
+
+def _compare_and_sum(values: jax.Array, labels: jax.Array, classes: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(classes == labels[..., None], values, 0.0), axis=-1)
+
+
+@_at_label.defjvp
+def _at_label_jvp(primals, tangents):
+    _, labels, classes = primals
+    return _at_label(*primals), _compare_and_sum(tangents[0], labels, classes)  # the transpose is no scatter
 
 
 def _classes(logits: jax.Array, terms: Terms, width: int = 0, start: Any = 0) -> tuple[jax.Array, jax.Array | None]:

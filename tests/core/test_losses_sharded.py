@@ -37,7 +37,9 @@ def test_training_never_holds_all_logits():
     assert max(tensor_sizes(jax.value_and_grad(chunked, (0, 1)), *arguments)[0]) == 64 * vocab
     assert max(tensor_sizes(jax.value_and_grad(dense, (0, 1)), *arguments)[0]) == tokens * vocab
     compiled = jax.jit(jax.value_and_grad(chunked, (0, 1))).lower(*arguments).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * vocab / 8
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < 3.5 * 4 * 64 * vocab
+    )  # a chunk of logits, its gradient, copies
 
 
 @pytest.mark.parametrize(
