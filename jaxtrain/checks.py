@@ -15,6 +15,11 @@ def check_count(name: str, value: Any, least: int = 0) -> None:
         valid = not isinstance(value, bool) and least <= operator.index(value) <= LARGEST_COUNT
     except TypeError:
         valid = False
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} must be a Python integer, got a traced array: keep it out of the arguments of jit "
+            f'and vmap (optax.inject_hyperparams: static_args=("{name}",))'
+        )
     if not valid:
         raise ValueError(f"{name} must be a whole number from {least} to 2**31 - 2, got {value!r}")
 
@@ -27,6 +32,8 @@ def check_number(name: str, value: Any, interval: str, otherwise: str = "") -> N
       otherwise: what is allowed beside numbers, for the error.
     """
     if isinstance(value, jax.Array | np.ndarray):
+        if value.ndim:
+            raise ValueError(f"{name} must be one number, got an array of shape {value.shape}")
         return
     low, high = map(float, interval[1:-1].split(","))
     try:
@@ -39,3 +46,16 @@ def check_number(name: str, value: Any, interval: str, otherwise: str = "") -> N
         words = {"(0, inf)": "above 0", "(0, inf]": "above 0", "[0, inf)": "0 or more"}
         allowed = words.get(interval, f"in {interval}")
         raise ValueError(f"{name} must be {allowed}{otherwise and f', {otherwise}'}, got {value!r}")
+
+
+def python_number(name: str, value: Any) -> Any:
+    """Converts an array of one number to a Python number; raises a ValueError if its value is not known."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be a Python number, got a traced array: keep it out of the arguments of jit")
+    return value.item() if isinstance(value, jax.Array | np.ndarray) and value.size == 1 else value
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Raises a TypeError unless a value is an optax transformation; `optax.adam` without its arguments is none."""
+    if not all(callable(getattr(value, method, None)) for method in ("init", "update")):
+        raise TypeError(f"{name} must be an optax transformation, such as clipped_adamw(1e-3), got {value!r}")

@@ -43,12 +43,26 @@ def split_aux(result: Any) -> tuple[LossSums, Metrics]:
             "jaxtrain.losses.cross_entropy(logits, labels), or for another loss LossSums(nll=jnp.sum(losses), "
             "z_loss=zero, smoothing=zero, weight=number of tokens) with zero = jnp.float32(0)"
         )
+    _check_scalars(vars(sums))
     return sums, aux
+
+
+def _check_scalars(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        dtype = getattr(value, "dtype", type(value))
+        is_real = dtype is not type(None) and jnp.issubdtype(dtype, jnp.number) and not jnp.iscomplexobj(value)
+        if not is_real or jnp.shape(value):
+            raise ValueError(
+                f"loss_fn returns {name} as {_kind(value)}, and each sum is a real scalar, over all tokens: sum it, "
+                "or name each element"
+            )
 
 
 def _kind(result: Any) -> str:
     parts = result if isinstance(result, tuple) else (result,)
-    return ", ".join(f"an array of shape {x.shape}" if hasattr(x, "shape") else type(x).__name__ for x in parts)
+    return ", ".join(
+        f"{x.dtype}, an array of shape {x.shape}" if hasattr(x, "shape") else type(x).__name__ for x in parts
+    )
 
 
 def differentiate(
@@ -58,6 +72,7 @@ def differentiate(
 
     def total(params):
         sums, aux = split_aux(loss_fn(params, micro_batch, *(() if keys is None else keys)))
+        _check_scalars(aux)
         aux = {name: jnp.asarray(value, jnp.float32) for name, value in aux.items()}
         return functools.reduce(jnp.multiply, loss_factor, sums.total()), (sums, aux)
 
@@ -99,6 +114,11 @@ def split_batch(batch: Batch, keys: jax.Array | None, accumulate: int) -> tuple[
 
 def _split_rows(leaf: jax.Array, accumulate: int) -> jax.Array:
     """Reshapes `[B, ...]` to `[accumulate, B / accumulate, ...]`; row i goes to micro-batch i % accumulate."""
+    if not jnp.shape(leaf):
+        raise ValueError(
+            f"a batch with a leaf of shape () cannot be split into accumulate={accumulate} micro-batches: give each "
+            "leaf a row per example, and bind constants to loss_fn"
+        )
     if leaf.shape[0] % accumulate:
         raise ValueError(
             f"a batch of {leaf.shape[0]} rows (on each device) cannot be split into accumulate={accumulate} equal "
@@ -124,5 +144,5 @@ def sum_over_devices(tree: Any, axis_name: AxisName | None) -> Any:
 def mean_gradient(grads: Any, sums: LossSums, factor: tuple[jax.Array, ...]) -> Any:
     """Divides the summed, scaled gradient by the loss scale and by the global weight."""
     # Two divisions: the product of a factor of 2^24 and millions of tokens is not exact.
-    divisors = (*factor, jnp.maximum(sums.weight, 1.0))
+    divisors = (*factor, sums.divisor())
     return jax.tree.map(lambda g: functools.reduce(jnp.divide, divisors, g), grads)

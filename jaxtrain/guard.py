@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.checks import check_count, check_number
+from jaxtrain.checks import check_count, check_number, check_transformation
 from jaxtrain.trees import as_float32, float32_if_array, global_norm, state_fields
 
 # Reasons for a skip: `GuardState.skip_reason`.
@@ -81,6 +81,7 @@ def skip_bad_steps(
       either, only norms are watched). All extra arguments reach an inner transformation that takes them.
 
     Raises:
+      TypeError: `inner` is no optax transformation.
       ValueError: an argument out of range.
 
     Example:
@@ -91,6 +92,7 @@ def skip_bad_steps(
       >>> print(optax.apply_updates(params, updates)["w"], state.skipped, state.skip_reason)
       [1. 1.] 1.0 1
     """
+    check_transformation("inner", inner)
     _check(window, sigmas, clip_norm, max_consecutive, max_share)
     inner = optax.with_extra_args_support(inner)
     limits = float32_if_array(sigmas), float32_if_array(clip_norm)
@@ -109,10 +111,16 @@ def _make_update(
     """Returns the `update` of `skip_bad_steps`."""
 
     def update(grads, state, params=None, *, loss=None, **extra):
+        if not hasattr(state, "inner"):
+            raise TypeError(
+                f"the guard's state is a {type(state).__name__}, not a GuardState: make it with init of this optimizer"
+            )
         extra = extra if loss is None else {**extra, "loss": loss}
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
         grad_norm = global_norm(grads)
         loss = as_float32(extra.get("value", 0.0) if loss is None else loss)
+        if loss.ndim:
+            raise ValueError(f"loss must be a scalar, got shape {loss.shape}: give the mean over the tokens")
         finite, intact = _check_finite(updates, inner_state, state.inner, check_updates)
         reason = _judge(state, grad_norm, loss, finite, sigmas, clip_norm)
         bad = reason != NOT_SKIPPED

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtrain import trees
-from jaxtrain.checks import check_count, check_number
+from jaxtrain.checks import check_count, check_number, python_number
 from jaxtrain.loss_head import Terms, cut, linear_sums, softcap, sum_terms, vary_alike
 
 # Tokens of a chunk, by platform. The head's gradient [D, V] is read and written once per chunk, 8 bytes for 6 * C
@@ -68,13 +68,17 @@ class LossSums:
         """Returns the summed training loss: nll + z_loss + smoothing."""
         return self.nll + self.z_loss + self.smoothing
 
+    def divisor(self) -> jax.Array:
+        """Returns the weight, or 1 where it is not above 0."""
+        return jnp.where(self.weight > 0, self.weight, jnp.ones_like(self.weight))
+
     def mean(self) -> jax.Array:
         """Returns the training loss in nats per token; 0 if every token is masked."""
-        return self.total() / jnp.maximum(self.weight, 1.0)
+        return self.total() / self.divisor()
 
     def mean_nll(self) -> jax.Array:
         """Returns the negative log-likelihood in nats per token."""
-        return self.nll / jnp.maximum(self.weight, 1.0)
+        return self.nll / self.divisor()
 
     def perplexity(self) -> jax.Array:
         """Returns exp of the mean nll, without z-loss and smoothing."""
@@ -128,8 +132,9 @@ def cross_entropy(
       >>> print(f"{sums.mean():.4f} nats, {sums.weight:.0f} tokens, perplexity {sums.perplexity():.1f}")
       1.3863 nats, 2 tokens, perplexity 4.0
     """
-    if logits.ndim < 1 or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(f"logits must be floats [..., V], got {logits.dtype} {logits.shape}")
+    logits, labels, where = _as_arrays(logits, labels, where)
+    if not (logits.ndim and logits.shape[-1]) or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits must be floats [..., V], V above 0, got {logits.dtype} {logits.shape}")
     terms = _make_terms(z_loss, label_smoothing, logit_softcap, logits.shape[-1])
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {logits.shape} must be [..., V] for labels [...] {labels.shape}")
@@ -194,6 +199,8 @@ def linear_cross_entropy(
       >>> print(f"{value:.4f}", gradient.shape)
       1.0986 (2, 3)
     """
+    hidden, kernel, labels, where = _as_arrays(hidden, kernel, labels, where)
+    _check_floats(hidden, kernel)
     columns = kernel.shape[-1] * (jax.lax.axis_size(vocab_axis) if vocab_axis else 1)
     rows = kernel.shape[0] * (jax.lax.axis_size(gather_axis) if gather_axis else 1)
     vocab_block = _default_block(rows * kernel.shape[-1], kernel.dtype) if vocab_block is None else vocab_block
@@ -223,8 +230,22 @@ def _default_block(size: int, dtype: jax.typing.DTypeLike) -> int:
     return 0 if fits else _DEFAULT_BLOCK
 
 
+def _as_arrays(*values: Any) -> Any:
+    """Converts lists and the arrays of other libraries; None stays."""
+    return (None if value is None else jnp.asarray(value) for value in values)
+
+
+def _check_floats(hidden: jax.Array, kernel: jax.Array) -> None:
+    floats = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (hidden, kernel))
+    if not floats or hidden.ndim < 1 or kernel.ndim != 2 or not kernel.size:
+        raise ValueError(
+            f"hidden must be floats [..., D] and kernel [D, V], got {hidden.dtype} {hidden.shape} and "
+            f"{kernel.dtype} {kernel.shape}"
+        )
+
+
 def _check_head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, rows: int) -> None:
-    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != rows or kernel.ndim != 2:
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != rows:
         raise ValueError(
             f"hidden {hidden.shape}, kernel {kernel.shape} and labels {labels.shape} must be [..., D], [D, V] and [...]"
         )
@@ -256,9 +277,11 @@ def _check_sizes(chunk_size: int | None, num_classes: int | None, vocab_block: i
 
 
 def _make_terms(z_loss: float, label_smoothing: float, logit_softcap: float | None, *sizes: Any) -> Terms:
+    z_loss, label_smoothing = python_number("z_loss", z_loss), python_number("label_smoothing", label_smoothing)
     check_number("z_loss", z_loss, "[0, inf)")
     check_number("label_smoothing", label_smoothing, "[0, 1)")
     if logit_softcap is not None:
+        logit_softcap = python_number("logit_softcap", logit_softcap)
         check_number("logit_softcap", logit_softcap, "[0, inf)", "or None for no cap")
     return Terms(float(z_loss), float(label_smoothing), float(logit_softcap) if logit_softcap else None, *sizes)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtrain.checks import check_number
+from jaxtrain.checks import check_number, check_transformation
 from jaxtrain.clipping import clip_by_global_norm
 from jaxtrain.trees import (
     STACKED,
@@ -27,6 +27,7 @@ from jaxtrain.trees import (
     layer_axes,
     named_leaves,
     num_dims,
+    path_names,
     present_names,
     stack_of,
 )
@@ -49,8 +50,9 @@ def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] | None = None) 
 
     A parameter decays if it has two or more dimensions. Dimensions of size 1 do not count (unless all are 1), and
     neither does the layer axis of stacked layers (`nn.scan`): a norm scale `[L, D]` is a vector. Vectors by name never
-    decay: `bias`, `scale`, `offset`, `beta`, `gamma`, `gain`, a `b` beside a larger `w`, and every parameter of a norm
-    (a key such as `LayerNorm_0`, `norm1`, `ln_f`).
+    decay: names that end in `bias`, `scale`, `offset`, `beta`, `gamma` or `gain` (`q_bias`, `gamma_1`), a `b` beside a
+    larger `w` or under `bias`, and every parameter of a norm (a key such as `LayerNorm_0`, `norm1`, `ln_f`, `norm_mlp`,
+    `bn1`).
 
     A subtree `layers` or `blocks` is a stack if a named vector other than a bias has two dimensions there, none has
     only one, and all leaves share the size of axis 0 (or of axis 1). Without such a vector, a leaf of two dimensions
@@ -203,6 +205,8 @@ def clipped_adamw(
       >>> print(optax.apply_updates(params, updates)["w"], optax.tree_utils.tree_get(state, "clip_factor"))
       [0.9 1.1] 0.2
     """
+    if clip is not None:
+        check_transformation("clip", clip)
     return optax.chain(
         clip_by_global_norm(clip_norm) if clip is None else clip,
         scale_by_adam(b1, b2, eps, mu_dtype),
@@ -231,8 +235,12 @@ def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> opt
     for name, value in (("b1", b1), ("b2", b2)):
         check_number(name, value, "[0, 1)")
     check_number("eps", eps, "(0, inf)")
-    if mu_dtype is not None and not jnp.issubdtype(mu_dtype, jnp.floating):
-        raise ValueError(f"mu_dtype must be a float dtype, got {mu_dtype}")
+    try:
+        is_float = mu_dtype is None or jnp.issubdtype(jnp.dtype(mu_dtype), jnp.floating)
+    except TypeError:  # not the name of a dtype
+        is_float = False
+    if not is_float:
+        raise ValueError(f"mu_dtype must be a float dtype, such as jnp.bfloat16, or None for float32, got {mu_dtype!r}")
 
     def init(params):
         check_params(params)
@@ -302,8 +310,12 @@ def _resolve_mask(mask: MaskFn | Any, params: optax.Params) -> Any:
     if actual != (expected := jax.tree.structure(params)):
         raise ValueError(
             f"the decay mask has the structure {actual}, the parameters have "
-            f"{expected}: give one bool for each parameter"
+            f"{expected}: give one bool for each parameter, and under optax.inject_hyperparams static_args=('mask',)"
         )
+    for path, flag in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.shape(flag) or getattr(flag, "dtype", type(flag)) not in (bool, np.bool_, int):
+            name = "/".join(path_names(path))
+            raise ValueError(f"the decay mask has {flag!r} at {name}: give one bool for each parameter")
     return tree
 
 
@@ -335,6 +347,10 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         del extra
         step = state.count if step is None else step
         rate = as_float32(learning_rate(step) if callable(learning_rate) else learning_rate)
+        if rate.ndim:
+            raise ValueError(
+                f"the schedule returns shape {rate.shape}, and a learning rate is one number for each step"
+            )
         like = updates if params is None else params
         updates = jax.tree.map(lambda u, p: (-rate * as_float32(u)).astype(jnp.asarray(p).dtype), updates, like)
         return updates, make_state(optax.safe_increment(state.count), rate)

@@ -35,6 +35,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import trees
+from jaxtrain.checks import check_count, check_transformation
 from jaxtrain.gradients import (
     AxisName,
     Batch,
@@ -138,12 +139,12 @@ def make_train_step(
       under that name; `loss_scale` is the scale of this step, present with loss scaling.
 
     Raises:
-      TypeError: an optimizer that is no optax transformation. When called: a state that is no TrainState.
+      TypeError: an optimizer, a policy or a loss scaling of another type. When called: a state that is no TrainState.
       ValueError: accumulate below 1; float16 without loss scaling; map_gradients with a loss that takes a key. When
         traced: a batch that `accumulate` does not divide; loss scaling without a guard or a loss scale in the state; a
         loss that is no LossSums; an auxiliary metric with the name of another metric, or that is no scalar.
     """
-    _check_optimizer(optimizer)
+    check_transformation("the optimizer", optimizer)
     _check_options(loss_fn, accumulate, policy, loss_scaling, map_gradients)
     wrap = map_gradients or (lambda gradients: gradients)
     one = functools.partial(differentiate, loss_fn)
@@ -250,13 +251,6 @@ def replicate(state: Any, devices: list[jax.Device] | None = None) -> Any:
     return jax.tree.map(lambda x: jax.device_put(jnp.stack([x] * len(devices)), sharding), state)
 
 
-def _check_optimizer(optimizer: Any) -> None:
-    if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
-        raise TypeError(
-            f"the optimizer must be an optax transformation, such as clipped_adamw(1e-3), got {optimizer!r}"
-        )
-
-
 def _check_options(
     loss_fn: LossFn,
     accumulate: int,
@@ -264,8 +258,10 @@ def _check_options(
     loss_scaling: LossScaling | None,
     map_gradients: Callable | None,
 ) -> None:
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1 micro-batch, got {accumulate}")
+    check_count("accumulate", accumulate, 1)
+    for name, value, cls in (("policy", policy, Policy), ("loss_scaling", loss_scaling, LossScaling)):
+        if not isinstance(value, cls | None):
+            raise TypeError(f"{name} must be a jaxtrain.precision.{cls.__name__} or None, got {value!r}")
     if policy is not None and policy.compute == "float16" and loss_scaling is None:
         raise ValueError("gradients underflow in float16: give make_train_step(loss_scaling=LossScaling())")
     if map_gradients is not None and takes_key(loss_fn):
@@ -287,7 +283,8 @@ def _loss_factor(state: TrainState, loss_scaling: LossScaling | None) -> tuple[j
 
 
 def _add_update(param: jax.Array, update: jax.Array) -> jax.Array:
-    added = (param.astype(jnp.float32) + update.astype(jnp.float32)).astype(param.dtype)
+    wide = jnp.float64 if param.dtype == jnp.float64 else jnp.float32
+    added = (param.astype(wide) + update.astype(wide)).astype(param.dtype)
     # Some devices flush subnormal sums to zero; a parameter with update 0 must keep its bits.
     return jnp.where(update == 0, param, added)
 
@@ -317,7 +314,7 @@ def _metrics(sums: LossSums, grads: Any, updates: Any, params: Any, opt_state: o
     return {
         "loss": sums.mean(),
         "nll": sums.mean_nll(),
-        "z_loss": sums.z_loss / jnp.maximum(sums.weight, 1.0),
+        "z_loss": sums.z_loss / sums.divisor(),
         "grad_norm": global_norm(grads),
         **{name: jnp.where(skipped["skipped"] == 1, 0.0, value) for name, value in clip_factor.items()},
         "update_norm": global_norm(updates),
@@ -354,10 +351,4 @@ def _with_aux(metrics: Metrics, aux: Metrics, sums: LossSums) -> Metrics:
     clash = sorted(metrics.keys() & aux.keys())
     if clash:
         raise ValueError(f"loss_fn returns {', '.join(clash)}, which the train step measures itself: rename it")
-    for name, value in aux.items():
-        if jnp.shape(value):
-            raise ValueError(
-                f"loss_fn returns {name} of shape {jnp.shape(value)}; an auxiliary metric is a scalar, its sum over "
-                "the tokens: sum it, or name each element"
-            )
-    return metrics | {name: value / jnp.maximum(sums.weight, 1.0) for name, value in aux.items()}
+    return metrics | {name: value / sums.divisor() for name, value in aux.items()}

@@ -17,10 +17,11 @@ KeyPath = tuple[Any, ...]
 # Keys of subtrees whose leaves may have a leading layer axis, see `optim.decay_mask`.
 STACKED = ("layers", "blocks")
 
-# Parameters that are vectors by name, even with two dimensions (a bias [heads, head_dim]).
-_VECTORS = {"bias", "scale", "offset", "beta", "gamma", "gain"}
-# Keys of norms: LayerNorm_0, norm1, q_norm, input_layernorm, ln_f.
-_NORM = re.compile(r"norm(_?\d+)?$|(^|_)(norm|ln)(_?(\d+|f|final|pre|post))?$")
+# Parameters that are vectors by name, even with two dimensions (a bias [heads, head_dim]): bias, q_bias, gamma_1.
+_VECTOR = re.compile(r"(^|_)(bias(es)?|scales?|offset|beta|gamma|gain)(_?\d+|_[a-z]{1,2}\d?)*$")
+# Keys of norms: LayerNorm_0, norm1, q_norm, input_layernorm, ln_f, bn1, norm_mlp; norm_proj is none.
+_PLACES = "f|final|pre|post|before|after|in|out|input|output|self|cross|attn|attention|mlp|ffn?|moe|[qkv]"
+_NORM = re.compile(rf"(norm|normalization|(^|_)(ln|bn|gn|rms))(_?\d+d?|_({_PLACES}))*$")
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -143,8 +144,8 @@ def is_vector(names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, .
     """
     parts = re.split(r"[/.]", "/".join(names).lower())
     weight = shapes.get((*names[:-1], "w"), ())
-    beside_weight = parts[-1] == "b" and len(shapes[names]) < len(weight)
-    return parts[-1] in _VECTORS or beside_weight or any(_NORM.search(part) for part in parts[-2:])
+    is_bias = parts[-1] == "b" and (len(shapes[names]) < len(weight) or parts[-2:-1] == ["bias"])
+    return bool(_VECTOR.search(parts[-1])) or is_bias or any(_NORM.search(part) for part in parts[-2:])
 
 
 def stack_of(names: Sequence[str], stacked: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -271,7 +272,8 @@ def state_fields(state: Any, name: str, params: Any) -> dict[KeyPath, jax.Array]
     """Finds the scalars that an optimizer state holds under a field name.
 
     A field belongs to a named tuple, or to the `hyperparams` of `optax.inject_hyperparams`. Subtrees with the structure
-    of the parameters, such as Adam's moments, are not searched: a parameter may have any name.
+    of the parameters, such as Adam's moments, are not searched: a parameter may have any name. Neither are subtrees of
+    a class that the parameters consist of, which may be moments of some of them (`optax.masked`).
 
     Args:
       params: the parameters, or a tree of their structure.
@@ -285,17 +287,23 @@ def state_fields(state: Any, name: str, params: Any) -> dict[KeyPath, jax.Array]
     return {
         path: leaf
         for path, leaf in leaves
-        if path and getattr(leaf, "shape", None) == () and name == _field_name(state, path)
+        if path and getattr(leaf, "shape", None) == () and name == _field_name(state, path, _classes(structure))
     }
 
 
-def _field_name(tree: Any, path: KeyPath) -> str | None:
+def _classes(structure: Any) -> set[type]:
+    """Returns the classes of the nodes of a tree, without the builtin containers."""
+    node = structure.node_data()
+    found = set().union(*map(_classes, structure.children()))
+    return found if node is None or node[0] in (dict, list, tuple, type(None)) else found | {node[0]}
+
+
+def _field_name(tree: Any, path: KeyPath, of_params: set[type]) -> str | None:
     """Returns the name of a named tuple's field, or of a hyperparameter, at the end of a path; otherwise None."""
     *above, last = path
-    if isinstance(last, jax.tree_util.DictKey):
-        injected = bool(above) and getattr(above[-1], "name", None) == "hyperparams"
-        return str(last.key) if injected else None
     for key in above:
+        if type(tree) in of_params:
+            return None
         if isinstance(key, jax.tree_util.GetAttrKey):
             tree = getattr(tree, key.name)
         elif isinstance(key, jax.tree_util.DictKey):
@@ -304,4 +312,7 @@ def _field_name(tree: Any, path: KeyPath) -> str | None:
             tree = tree[key.idx]
         else:
             return None
-    return getattr(last, "name", None) if hasattr(tree, "_fields") else None
+    if isinstance(last, jax.tree_util.DictKey):
+        injected = bool(above) and getattr(above[-1], "name", None) == "hyperparams"
+        return str(last.key) if injected else None
+    return getattr(last, "name", None) if hasattr(tree, "_fields") and type(tree) not in of_params else None

@@ -1,5 +1,6 @@
 """Bad arguments of the functions that others import: a ValueError with the value, and what it may be."""
 
+import functools
 import math
 
 import jax
@@ -14,9 +15,10 @@ from jaxtrain.data.loader import EvalBatches, Prefetcher, TrainBatches
 from jaxtrain.data.order import permute
 from jaxtrain.data.store import Split
 from jaxtrain.data.tokenizer import ByteTokenizer, parse_spec
+from jaxtrain.guard import skip_bad_steps
 from jaxtrain.models.decode import Sampling
 from jaxtrain.monitoring.plots import plot_schedule
-from jaxtrain.optim import clipped_adamw
+from jaxtrain.optim import clipped_adamw, decay_mask
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import check_batch, make_mesh, partition_spec
 from jaxtrain.step import TrainState, make_train_step
@@ -43,9 +45,18 @@ def adamw(learning_rate=1e-3, **options):
     return clipped_adamw(learning_rate, **options)
 
 
-def one_step(loss_fn=lambda params, batch: jnp.sum(params["w"]), accumulate=1, rows=4):
+def one_update(optimizer, **extra):
+    return optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, **extra)
+
+
+def sums(**changes):
+    zero = jnp.float32(0)
+    return lambda *_: losses.LossSums(**{"nll": zero, "z_loss": zero, "smoothing": zero, "weight": zero + 1} | changes)
+
+
+def one_step(loss_fn=lambda params, batch: jnp.sum(params["w"]), accumulate=1, rows=4, x=None):
     step = make_train_step(loss_fn, optax.sgd(0.1), accumulate=accumulate)
-    return step(TrainState.create(PARAMS, optax.sgd(0.1)), {"x": jnp.zeros((rows, 1))})
+    return step(TrainState.create(PARAMS, optax.sgd(0.1)), {"x": jnp.zeros((rows, 1)) if x is None else x})
 
 
 ROWS = {
@@ -61,7 +72,7 @@ ROWS = {
     "logits that are integers": (lambda: dense(LOGITS.astype(jnp.int32)), "must be floats .*int32"),
     "logits without classes": (
         lambda: dense(jnp.float32(0), jnp.int32(0)),
-        r"must be floats \[\.\.\., V\], got .*\(\)",
+        r"must be floats \[\.\.\., V\].* got .*\(\)",
     ),
     "where of another shape": (lambda: dense(where=jnp.ones(3)), r"where \(3,\) must have the shape .*\(2, 3\)"),
     "where complex": (lambda: dense(where=jnp.ones((2, 3), jnp.complex64)), "where must be .*complex64"),
@@ -83,8 +94,40 @@ ROWS = {
     "weight decay NaN": (lambda: adamw(weight_decay=NAN), "weight_decay must be 0 or more, got nan"),
     "clip norm 0": (lambda: adamw(clip_norm=0.0), r"clip_norm .*0\.0"),
     "moments in integers": (lambda: adamw(mu_dtype=jnp.int32), "mu_dtype must be a float dtype"),
-    "no micro-batch": (lambda: one_step(accumulate=0), "at least 1 micro-batch, got 0"),
-    "half a micro-batch": (lambda: one_step(accumulate=1.5), r"at least 1 micro-batch, got 1\.5"),
+    "z_loss a NaN array": (lambda: fused(z_loss=jnp.float32(NAN)), "z_loss must be 0 or more, got nan"),
+    "z_loss traced": (lambda: jax.jit(lambda z: dense(z_loss=z).nll)(1e-3), "z_loss must be a Python number.*traced"),
+    "no classes": (lambda: dense(jnp.zeros((2, 3, 0))), r"V above 0, got float32 \(2, 3, 0\)"),
+    "a kernel without columns": (lambda: fused(kernel=KERNEL[:, :0]), r"kernel \[D, V\], got .*\(4, 0\)"),
+    "hidden states that are complex": (
+        lambda: fused(HIDDEN.astype(jnp.complex64), KERNEL.astype(jnp.complex64)),
+        "hidden must be floats .*complex64",
+    ),
+    "learning rates": (lambda: adamw(jnp.ones(2)), r"learning_rate must be one number, got .*\(2,\)"),
+    "a schedule of vectors": (
+        lambda: one_update(adamw(lambda step: jnp.ones(1))),
+        r"the schedule returns shape \(1,\)",
+    ),
+    "a mask of words": (lambda: adamw(mask={"w": "no"}).init(PARAMS), "mask has 'no' at w: give one bool"),
+    "a mask of masks": (lambda: adamw(mask={"w": np.ones(2, bool)}).init(PARAMS), "at w: give one bool"),
+    "an injected mask": (
+        lambda: optax.inject_hyperparams(clipped_adamw)(0.1, mask=decay_mask).init(PARAMS),
+        r"static_args=\('mask',\)",
+    ),
+    "a traced window": (
+        lambda: jax.eval_shape(
+            optax.inject_hyperparams(functools.partial(skip_bad_steps, optax.sgd(0.1)))().init, PARAMS
+        ),
+        r'window must be a Python integer.*static_args=\("window",\)',
+    ),
+    "moments in a word": (lambda: adamw(mu_dtype="bf16"), "mu_dtype must be a float dtype, .* got 'bf16'"),
+    "a loss for each row": (lambda: one_update(skip_bad_steps(optax.sgd(0.1)), loss=jnp.ones(3)), r"scalar.*\(3,\)"),
+    "no micro-batch": (lambda: one_step(accumulate=0), "accumulate must be .* from 1 .* got 0"),
+    "half a micro-batch": (lambda: one_step(accumulate=1.5), r"accumulate must be .* got 1\.5"),
+    "a constant to split": (lambda: one_step(accumulate=2, x=1.0), r"leaf of shape \(\) cannot be split"),
+    "losses that are not summed": (lambda: one_step(sums(nll=jnp.ones(4))), r"nll as .* an array of shape \(4,\)"),
+    "a loss without a weight": (lambda: one_step(sums(weight=None)), "weight as NoneType, .* real scalar"),
+    "a complex loss": (lambda: one_step(sums(nll=jnp.complex64(1))), "nll as complex64, .* real scalar"),
+    "a word for a metric": (lambda: one_step(lambda *_: (sums()(), {"a": "x"})), "a as str, .* real scalar"),
     "rows that do not divide": (lambda: one_step(accumulate=3), "4 rows .* accumulate=3 .* change one of them"),
     "a mean for a loss": (lambda: one_step(), "loss_fn must return LossSums, sums over tokens"),
     "an unknown dtype": (lambda: Policy(compute="float8"), "compute is .*float8.*it can be float32"),
@@ -119,8 +162,14 @@ ROWS = {
 
 def test_wrong_kinds_of_optimizer_and_state_are_type_errors():
     for optimizer in (None, 0.1, optax.adam, {}):
-        with pytest.raises(TypeError, match="must be an optax transformation, such as clipped_adamw"):
-            make_train_step(lambda params, batch: None, optimizer)
+        for use in (functools.partial(make_train_step, sums()), skip_bad_steps, lambda o: adamw(clip=o or {})):
+            with pytest.raises(TypeError, match="must be an optax transformation, such as clipped_adamw"):
+                use(optimizer)
+    for options in ({"policy": "bfloat16"}, {"loss_scaling": True}):
+        with pytest.raises(TypeError, match=r"must be a jaxtrain\.precision.* got"):
+            make_train_step(sums(), optax.sgd(0.1), **options)
+    with pytest.raises(TypeError, match=r"state is a .*, not a GuardState"):
+        skip_bad_steps(optax.sgd(0.1)).update(PARAMS, optax.sgd(0.1).init(PARAMS), PARAMS)
     step = make_train_step(lambda params, batch: None, optax.sgd(0.1))
     for state in ({"w": jnp.zeros(2)}, (), None, jnp.zeros(2)):
         with pytest.raises(TypeError, match=r"takes a TrainState, got \w+: .* TrainState\.create\(params, optimizer\)"):
@@ -130,13 +179,11 @@ def test_wrong_kinds_of_optimizer_and_state_are_type_errors():
 @pytest.mark.parametrize("shape", [(3,), (1,), (2, 2)])
 def test_an_auxiliary_metric_that_is_no_scalar_is_named(shape):
     def loss_fn(params, batch):
-        zero = jnp.float32(0)
-        sums = losses.LossSums(nll=jnp.sum(params["w"]), z_loss=zero, smoothing=zero, weight=jnp.float32(1))
-        return sums, {"accuracy": jnp.zeros(shape)}
+        return sums()(), {"accuracy": jnp.zeros(shape)}
 
     step = make_train_step(loss_fn, optax.sgd(0.1))
     state = TrainState.create({"w": jnp.zeros(2)}, optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"loss_fn returns accuracy of shape \(.*\); an auxiliary metric is a scalar"):
+    with pytest.raises(ValueError, match=r"accuracy as float32, an array of shape \(.*\).* a real scalar"):
         jax.eval_shape(step, state, {"x": jnp.zeros((2, 1))})
 
 

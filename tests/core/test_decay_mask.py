@@ -128,6 +128,10 @@ def test_a_wrong_stack_names_both_leaves():
         decay_mask({"layers": {"first": jnp.zeros((2, 3)), "second": jnp.zeros(())}}, stacked=("layers",))
 
 
+STACKED_NORMS = ("ln_attn", "ln_mlp", "norm_in", "norm_attn", "layernorm_before", "bn1", "GroupNorm_0", "rms_1", "q_ln",
+                 "LayerNormalization_0", "batch_normalization", "ln_cross_attn", "norm_2d")  # fmt: skip
+VECTORS = ("q_bias", "in_proj_bias", "bias_k", "bias_hh_l0", "gamma_1", "layer_scale_2", "biases", "skip_scale")
+
 # Shapes of parameter trees as public projects name and stack them, and the leaves that do not decay.
 PROJECTS = {
     "nanoGPT in Linen": (
@@ -179,6 +183,13 @@ PROJECTS = {
         {"stage": {"gamma": (1, 4), "layer_scale": (1, 1, 4), "pwconv": {"kernel": (4, 8)}}, "mask_token": (1, 1, 4)},
         ["mask_token", "stage/gamma", "stage/layer_scale"],
     ),
+    "norms under other names, stacked under h": (
+        {"h": {key: {"weight": (3, 4)} for key in STACKED_NORMS} | {"norm_proj": {"weight": (3, 4, 8)}}},
+        [f"h/{key}/weight" for key in STACKED_NORMS],
+    ),
+    "biases and gains of two dimensions": ({"x": dict.fromkeys(VECTORS, (2, 3)) | {"bias_table": (4, 2)}},
+        [f"x/{name}" for name in VECTORS]),
+    "Praxis": ({"x_layers_0": {"linear": {"w": (3, 4, 8)}, "bias": {"b": (3, 8)}}}, ["x_layers_0/bias/b"]),
     "weight normalization": ({"linear": {"v": (4, 8), "g": (4, 1)}}, ["linear/g"]),
     "LoRA": ({"q": {"a": (8, 2), "b": (2, 8)}, "scale": ()}, ["scale"]),
     "nn.scan of blocks": (

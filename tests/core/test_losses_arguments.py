@@ -108,6 +108,22 @@ def test_all_masked(example):
         assert all((g == 0).all() for g in gradients)
 
 
+@pytest.mark.parametrize("weight", [1e-3, 0.25, 40.0])
+def test_the_mean_does_not_depend_on_the_scale_of_the_weights(example, weight):
+    """Also where the weights sum to less than 1."""
+    hidden, kernel, labels, _ = example
+    full, scaled = (
+        linear_cross_entropy(hidden, kernel, labels, where=np.full(TOKENS, w)) for w in (1.0, weight / TOKENS)
+    )
+    np.testing.assert_allclose(scaled.mean(), full.mean(), rtol=1e-5)
+
+
+def test_lists_are_arrays(example):
+    hidden, kernel, labels, _ = (np.asarray(value) for value in example)
+    lists = [value.tolist() for value in (hidden, kernel, labels)]
+    assert linear_cross_entropy(*lists, where=[1] * TOKENS).nll == linear_cross_entropy(hidden, kernel, labels).nll
+
+
 def test_weights_are_constants(example):
     hidden, kernel, labels, weights = example
     for loss in (

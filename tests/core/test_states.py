@@ -1,6 +1,7 @@
 """States of every transformation: distinct buffers, stable dtypes, fields found by type; odd parameters."""
 
 import functools
+from typing import Any, NamedTuple
 
 import flax.serialization
 import jax
@@ -104,6 +105,40 @@ def test_loss_scaling_keeps_its_dtypes():
 
 
 FIELDS = ("learning_rate", "skipped", "grad_norm", "clip_factor", "count", "mu", "skip_reason", "give_up")
+
+
+class Fields(NamedTuple):
+    learning_rate: Any
+    skipped: Any
+    hyperparams: Any
+    w: Any
+
+
+@pytest.mark.parametrize("wrap", [optax.masked, lambda o, mask: optax.multi_transform({True: o, False: o}, mask)])
+def test_parameters_may_be_named_tuples_of_which_some_are_trained(wrap):
+    """The moments of some of the parameters are a named tuple of the same class, with fields left out."""
+    seven = jnp.float32(7)
+    params = Fields(seven, seven, {"learning_rate": seven}, jnp.ones((2, 2)))
+    mask = jax.tree.map(lambda leaf: leaf.ndim == 0, params)
+    optimizer = skip_bad_steps(wrap(clipped_adamw(SCHEDULE), mask))
+    step = jax.jit(make_train_step(square_loss, optimizer))
+    state, metrics = step(TrainState.create(params, optimizer), jnp.ones(2))
+    assert (metrics["learning_rate"], metrics["skipped"]) == (np.float32(0.05), 0)
+    bad, metrics = step(state, jnp.full(2, jnp.nan))
+    assert metrics["skipped"] == 1
+    before, after = (jax.tree_util.tree_leaves_with_path(s.opt_state.inner) for s in (state, bad))
+    moments = [(a, b) for (path, a), (_, b) in zip(before, after, strict=True) if ".mu" in jax.tree_util.keystr(path)]
+    assert len(moments) >= 3
+    assert all(np.array_equal(a, b) for a, b in moments)
+
+
+def test_double_precision_parameters_stay_so():
+    with jax.enable_x64(True):
+        params = {"w": jnp.full(2, 1 + 1e-10, jnp.float64)}
+        state, _ = make_train_step(square_loss, optax.sgd(1e-12))(
+            TrainState.create(params, optax.sgd(1e-12)), jnp.ones(2)
+        )
+        np.testing.assert_allclose(state.params["w"] - 1, 1e-10 - 2e-12, rtol=1e-3)
 
 
 @pytest.mark.parametrize("wrap", ["dict", "hyperparams"])

@@ -257,7 +257,7 @@ def test_eval_step_sums(road):
 
 def test_errors():
     optimizer = adamw(0.1)
-    with pytest.raises(ValueError, match="accumulate must be at least 1 micro-batch, got 0"):
+    with pytest.raises(ValueError, match=r"accumulate must be .* from 1 .* got 0"):
         make_train_step(lm_loss, optimizer, accumulate=0)
     state = TrainState.create(lm_params(), optimizer)
     with pytest.raises(ValueError, match=r"a batch of 32 rows .* accumulate=3 equal"):

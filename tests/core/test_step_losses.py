@@ -172,7 +172,7 @@ def test_terms_of_micro_batches_change_no_other_number():
     [
         (
             jnp.float32(1),
-            r"must return LossSums, .* not an array of shape \(\): return jaxtrain.losses",
+            r"must return LossSums, .* not float32, an array of shape \(\): return jaxtrain.losses",
         ),
         ((sums_of(jnp.float32(1)), jnp.float32(1)), "must return LossSums"),
         ((jnp.float32(1), {}), "must return LossSums"),
