@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.restore import restore
-from jaxtrain.config import CheckpointConfig, DataConfig, TrainConfig
+from jaxtrain.config import CheckpointConfig, DataConfig, OptimConfig, TrainConfig
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.report import write_report
-from jaxtrain.training import program
+from jaxtrain.runtime.mesh import replicated
+from jaxtrain.training import components, program
 from jaxtrain.training import train as loop
 from jaxtrain.training.run import Hooks, open_run
 
@@ -22,24 +23,27 @@ CLOCKS = {"attempt", "tokens_per_second", "step_seconds", "mfu", "time"}
 # Fields of a config that its program does not depend on.
 _LOOP = ("log_every", "eval_every", "eval_batches", "stop_after", "replay_check", "init_from", "sample_tokens")
 _LOOP += ("sample_prompt", "diagnose_every", "stall_minutes")
+# Fields behind the scalars, which are arguments of the compiled step.
+_SCALARS = ("peak_lr", "schedule", "warmup_steps", "warmup_fraction", "decay_steps", "cycles", "cycle_decay", "floor")
+_SCALARS += ("weight_decay", "clip_norm")
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def _make_program(config, mesh, vocab_size, **options):
     return program.make_program(config, mesh, vocab_size, **options)
 
 
 def shared_program(config, mesh, vocab_size, **options):
     """Returns one program for all configs that compile alike: tracing it is most of the time of a short run."""
-    defaults = TrainConfig()
-    loop = {name: getattr(defaults, name) for name in _LOOP}
-    alike = dataclasses.replace(
-        config,
-        data=DataConfig(store="any"),
-        checkpoint=CheckpointConfig(),
-        train=dataclasses.replace(config.train, **loop),
-    )
-    return _make_program(alike, mesh, vocab_size, **options)
+    alike = dataclasses.replace(config, data=DataConfig(store="any"), checkpoint=CheckpointConfig())
+    alike = change(alike, train={name: getattr(TrainConfig(), name) for name in _LOOP})
+    if config.optim.name != "adamw" or options.keys() - {"wrap_loss"}:
+        return _make_program(alike, mesh, vocab_size, **options)
+    components.make_optimizer(config)  # raises what its own program would raise
+    rates = {name: getattr(OptimConfig(), name) for name in _SCALARS}
+    alike = change(alike, train={"steps": TrainConfig().steps}, optim=rates)
+    scalars = jax.jit(functools.partial(components.make_scalars, config), out_shardings=replicated(mesh))
+    return _make_program(alike, mesh, vocab_size, **options)._replace(scalars=scalars)
 
 
 QUICK = Hooks(make_program=shared_program, write_report=lambda folder: "not drawn")

@@ -37,14 +37,17 @@ def test_both_are_models():
 def test_the_transformer_is_the_linen_module(params):
     model, module = TransformerModel(CONFIG, z_loss=0.1, label_smoothing=0.2, chunk_size=5), Transformer(CONFIG)
     batch = {"inputs": TOKENS, "labels": (TOKENS + 1) % 11, "where": TOKENS > 1}
-    expected = make_loss_fn(module, z_loss=0.1, label_smoothing=0.2, chunk_size=5)(params, batch)
-    jax.tree.map(np.testing.assert_array_equal, model.loss(params, batch), expected)
-    hidden, _ = module.apply({"params": params}, TOKENS)
-    first, cache = model.decode(params, TOKENS[:, :4], None, 0)
-    second, _ = model.decode(params, TOKENS[:, 4:], cache, 4)
-    np.testing.assert_allclose(
-        jnp.concatenate([first, second], axis=1), logits(module, params, hidden), rtol=1e-5, atol=1e-6
-    )
+    expected = jax.jit(make_loss_fn(module, z_loss=0.1, label_smoothing=0.2, chunk_size=5))(params, batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(model.loss)(params, batch), expected)
+
+    @jax.jit
+    def decoded(params):
+        hidden, _ = module.apply({"params": params}, TOKENS)
+        first, cache = model.decode(params, TOKENS[:, :4], None, 0)
+        second, _ = model.decode(params, TOKENS[:, 4:], cache, 4)
+        return jnp.concatenate([first, second], axis=1), logits(module, params, hidden)
+
+    np.testing.assert_allclose(*decoded(params), rtol=1e-5, atol=1e-6)
     assert (model.vocab_size, model.max_seq_len) == (11, 8)
     assert model.flops_per_token(6) == flops_per_token(CONFIG, 6)
 

@@ -253,7 +253,7 @@ def test_update_norm_rising(run, config, tmp_path):
 
 
 def test_spikes_clipped_are_fine(run, config, tmp_path):
-    config = change(config, guard={"sigmas": None}, train={"stop_after": 110})
+    config = change(config, optim={"b2": 0.999}, guard={"sigmas": None}, train={"stop_after": 110})
     found = run(config, tmp_path / "run", faults=Faults(gradient_step=105))
     assert found.keys() == {"spikes_caught"}
     assert found["spikes_caught"]["severity"] == "info"
@@ -268,7 +268,7 @@ def test_spikes_skipped_are_fine(run, config, tmp_path):
 
 
 def test_a_skipped_nan_is_a_warning(run, config, tmp_path):
-    found = run(config, tmp_path / "run", faults=Faults(nan_loss_step=6))
+    found = run(change(config, guard={"window": 8}), tmp_path / "run", faults=Faults(nan_loss_step=6))
     assert found.keys() == {"skipped_steps"}
     assert found["skipped_steps"]["severity"] == "warning"
     assert found["skipped_steps"]["evidence"] == (
@@ -300,7 +300,8 @@ def test_non_finite_loss_that_was_applied(run, config, tmp_path):
 
 def test_float16_overflow(run, config, tmp_path):
     hooks = with_init(lambda params: params | {"embedding": 1e8 * params["embedding"]})
-    found = run(change(config, train={"precision": "float16"}), tmp_path / "run", hooks=hooks)
+    config = change(config, train={"precision": "float16"}, loss_scale={"initial": 2.0**24})
+    found = run(config, tmp_path / "run", hooks=hooks)
     assert (found["float16_overflow"]["severity"], found["float16_overflow"]["step"]) == ("error", 1)
     assert "bfloat16" in found["float16_overflow"]["remedy"]
 

@@ -1,5 +1,7 @@
 """Layer diagnostics against plain arithmetic."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,8 @@ def tree(seed, scale=1.0):
 
 
 def measure(params, grads, updates, state, b2=0.95, eps=1e-8):
-    return jax.tree.map(np.asarray, layer_diagnostics(params, grads, updates, state, b2=b2, eps=eps))
+    diagnose = jax.jit(functools.partial(layer_diagnostics, b2=b2, eps=eps))
+    return jax.tree.map(np.asarray, diagnose(params, grads, updates, state))
 
 
 def norm_of_layer(values, layer):
@@ -59,7 +62,7 @@ def test_frozen_parameters_are_dominated_by_eps(make, num_steps):
     assert np.isnan(measure(params, grads, params, state, b2, eps)["adam_frozen_share"])  # it has not yet moved
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
         for _ in range(num_steps):
-            updates, state = optimizer.update(grads, state, params)
+            updates, state = jax.jit(optimizer.update)(grads, state, params)
     np.testing.assert_allclose(measure(params, grads, updates, state, b2, eps)["adam_frozen_share"], 8 / 20, rtol=1e-6)
 
 
@@ -98,7 +101,7 @@ def test_every_optimizer_gets_the_diagnostics_that_apply(name):
     make, has_second_moments = OTHERS[name]
     params, grads, optimizer = tree(0), tree(1), optax.with_extra_args_support(make())
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax needs them
-        updates, state = optimizer.update(grads, optimizer.init(params), params)
+        updates, state = jax.jit(lambda: optimizer.update(grads, optimizer.init(params), params))()
     out = measure(params, grads, updates, state)
     assert np.isfinite(out["layer_update_ratio"]).all()
     assert ("adam_frozen_share" in out) == has_second_moments

@@ -40,7 +40,7 @@ def make_config(style, sizes=ONE, accumulate=1, precision="float32", **model):
     return Config(
         data=DataConfig(store="unused"),
         model=dataclasses.replace(MODELS[style], **{"scan_unroll": 1, **model}),  # one program on every mesh
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3, clip_norm=0.7),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=3, clip_norm=0.68),
         train=TrainConfig(
             steps=STEPS,
             batch_size=ROWS,

@@ -10,7 +10,6 @@ import optax
 import pytest
 from program_helpers import (
     MESHES,
-    MODELS,
     ONE,
     ROWS,
     STEPS,
@@ -52,15 +51,13 @@ def test_another_learning_rate_length_threshold_or_decay_is_the_same_program():
     """And gives the numbers of a program that holds the values as constants."""
     config = make_config("llama")
     rate = {"peak_lr": 1e-3, "warmup_steps": 5, "floor": 0.2, "schedule": "linear", "clip_norm": 0.1}
-    changes = [
-        ("optim", rate),
-        ("train", {"steps": 300}),
-        ("optim", {"weight_decay": 0.3}),
-        ("optim", {"weight_decay": 0}),
-    ]
     changed = [
-        dataclasses.replace(config, **{name: dataclasses.replace(getattr(config, name), **fields)})
-        for name, fields in changes
+        dataclasses.replace(
+            config,
+            optim=dataclasses.replace(config.optim, weight_decay=decay, **fields),
+            train=dataclasses.replace(config.train, steps=steps),
+        )
+        for decay, steps, fields in ((0.3, 300, rate), (0, STEPS, {}))
     ]
     programs = [program_of(one) for one in (config, *changed)]
     texts = set()
@@ -107,7 +104,7 @@ def slow(*values):
 
 @pytest.mark.parametrize(
     ("style", "sizes", "accumulate"),
-    [("llama", (2, 2, 2), 2), ("gpt2", (2, 2, 2), 1)]
+    [("llama", (2, 2, 2), 2), slow("gpt2", (2, 2, 2), 1)]
     + [slow("llama", sizes, 1) for sizes in MESHES]
     + [slow("gpt2", sizes, 2) for sizes in MESHES],
 )
@@ -134,7 +131,7 @@ def test_twenty_steps_are_the_same_under_pmap(style, accumulate):
 
 
 def test_the_twenty_steps_clip_some_gradients_and_not_others():
-    factors = [metrics["clip_factor"] for style in MODELS for metrics in trained(style, ONE)[1]]
+    factors = [metrics["clip_factor"] for metrics in trained("llama", ONE)[1]]
     assert min(factors) < 0.95
     assert max(factors) == 1
 
