@@ -55,7 +55,8 @@ def python_number(name: str, value: Any) -> Any:
     return value.item() if isinstance(value, jax.Array | np.ndarray) and value.size == 1 else value
 
 
-def check_transformation(name: str, value: Any) -> None:
-    """Raises a TypeError unless a value is an optax transformation; `optax.adam` without its arguments is none."""
+def check_transformation(name: str, value: Any) -> Any:
+    """Returns an optax transformation; raises a TypeError for another value, such as `optax.adam` without arguments."""
     if not all(callable(getattr(value, method, None)) for method in ("init", "update")):
         raise TypeError(f"{name} must be an optax transformation, such as clipped_adamw(1e-3), got {value!r}")
+    return value

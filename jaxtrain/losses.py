@@ -166,10 +166,9 @@ def linear_cross_entropy(
 ) -> LossSums:
     """Sums the cross-entropy of `hidden @ kernel` without holding more than one chunk of the logits.
 
-    Scans over chunks of tokens, each with the whole vocabulary. Under differentiation the same pass forms the gradients
-    from the same float32 logits and stores them summed (the scheme of Liger Kernel, arXiv:2410.10989). A kernel of more
-    than 2^28 elements gets its gradient in a second pass over blocks of the vocabulary, which never holds it in
-    float32. Differentiable once, in reverse mode.
+    Scans over chunks of tokens, each with the whole vocabulary. Under differentiation, in reverse mode, the same pass
+    forms the gradients from the same float32 logits and stores them summed (as Liger Kernel, arXiv:2410.10989). Above
+    2^28 elements, a second pass over blocks of the vocabulary forms the kernel's gradient, never whole in float32.
 
     Args:
       hidden: `[..., D]`, float32, bfloat16 or float16.
@@ -199,8 +198,7 @@ def linear_cross_entropy(
       >>> print(f"{value:.4f}", gradient.shape)
       1.0986 (2, 3)
     """
-    hidden, kernel, labels, where = _as_arrays(hidden, kernel, labels, where)
-    _check_floats(hidden, kernel)
+    hidden, kernel, labels, where = _head_arrays(hidden, kernel, labels, where)
     columns = kernel.shape[-1] * (jax.lax.axis_size(vocab_axis) if vocab_axis else 1)
     rows = kernel.shape[0] * (jax.lax.axis_size(gather_axis) if gather_axis else 1)
     vocab_block = _default_block(rows * kernel.shape[-1], kernel.dtype) if vocab_block is None else vocab_block
@@ -235,13 +233,16 @@ def _as_arrays(*values: Any) -> Any:
     return (None if value is None else jnp.asarray(value) for value in values)
 
 
-def _check_floats(hidden: jax.Array, kernel: jax.Array) -> None:
+def _head_arrays(*values: Any) -> Any:
+    """Returns hidden states, kernel, labels and weights as arrays; raises unless the first two are floats."""
+    hidden, kernel, *_ = arrays = tuple(_as_arrays(*values))
     floats = all(jnp.issubdtype(array.dtype, jnp.floating) for array in (hidden, kernel))
     if not floats or hidden.ndim < 1 or kernel.ndim != 2 or not kernel.size:
         raise ValueError(
             f"hidden must be floats [..., D] and kernel [D, V], got {hidden.dtype} {hidden.shape} and "
             f"{kernel.dtype} {kernel.shape}"
         )
+    return arrays
 
 
 def _check_head(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, rows: int) -> None:

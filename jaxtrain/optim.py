@@ -205,10 +205,8 @@ def clipped_adamw(
       >>> print(optax.apply_updates(params, updates)["w"], optax.tree_utils.tree_get(state, "clip_factor"))
       [0.9 1.1] 0.2
     """
-    if clip is not None:
-        check_transformation("clip", clip)
     return optax.chain(
-        clip_by_global_norm(clip_norm) if clip is None else clip,
+        clip_by_global_norm(clip_norm) if clip is None else check_transformation("clip", clip),
         scale_by_adam(b1, b2, eps, mu_dtype),
         add_decayed_weights(weight_decay, decay_mask if mask is None else mask),
         scale_by_learning_rate(learning_rate),

@@ -22,6 +22,7 @@ from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime.config_files import flat_fields, load_config, to_json
 from jaxtrain.runtime.files import flock, sync_folder, write_bytes, write_json, write_text
 from jaxtrain.runtime.remote import ORIGIN
+from jaxtrain.runtime.stop import Stopped
 from jaxtrain.runtime.terminal import echo
 from jaxtrain.training import components
 
@@ -226,13 +227,21 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def rollback_config(folder: Path) -> Iterator[None]:
-    """Restores config.json if the block fails; a token store that was prepared meanwhile stays."""
-    file = folder / "config.json"
-    before = file.read_bytes() if file.is_file() else None
+def rollback_refused(folder: Path) -> Iterator[None]:
+    """Restores config.json and removes a new log if the block fails; a token store that was prepared meanwhile stays.
+
+    A signal (`Stopped`) refuses nothing.
+    """
+    file, log = folder / "config.json", folder / "metrics.jsonl"
+    before, had_log = file.read_bytes() if file.is_file() else None, log.exists()
     try:
         yield
+    except Stopped:
+        raise
     except BaseException:
+        with contextlib.suppress(OSError):
+            if not had_log:
+                log.unlink()
         with contextlib.suppress(OSError):
             if before is None:
                 file.unlink()

@@ -88,6 +88,8 @@ def prepare_data(
             weights.find(config.train.init_from, folder)
         if uses_lora(config.model) and not config.train.init_from:
             raise ValueError("model.lora_rank trains additions to given weights: give them with train.init_from RUN")
+        if rewind is not None:
+            CheckpointFolder(folder / "checkpoints").require(rewind)
         recover_config(folder)
         stack.enter_context(run_lock(folder, lock=lock))
         step = rewind or CheckpointFolder(folder / "checkpoints").latest_step() or 0
@@ -123,14 +125,11 @@ def check_resume(run: Run, rewind: int | None) -> None:
     """Checks data, tokenizer, decay mask and data.skip against the checkpoint to resume from. Writes nothing.
 
     Raises:
-      ValueError: one of them differs, or there is no checkpoint of step `rewind`, on every process.
+      ValueError: one of them differs, on every process.
     """
 
     def check() -> None:
-        checkpoints = CheckpointFolder(run.folder / "checkpoints")
-        if rewind is not None:
-            checkpoints.require(rewind)
-        if found := find_fingerprint(checkpoints, rewind):
+        if found := find_fingerprint(CheckpointFolder(run.folder / "checkpoints"), rewind):
             _check_saved(run, *found)
 
     processes.run_on_lead("check the checkpoint", check)

@@ -26,6 +26,7 @@ from jaxtrain.runtime import processes
 from jaxtrain.runtime.chips import peak_flops
 from jaxtrain.runtime.config_files import load_run_config
 from jaxtrain.runtime.files import write_text
+from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.step import TrainState
 from jaxtrain.training.batches import batch_source, train_batches
@@ -35,7 +36,7 @@ from jaxtrain.training.evaluation import evaluate_sources, split_text
 from jaxtrain.training.frozen import describe_frozen, frozen_mask
 from jaxtrain.training.generate import continue_text
 from jaxtrain.training.run import NO_HOOKS, Hooks, Run, assemble, fingerprint, save_tokenizer
-from jaxtrain.training.run_folder import absolute_paths, rollback_config, write_config
+from jaxtrain.training.run_folder import absolute_paths, rollback_refused, write_config
 from jaxtrain.training.start import Session, check_resume, prepare_data, start, start_table
 
 _COMPRESS_LIMIT = 16 * 2**20  # bytes of a split that are compressed for comparison; more would take minutes
@@ -79,13 +80,12 @@ def train(
         folder, mirror = stack.enter_context(working_folder(run_dir, lock=lock))
         config = absolute_paths(config, folder)
         options = {"rewind": rewind, "allow_change": allow_change, "lock": lock}
-        session = _open_session(config, folder, stack, hooks, track, **options)._replace(mirror=mirror)
-        recorder = session.recorder
-        _describe(session)
-        if rewind is None and (outcome := _settled_outcome(session)):
-            return outcome
         try:
-            state = start(session, rewind)
+            with rollback_refused(folder) if processes.is_lead() else contextlib.nullcontext():
+                session = _open_session(config, folder, stack, hooks, track, **options)._replace(mirror=mirror)
+                if rewind is None and (outcome := _settled_outcome(session)):
+                    return outcome
+                state = start(session, rewind)
             if processes.is_lead():
                 write_config(folder, config)
                 save_tokenizer(session.run)
@@ -95,6 +95,7 @@ def train(
                 outcome |= _finish(session, state)
         except Stopped:  # outside the steps: every step made so far is saved
             outcome = {"step": session.checkpoints.latest_step() or 0, "reason": session.stop.reason}
+        recorder = session.recorder
         recorder.stop(outcome)
         if processes.is_lead():
             try:
@@ -145,16 +146,16 @@ def _open_session(
 ) -> Session:
     """Opens the data, with the options of `prepare_data`, and the records of a run; `stack` closes them."""
     check_optimizer(config)
-    with rollback_config(folder) if processes.is_lead() else contextlib.nullcontext():
-        store, changes = prepare_data(config, folder, stack, **options)
-        if config.train.sample_tokens and store.tokenizer_file is None:
-            raise ValueError(
-                f"train.sample_tokens {config.train.sample_tokens} needs a tokenizer: put its tokenizer.json beside "
-                f"{store.path}, or set train.sample_tokens to none"
-            )
-        run = assemble(config, folder, store, hooks)
-        train_batches(run)  # raises if the text is too short
-        check_resume(run, options["rewind"])
+    make_mesh(config.mesh)  # raises before the data is prepared, which may take long
+    store, changes = prepare_data(config, folder, stack, **options)
+    if config.train.sample_tokens and store.tokenizer_file is None:
+        raise ValueError(
+            f"train.sample_tokens {config.train.sample_tokens} needs a tokenizer: put its tokenizer.json beside "
+            f"{store.path}, or set train.sample_tokens to none"
+        )
+    run = assemble(config, folder, store, hooks)
+    train_batches(run)  # raises if the text is too short
+    check_resume(run, options["rewind"])
     stop = stack.enter_context(Stop().listen())
     recorder = stack.enter_context(_open_recorder(run, track))
     rule = config.checkpoint
@@ -169,7 +170,9 @@ def _open_session(
     watchdog = hooks.make_watchdog(
         config.train.stall_minutes, report=lambda problem: recorder.event("stalled", "", problem=problem)
     )
-    return Session(run, recorder, stop, checkpoints, saver, stack.enter_context(watchdog), changes)
+    session = Session(run, recorder, stop, checkpoints, saver, stack.enter_context(watchdog), changes)
+    _describe(session)
+    return session
 
 
 def _open_recorder(run: Run, track: Sequence[str]) -> Recorder:

@@ -113,6 +113,7 @@ def test_lora_trains_its_matrices_and_loads_as_a_plain_model(tuned, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train(change(config, train={"init_from": init_from}), tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
