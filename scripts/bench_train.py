@@ -121,12 +121,8 @@ class Peer:
         raise SystemExit(f"error: the peer ended with exit code {self._child.wait()}; its output is above")
 
 
-def peer_spec(config: Config, model: ModelConfig, compiled: bool) -> dict[str, Any]:
-    """Describes the model for the peer.
-
-    Raises:
-      ValueError: transformers has no such model.
-    """
+def peer_style(config: Config, model: ModelConfig) -> str:
+    """Returns the family of the peer's model; raises a ValueError if transformers has none."""
     styles = {
         "gpt2": ("learned", "layernorm", "gelu", True, True),
         "llama": ("rope", "rmsnorm", "swiglu", False, model.tie_embeddings),
@@ -137,9 +133,14 @@ def peer_spec(config: Config, model: ModelConfig, compiled: bool) -> dict[str, A
         raise ValueError(
             "the peer has plain GPT-2 and Llama in float32 and bfloat16 only: leave out --peer for other configs"
         )
+    return style
+
+
+def peer_spec(config: Config, model: ModelConfig, compiled: bool) -> dict[str, Any]:
+    """Describes the model for the peer; a ValueError, as of `peer_style`."""
     sizes = ("vocab_size", "vocab_rows", "num_layers", "num_heads", "d_model", "d_ff", "max_seq_len", "tie_embeddings")
     return {
-        "style": style,
+        "style": peer_style(config, model),
         **{name: getattr(model, name) for name in sizes},
         "num_kv_heads": model.kv_heads,
         "head_dim": model.channels_per_head,
@@ -154,6 +155,8 @@ def peer_spec(config: Config, model: ModelConfig, compiled: bool) -> dict[str, A
 
 def bench(config: Config, options: argparse.Namespace) -> tuple[list[Table], dict[str, Any]]:
     """Runs all forms in turn. Returns the table and the seconds of every step."""
+    if options.peer != "none":
+        peer_style(config, config.model)  # before anything compiles
     ours = Ours(config)
     forms: dict[str, Ours | Peer] = {"jaxtrain": ours}
     for name in PEERS.get(options.peer, ()):
