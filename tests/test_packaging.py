@@ -58,9 +58,9 @@ def check_outside(python, folder):
     """Runs the ten lines and trains a config of the user's own with an installed package, away from the checkout."""
     environment = user_environment(JAX_PLATFORMS="cpu", XLA_FLAGS=QUICK_XLA)
     environment.pop("PYTHONPATH", None)
-    where = run([python, "-c", "import jaxtrain; print(jaxtrain.__file__)"], cwd=folder, environment=environment)
+    code = f"{TEN_LINES}\nimport jaxtrain; print(jaxtrain.__file__)"
+    where = run([python, "-c", code], cwd=folder, environment=environment)
     assert Path(where.strip()).is_relative_to(python.parents[1])
-    run([python, "-c", TEN_LINES], cwd=folder, environment=environment)
     (folder / "text").mkdir()
     for i in range(40):
         (folder / f"text/{i}.txt").write_text(f"{i} bottles of beer on the wall\n" * 20)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, run
+from runs import change
+from runs import train as train_here
 
 from jaxtrain.cli import main
+from jaxtrain.runtime.config_files import load_config
 
 CLI = [sys.executable, "-m", "jaxtrain.cli"]
 # The figures in bits per byte and nats, as the program prints them and as the config's header states them.
@@ -67,11 +70,11 @@ def source_code(tmp_path_factory):
 def test_a_short_quickstart_learns_resumes_and_is_healthy(source_code, tmp_path, capsys):
     """Quick sibling: the quickstart's own model and optimizer for 24 steps, stopped after 12, in this process."""
     folder = tmp_path / "run"
-    flags = ["steps", "24", "eval-every", "12", "log-every", "1", "sample-tokens", "50", "batch-size", "4"]
-    flags = [word if word.isdigit() else f"--train.{word}" for word in flags] + ["--mesh.data", "1"]
-    command = ["train", str(ROOT / "configs/quickstart.py"), "--data.store", str(source_code), *flags]
-    assert main([*command, "--run-dir", str(folder), "--train.stop-after", "12"]) == 0
-    assert main([*command, "--run-dir", str(folder)]) == 0
+    fields = {"steps": 24, "eval_every": 12, "log_every": 1, "sample_tokens": 50, "batch_size": 4, "eval_batches": 16}
+    config = load_config(ROOT / "configs/quickstart.py")
+    config = change(config, data={"store": str(source_code)}, train=fields, mesh={"data": 1})
+    train_here(change(config, train={"stop_after": 12}), folder, report=True)
+    train_here(config, folder, report=True)
     printed = capsys.readouterr().out
     steps, events = records(folder)
     assert [step["step"] for step in steps] == list(range(1, 25))

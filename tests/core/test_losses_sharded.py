@@ -244,11 +244,11 @@ def test_large_heads_take_the_second_pass_by_themselves():
     ("devices", "columns", "num_classes", "terms", "vocab_block"),
     [
         (2, 12, 12, {}, 0),
-        (2, 12, VOCAB, ALL_TERMS, 0),
+        pytest.param(2, 12, VOCAB, ALL_TERMS, 0, marks=pytest.mark.slow),
         (4, 12, VOCAB, ALL_TERMS, 2),
         (4, 16, VOCAB, ALL_TERMS, 0),
         (4, 12, 9, ALL_TERMS, 2),
-        (4, 12, 9, {}, 2),
+        pytest.param(4, 12, 9, {}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_vocabulary_in_parts_over_an_axis(devices, columns, num_classes, terms, vocab_block):

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import ROOT, run_python, user_environment
+from helpers import QUICK_XLA, ROOT, run_python, user_environment
 
 import jaxtrain
 from jaxtrain.cli import main
@@ -28,7 +28,8 @@ assert not wrong and "optax" not in sys.modules, wrong
 
 def test_load_works_from_any_folder_and_imports_nothing_of_the_training(run_dir, tmp_path):
     (tmp_path / "elsewhere").symlink_to(run_dir.parent)
-    run_python(SCRIPT, cwd=tmp_path, environment=user_environment(PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu"))
+    more = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK_XLA}
+    run_python(SCRIPT, cwd=tmp_path, environment=user_environment(**more))
 
 
 def test_which_checkpoint(run_dir):

@@ -89,7 +89,7 @@ SLOW = ("qwen 3, with experts", "olmo, with experts")  # of the same layer as Mi
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 def test_a_family_is_that_of_transformers(case, tmp_path):
-    """Logits in both dtypes; exported, the same bits, which transformers loads and continues with the same tokens."""
+    """Logits; exported, the same bits, which transformers loads. For one case of a family, also text and bfloat16."""
     name, values = CASES[case]
     theirs = make(getattr(transformers, name)(**values))
     theirs.save_pretrained(tmp_path / "in")
@@ -106,14 +106,14 @@ def test_a_family_is_that_of_transformers(case, tmp_path):
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(params_again), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    prompt = torch.tensor(TOKENS[:, :5])
-    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
-    text = exported.generate(prompt, max_new_tokens=LENGTH - 5, **options).numpy()
-    likeliest = np.argmax(our_logits(model, params, text), axis=-1)
-    np.testing.assert_array_equal(likeliest[:, 4:-1], text[:, 5:])
     np.testing.assert_allclose(logits_of(exported), expected, atol=1e-5)
 
     if "," not in case:
+        prompt = torch.tensor(TOKENS[:, :5])
+        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+        text = exported.generate(prompt, max_new_tokens=LENGTH - 5, **options).numpy()
+        likeliest = np.argmax(our_logits(model, params, text), axis=-1)
+        np.testing.assert_array_equal(likeliest[:, 4:-1], text[:, 5:])
         half = our_logits(model, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), TOKENS)
         error = np.sqrt(np.mean(np.square(np.asarray(half) - expected)) / np.mean(np.square(expected)))
         assert error < 0.02  # that of transformers in bfloat16 lies between 0.005 and 0.015

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import LIMIT, wait_until
 from process_helpers import Processes
-from runs import Faults, train
+from runs import QUICK, Faults, train
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.manifest import verify
@@ -96,7 +96,7 @@ def assert_same_run(folder, expected):
         np.testing.assert_allclose(evaluations[0][step]["nll"], other["nll"], rtol=1e-6)
     states = []
     for each in (folder, expected):
-        run = open_run(each)
+        run = open_run(each, QUICK)
         states.append(restore(CheckpointFolder(each / "checkpoints"), run.program.abstract_state)[0])
     for leaf, other in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=1e-6, atol=1e-6)
@@ -120,11 +120,6 @@ def test_two_processes_are_one_run_with_one_record(config, whole, tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {*("config.json", "metrics.jsonl", "checkpoints", "report.html", "sample.txt", "tokenizer.json")}
     assert (tmp_path / "run" / "sample.txt").read_text().startswith("1 +")
-    codes, outputs, errors = Processes(*[["-m", "jaxtrain.cli", "eval", tmp_path / "run", "--json"]] * 2).wait()
-    assert codes == [0, 0], errors
-    (measured,), () = ([line for line in output.splitlines() if line.startswith("{")] for output in outputs)
-    expected = events[-1]["evaluation"]["nll"]
-    assert json.loads(measured)["nll"] == pytest.approx(expected, rel=1e-6)  # the command adds up each position
     saved = tmp_path / "run" / "checkpoints" / "8" / "params"
     assert {path.name for path in saved.iterdir()} >= {"ocdbt.process_0", "ocdbt.process_1"}
     for step in ("3", "6", "8"):
@@ -132,6 +127,16 @@ def test_two_processes_are_one_run_with_one_record(config, whole, tmp_path):
     hashed = [event["bytes_hashed"] for event in events if event["event"] == "saved"]
     assert hashed
     assert all(len(each) == 2 and min(each) > 0 for each in hashed)
+
+
+@pytest.mark.slow
+def test_the_command_evaluates_on_two_processes(whole):
+    """Its quick siblings are the evaluations of the run above, and the command on one process in test_load.py."""
+    codes, outputs, errors = Processes(*[["-m", "jaxtrain.cli", "eval", whole, "--json"]] * 2).wait()
+    assert codes == [0, 0], errors
+    (measured,), () = ([line for line in output.splitlines() if line.startswith("{")] for output in outputs)
+    expected = read_metrics(whole / "metrics.jsonl")[1][-1]["evaluation"]["nll"]
+    assert json.loads(measured)["nll"] == pytest.approx(expected, rel=1e-6)  # the command adds up each position
 
 
 @pytest.mark.slow

@@ -6,11 +6,12 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-from runs import assert_same_bits, numbers, state_of
+from runs import assert_same_bits, change, numbers, state_of, train
 
 from jaxtrain.cli import main
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.optim import OPTIMIZERS
+from jaxtrain.runtime.config_files import load_config
 from jaxtrain.schedules import SCHEDULES
 
 HEADER = """
@@ -143,6 +144,14 @@ def jaxtrain(*arguments):
     assert main([str(argument) for argument in arguments]) == 0
 
 
+def train_whole_and_in_parts(file, folder):
+    """Trains runs whole and parts, which stops after step 7; all with one program."""
+    config = load_config(file)
+    train(config, folder / "whole", report=True)
+    train(change(config, train={"stop_after": 7}), folder / "parts")
+    train(config, folder / "parts")
+
+
 def test_an_nnx_model_of_the_users_own_is_trained_and_evaluated(store, tmp_path, capsys):
     file = write_config(tmp_path, store, NNX)
     jaxtrain("train", file, "--run-dir", tmp_path / "run", "--train.stop-after", 7)
@@ -158,9 +167,7 @@ def test_an_nnx_model_of_the_users_own_is_trained_and_evaluated(store, tmp_path,
 def test_a_model_of_the_users_own_is_trained_and_resumed_bit_for_bit(store, tmp_path, capsys):
     """On a mesh of four devices, with the guard, checkpoints, evaluations and the report."""
     file = write_config(tmp_path, store, LINEN)
-    jaxtrain("train", file, "--run-dir", tmp_path / "whole")
-    jaxtrain("train", file, "--run-dir", tmp_path / "parts", "--train.stop-after", 7)
-    jaxtrain("train", file, "--run-dir", tmp_path / "parts")
+    train_whole_and_in_parts(file, tmp_path)
     lines, events = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     assert lines[-1]["nll"] < lines[0]["nll"] - 0.5
@@ -251,9 +258,7 @@ def test_a_schedule_and_an_optimizer_of_the_users_own(store, tmp_path, monkeypat
     for table, name in tables.values():
         monkeypatch.setitem(table, name, None)  # so that the entries are gone after the test
     file = write_config(tmp_path, store, TABLES)
-    jaxtrain("train", file, "--run-dir", tmp_path / "whole")
-    jaxtrain("train", file, "--run-dir", tmp_path / "parts", "--train.stop-after", 7)
-    jaxtrain("train", file, "--run-dir", tmp_path / "parts")
+    train_whole_and_in_parts(file, tmp_path)
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     assert_same_bits(*(state_of(tmp_path / name) for name in ("parts", "whole")))
     lines, _ = read_metrics(tmp_path / "whole" / "metrics.jsonl")
