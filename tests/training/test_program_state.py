@@ -26,7 +26,14 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize(("style", "accumulate"), [("llama", 2), ("gpt2", 1)])
+def test_a_device_holds_its_part_of_each_parameter():
+    shapes = program_of(make_config("gpt2", (2, 2, 2))).abstract_state.params
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    parts = {"/".join(key.key for key in path[-2:]): leaf for path, leaf in leaves}
+    assert {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in parts.items()} == PARTS["gpt2"]
+
+
+@pytest.mark.parametrize(("style", "accumulate"), [("llama", 2), pytest.param("gpt2", 1, marks=pytest.mark.slow)])
 def test_state_is_born_in_its_parts_and_stays_there(style, accumulate):
     """The same numbers as on one device; each device holds its shard alone, and the program compiles once."""
     program = program_of(make_config(style, (2, 2, 2), accumulate))

@@ -109,7 +109,7 @@ def test_stopping_twice_in_an_epoch_and_resuming_gives_the_same_bits(tiny_config
 
     The drills of tests/checkpoints resume in a process of its own.
     """
-    config = on_devices(with_train(tiny_config, batch_size=32), 4)
+    config = on_devices(tiny_config, 4)
     for folder, stops in (("whole", [None]), ("parts", [4, 9, None])):
         for stop in stops:
             train(with_train(config, stop_after=stop), tmp_path / folder)
