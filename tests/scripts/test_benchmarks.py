@@ -19,6 +19,12 @@ def run(*command, **environment):
     return call([sys.executable, *command], cwd=ROOT, env={**os.environ, **flags})
 
 
+def run_here(monkeypatch, script, *arguments):
+    """Runs a script in this process."""
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+
+
 TINY = [
     *("--model.num-layers=1", "--model.num-heads=2", "--model.d-model=16", "--model.d-ff=32", "--model.max-seq-len=8"),
     *("--model.vocab-size=31", "--train.seq-len=8", "--train.batch-size=2", "--train.accumulate=1"),
@@ -26,10 +32,9 @@ TINY = [
 ]
 
 
-def test_the_train_step_is_timed_and_recorded(tmp_path):
+def test_the_train_step_is_timed_and_recorded(tmp_path, monkeypatch):
     record = tmp_path / "train.json"
-    done = run("scripts/bench_train.py", "configs/gpt2_124m.py", *TINY, "--json", str(record))
-    assert done.returncode == 0, done.stderr
+    run_here(monkeypatch, "bench_train.py", str(ROOT / "configs/gpt2_124m.py"), *TINY, "--json", str(record))
     made = json.loads(record.read_text())
     (table,) = made["tables"]
     row = dict(zip(table["columns"], table["rows"][0], strict=True))
@@ -48,9 +53,8 @@ def test_the_train_step_is_timed_and_recorded(tmp_path):
     ],
 )
 def test_rejects_an_unusable_command(flags, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench_train.py", str(ROOT / "configs/gpt2_124m.py"), *TINY, *flags])
     with pytest.raises(SystemExit, match=message):
-        runpy.run_path(str(ROOT / "scripts/bench_train.py"), run_name="__main__")
+        run_here(monkeypatch, "bench_train.py", str(ROOT / "configs/gpt2_124m.py"), *TINY, *flags)
 
 
 def test_a_plan_is_a_row_of_memory_and_collectives():
@@ -64,11 +68,10 @@ def test_a_plan_is_a_row_of_memory_and_collectives():
     assert row_of("h100:8", found | {"warning": "replaced"})[-1] == "yes"
 
 
-def test_the_loss_head_is_timed(tmp_path):
+def test_the_loss_head_is_timed(tmp_path, monkeypatch):
     record = tmp_path / "loss.json"
-    sizes = ["--tokens=64", "--vocab", "40", "--d-model=8", "--chunk-size", "16", "--repeats=1"]
-    done = run("scripts/bench_loss.py", *sizes, "--json", str(record))
-    assert done.returncode == 0, done.stderr
+    sizes = ["--return-memory", "--tokens=64", "--vocab", "40", "--d-model=8", "--chunk-size", "16", "--repeats=1"]
+    run_here(monkeypatch, "bench_loss.py", *sizes, "--json", str(record))
     assert [row[0] for row in json.loads(record.read_text())["tables"][0]["rows"]] == ["dense", "optax", "chunk 16"]
 
 
