@@ -54,7 +54,7 @@ def _naming_entries(folder: Path, show: Callable[..., None]) -> Callable[..., No
     def naming(message: Warning | str, *arguments: Any, **options: Any) -> None:
         show(message, *arguments, **options)
         if found := re.match(r"Error reading persistent compilation cache entry for '([^']+)'", str(message)):
-            entries = shlex.quote(str(folder / found[1])) + "*-cache"
+            entries = shlex.quote(str(folder / found[1])) + "-*-cache"
             echo(f"the program was compiled again; to end this warning: rm {entries}", file=sys.stderr)
 
     return naming

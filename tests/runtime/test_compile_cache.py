@@ -90,8 +90,12 @@ def test_a_damaged_entry_is_compiled_again_with_a_warning(tmp_path, damage):
     assert "Error reading persistent compilation cache entry for 'jit_step'" in errors
     assert second == first
     (remedy,) = re.findall("to end this warning: (rm .*)", errors)
+    others = [entry.parent / name for name in ("jit_steps-0-cache", "jit_step-0", "jit_step-0-atime")]
+    for other in others:
+        other.touch()
     subprocess.run(remedy, shell=True, check=True)
     assert not entry.exists()
+    assert all(other.exists() for other in others)
 
 
 @pytest.mark.parametrize("trouble", ["a file", "open to others"])
