@@ -118,7 +118,10 @@ class Saver:
         if self._thread is None:
             self._writer.close()
         if self._failed_steps:
-            self._sweep()  # the threads of a failed save have ended now
+            self._sweep()
+            for thread in threading.enumerate():
+                if type(thread).__module__.startswith("orbax."):  # waits for a folder that was not made
+                    abandon(thread)
 
     def begin(self, state: TrainState, fingerprint: dict[str, Any]) -> bool:
         """Waits for the previous save, copies the state to the host and writes it in the background.
@@ -151,6 +154,11 @@ class Saver:
             self._require_run_directory()
             if processes.is_lead():
                 self._folder.path.mkdir(exist_ok=True)
+                # If Orbax can make no folder (a file system that became read-only), its threads wait for one: up to
+                # its time-out, which delays the end of the process.
+                probe = self._folder.path / f".{step}.partial.probe"
+                probe.mkdir()
+                probe.rmdir()
             self._writer.save(self._folder.partial(step), args=args)
         except Exception as error:  # TensorStore has exceptions of its own for a full disk
             self._clear(step)

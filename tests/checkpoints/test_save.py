@@ -113,6 +113,25 @@ def save_all(saver, *steps):
         saver.begin(make_state(step), FINGERPRINT)
 
 
+def test_a_folder_that_cannot_be_made_starts_no_threads_that_wait_for_it(tmp_path, monkeypatch):
+    """As on a file system that became read-only: they would delay the exit by minutes."""
+    make = os.mkdir
+
+    def mkdir(path, *arguments, **options):
+        if ".partial" in str(path):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return make(path, *arguments, **options)
+
+    with Saver(CheckpointFolder(tmp_path, report=(events := Events()))) as saver:
+        monkeypatch.setattr(os, "mkdir", mkdir)
+        saver.begin(make_state(1), FINGERPRINT)
+        monkeypatch.undo()
+        left = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("orbax.")]
+    assert "Read-only file system" in events.named("save_failed")[0][1]["problem"]
+    assert names(tmp_path) == []
+    assert left == []
+
+
 @pytest.mark.parametrize("stage", ["begin", "arrays", "unsealed", "sealed"])
 def test_two_failures_in_a_row_are_an_error(tmp_path, stage):
     """Failures at every stage; a successful save resets the count."""
