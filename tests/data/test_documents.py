@@ -180,7 +180,7 @@ def apart(tiny_config):
 
 
 def test_a_packed_run(apart, tmp_path):
-    """Padding in the records, exact resume, the same numbers on two devices, and the row's documents in a replay."""
+    """Padding in the records, and exact resume. test_finetuning.py has a packed run on four devices."""
     train(apart, tmp_path / "whole")
     steps = numbers(tmp_path / "whole")
     run = open_run(tmp_path / "whole")
@@ -192,9 +192,6 @@ def test_a_packed_run(apart, tmp_path):
     train(change(apart, train={"stop_after": 5}), tmp_path / "parts")
     train(apart, tmp_path / "parts")
     assert_same_bits(state_of(tmp_path / "parts"), state_of(tmp_path / "whole"))
-    train(change(apart, mesh={"data": 2}), tmp_path / "two")
-    losses = [[line["loss"] for line in numbers(tmp_path / name)] for name in ("whole", "two")]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     with pytest.raises(ValueError, match=r"data\.packing: 'best_fit' -> 'concatenate'"):
         train(change(apart, data={"packing": "concatenate"}), tmp_path / "parts")
 

@@ -147,8 +147,9 @@ def program_of(sizes, remat="none", **model):
     return program.make_program(config, make_mesh(config.mesh), 257)
 
 
-@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("sizes", "remat"), [((1, 1, 1), "none"), ((1, 1, 1), "full"), ((2, 2, 2), "minimal"), ((2, 2, 2), "full")]
+)
 @pytest.mark.usefixtures("lowers_for_cuda", "eight_devices")
 def test_the_whole_train_step_lowers_for_a_gpu(sizes, remat):
     """The backward pass recomputes attention only under full rematerialization."""

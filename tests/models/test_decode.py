@@ -24,7 +24,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.tree.map(lambda leaf: leaf * 8, model.init(jax.random.key(0)))
+    return jax.tree.map(lambda leaf: leaf * 8, jax.jit(model.init)(jax.random.key(0)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

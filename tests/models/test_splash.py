@@ -97,8 +97,7 @@ def test_it_lowers_for_a_tpu_from_here(width, options):
     assert "1024x1024" not in text
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize(("sizes", "segments"), [((1, 1, 1), False), ((2, 2, 2), True)])
 def test_the_whole_train_step_lowers_for_a_tpu(sizes, segments):
     model = llama(2, 4, 64, 96, 256, num_kv_heads=2, attention="splash", attention_window=100, attention_softcap=30.0)
     config = Config(

@@ -196,16 +196,13 @@ def test_other_devices_give_the_same_numbers_to_rounding(tiny_config, tmp_path):
         np.testing.assert_allclose(losses[1][row], nll, rtol=1e-5)
 
 
-def test_the_command_prints_tables_and_json(run_dir, capsys):
+def test_the_command_prints_tables(run_dir, capsys):
+    """Its JSON is read in test_own_model.py."""
     assert main(["replay", str(run_dir), "--step", "8"]) == 0
     printed = capsys.readouterr().out
     for part in ("step 8, from the checkpoint of step 7", "reproduces bit for bit: step 8", "grad_norm", "layer 1"):
         assert part in printed
     assert "\x1b" not in printed
-    assert main(["replay", str(run_dir), "--step", "8", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["reproduces"] is True
-    assert len(result["rows"]) == 8
 
 
 @given(st.lists(st.integers(0, 2), max_size=24))
