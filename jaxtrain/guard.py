@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.checks import check_count, check_number, check_transformation
-from jaxtrain.trees import as_float32, float32_if_array, global_norm, state_fields
+from jaxtrain.trees import as_float32, float32_if_array, global_norm, squared, state_fields
 
 # Reasons for a skip: `GuardState.skip_reason`.
 NOT_SKIPPED, NOT_FINITE, LOSS_SPIKE, GRAD_NORM_SPIKE = range(4)
@@ -232,20 +232,39 @@ def _check_finite(updates: Any, new: Any, old: Any, check_updates: bool) -> tupl
 
 
 def _stays_finite(new: Any, old: Any) -> jax.Array:
-    """Returns True if the inner state is finite where it was before. Some states start from an infinite value."""
-    return _all_finite(
-        jax.tree.map(
-            lambda leaf, before: jnp.where(jnp.isfinite(before), leaf, 0) if _is_float(leaf) else leaf, new, old
+    """Returns True if the inner state is finite where it was before. Some states start from an infinite value.
+
+    Reads the old state only if the new one is not finite.
+    """
+
+    def compare():
+        return _all_finite(
+            jax.tree.map(
+                lambda leaf, before: jnp.where(jnp.isfinite(before), leaf, 0) if _is_float(leaf) else leaf, new, old
+            )
         )
-    )
+
+    return jax.lax.cond(_all_finite(new), lambda: jnp.bool_(True), compare)
 
 
 def _all_finite(tree: Any) -> jax.Array:
     """Returns True if all numbers are finite.
 
     Counts those that are not in float32, like the sums of squares of a norm: the compiler then forms both in one pass.
+    XLA on a CPU would store the flags before it counts them, but it sums squares in one pass; x - x is 0 or NaN.
     """
-    counts = [jnp.sum(jnp.where(jnp.isfinite(leaf), 0.0, 1.0)) for leaf in jax.tree.leaves(tree) if _is_float(leaf)]
+
+    def count(leaf):
+        return jnp.sum(jnp.where(jnp.isfinite(leaf), 0.0, 1.0), dtype=jnp.float32)
+
+    def sum_differences(leaf):
+        return jnp.sum(squared(leaf - leaf))
+
+    counts = [
+        jax.lax.platform_dependent(leaf, cpu=sum_differences, default=count)
+        for leaf in jax.tree.leaves(tree)
+        if _is_float(leaf)
+    ]
     return sum(counts, jnp.float32(0)) == 0
 
 

@@ -43,7 +43,7 @@ def layer_diagnostics(
       float32 arrays: `layer_grad_norm` [L]; `layer_update_ratio` [L], norm of the update over norm of the parameters;
       `adam_frozen_share` [], the share of numbers with sqrt(nu_hat) below 10 eps, whose update shrinks with the
       gradient. Only numbers with a gradient count: rows of an embedding that the batch does not use do not. It is NaN
-      before the first update, and absent without Adam. A tree without layers has L = 0.
+      before the first update and for a gradient with NaN, and absent without Adam. A tree without layers has L = 0.
     """
     norms = [_layer_norms(tree) for tree in (params, grads, updates)]
     share = _frozen_share(grads, opt_state, b2, eps)
@@ -70,14 +70,14 @@ def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) 
         for path, nu in jax.tree_util.tree_leaves_with_path(state.nu):
             if path not in by_path or nu.shape != by_path[path].shape:
                 continue  # flattened or factored
-            has_gradient, stacked = by_path[path] != 0, is_stacked(path) and nu.ndim > 0
-            moved += _count(has_gradient, stacked)
-            frozen += _count(has_gradient & (jnp.sqrt(nu / correction) < _NEAR_EPS * eps), stacked)
+            grad, stacked = by_path[path], is_stacked(path) and nu.ndim > 0
+            moved += _count(jnp.square(jnp.sign(grad)), stacked)  # XLA on a CPU would store flags before it counts them
+            frozen += _count((grad != 0) & (jnp.sqrt(nu / correction) < _NEAR_EPS * eps), stacked)
     return jnp.where((moved > 0) & (states[0].count > 0), frozen / jnp.maximum(moved, 1), jnp.nan)
 
 
 def _count(flags: jax.Array, stacked: bool) -> jax.Array:
-    """Counts the True flags, float32.
+    """Counts flags, which are True or 1, float32.
 
     Sums each layer, or an array that is not stacked, at once: devices with shards of it exchange one number, not one
     for each row. In float32 the compiler adds the sum to a pass that forms norms; beyond 2^24 it rounds.

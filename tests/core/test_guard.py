@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain import guard
 from jaxtrain.guard import (
     DEVIATION_FLOOR,
     GRAD_NORM_SPIKE,
@@ -190,6 +191,13 @@ def keep(values):
 def test_arrays_of_the_inner_state(values, reason):
     _, _, reasons = run(skip_bad_steps(optax.chain(optax.sgd(0.1), keep(values))), [(grads_of(1.0), 1.0)])
     assert reasons == [reason]
+
+
+def test_the_check_of_finite_numbers_stores_no_flags():
+    check = jax.jit(guard._all_finite).lower(jnp.ones((512, 512))).compile()
+    assert check.memory_analysis().temp_size_in_bytes < 512 * 512
+    for bad in (np.inf, -np.inf, np.nan, 3e38):
+        assert bool(check(jnp.ones((512, 512)).at[3, 5].set(bad))) == (bad == 3e38)
 
 
 def test_an_inner_state_that_begins_at_infinity_is_no_fault():
