@@ -202,6 +202,18 @@ def test_records_that_cannot_be_used(records, message, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_damaged_files_of_records(tmp_path):
+    for name, text, message in (
+        ("cut.json", json.dumps(PAIRS)[:-1], "no ',' or ']' after record"),
+        ("quote.csv", 'prompt,completion\na,b\na,"b\n' + "c,d\n" * 9, "line 12 cannot be used: unexpected end"),
+        ("short.tsv", "prompt\tcompletion\na\n", "line 2 has 1 columns, the header 2"),
+        ("twice.psv", "prompt|prompt|completion\na|b|c\n", "has 2 columns 'prompt'"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            prepare_completions([str(tmp_path / name)], tmp_path / "store")
+
+
 @pytest.mark.parametrize(
     ("messages", "template", "message"),
     [

@@ -3,6 +3,7 @@
 import bz2
 import codecs
 import csv
+import functools
 import gzip
 import io
 import json
@@ -62,6 +63,11 @@ SHAPES = {
     "table.csv": table(","),
     "table.CSV": table(","),
     "table.tsv": table("\t"),
+    "table.tab": table("\t"),
+    "table.psv": table("|"),
+    "tabs.csv": table("\t"),
+    "rotated.jsonl.1": JSON_LINES.encode(),
+    "copy.csv.bak~": table(","),
 }
 
 
@@ -88,7 +94,10 @@ def test_other_files_are_one_document(name, tmp_path):
 
 
 def test_compression_goes_by_content(tmp_path):
-    for name, compress in (("a.txt", gzip.compress), ("b.jsonl", lzma.compress), ("c", bz2.compress)):
+    lzma_alone, zstd = functools.partial(lzma.compress, format=lzma.FORMAT_ALONE), zstandard.compress
+    named = (("a.jsonl.gzip", gzip.compress), ("a.jsonl.gz.2", bz2.compress), ("a.JSONL.lzma", lzma_alone))
+    named += (("a.txt", gzip.compress), ("b.jsonl", lzma.compress), ("c", bz2.compress), ("a.jl.zstd", zstd))
+    for name, compress in named:
         (tmp_path / name).write_bytes(compress(JSON_LINES.encode()))
         assert read(tmp_path / name) == ([JSON_LINES] if name == "a.txt" else TEXTS)
     two = gzip.compress(b"one ") + gzip.compress(b"two")
@@ -150,6 +159,16 @@ BAD = {
     "empty.csv": (b"", "hold no text"),
     "empty_array.json": (b"[]", "hold no text"),
     "empty.gz": (gzip.compress(b""), "hold no text"),
+    "two_columns.csv": (b"text,text\na,b\n", "has 2 columns 'text': rename all but one"),
+    "twice.jsonl.gz": (gzip.compress(GZIP), "is compressed twice: unpack it once, or leave it out"),
+    "pointer.txt": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "is a pointer of Git LFS: fetch the file",
+    ),
+    "no_mark.txt": ("text".encode("utf-16-le"), r"is binary, or UTF-16 text without a mark: convert it \(iconv"),
+    "tokens.bin": (bytes([7, 0]) * 50, "is binary"),
+    "page.parquet": (b"<!DOCTYPE html>", "cannot be read: .*; replace the file or leave it out"),
+    "crawl.warc": (b"WARC/1.0\r\n", "is a WARC archive: extract its text"),
     "blank.jsonl": (b'\n{"text": ""}\n', "hold no text"),
     "tiny.txt": (b"a", "1 bytes of text are too few to hold out 0.02"),
     "character.txt": ("漢".encode(), "the train split has no document: add text"),
@@ -205,7 +224,7 @@ def test_columns_of_parquet_and_arrow_files(tmp_path):
                 with pytest.raises(ValueError, match=f"{name} .*{message}; set text_field"):
                     read(tmp_path / name, field)
             (tmp_path / name).write_bytes(data[: len(data) // 2])
-            with pytest.raises(ValueError, match=name):
+            with pytest.raises(ValueError, match=f"{name} cannot be read: .*; replace the file or leave it out"):
                 read(tmp_path / name)
 
 

@@ -5,11 +5,8 @@ The former becomes the end-of-text token and both texts, as `generate` continues
 chat template, as `generate --chat` renders it, and every assistant message counts, with the tokens that end it.
 """
 
-import csv
 import functools
 import hashlib
-import io
-import itertools
 import json
 import os
 import shutil
@@ -21,9 +18,16 @@ import numpy as np
 
 from jaxtrain.data.chat import TEMPLATE_FILES, ChatTemplate, read_template
 from jaxtrain.data.prepare.documents import SPLITS, TRAIN, VALIDATION
-from jaxtrain.data.prepare.formats import find_delimiter, find_format, open_arrow, open_seekable
+from jaxtrain.data.prepare.formats import (
+    find_format,
+    json_values,
+    open_arrow,
+    open_seekable,
+    require_column,
+    table_rows,
+)
 from jaxtrain.data.prepare.sources import content_hash, find_sources
-from jaxtrain.data.prepare.streams import MAX_RECORD_BYTES, JsonReader, import_extra, naming, open_stream
+from jaxtrain.data.prepare.streams import import_extra, naming
 from jaxtrain.data.prepare.units import token_dtype
 from jaxtrain.data.store import (
     MASKED_VERSION,
@@ -122,18 +126,11 @@ def _records(path: str) -> Iterator[Record]:
     """Yields the records of a file."""
     match find_format(path):
         case ".json" | ".jsonl":
-            with open_stream(path) as stream:
-                reader = JsonReader(stream, MAX_RECORD_BYTES)
-                in_array = reader.take("[")
-                while reader.peek() and not (in_array and reader.take("]")):
-                    yield reader.value()
-                    if in_array:
-                        reader.take(",")
-        case ".csv" | ".tsv" as suffix:
-            with open_stream(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-                header = text.readline()
-                delimiter = find_delimiter(header, "," if suffix == ".csv" else "\t")
-                yield from csv.DictReader(itertools.chain([header], text), delimiter=delimiter)
+            yield from json_values(path)
+        case ".csv" | ".tsv" | ".tab" | ".psv" as suffix:
+            header, *rows = table_rows(path, "," if suffix == ".csv" else "\t")
+            _record_columns(header)
+            yield from (dict(zip(header, row, strict=True)) for row in rows)
         case ".parquet":
             library = import_extra("pyarrow.parquet", "Parquet", "parquet")
             with open_seekable(path) as stream, library.ParquetFile(stream) as file:
@@ -148,8 +145,15 @@ def _records(path: str) -> Iterator[Record]:
 
 
 def _record_columns(names: list[str]) -> list[str]:
-    """Returns the columns that a record may have, as others may be of types that are no JSON; all if it has none."""
-    return [name for name in names if name in ("messages", "prompt", "completion")] or names
+    """Returns the columns that a record may have, as others may be of types that are no JSON; all if it has none.
+
+    Raises:
+      ValueError: two columns of one name.
+    """
+    columns = [name for name in names if name in ("messages", "prompt", "completion")] or names
+    for name in columns:
+        require_column(names, name)
+    return columns
 
 
 def _without_nulls(value: Any) -> Any:

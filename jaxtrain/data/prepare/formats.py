@@ -66,35 +66,38 @@ class Format:
 def find_format(path: str) -> str:
     """Returns the key in `FORMATS` of a file's format.
 
-    The longest suffix in `FORMATS` decides, in any case and before a compression's suffix. Content tells JSON lines
-    from other JSON, and a file with another suffix is one text unless its content is known to be something else.
+    The longest suffix in `FORMATS` decides, in any case and before the suffixes of a compression, a copy or a part.
+    Content tells JSON lines from other JSON; another file is one text unless its content is known to be something else.
 
     Raises:
       ValueError: an archive, an image or another file without text.
     """
-    name = os.path.basename(path).lower()
-    name = next((name.removesuffix(suffix) for suffix in COMPRESSIONS if name.endswith(suffix)), name)
+    name = _TAIL.sub("", os.path.basename(path).lower())
     suffix = max((key for key in FORMATS if name.endswith(key)), key=len)
     if FORMATS[suffix] not in BUILT_IN:
         return suffix
     with open_stream(path) as stream:
         head = stream.read(HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
+    if any(matches(head[:10]) for _, matches, _ in COMPRESSIONS.values()):
+        raise ValueError("is compressed twice: unpack it once, or leave it out")
     for name_of, magic, offset in ((".parquet", b"PAR1", 0), (".arrow", b"ARROW1", 0), (".tar", b"ustar", 257)):
         if head[offset:].startswith(magic):
             return name_of
-    for magic, offset, what, remedy in _FOREIGN:
-        if head[offset:].startswith(magic):
+    for magics, what, remedy in _FOREIGN:
+        if head.startswith(magics):
             raise ValueError(f"is {what}: {remedy}, or leave it out")
+    if suffix not in _BINARY and 8 * head.count(0) > 3 * len(head):
+        raise ValueError("is binary, or UTF-16 text without a mark: convert it (iconv -f utf-16le) or leave it out")
     first_line = head.lstrip().split(b"\n")[0].strip()
     if FORMATS[suffix].documents is _json_documents:
         return ".json" if first_line.startswith(b"[") or not _is_json(head, first_line) else ".jsonl"
     if FORMATS[suffix].documents is _line_documents:
         return ".json" if first_line.startswith(b"[") or first_line == b"{" else ".jsonl"
-    if suffix == "" and "." not in name and re.match(rb'\[\s*[{"]', head.lstrip()):
+    if suffix or "." in name:
+        return suffix
+    if re.match(rb'\[\s*[{"]', head.lstrip()):
         return ".json"
-    if suffix == "" and "." not in name and first_line.startswith(b"{") and _is_json(head, first_line):
-        return ".jsonl"
-    return suffix
+    return ".jsonl" if first_line.startswith(b"{") and _is_json(head, first_line) else ""
 
 
 @dataclass(frozen=True)
@@ -169,15 +172,16 @@ def _count_lines(path: str, position: int) -> int:
 def _json_documents(
     path: str, start: int, stop: int | None, text_field: str, limit: int = MAX_RECORD_BYTES
 ) -> Iterator[str]:
-    """Yields the documents of a JSON array, or of JSON values one after another, whatever their line breaks."""
-    for number, value in enumerate(_json_values(path, limit), 1):
+    """Yields the documents of the values of `json_values`."""
+    for number, value in enumerate(json_values(path, limit), 1):
         try:
             yield _record_text(value, text_field)
         except ValueError as error:
             raise ValueError(f"record {number} cannot be used: {error}; correct or remove the record") from None
 
 
-def _json_values(path: str, limit: int) -> Iterator[Any]:
+def json_values(path: str, limit: int = MAX_RECORD_BYTES) -> Iterator[Any]:
+    """Yields the elements of a JSON array, or JSON values one after another, whatever their line breaks."""
     with open_stream(path) as stream:
         reader = JsonReader(stream, limit)
         if reader.take("["):
@@ -212,33 +216,43 @@ def _record_text(record: Any, text_field: str) -> str:
 def _table_documents(
     delimiter: str, path: str, start: int, stop: int | None, text_field: str, limit: int = MAX_RECORD_BYTES
 ) -> Iterator[str]:
-    """Yields one column of a table with a header line, quoted as in RFC 4180."""
+    """Yields one column of a table."""
+    rows = table_rows(path, delimiter, text_field, limit)
+    header = next(rows, [])
+    require_column(header, text_field)
+    column = header.index(text_field)
+    yield from (row[column] for row in rows)
+
+
+def table_rows(
+    path: str, delimiter: str, text_field: str | None = None, limit: int = MAX_RECORD_BYTES
+) -> Iterator[list[str]]:
+    """Yields the header and the rows of a table with a header line, quoted as in RFC 4180; no blank ones."""
     csv.field_size_limit(limit)
     with open_stream(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         lines = _table_lines(text, limit)
         first = next(lines, "")
-        delimiter = find_delimiter(first, delimiter, text_field)
+        delimiter = _find_delimiter(first, delimiter, text_field)
         rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         try:
             header = next(rows, [])
-            if text_field not in header:
-                raise ValueError(f"has no column {text_field!r} (it has: {', '.join(header)}); set text_field")
-            column = header.index(text_field)
-            for row in rows:
-                if row and len(row) != len(header):
+            yield header
+            for row in filter(None, rows):
+                if len(row) != len(header):
                     raise ValueError(
                         f"line {rows.line_num} has {len(row)} columns, the header {len(header)}: correct the line"
                     )
-                if row:
-                    yield row[column]
+                yield row
         except csv.Error as error:
             raise ValueError(f"line {rows.line_num} cannot be used: {error}; correct the line") from None
 
 
-def find_delimiter(header: str, delimiter: str, text_field: str | None = None) -> str:
-    """Returns the semicolon for a header without commas between columns, as spreadsheets of many languages write it."""
-    columns = next(csv.reader([header]), [])
-    return ";" if delimiter == "," and len(columns) == 1 and ";" in header and columns != [text_field] else delimiter
+def _find_delimiter(header: str, delimiter: str, text_field: str | None) -> str:
+    """Returns another delimiter if the usual one leaves the header whole; spreadsheets of many languages use `;`."""
+    columns = next(csv.reader([header], delimiter=delimiter), [])
+    if len(columns) > 1 or columns == [text_field]:
+        return delimiter
+    return next((other for other in ",;\t|" if other in header), delimiter)
 
 
 def _table_lines(text: io.TextIOWrapper, limit: int) -> Iterator[str]:
@@ -257,7 +271,7 @@ def _parquet_documents(path: str, start: int, stop: int | None, text_field: str)
     """Yields one column of a Parquet file: the row groups whose first byte lies in [start, stop)."""
     library = import_extra("pyarrow.parquet", "Parquet", "parquet")
     with open_seekable(path) as stream, library.ParquetFile(stream) as file:
-        _require_column(file.schema_arrow.names, text_field)
+        require_column(file.schema_arrow.names, text_field)
         for group in range(file.num_row_groups):
             first = file.metadata.row_group(group).column(0).data_page_offset
             if start <= first and (stop is None or first < stop):
@@ -268,7 +282,7 @@ def _parquet_documents(path: str, start: int, stop: int | None, text_field: str)
 def _arrow_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
     """Yields one column of an Arrow IPC file (also Feather) or stream, as Hugging Face datasets are stored."""
     with open_arrow(path) as (names, batches):
-        _require_column(names, text_field)
+        require_column(names, text_field)
         for batch in batches:
             yield from _column_texts(batch.column(text_field), text_field)
 
@@ -294,7 +308,10 @@ def open_seekable(path: str) -> Any:
     return library.memory_map(path)
 
 
-def _require_column(names: Iterable[str], text_field: str) -> None:
+def require_column(names: list[str], text_field: str) -> None:
+    """Raises a ValueError if a table lacks a column, or has two of its name."""
+    if names.count(text_field) > 1:
+        raise ValueError(f"has {names.count(text_field)} columns {text_field!r}: rename all but one")
     if text_field not in names:
         raise ValueError(f"has no column {text_field!r} (it has: {', '.join(names)}); set text_field")
 
@@ -333,33 +350,34 @@ def _is_json(head: bytes, first_line: bytes) -> bool:
         return False
 
 
-# Magic bytes, offset, description, remedy.
-_FOREIGN = [
-    (codecs.BOM_UTF32_LE, 0, "UTF-32 text", "convert it (iconv -f utf-32 -t utf-8)"),
-    (codecs.BOM_UTF32_BE, 0, "UTF-32 text", "convert it (iconv -f utf-32 -t utf-8)"),
-    (codecs.BOM_UTF16_LE, 0, "UTF-16 text", "convert it (iconv -f utf-16 -t utf-8)"),
-    (codecs.BOM_UTF16_BE, 0, "UTF-16 text", "convert it (iconv -f utf-16 -t utf-8)"),
+# Magic bytes, description, remedy.
+_FOREIGN: list[tuple[Any, str, str]] = [
+    ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32 text", "convert it (iconv -f utf-32 -t utf-8)"),
+    ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16 text", "convert it (iconv -f utf-16 -t utf-8)"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file (git lfs pull)"),
     *(
-        (magic, 0, f"a {name} archive", "unpack it")
+        (magic, f"a {name} archive", "unpack it")
         for magic, name in (
             (b"PK\x03\x04", "zip"),
             (b"7z\xbc\xaf\x27\x1c", "7z"),
             (b"Rar!\x1a", "rar"),
             (b"\x04\x22\x4d\x18", "lz4"),
+            (b"\x1f\x9d", "compress"),
         )
     ),
     *(
-        (magic, 0, what, "extract its text")
+        (magic, what, "extract its text")
         for magic, what in (
             (b"%PDF-", "a PDF"),
+            (b"{\\rtf", "an RTF document"),
+            (b"\xd0\xcf\x11\xe0", "an Office document"),
+            (b"WARC/", "a WARC archive"),
             (b"SQLite format 3\0", "an SQLite database"),
             (b"\x89HDF", "an HDF5 file"),
             (b"FEA1", "a Feather file of version 1"),
             (b"\x93NUMPY", "a numpy file"),
             (b"Obj\x01", "an Avro file"),
-            (b"\x89PNG", "an image"),
-            (b"\xff\xd8\xff", "an image"),
-            (b"GIF8", "an image"),
+            ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), "an image"),
             (b"\x7fELF", "a program"),
         )
     ),
@@ -370,9 +388,13 @@ FORMATS: dict[str, Format] = {
     **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), Format(_line_documents, splittable=True)),
     ".json": Format(_json_documents),
     ".csv": Format(functools.partial(_table_documents, ",")),
-    ".tsv": Format(functools.partial(_table_documents, "\t")),
+    **dict.fromkeys((".tsv", ".tab"), Format(functools.partial(_table_documents, "\t"))),
+    ".psv": Format(functools.partial(_table_documents, "|")),
     ".parquet": Format(_parquet_documents, splittable=True),
     **dict.fromkeys((".arrow", ".feather"), Format(_arrow_documents)),
     ".tar": Format(_tar_documents),
 }
 BUILT_IN = frozenset(FORMATS.values())
+_BINARY = (".parquet", ".arrow", ".feather", ".tar")
+# Suffixes of compressions, copies and parts behind that of the format.
+_TAIL = re.compile(rf"(~|\.(bak|old|orig|tmp|[0-9]+|{'|'.join(suffix[1:] for suffix in COMPRESSIONS)}))+$")

@@ -72,9 +72,13 @@ def naming(path: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ImportError(f"{one_line(path)} {error}") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, UnicodeDecodeError) as error:
         raise ValueError(f"{one_line(path)} cannot be read: {error}; replace the file or leave it out") from None
-    except ValueError as error:
+    except Exception as error:
+        if type(error).__module__.startswith("pyarrow"):  # of several base classes
+            raise ValueError(f"{one_line(path)} cannot be read: {error}; replace the file or leave it out") from None
+        if not isinstance(error, ValueError):
+            raise
         raise ValueError(f"{one_line(path)} {error}") from None
 
 
@@ -202,4 +206,6 @@ COMPRESSIONS: dict[str, tuple[str, Callable[[bytes], bool], Callable[[Any], Any]
     ".bz2": ("bzip2", lambda head: head[:3] == b"BZh" and head[4:] in (b"1AY&SY", b"\x17rE8P\x90"), bz2.open),
     ".xz": ("xz", lambda head: head[:6] == b"\xfd7zXZ\0", lzma.open),
     ".zst": ("Zstandard", lambda head: head[:4] == b"\x28\xb5\x2f\xfd", _open_zstandard),
+    ".lzma": ("lzma", lambda head: head[:3] == b"]\0\0", lzma.open),
 }
+COMPRESSIONS |= {long: COMPRESSIONS[short] for long, short in ((".gzip", ".gz"), (".bgz", ".gz"), (".zstd", ".zst"))}
