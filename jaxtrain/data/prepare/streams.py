@@ -157,10 +157,9 @@ class JsonReader:
 class _ZstandardFile(io.RawIOBase):
     """Decompressed bytes of all frames of a Zstandard file; an EOFError if the last frame is cut."""
 
-    def __init__(self, file: str | BinaryIO):
-        self._library = import_extra("zstandard", "Zstandard", "zstd")
+    def __init__(self, library: Any, stream: BinaryIO):
+        self._library, self._stream = library, stream
         self._frame, self._left, self._ready = None, b"", b""
-        self._stream = open(file, "rb") if isinstance(file, str) else file  # noqa: SIM115 - `close` closes it
 
     def readable(self) -> bool:
         return True
@@ -189,7 +188,9 @@ class _ZstandardFile(io.RawIOBase):
 
 
 def _open_zstandard(file: str | BinaryIO) -> BinaryIO:
-    return io.BufferedReader(_ZstandardFile(file), 1 << 16)
+    library = import_extra("zstandard", "Zstandard", "zstd")
+    stream = open(file, "rb") if isinstance(file, str) else file  # noqa: SIM115 - the reader closes it
+    return io.BufferedReader(_ZstandardFile(library, stream), 1 << 16)
 
 
 def import_extra(module: str, name: str, extra: str) -> Any:
