@@ -120,6 +120,7 @@ class CheckpointFolder:
         self.report, self._delete_folder = report, delete
         self.pinned: int | None = None  # step that `prune` leaves, while it is uploaded
         self._warned: set[Path] = set()
+        self._unwritten: dict[int, float] | None = None  # scores whose file could not be written
         self._rule: dict[str, Any] = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
 
     def has_run_directory(self) -> bool:
@@ -225,11 +226,15 @@ class CheckpointFolder:
         try:
             self.path.mkdir(exist_ok=True)
             write_json(file, scores)
+            self._unwritten = None
         except OSError as error:
+            self._unwritten = scores
             self.warn(file, f"the validation losses for checkpoint.keep_best could not be written: {error}")
 
     def _scores(self, warn: Callable[[Path, object], None]) -> dict[int, float]:
         file = self.path / _SCORES
+        if self._unwritten is not None:
+            return self._unwritten
         if not os.path.lexists(file):
             return {}
         try:

@@ -342,6 +342,8 @@ def read_hf(path: str | Path, eot: str | None = None) -> ByteTokenizer | BPEToke
         tokenizer.encode(f"a{tokenizer.eot_text}b {tokenizer.eot_text}")
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{file} cannot encode every text: {error}; add that token, or give another file") from None
     return tokenizer
 
 
@@ -374,7 +376,10 @@ def _read(file: Path) -> ByteTokenizer | BPETokenizer:
     except (ImportError, OSError):
         raise
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file} is not a file of the tokenizers library: {error}") from None
+        raise ValueError(
+            f"{file} is not a file of the tokenizers library: {error}; fetch it again, or write one with "
+            "`save_pretrained` of transformers"
+        ) from None
     return tokenizer
 
 

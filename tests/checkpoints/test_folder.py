@@ -111,10 +111,12 @@ def test_scores_that_are_no_file_are_a_warning(copy, make):
 
 def test_scores_that_cannot_be_written_are_a_warning(copy):
     events = Events()
-    folder = CheckpointFolder(copy, keep_best=1, report=events)
+    folder = CheckpointFolder(copy, keep=1, keep_best=1, report=events)
     (copy / "scores.json.tmp").mkdir()
     folder.score(1, 0.5)
-    folder.score(2, 0.5)
+    folder.score(2, 0.7)
+    folder.prune()
+    assert folder.steps() == [1, 3]  # the best stays
     ((warning, _),) = events.named("checkpoint_warning")
     assert warning.startswith(f"{copy / 'scores.json'}: the validation losses for checkpoint.keep_best could not be")
 

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from jaxtrain.cli import main
 from jaxtrain.data.prepare.formats import FORMATS, Format
 from jaxtrain.data.prepare.passes import Limits
 from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.prepare.tasks import run_tasks
 from jaxtrain.data.store import open_store
+from jaxtrain.runtime.terminal import report_error
 
 PLUGIN = """
 from helper_of_the_plugin import SEPARATOR
@@ -85,6 +89,16 @@ def is_alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")")[-1].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def test_a_dead_worker_is_an_error_in_one_line(tmp_path, capsys):
+    def die(task):
+        raise BrokenProcessPool
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="a worker process died") as error:
+        run_tasks(die, [0], [tmp_path / "0.json"], pool, lambda index: None)
+    assert report_error(error.value) == 1
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (15, 2))])

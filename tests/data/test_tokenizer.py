@@ -201,6 +201,12 @@ def test_hf_refusals(bpe, tmp_path):
         match=r"looked for <\|endoftext\|>, </s>, <\|end_of_text\|>, <\|eot_id\|>, <eos>; .*--eot TEXT .* one of <end>",
     ):
         read_hf(file)
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(
+        ValueError, match=r"words\.json cannot encode every text: .*; add that token, or"
+    ):
+        read_hf(tmp_path / "words.json")
     with pytest.raises(ValueError, match=r"looked for <fin>; .*--eot TEXT"):
         read_hf(file, "<fin>")
     with pytest.raises(ValueError, match=r"spells the end-of-text token 'a': name another with --eot TEXT"):

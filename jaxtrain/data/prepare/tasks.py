@@ -90,7 +90,7 @@ def _outcomes(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
-        raise RuntimeError(
+        raise ChildProcessError(
             "a worker process died. In a script, call prepare() under `if __name__ == '__main__':`; short of memory, "
             "pass a smaller num_workers. Finished units are stored: run again"
         ) from None
