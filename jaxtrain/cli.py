@@ -16,7 +16,7 @@ from jaxtrain.commands import compress, data, exchange, generate, model, report,
 from jaxtrain.fields import suggest
 from jaxtrain.runtime.flag_help import show_help
 from jaxtrain.runtime.flags import parse
-from jaxtrain.runtime.terminal import echo, report_error, tolerant_output
+from jaxtrain.runtime.terminal import echo, recorded_interrupts, report_error, tolerant_output
 
 _HELP = {"-h", "--help"}
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    with tolerant_output() as output:
+    with tolerant_output() as output, recorded_interrupts():
         try:
             code = _run(words, debug)
             output.flush()

@@ -11,6 +11,8 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 
+from jaxtrain.runtime.terminal import raise_interrupt
+
 T = TypeVar("T")
 
 # Slurm warns with SIGTERM or SIGUSR1, a closed SSH session sends SIGHUP.
@@ -60,6 +62,7 @@ class Stop:
         for number in previous:
             signal.signal(number, handle)
         try:
+            raise_interrupt()
             yield self
         finally:
             timer.cancel()

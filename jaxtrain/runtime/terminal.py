@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
@@ -59,6 +60,35 @@ def tolerant_output() -> Iterator[Output]:
             except OSError:  # such as a full disk
                 stream.discard()
         sys.stdout, sys.stderr = before
+
+
+_interrupted = threading.Event()
+
+
+@contextlib.contextmanager
+def recorded_interrupts() -> Iterator[None]:
+    """Records Ctrl-C inside the block, for `raise_interrupt`: Python drops one that a finalizer raises."""
+    _interrupted.clear()
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous is not signal.default_int_handler:
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        _interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def raise_interrupt() -> None:
+    """Raises a KeyboardInterrupt if `recorded_interrupts` has recorded one, which was then dropped."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 # Remedies for errors of the operating system.

@@ -203,9 +203,7 @@ def test_hf_refusals(bpe, tmp_path):
         read_hf(file)
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}))
     words.save(str(tmp_path / "words.json"))
-    with pytest.raises(
-        ValueError, match=r"words\.json cannot encode every text: .*; add that token, or"
-    ):
+    with pytest.raises(ValueError, match=r"words\.json cannot encode every text: .*; add that token, or"):
         read_hf(tmp_path / "words.json")
     with pytest.raises(ValueError, match=r"looked for <fin>; .*--eot TEXT"):
         read_hf(file, "<fin>")

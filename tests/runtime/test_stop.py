@@ -19,6 +19,7 @@ from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.runtime import stop
 from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.stop import Stop, Stopped
+from jaxtrain.runtime.terminal import recorded_interrupts
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -69,6 +70,19 @@ time.sleep(1.5)
 os.kill(os.getpid(), signal.SIGTERM)
 """
     assert python(code) == (0, "mine\n")
+
+
+def test_an_interrupt_that_python_drops_before_the_run_listens_ends_it():
+    """Python ignores a KeyboardInterrupt that is raised in a finalizer or a callback of the garbage collector."""
+    before = signal.getsignal(signal.SIGINT)
+    with recorded_interrupts():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), Stop().listen():
+            pytest.fail("the run went on")
+    with recorded_interrupts(), Stop().listen() as stop:
+        assert not stop.asked()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_nohup_is_respected():
