@@ -88,19 +88,32 @@ def _receive(
                 )
             for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
                 if key.fileobj is server:
-                    _accept(server, selector, stack)
-                elif (line := _read_available(key.fileobj, key.data)) is not None:
+                    _accept(server, selector, stack, present)
+                elif key.fileobj in present.values():  # it has ended; one that is started again may take its place
                     selector.unregister(key.fileobj)
+                    present = {process: other for process, other in present.items() if other is not key.fileobj}
+                elif (line := _read_available(key.fileobj, key.data)) is not None:
                     problem = problem or _register(line, key.fileobj, present, num_processes, token)
+                    if key.fileobj not in present.values():
+                        selector.unregister(key.fileobj)
         for connection in present.values():
             _send(connection, problem or "go")
         return problem, {} if problem else {process: connection.dup() for process, connection in present.items()}
 
 
-def _accept(server: socket.socket, selector: selectors.BaseSelector, stack: contextlib.ExitStack) -> None:
+def _accept(
+    server: socket.socket,
+    selector: selectors.BaseSelector,
+    stack: contextlib.ExitStack,
+    present: dict[int, socket.socket],
+) -> None:
     try:
         connection = stack.enter_context(server.accept()[0])
-    except OSError:  # aborted already, or no file descriptors left
+    except OSError:  # aborted already, or the silent connections hold all file descriptors: processes call again
+        for silent in [key.fileobj for key in selector.get_map().values()]:
+            if silent is not server and silent not in present.values():
+                selector.unregister(silent)
+                silent.close()
         time.sleep(_RETRY_SECONDS)
         return
     connection.setblocking(False)

@@ -1,15 +1,18 @@
 """Rendezvous of the processes: who is missing or a stranger is named, and harms nobody."""
 
 import contextlib
+import errno
 import hashlib
+import selectors
 import socket
 import threading
 import time
 
 import pytest
-from helpers import LIMIT
+from helpers import LIMIT, wait_until
 from process_helpers import free_address
 
+from jaxtrain.runtime import rendezvous
 from jaxtrain.runtime.rendezvous import meet
 
 
@@ -94,6 +97,39 @@ def test_strangers_at_the_port_do_no_harm():
     assert time.monotonic() - begin < 30  # 20 of them one after the other would take 100 s
     for connection in idle:
         connection.close()
+
+
+def test_a_process_that_was_started_again_takes_its_own_place():
+    address, outcome = free_address(), []
+    host, port = address.split(":")
+    others = [threading.Thread(target=lambda i=i: outcome.append(meet(address, 3, i, 60.0))) for i in (0, 1, 2)]
+    others[0].start()
+
+    def is_open():
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port))):
+            return True
+
+    wait_until(is_open)
+    with socket.create_connection((host, int(port))) as dead:
+        dead.sendall(b"jaxtrain 1 of 3 " + hashlib.sha256(b"").hexdigest().encode() + b"\n")
+    for other in others[1:]:
+        other.start()
+    for other in others:
+        other.join(LIMIT)
+    assert sorted(close(*outcome)) == [[0], [0], [1, 2]]
+
+
+def test_silent_connections_give_way_when_no_file_descriptor_is_left(monkeypatch):
+    class Full:
+        def accept(self):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(rendezvous, "_RETRY_SECONDS", 0.0)
+    with selectors.DefaultSelector() as selector, theirs:
+        selector.register(ours, selectors.EVENT_READ, bytearray())
+        rendezvous._accept(Full(), selector, contextlib.ExitStack(), {})
+        assert theirs.recv(1) == b""
 
 
 def test_a_process_of_another_run_is_refused_with_the_reason(monkeypatch):
