@@ -164,6 +164,7 @@ def test_a_tracker_in_trouble_is_reported_once_and_holds_nothing_up(fake, tmp_pa
     stream = io.StringIO()
     monkeypatch.setattr("jaxtrain.monitoring.recorder.Console", lambda steps: Console(steps, stream))
     config = change(CONFIG, train={"log_every": 1, "steps": 1200})
+    Sleeps.gate = threading.Event()
     begin = time.monotonic()
     attempt(tmp_path, 0, 1200, config=config)
     assert time.monotonic() - begin < 60

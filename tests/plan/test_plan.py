@@ -232,15 +232,9 @@ def config_file(config, tmp_path):
 def test_the_command_prints_tables(config_file, capsys):
     assert main(["plan", config_file, "--devices", "2", "--chip", "v5e", "--train.precision", "bfloat16"]) == 0
     printed = capsys.readouterr().out
-    for part in (
-        "2 devices (v5e): data 2 x fsdp 1",
-        "both moments",
-        "at 40% MFU",
-        "fits v5e",
-        "all-reduce",
-        "--topology",
-    ):
+    for part in ("2 devices (v5e): data 2 x fsdp 1", "both moments", "at 40% MFU", "fits v5e", "all-reduce"):
         assert part in printed
+    assert "--topology" in printed
 
 
 def test_json_has_its_keys_without_a_compiler(config_file, monkeypatch, capsys):

@@ -72,9 +72,11 @@ os.kill(os.getpid(), signal.SIGTERM)
     assert python(code) == (0, "mine\n")
 
 
-def test_an_interrupt_that_python_drops_before_the_run_listens_ends_it():
+def test_an_interrupt_that_python_drops_before_the_run_listens_ends_it(request):
     """Python ignores a KeyboardInterrupt that is raised in a finalizer or a callback of the garbage collector."""
-    before = signal.getsignal(signal.SIGINT)
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    before = signal.default_int_handler  # the tests may run in the background, where a shell ignores it
+    signal.signal(signal.SIGINT, before)
     with recorded_interrupts():
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
