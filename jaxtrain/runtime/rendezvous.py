@@ -87,18 +87,41 @@ def _receive(
                     f"{name_processes(missing)}; see their logs, or allow more time with JAXTRAIN_TIMEOUT"
                 )
             for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
+                if selector.get_map().get(key.fd) is not key:
+                    continue  # dropped in this round
                 if key.fileobj is server:
                     _accept(server, selector, stack, present)
-                elif key.fileobj in present.values():  # it has ended; one that is started again may take its place
-                    selector.unregister(key.fileobj)
-                    present = {process: other for process, other in present.items() if other is not key.fileobj}
+                elif _drop_ended(present, selector, key.fileobj):
+                    continue
                 elif (line := _read_available(key.fileobj, key.data)) is not None:
-                    problem = problem or _register(line, key.fileobj, present, num_processes, token)
+                    if not _has_ended(key.fileobj):
+                        problem = problem or _register(line, key.fileobj, present, num_processes, token)
                     if key.fileobj not in present.values():
                         selector.unregister(key.fileobj)
         for connection in present.values():
             _send(connection, problem or "go")
         return problem, {} if problem else {process: connection.dup() for process, connection in present.items()}
+
+
+def _drop_ended(present: dict[int, socket.socket], selector: selectors.BaseSelector, ready: object) -> bool:
+    """Drops the processes that have ended: started again, they take their own places. Returns True if `ready` is one.
+
+    Processes that are present wait for the answer: one that can be read has ended.
+    """
+    ended = [process for process, other in present.items() if other is ready or _has_ended(other)]
+    dropped = [present.pop(process) for process in ended]
+    for connection in dropped:
+        selector.unregister(connection)
+    return ready in dropped
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _accept(
