@@ -128,7 +128,8 @@ def _records(path: str) -> Iterator[Record]:
         case ".json" | ".jsonl":
             yield from json_values(path)
         case ".csv" | ".tsv" | ".tab" | ".psv" as suffix:
-            header, *rows = table_rows(path, "," if suffix == ".csv" else "\t")
+            rows = table_rows(path, "," if suffix == ".csv" else "\t")
+            header = next(rows, [])
             _record_columns(header)
             yield from (dict(zip(header, row, strict=True)) for row in rows)
         case ".parquet":
