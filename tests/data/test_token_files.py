@@ -54,8 +54,7 @@ def starts_of(documents) -> list[int]:
 
 def test_layouts_and_their_documents(tmp_path):
     first, last, plain = gpt2_documents(True), gpt2_documents(False), np.concatenate(DOCUMENTS)
-    with_eot = [np.append(doc, EOT) for doc in DOCUMENTS]
-    cases = {}
+    with_eot, cases = [np.append(doc, EOT) for doc in DOCUMENTS], {}
 
     def case(name, path, tokens, size, starts, **options):
         cases[name] = (path, tokens, size, starts, options)
