@@ -167,13 +167,13 @@ def linear_cross_entropy(
     """Sums the cross-entropy of `hidden @ kernel` without holding more than one chunk of the logits.
 
     Scans over chunks of tokens, each with the whole vocabulary. Under differentiation, in reverse mode, the same pass
-    forms the gradients from the same float32 logits and stores them summed (as Liger Kernel, arXiv:2410.10989). Above
-    2^28 elements, a second pass over blocks of the vocabulary forms the kernel's gradient, never whole in float32.
+    forms the gradients from the same float32 logits and stores them summed (as Liger Kernel, arXiv:2410.10989). The
+    gradient of a kernel above 2^28 elements comes from a second pass over blocks of columns: never whole in float32.
 
     Args:
       hidden: `[..., D]`, float32, bfloat16 or float16.
       kernel: `[D, V]`, same dtype; products accumulate in float32.
-      labels, where, z_loss, label_smoothing, logit_softcap: as for `cross_entropy`. Weight 0 adds 0, also of NaN.
+      labels, where, z_loss, label_smoothing, logit_softcap: as for `cross_entropy`. NaN with weight 0 adds 0.
       chunk_size: largest number of tokens of a chunk, over all devices; None: `default_chunk`.
       num_classes: number of classes; columns after them are padding, without loss and gradient. None: all columns.
       vocab_axis: name of the mapped axis (of `jax.shard_map`, with `check_vma=False`) that shards the kernel's columns
