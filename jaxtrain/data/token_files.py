@@ -28,7 +28,7 @@ _MEGATRON_MAGIC, _MEGATRON_OLD = b"MMIDIDX\0\0", b"TNTIDX\0\0"
 _MEGATRON_DTYPES = {1: "uint8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 
 _SCAN_TOKENS = 1 << 24
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
+_NUM_SAMPLES = 64
 _FOREIGN = {  # file in a folder: its tool and the remedy
     "shard_ledger.json": ("a Levanter cache (TensorStore)", "run `jaxtrain prepare` on its text"),
     "index.json": ("a litdata or MosaicML dataset", "run `jaxtrain prepare` on its text, or write raw tokens"),
@@ -67,15 +67,15 @@ class TokenFile:
                 found.append(np.flatnonzero(part == self.eot_id) + start)
         return None if self.eot_id is None else np.concatenate(found).astype(np.int64)
 
-    def digest(self) -> tuple[int, str, str]:
-        """Returns the number of tokens, their dtype, and their SHA-256 (hex); above 64 MiB that of 64 samples."""
+    def digest(self, sample_bytes: int = 1 << 20) -> tuple[int, str, str]:
+        """Returns the number of tokens, their dtype, and their SHA-256 (hex): of 64 samples if they are shorter."""
         data = self.tokens.view(np.uint8)
         hashed = hashlib.sha256()
-        if len(data) <= _SAMPLES * _SAMPLE_BYTES:
+        if len(data) <= _NUM_SAMPLES * sample_bytes:
             hashed.update(data)
         else:
-            for start in np.linspace(0, len(data) - _SAMPLE_BYTES, _SAMPLES).astype(np.int64).tolist():
-                hashed.update(data[start : start + _SAMPLE_BYTES])
+            for start in np.linspace(0, len(data) - sample_bytes, _NUM_SAMPLES).astype(np.int64).tolist():
+                hashed.update(data[start : start + sample_bytes])
         return len(self.tokens), str(self.tokens.dtype), hashed.hexdigest()
 
 

@@ -18,7 +18,6 @@ from jaxtrain.monitoring.tracked import Tracked
 from jaxtrain.runtime.config_files import flat_fields
 from jaxtrain.runtime.processes import is_lead
 
-_TRACKER_PATIENCE = 60.0  # seconds that a tracker may take at the end, for uploads
 _RESTORED_LINES = 1000  # logged steps of a resumed run that are judged again, so that no finding is repeated
 
 
@@ -31,6 +30,7 @@ def open_recorder(
     sinks: Sequence[Sink] = (),
     more: Callable[[int, int], dict[str, Any]] = lambda first, last: {},
     track: Sequence[str] = (),
+    track_patience: float = 60.0,
 ) -> "Recorder":
     """Builds the recorder of a run directory.
 
@@ -42,6 +42,7 @@ def open_recorder(
       flops_per_step: FLOPs of the model in one step; None leaves `mfu` out.
       peak_flops: peak FLOP/s of all devices together; None leaves `mfu` out.
       more: returns further fields of a line from the first and the last step that it covers.
+      track_patience: seconds that a tracker may take at the end, for uploads.
     """
     file, config = folder / "metrics.jsonl", facts.config.train
     lines, events = read_metrics(file) if file.exists() else ([], [])
@@ -63,7 +64,7 @@ def open_recorder(
             recorder.sinks.append(BackgroundSink(functools.partial(make, folder), name, every_step=every_step))
         for name in track:
             sink = Tracked(name, folder, flat_fields(facts.config), lines, events)
-            recorder.sinks.append(BackgroundSink(sink, name, patience=_TRACKER_PATIENCE))
+            recorder.sinks.append(BackgroundSink(sink, name, patience=track_patience))
         recorder.sinks.append(HealthSink(facts, recorder.event, lines[-_RESTORED_LINES:], events))
     return recorder
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import io
 import json
 import os
 import struct
@@ -19,7 +18,6 @@ from runs import change, train
 from jaxtrain.cli import main
 from jaxtrain.config import Config, DataConfig, OptimConfig, TrainConfig
 from jaxtrain.monitoring import tracked
-from jaxtrain.monitoring.console import Console
 from jaxtrain.monitoring.metrics import pack, read_metrics
 from jaxtrain.monitoring.recorder import open_recorder
 from jaxtrain.monitoring.rules import RunFacts
@@ -56,9 +54,9 @@ def fake(monkeypatch):
     return Fake
 
 
-def attempt(folder, first, last, *events, version=0, config=CONFIG):
+def attempt(folder, first, last, *events, version=0, config=CONFIG, **options):
     """Steps `first` + 1 to `last` of a run, an evaluation after every 10th; the loss tells step and version."""
-    with open_recorder(folder, RunFacts(config), track=["fake"]) as recorder:
+    with open_recorder(folder, RunFacts(config), track=["fake"], **options) as recorder:
         names = {event["event"] for event in events}
         if "rewind" in names:
             recorder.event("rewind", "", step=first)
@@ -157,19 +155,16 @@ class Stumbles(Fake):
 
 
 @pytest.mark.parametrize("kind", [Raises, Sleeps, Stumbles])
-def test_a_tracker_in_trouble_is_reported_once_and_holds_nothing_up(fake, tmp_path, monkeypatch, kind):
+def test_a_tracker_in_trouble_is_reported_once_and_holds_nothing_up(fake, tmp_path, monkeypatch, capsys, kind):
     """One that raises at once, one that hangs until its queue is full, one that raises now and then."""
     monkeypatch.setitem(tracked.TRACKERS, "fake", ("json", f"{__name__}:{kind.__name__}"))
-    monkeypatch.setattr("jaxtrain.monitoring.recorder._TRACKER_PATIENCE", 0.05)
-    stream = io.StringIO()
-    monkeypatch.setattr("jaxtrain.monitoring.recorder.Console", lambda steps: Console(steps, stream))
     config = change(CONFIG, train={"log_every": 1, "steps": 1200})
     Sleeps.gate = threading.Event()
     begin = time.monotonic()
-    attempt(tmp_path, 0, 1200, config=config)
+    attempt(tmp_path, 0, 1200, config=config, track_patience=0.05)
     assert time.monotonic() - begin < 60
     Sleeps.gate.set()
-    assert stream.getvalue().count("warning: the sink fake failed, training continues") == 1
+    assert capsys.readouterr().out.count("warning: the sink fake failed, training continues") == 1
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")[0]] == list(range(1, 1201))
 
 

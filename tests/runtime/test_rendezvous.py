@@ -119,13 +119,12 @@ def test_a_process_that_was_started_again_takes_its_own_place():
     assert sorted(close(*outcome)) == [[0], [0], [1, 2]]
 
 
-def test_silent_connections_give_way_when_no_file_descriptor_is_left(monkeypatch):
+def test_silent_connections_give_way_when_no_file_descriptor_is_left():
     class Full:
         def accept(self):
             raise OSError(errno.EMFILE, "Too many open files")
 
     ours, theirs = socket.socketpair()
-    monkeypatch.setattr(rendezvous, "_RETRY_SECONDS", 0.0)
     with selectors.DefaultSelector() as selector, theirs:
         selector.register(ours, selectors.EVENT_READ, bytearray())
         rendezvous._accept(Full(), selector, contextlib.ExitStack(), {})
