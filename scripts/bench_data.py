@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Speed of the loader beside a bare numpy gather from the same memory-mapped tokens, and the effect of prefetching.
+"""Speed of the loader beside a bare numpy gather from the same tokens in a memory map, and the effect of prefetching.
 
 The gather reads as many windows at precomputed random positions and copies them into `inputs` and `labels`. The loader
 also shuffles, checks every token and, in the third form, places the batch on the device. In the second table a
@@ -20,6 +20,7 @@ import numpy as np
 from benchmark import Table, interleave, parser, report
 
 from jaxtrain.config import MeshConfig
+from jaxtrain.data.file_array import FileArray
 from jaxtrain.data.loader import Prefetcher, TrainBatches, global_batch
 from jaxtrain.data.store import Split
 from jaxtrain.runtime.mesh import by_rows, make_mesh
@@ -31,15 +32,14 @@ def make_split(folder: Path, num_tokens: int) -> Split:
     """Writes random tokens to a file, as in a token store."""
     file = folder / "tokens.bin"
     np.random.default_rng(0).integers(0, _VOCAB, num_tokens, np.uint16).tofile(file)
-    tokens = np.memmap(file, np.uint16, "r")
-    int(tokens.max())  # reads the file, so that every form finds it in memory
-    return Split((tokens,), np.zeros(1, np.int64), 4 * num_tokens)
+    return Split((FileArray.open(file, np.dtype("<u2")),), np.zeros(1, np.int64), 4 * num_tokens)
 
 
 def forms_of(split: Split, batch_size: int, seq_len: int, num_batches: int) -> tuple[dict, functools.partial]:
     """Returns functions that make `num_batches` batches in each form, and the loader as a function of an index."""
     batches = TrainBatches(split, seed=0, batch_size=batch_size, seq_len=seq_len, vocab_size=_VOCAB)
-    (tokens,) = split.shards
+    tokens = np.memmap(split.shards[0].path, np.uint16, "r").view(np.ndarray)
+    int(tokens.max())  # reads the file, so that every form finds it in memory
     starts = np.random.default_rng(1).integers(0, len(tokens) - seq_len - 1, (num_batches, batch_size))
     offsets = np.arange(seq_len + 1)
 

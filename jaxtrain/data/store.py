@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.file_array import FileArray
 from jaxtrain.data.remote import fetch_store
 from jaxtrain.data.token_files import find_token_files, join_documents, read_token_file
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, load_tokenizer
@@ -40,11 +41,11 @@ class Split:
     Each document of `prepare` begins with the end-of-text token; other tools may end it there.
     """
 
-    shards: tuple[np.ndarray, ...]  # 1-D, unsigned; memory-mapped if they come from a store
-    document_starts: np.ndarray | None  # int64 [num_documents], in tokens; None if a token file does not tell
+    shards: tuple[np.ndarray | FileArray, ...]  # 1-D, unsigned
+    documents: np.ndarray | FileArray | None  # see `document_starts`
     num_bytes: int | None  # UTF-8 bytes of the documents' text; None for token files
     name: str = "the split"  # of the file or folder, for errors
-    masks: tuple[np.ndarray, ...] | None = None  # uint8, like `shards`: 1 for the labels that count; None: all do
+    masks: tuple[np.ndarray | FileArray, ...] | None = None  # uint8, like `shards`: 1 for the labels that count
 
     @cached_property
     def num_tokens(self) -> int:
@@ -54,7 +55,12 @@ class Split:
     @property
     def num_documents(self) -> int | None:
         """Number of documents; None if it is not known."""
-        return None if self.document_starts is None else len(self.document_starts)
+        return None if self.documents is None else len(self.documents)
+
+    @cached_property
+    def document_starts(self) -> np.ndarray | None:
+        """First token of each document, int64 `[num_documents]`; None if a token file does not tell."""
+        return None if self.documents is None else self.documents[:]
 
     @cached_property
     def _shard_starts(self) -> np.ndarray:
@@ -65,7 +71,7 @@ class Split:
         """Number of labels that count in one pass: all tokens but the first, or those in `masks`."""
         if self.masks is None:
             return self.num_tokens - 1
-        return sum(int(np.count_nonzero(mask)) for mask in self.masks) - int(self.masks[0][0])
+        return sum(int(np.count_nonzero(mask[:])) for mask in self.masks) - int(self.masks[0][:1].sum())
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Returns a copy of tokens [start, start + length), in the store's dtype; a ValueError beyond the split."""
@@ -76,7 +82,7 @@ class Split:
         assert self.masks is not None
         return self._read(self.masks, start, length)
 
-    def _read(self, arrays: Sequence[np.ndarray], start: int, length: int) -> np.ndarray:
+    def _read(self, arrays: Sequence[np.ndarray | FileArray], start: int, length: int) -> np.ndarray:
         stop = start + length
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens [{start}, {stop}) are not in a split of {self.num_tokens} tokens")
@@ -207,14 +213,15 @@ def _open_token_files(
         if part:
             splits.append(Split(tuple(file.tokens for file in part), join_documents(part, positions), None, name))
     if not validation:
-        splits = _cut_tail(splits[0], join_documents(train, [None] * len(train)), validation_fraction)
+        indexed = join_documents(train, [None] * len(train))
+        splits = _cut_tail(splits[0], [file.tokens for file in train], indexed, validation_fraction)
     content = [[file.digest() for file in part] for part in (train, validation)] + [splits[0].num_tokens]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     tokenizer = tokenizer_file if has_tokenizer else None
     return TokenStore(path, vocab_size, next(iter(eot_ids), None), fingerprint, *splits, {}, tokenizer)
 
 
-def _cut_tail(split: Split, indexed: np.ndarray | None, fraction: float) -> list[Split]:
+def _cut_tail(split: Split, files: Sequence[FileArray], indexed: np.ndarray | None, fraction: float) -> list[Split]:
     """Cuts a split in two, at the start of a document if an index tells the documents (`indexed`, in tokens)."""
     cut = int(split.num_tokens * (1 - fraction))
     if indexed is not None and len(indexed) > 1:
@@ -226,7 +233,7 @@ def _cut_tail(split: Split, indexed: np.ndarray | None, fraction: float) -> list
     for begin, end in ((0, cut), (cut, split.num_tokens)):
         offsets = split._shard_starts.tolist()
         shards = (
-            shard[max(begin - at, 0) : end - at] for at, shard in zip(offsets, split.shards, strict=False) if at < end
+            shard.part(max(begin - at, 0), end - at) for at, shard in zip(offsets, files, strict=False) if at < end
         )
         within = None if starts is None else np.union1d([begin], starts[(starts >= begin) & (starts < end)]) - begin
         parts.append(Split(tuple(shard for shard in shards if len(shard)), within, None, split.name))
@@ -299,7 +306,7 @@ def _read_manifest(path: Path) -> Any:
     return manifest
 
 
-def _open_array(file: Path, length: int, dtype: np.dtype, digest: str, verify: bool) -> np.ndarray:
+def _open_array(file: Path, length: int, dtype: np.dtype, digest: str, verify: bool) -> FileArray:
     size = length * dtype.itemsize
     if not file.is_file():
         raise _damaged(file.parent, f"{file.name} is missing")
@@ -307,8 +314,7 @@ def _open_array(file: Path, length: int, dtype: np.dtype, digest: str, verify: b
         raise _damaged(file.parent, f"{file.name} has {file.stat().st_size} bytes, its manifest says {size}")
     if verify and sha256_file(file) != digest:
         raise _damaged(file.parent, f"the checksum of {file.name} is not the manifest's")
-    # A plain view: slicing an np.memmap costs more than copying a window.
-    return np.memmap(file, dtype, "r").view(np.ndarray)
+    return FileArray.open(file, dtype)
 
 
 def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, verify: bool, masked: bool) -> Split:
@@ -322,10 +328,10 @@ def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, v
             )
     file = path / documents_file(name)
     try:
-        starts = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        starts = FileArray.open_numpy(file)
     except (OSError, ValueError) as error:
         raise _damaged(path, f"{file.name} cannot be read: {error}") from None
-    if starts.dtype != np.int64 or starts.shape != (entry["num_documents"],):
+    if starts.dtype != np.int64 or len(starts) != entry["num_documents"]:
         raise _damaged(path, f"{file.name} is not int64 [{entry['num_documents']}]")
     if verify and sha256_file(file) != entry["documents_sha256"]:
         raise _damaged(path, f"the checksum of {file.name} is not the manifest's")
@@ -338,8 +344,8 @@ def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, v
     split = Split(tuple(shards), starts, _number(entry, "num_bytes", 1), place, tuple(masks) if masked else None)
     if not shards or split.num_tokens != entry["num_tokens"]:
         raise _damaged(path, f"the shards of {name} have {split.num_tokens} tokens, not {entry['num_tokens']}")
-    known = starts if verify else starts[:1]
-    if not len(starts) or starts[0] != 0 or starts[-1] >= split.num_tokens or not (known[1:] > known[:-1]).all():
+    known = starts[:] if verify or len(starts) < 2 else np.concatenate([starts[:1], starts[-1:]])
+    if not len(known) or known[0] != 0 or known[-1] >= split.num_tokens or not (known[1:] > known[:-1]).all():
         raise _damaged(path, f"{file.name} does not rise from 0 to below {split.num_tokens}")
     return split
 

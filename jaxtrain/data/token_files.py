@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.data.file_array import FileArray
+
 SUFFIXES = (".bin", ".idx", ".npy")
 DESCRIPTION = "tokens.json"
 _DTYPES = {name: np.dtype(f"<{kind}") for name, kind in (("uint8", "u1"), ("uint16", "u2"), ("uint32", "u4"))}
@@ -39,10 +41,10 @@ _FOREIGN = {  # file in a folder: its tool and the remedy
 
 @dataclass(frozen=True, eq=False)
 class TokenFile:
-    """One file of tokens, memory-mapped."""
+    """One file of tokens."""
 
     path: Path
-    tokens: np.ndarray  # 1-D, unsigned: a negative id becomes one that no vocabulary has
+    tokens: FileArray  # 1-D, unsigned: a negative id becomes one that no vocabulary has
     vocab_size: int | None = None  # None: not stated
     eot_id: int | None = None
     eot_first: bool | None = None  # True: a document begins with the end-of-text token, False: ends, None: unknown
@@ -69,10 +71,10 @@ class TokenFile:
 
     def digest(self, sample_bytes: int = 1 << 20) -> tuple[int, str, str]:
         """Returns the number of tokens, their dtype, and their SHA-256 (hex): of 64 samples if they are shorter."""
-        data = self.tokens.view(np.uint8)
+        data = self.tokens.as_bytes()
         hashed = hashlib.sha256()
         if len(data) <= _NUM_SAMPLES * sample_bytes:
-            hashed.update(data)
+            hashed.update(data[:])
         else:
             for start in np.linspace(0, len(data) - sample_bytes, _NUM_SAMPLES).astype(np.int64).tolist():
                 hashed.update(data[start : start + sample_bytes])
@@ -159,16 +161,14 @@ def _read_description(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _map(path: Path, dtype: np.dtype, offset: int = 0, count: int | None = None, why: str = "") -> np.ndarray:
-    """Memory-maps the tokens after `offset` bytes; a ValueError if they are not `count` whole tokens."""
+def _open(path: Path, dtype: np.dtype, offset: int = 0, count: int | None = None, why: str = "") -> FileArray:
+    """Opens the tokens after `offset` bytes; a ValueError if they are not `count` whole tokens."""
     size = path.stat().st_size - offset
     expected = size // dtype.itemsize * dtype.itemsize if count is None else count * dtype.itemsize
     if size != expected:
         what = f"a whole number of {dtype.itemsize}-byte tokens" if count is None else f"{expected:,}, as {why} says"
         raise ValueError(f"{path} is torn: it has {size:,} bytes of tokens, not {what}; replace the file")
-    if size == 0:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, "r", offset).view(np.ndarray)
+    return FileArray.open(path, dtype, offset)
 
 
 def _read_raw(path: Path, dtype: str | None) -> TokenFile:
@@ -187,29 +187,24 @@ def _read_raw(path: Path, dtype: str | None) -> TokenFile:
                 f"have {kinds}"
             )
         name, vocab_size, eot_id = _LLMC_KINDS[header[0], header[1]]
-        tokens = _map(path, _DTYPES[name], 4 * _LLMC_HEADER, header[2], "its header")
+        tokens = _open(path, _DTYPES[name], 4 * _LLMC_HEADER, header[2], "its header")
         return TokenFile(path, tokens, vocab_size, eot_id, eot_first=True)
-    return TokenFile(path, _map(path, _DTYPES[dtype or "uint16"]), eot_first=False if dtype is None else None)
+    return TokenFile(path, _open(path, _DTYPES[dtype or "uint16"]), eot_first=False if dtype is None else None)
 
 
 def _read_numpy(path: Path) -> TokenFile:
-    with open(path, "rb") as stream:
-        try:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(stream)
-        except ValueError as error:
-            raise ValueError(f"{path} is not a numpy file: {error}; replace the file") from None
-        offset = stream.tell()
-    if len(shape) != 1 or dtype.kind not in "iu" or dtype.byteorder == ">":
-        raise ValueError(f"{path} holds {dtype} {list(shape)}: token files are one-dimensional arrays of integers")
-    unsigned = np.dtype(f"<u{dtype.itemsize}")
-    return TokenFile(path, _map(path, unsigned, offset, shape[0], "its header"), eot_first=None)
+    try:
+        found = FileArray.open_numpy(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no numpy file of tokens: {error}; replace the file") from None
+    if found.dtype.kind not in "iu" or found.dtype.byteorder == ">":
+        raise ValueError(f"{path} holds {found.dtype} [{len(found)}]: token files hold little-endian integers")
+    return TokenFile(path, replace(found, dtype=np.dtype(f"<u{found.dtype.itemsize}")), eot_first=None)
 
 
 def _read_megatron(index: Path) -> TokenFile:
     """Reads Megatron's index: the dtype, the lengths of the sequences, and the sequences of each document."""
-    data = np.memmap(index, np.uint8, "r").view(np.ndarray) if index.stat().st_size else np.empty(0, np.uint8)
+    data = np.fromfile(index, np.uint8)
     if bytes(data[: len(_MEGATRON_OLD)]) == _MEGATRON_OLD:
         raise ValueError(f"{index} is an index of Megatron's older `cached` kind: convert the dataset to `mmap`")
     if bytes(data[: len(_MEGATRON_MAGIC)]) != _MEGATRON_MAGIC:
@@ -244,7 +239,7 @@ def _read_megatron(index: Path) -> TokenFile:
     path = index.with_suffix(".bin")
     if not path.is_file():
         raise ValueError(f"{index} is an index without tokens: put {path.name} beside it")
-    tokens, starts = _map(path, dtype, 0, int(ends[-1]), index.name), np.unique(ends[documents])
+    tokens, starts = _open(path, dtype, 0, int(ends[-1]), index.name), np.unique(ends[documents])
     return TokenFile(path, tokens, document_starts=starts[starts < len(tokens)])
 
 
@@ -261,7 +256,7 @@ def join_documents(files: Sequence[TokenFile], positions: Sequence[np.ndarray | 
     if any(found is None for found in positions):
         return None
     first = files[0]
-    eot_first = bool(first.tokens[0] == first.eot_id) if first.eot_first is None else first.eot_first
+    eot_first = bool(first.tokens[:1] == first.eot_id) if first.eot_first is None else first.eot_first
     found = np.concatenate([part + offset for part, offset in zip(positions, offsets, strict=False)])
     starts = np.unique(np.concatenate([[0], found if eot_first else found + 1]))
     return starts[starts < offsets[-1]]

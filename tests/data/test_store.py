@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 
@@ -44,7 +45,6 @@ def test_open(store):
     assert opened.validation.num_bytes == len(TEXT) - cut
     assert opened.train.document_starts.tolist() == [0]
     assert [len(shard) for shard in opened.train.shards[:2]] == [1000, 1000]
-    assert not opened.train.shards[0].flags.writeable
     assert opened.fingerprint == open_store(str(store), verify=False).fingerprint
 
 
@@ -62,6 +62,36 @@ def test_read_across_shards(sizes):
     for start, length in ((0, 13), (-1, 2), (12, 1), (5, -1)):
         with pytest.raises(ValueError, match="are not in a split of 12 tokens"):
             split.read(start, length)
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(store, tmp_path, monkeypatch):
+    """The shards, masks and documents of a store, and token files in place: a memory map would end the process."""
+    np.save(tmp_path / "train.npy", np.arange(100, dtype=np.uint16))
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+
+    def cut(path, size):
+        os.truncate(path, size)
+        return rf"{path} was cut short while in use: byte {size:,} is needed, and the file has {size:,} bytes; restore"
+
+    for name in ("train.npy", "train.bin"):
+        split = open_store(tmp_path / name, vocab_size=100).train
+        assert split.read(0, 98).tolist() == list(range(98))
+        size = (tmp_path / name).stat().st_size - 2 * 12
+        message = cut(tmp_path / name, size)
+        assert split.read(0, 88).tolist() == list(range(88))  # of what is left
+        with pytest.raises(OSError, match=message):
+            split.read(80, 10)
+    opened = open_store(store)
+    expected = opened.train.read(900, 900)
+    (store / "train-00000.bin").unlink()  # an open file stays until it is closed
+    assert (opened.train.read(900, 900) == expected).all()
+    with pytest.raises(OSError, match=cut(store / "train-00001.bin", 0)):
+        opened.train.read(900, 900)
+    with pytest.raises(OSError, match=cut(store / "validation-documents.npy", 128)):
+        opened.validation.document_starts  # noqa: B018
+    monkeypatch.setattr(os, "preadv", lambda *_: os.stat(tmp_path / "gone"))
+    with pytest.raises(OSError, match=r"train-00000.bin cannot be read any more: No such file .*; restore the file"):
+        opened.train.read(0, 10)
 
 
 def test_fingerprint_follows_the_tokens_only(store, tmp_path):

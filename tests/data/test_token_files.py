@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.cli import main
+from jaxtrain.data.file_array import FileArray
 from jaxtrain.data.store import open_store
 from jaxtrain.data.token_files import read_token_file
 from jaxtrain.data.tokenizer import ByteTokenizer
@@ -106,7 +107,7 @@ def test_layouts_and_their_documents(tmp_path):
         assert store.vocab_size == vocab_size, name
         assert (split.document_starts if starts is None else split.document_starts.tolist()) == starts, name
         assert (split.num_bytes, store.tokenizer_file) == (None, None)
-        assert all(shard.base is not None for shard in split.shards)  # mapped, not copied
+        assert all(isinstance(shard, FileArray) for shard in split.shards)  # read in place, not copied
         assert open_store(path, verify=False, **options).fingerprint == store.fingerprint
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert open_store(nano, vocab_size=50_304).validation.num_tokens == 40

@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
+import safetensors
 import tokenizers
 from runs import assert_same_bits, change, train
 
@@ -14,7 +16,7 @@ from jaxtrain.cli import main
 from jaxtrain.config import family
 from jaxtrain.inference.pretrained import read_pretrained
 from jaxtrain.models.hf.config_json import write_config
-from jaxtrain.models.hf.read import PretrainedFolder
+from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
 from jaxtrain.training.exchange import export_model
 from jaxtrain.training.run import open_run
 
@@ -193,6 +195,21 @@ def test_a_damaged_folder_is_one_line_that_names_the_file(exported, tmp_path, ca
         assert len(error.splitlines()) == 1, (case, error)
         assert re.search(message, error), (case, error)
         assert not (tmp_path / "run").exists(), case
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_an_error(exported, tmp_path, monkeypatch):
+    """The library's memory map of it would end the process."""
+    model = PretrainedFolder(shutil.copytree(exported, tmp_path / "model"))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_params(model.config)
+    )
+    opened = {file: safetensors.safe_open(file, framework="np") for file in model.path.glob("*.safetensors")}
+    monkeypatch.setattr(safetensors, "safe_open", lambda file, framework: opened[file])
+    for file in opened:
+        torn(file.name, -4)(model.path)
+    with pytest.raises(ValueError, match=r"safetensors changed while it was read: it has [\d,]+ bytes, not [\d,]+$"):
+        model.read_params(like)
 
 
 def test_folders_that_hold_something_and_models_without_an_architecture_are_refused(

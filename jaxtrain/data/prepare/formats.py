@@ -301,11 +301,11 @@ def open_arrow(path: str) -> Iterator[tuple[list[str], Iterator[Any]]]:
 
 
 def open_seekable(path: str) -> Any:
-    """Opens a file for pyarrow: memory-mapped if it is local and plain."""
+    """Opens a file for pyarrow, not memory-mapped: a file that is cut short meanwhile would end the process."""
     library = import_extra("pyarrow", "Arrow or Parquet", "parquet")
     if is_url(path) or is_compressed(path):
         return library.PythonFile(open_stream(path), mode="r")
-    return library.memory_map(path)
+    return library.OSFile(path)
 
 
 def require_column(names: list[str], text_field: str) -> None:

@@ -32,6 +32,17 @@ class _Stored(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
+    file_bytes: int
+
+    def open(self, source: Any) -> Any:
+        """Returns the slices of the tensor in the open file; a ValueError if the file is shorter or gone.
+
+        The library maps the file into memory, where reading behind its end would end the process (SIGBUS).
+        """
+        size = self.file.stat().st_size if self.file.exists() else 0
+        if size != self.file_bytes:
+            raise ValueError(f"{self.file} changed while it was read: it has {size:,} bytes, not {self.file_bytes:,}")
+        return source.get_slice(self.name)
 
 
 def is_pretrained(folder: str | Path) -> bool:
@@ -90,7 +101,7 @@ class PretrainedFolder:
             leaf, array = "/".join(path_names(path)), None
             for name, tensor in places[leaf]:
                 stored = self._stored[name]
-                source = opened(stored.file).get_slice(stored.name)
+                source = stored.open(opened(stored.file))
                 array = _place(array, spec, _read_piece(source, spec, tensor, self._start(tensor, leaf)), tensor)
             assert array is not None
             return array
@@ -180,8 +191,8 @@ def _list_tensors(folder: Path) -> dict[str, _Stored]:
 
 def _list_file(file: Path) -> dict[str, _Stored]:
     source = _open(file)
-    slices = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118 - no mapping
-    return {name: _Stored(file, name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    slices, size = {name: source.get_slice(name) for name in source.keys()}, file.stat().st_size  # noqa: SIM118
+    return {name: _Stored(file, name, tuple(part.get_shape()), part.get_dtype(), size) for name, part in slices.items()}
 
 
 def _open(file: Path) -> Any:
