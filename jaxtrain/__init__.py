@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from jaxtrain.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from jaxtrain.config import Config
     from jaxtrain.inference.load import TrainedModel, load
@@ -11,7 +13,6 @@ if TYPE_CHECKING:
     from jaxtrain.step import TrainState, make_eval_step, make_train_step
     from jaxtrain.training.train import train
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Config",

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import absl.logging
 
-from jaxtrain import __version__
 from jaxtrain.commands import compress, data, exchange, generate, model, report, train
 from jaxtrain.fields import suggest
 from jaxtrain.runtime.flag_help import show_help
 from jaxtrain.runtime.flags import parse
 from jaxtrain.runtime.terminal import echo, recorded_interrupts, report_error, tolerant_output
+from jaxtrain.version import __version__
 
 _HELP = {"-h", "--help"}
 

@@ -9,10 +9,10 @@ import pytest
 from helpers import ROOT, call
 from runs import change, train
 
-from jaxtrain import __version__
 from jaxtrain.cli import COMMANDS, main
 from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.flags import list_flags, parse_config
+from jaxtrain.version import __version__
 
 
 @pytest.fixture(scope="module")

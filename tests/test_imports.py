@@ -67,7 +67,7 @@ def test_the_core_is_there():
 
 # The wings, from the bottom to the top: a module imports from its own wing and from lines above its own only.
 LAYERS = [
-    {"checks", "fields"},
+    {"checks", "fields", "version"},
     {"trees", "schedules", "mixture", "model_config"},
     {"config", "loss_head"},
     {"losses", "precision", "clipping", "guard"},

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain import __version__
 from jaxtrain.data.tokenizer import ByteTokenizer, Tokenizer
 from jaxtrain.inference.jxz import Header, Stream, pack, unpack
 from jaxtrain.inference.load import TrainedModel
 from jaxtrain.models.decode import check_decodes
+from jaxtrain.version import __version__
 
 MAX_STREAMS, _WINDOWS = 64, 16  # streams of a file, and windows of a stream, unless the caller says otherwise
 _PROBE_STEPS = 4

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtrain import __version__
 from jaxtrain.checkpoints import warm_start as weights
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.mirror import Mirror
@@ -39,6 +38,7 @@ from jaxtrain.training.run import (
     read_weights,
 )
 from jaxtrain.training.run_folder import Changes, check_or_write_config, check_skip, has_begun, recover_config, run_lock
+from jaxtrain.version import __version__
 
 
 class Session(NamedTuple):
