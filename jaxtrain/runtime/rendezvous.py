@@ -20,7 +20,7 @@ _ANSWER_SECONDS = 5.0  # a process may have started its clock later than process
 _RETRY_SECONDS = 0.2
 _GREETING = re.compile(rb"jaxtrain (\d{1,9}) of (\d{1,9}) ([0-9a-f]{64})\n")
 _MAX_BYTES = 256  # of a greeting
-_PORT = re.compile("[1-9][0-9]{0,4}")
+_ADDRESS = re.compile(r"([\w.-]+|\[[^\]]+\]):([1-9][0-9]{0,4})")
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout: float) -> dict[int, socket.socket]:
@@ -57,16 +57,18 @@ def name_processes(processes: list[int]) -> str:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Splits `host:port`; an IPv6 address loses its brackets."""
-    host, _, port = address.rpartition(":")
-    try:
-        host.encode("idna")  # as the resolver does
-        if host and _PORT.fullmatch(port) and int(port) < 2**16:
-            return host.strip("[]"), int(port)
-    except UnicodeError:
-        pass
+    """Splits `host:port`; an IPv6 address loses its brackets. Raises a ValueError for anything else."""
+    if found := _ADDRESS.fullmatch(address):
+        with contextlib.suppress(ValueError):  # a UnicodeError is one
+            host, port = found[1], int(found[2])
+            if host.startswith("["):
+                host = str(ipaddress.IPv6Address(host[1:-1]))
+            host.encode("idna")  # as the resolver does
+            if port < 2**16:
+                return host, port
     raise ValueError(
-        f"the coordinator's address must be host:port, got {address!r:.200}: check JAX_COORDINATOR_ADDRESS"
+        f"the coordinator's address must be host:port, such as node1:8476 or [fd00::1]:8476, got {address!r:.200}: "
+        "check JAX_COORDINATOR_ADDRESS and JAX_COORDINATOR_PORT"
     )
 
 

@@ -56,8 +56,24 @@ def test_half_an_address_is_an_error_that_shows_it(cluster, given):
         cluster(**dict(zip(VARIABLES, given, strict=True)))
 
 
-def test_an_address_that_is_none_is_an_error_that_shows_it(cluster):
-    hosts = ("", "..", "h" * 300)
-    for address in ("host", "host:", "host:0", "host:65536", "host:\u00b2", "host:\u0663", *(f"{h}:1" for h in hosts)):
-        with pytest.raises(ValueError, match=r"address must be host:port, got '|got JAX_COORDINATOR"):
+HOSTS = "http://h h:5 ::1 fd00::1 [::1 ::1] [h] [] [::1]:5 u@h h/ h,i h;i * $H [127.0.0.1] tcp://[::1] .."
+PORTS = "0 -1 +5 05 65536 70000 5.0 five \u00b2 \u0663 5/x *"
+
+
+def test_an_address_is_a_host_and_a_port_or_an_error_that_shows_it(cluster):
+    wrong = [
+        *(f"{host}:1" for host in HOSTS.split()),
+        *(f"h:{port}" for port in PORTS.split()),
+        "h",
+        ":",
+        ":5",
+        "h:",
+        " h:1",
+        "h :1",
+    ]
+    for address in (*wrong, "h\n:1", "\t:1", "h:5 ", "h: 5", "h:5\n", f"{'h' * 300}:1"):
+        with pytest.raises(ValueError, match=r"address must be host:port, such as .*, got '") as raised:
             cluster(**dict(zip(VARIABLES, (address, "2", "0"), strict=True)))
+        assert repr(address)[:150] in str(raised.value)
+    for address in ("h:5", "n-1.a_b:65535", "10.0.0.1:1", "[::1]:5", "[fd00::1]:5", "[fe80::1%eth0]:5", "k\u00f6ln:5"):
+        assert cluster(**dict(zip(VARIABLES, (address, "2", "0"), strict=True))).address == address
