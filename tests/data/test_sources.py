@@ -118,9 +118,25 @@ def test_links_are_followed_and_counted_once(tmp_path):
     (data / "y2.txt").symlink_to(tmp_path / "y.txt")
     (elsewhere / "up").symlink_to(data)
     (elsewhere / "sub" / "round").symlink_to(elsewhere / "sub")
-    files, _ = find_sources([str(data)])
-    assert sorted(Path(file.path).read_text() for file in files) == ["x", "y"]
-    assert sorted(Path(file.path).read_text() for file in find_sources([f"{data}/**"])[0]) == ["x", "y"]
+    (data / "z.txt").write_text("z")
+    for name in ("z2.txt", "folder/z3.txt"):
+        (data / name).hardlink_to(data / "z.txt")
+    (data / "z4.txt").symlink_to(data / "z2.txt")
+    files, left_out = find_sources([str(data)])
+    assert sorted(Path(file.path).read_text() for file in files) == ["x", "y", "z"]
+    names = {Path(path).name for path in left_out["under another name already"]}
+    kept = [
+        {"again", "folder"} - names,
+        {"y.txt", "y2.txt"} - names,
+        {"z.txt", *(f"z{i}.txt" for i in (2, 3, 4))} - names,
+    ]
+    assert [len(each) for each in kept] == [1, 1, 1]
+    assert names.isdisjoint({"data", "elsewhere", "sub", "x.txt"})
+    assert names >= {"up", "round"}
+    assert sorted(Path(file.path).read_text() for file in find_sources([f"{data}/**"])[0]) == ["x", "y", "z"]
+    files, left_out = find_sources([str(data / "z.txt"), str(data / "y.txt")], [str(data / "z2.txt")])
+    assert [(Path(file.path).name, file.split) for file in files] == [("y.txt", "train"), ("z2.txt", "validation")]
+    assert left_out == {"in the validation files": [str(data / "z.txt")]}
 
 
 def test_left_out_files_are_counted_and_named(tmp_path, capfd):

@@ -20,6 +20,8 @@ PYTHON_STDLIB = "python-stdlib"
 # Tests and other files outside the library itself; `lib2to3/tests` goes with `tests`.
 _STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
+_REPEATED = "under another name already"
+
 LeftOut = dict[str, list[str]]  # reason: paths
 
 
@@ -39,14 +41,15 @@ class SourceFile:
 def find_sources(sources: Sequence[str], validation: Sequence[str] = ()) -> tuple[list[SourceFile], LeftOut]:
     """Lists the files of the sources in the order of their names, sorted within a folder or glob.
 
-    Symbolic links are followed, to folders too. A file that is found under two names is listed once.
+    Symbolic links are followed, to folders too. A file that is found under two names, links of both kinds included, is
+    listed once.
 
     Args:
       sources: files, folders, globs, fsspec URLs or `python-stdlib`.
       validation: the same, for files that make the validation split; they are left out of the training split.
 
     Returns:
-      The files, and the paths that were left out by reason (hidden, empty, not regular files).
+      The files, and the paths that were left out by reason (hidden, empty, not regular files, links).
 
     Raises:
       ValueError: a source without files, a broken link, or a folder that cannot be read.
@@ -76,9 +79,18 @@ def _find(sources: Sequence[str], left_out: LeftOut) -> dict[str, SourceFile]:
             require_local(source, "a source")
             found = [_source_file(str(path)) for path in _paths(source, left_out)]
         for file in found:
-            real = file.path if is_url(file.path) else os.path.realpath(file.path)
-            files.setdefault(real, replace(file, source=source))
+            first = files.setdefault(_identity(file.path), replace(file, source=source))
+            if file.path not in (first.path, *left_out.get(_REPEATED, ())):
+                left_out.setdefault(_REPEATED, []).append(file.path)
     return files
+
+
+def _identity(path: str) -> str:
+    """Returns a text that all names of a file share: symbolic links and hard links."""
+    if is_url(path):
+        return path
+    status = os.stat(path)
+    return f"{status.st_dev}:{status.st_ino}" if status.st_nlink > 1 else os.path.realpath(path)
 
 
 def file_version(path: str) -> tuple[int, str]:
@@ -166,9 +178,14 @@ def _walk(folder: Path, skip: Callable[[str], bool], left_out: LeftOut | None = 
                 os.path.join(root, n) for n in sorted(set(files) - parts)
             )
             files = sorted(parts)
-        real = {name: os.path.realpath(os.path.join(root, name)) for name in folders if name not in skipped}
-        folders[:] = [name for name in real if real[name] not in visited]
-        visited.update(real.values())
+        names, folders[:] = [name for name in folders if name not in skipped], []
+        for name in names:
+            real = os.path.realpath(os.path.join(root, name))
+            if real in visited:
+                left_out.setdefault(_REPEATED, []).append(os.path.join(root, name))
+            else:
+                visited.add(real)
+                folders.append(name)
         for name in files:
             if name not in skipped:
                 path = os.path.join(root, name)
