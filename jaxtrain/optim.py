@@ -50,9 +50,9 @@ def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] | None = None) 
 
     A parameter decays if it has two or more dimensions. Dimensions of size 1 do not count (unless all are 1), and
     neither does the layer axis of stacked layers (`nn.scan`): a norm scale `[L, D]` is a vector. Vectors by name never
-    decay: names that end in `bias`, `scale`, `offset`, `beta`, `gamma` or `gain` (`q_bias`, `gamma_1`), a `b` beside a
-    larger `w` or under `bias`, and every parameter of a norm (a key such as `LayerNorm_0`, `norm1`, `ln_f`, `norm_mlp`,
-    `bn1`).
+    decay: names that end in `bias`, `scale`, `offset`, `beta`, `gamma`, `gain` or `lambda` (`q_bias`, `gamma_1`); `b`,
+    `bq`, `b_qkv` or `q_b` beside a `w`, `wq`, `W_qkv` or `q_w` of more dimensions, and a `b` under `bias`; and every
+    parameter of a norm (a key such as `LayerNorm_0`, `norm1`, `ln_f`, `norm_mlp`, `bn1`, but not `norm_proj`).
 
     A subtree `layers` or `blocks` is a stack if a named vector other than a bias has two dimensions there, none has
     only one, and all leaves share the size of axis 0 (or of axis 1). Without such a vector, a leaf of two dimensions

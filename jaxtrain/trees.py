@@ -17,8 +17,10 @@ KeyPath = tuple[Any, ...]
 # Keys of subtrees whose leaves may have a leading layer axis, see `optim.decay_mask`.
 STACKED = ("layers", "blocks")
 
-# Parameters that are vectors by name, even with two dimensions (a bias [heads, head_dim]): bias, q_bias, gamma_1.
-_VECTOR = re.compile(r"(^|_)(bias(es)?|scales?|offset|beta|gamma|gain)(_?\d+|_[a-z]{1,2}\d?)*$")
+# Parameters that are vectors by name, even with two dimensions (a bias [heads, head_dim]): q_bias, gamma_1, lambda_q1.
+_SUFFIX = r"(_?\d+|_[a-z]{1,2}\d?)*$"
+_BIAS = re.compile(rf"(^|_)bias(es)?{_SUFFIX}")
+_VECTOR = re.compile(rf"(^|_)(scales?|offset|beta|gamma|gain|lambda){_SUFFIX}")
 # Keys of norms: LayerNorm_0, norm1, q_norm, input_layernorm, ln_f, bn1, norm_mlp; norm_proj is none.
 _PLACES = "f|final|pre|post|before|after|in|out|input|output|self|cross|attn|attention|mlp|ffn?|moe|[qkv]"
 _NORM = re.compile(rf"(norm|normalization|(^|_)(ln|bn|gn|rms))(_?\d+d?|_({_PLACES}))*$")
@@ -137,15 +139,27 @@ def _is_absent(node: Any) -> bool:
 
 
 def is_vector(names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]) -> bool:
-    """Returns True if a leaf is a vector by its name: `bias`, `scale` and the like, `b` beside `w`, or part of a norm.
+    """Returns True if a leaf is a vector by its name: a bias, `scale` and the like, or part of a norm.
 
     Args:
       shapes: all leaves of the tree, see `named_leaves`.
     """
     parts = re.split(r"[/.]", "/".join(names).lower())
-    weight = shapes.get((*names[:-1], "w"), ())
-    is_bias = parts[-1] == "b" and (len(shapes[names]) < len(weight) or parts[-2:-1] == ["bias"])
-    return bool(_VECTOR.search(parts[-1])) or is_bias or any(_NORM.search(part) for part in parts[-2:])
+    is_norm = any(_NORM.search(part) for part in parts[-2:])
+    return bool(_VECTOR.search(parts[-1])) or is_norm or _is_bias(names, shapes)
+
+
+def _is_bias(names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]) -> bool:
+    """Returns True for `q_bias`, a `b` under `bias`, and `b`, `b_Q` or `q_b` beside a larger `w`, `W_Q` or `q_w`.
+
+    See `is_vector` for the arguments.
+    """
+    *_, above, last = ["", *re.split(r"[/.]", "/".join(names))]
+    if _BIAS.search(last.lower()) or (last == "b" and above.lower() == "bias"):
+        return True
+    head = "".join(names[-1:]).removesuffix(last)
+    weights = (shapes.get((*names[:-1], head + re.sub(r"^b|(?<=_)b$", w, last)), ()) for w in "wW")
+    return any(len(weight) > len(shapes[names]) for weight in weights)
 
 
 def stack_of(names: Sequence[str], stacked: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -205,7 +219,8 @@ def _proven_axis(stack: tuple[str, ...], members: list[tuple[str, ...]], shapes:
         return None  # a layer's own bias or scale
     sizes = [{shapes[names][axis] if axis < len(shapes[names]) else None for names in members} for axis in (0, 1)]
     shared = [axis for axis, found in enumerate(sizes) if len(found) == 1 and None not in found]
-    if any(names[-1] not in ("bias", "b") and num_dims(shapes[names], None) >= 2 for names in vectors):
+    proofs = [names for names in vectors if names[-1] != "b" and not _is_bias(names, shapes)]
+    if any(num_dims(shapes[names], None) >= 2 for names in proofs):
         return shared[0] if shared else None
     if 0 not in shared:
         return None

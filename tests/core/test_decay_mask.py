@@ -130,7 +130,8 @@ def test_a_wrong_stack_names_both_leaves():
 
 STACKED_NORMS = ("ln_attn", "ln_mlp", "norm_in", "norm_attn", "layernorm_before", "bn1", "GroupNorm_0", "rms_1", "q_ln",
                  "LayerNormalization_0", "batch_normalization", "ln_cross_attn", "norm_2d")  # fmt: skip
-VECTORS = ("q_bias", "in_proj_bias", "bias_k", "bias_hh_l0", "gamma_1", "layer_scale_2", "biases", "skip_scale")
+VECTORS = ("q_bias", "in_proj_bias", "bias_k", "bias_hh_l0", "gamma_1", "layer_scale_2", "biases", "skip_scale",
+           "lambda_1", "lambda_q1")  # fmt: skip
 
 # Shapes of parameter trees as public projects name and stack them, and the leaves that do not decay.
 PROJECTS = {
@@ -189,6 +190,23 @@ PROJECTS = {
     ),
     "biases and gains of two dimensions": ({"x": dict.fromkeys(VECTORS, (2, 3)) | {"bias_table": (4, 2)}},
         [f"x/{name}" for name in VECTORS]),
+    "TransformerLens": (
+        {"blocks.0": {"attn": {"W_Q": (2, 8, 4), "b_Q": (2, 4), "W_O": (2, 4, 8), "b_O": (8,)}}},
+        ["blocks.0/attn/b_O", "blocks.0/attn/b_Q"],
+    ),
+    "biases beside their weights, stacked under h": (
+        {"h": {"wq": (3, 8, 8), "bq": (3, 8), "w_qkv": (3, 8, 9), "b_qkv": (3, 9), "fc_w": (3, 8, 9), "fc_b": (3, 9),
+               "w1": (3, 8, 9), "b1": (3, 9), "bv": (3, 8), "norm_proj": (8, 8), "mlp.w": (3, 8, 9), "mlp.b": (3, 9)}},
+        [f"h/{name}" for name in ("b1", "b_qkv", "bq", "fc_b", "mlp.b")],
+    ),
+    "biases of heads, in layers without a stack": (
+        {"layers": {"wq": (8, 8, 4), "bq": (8, 4), "norm": {"weight": (8,)}, "lambda": {"kernel": (8, 8)}}},
+        ["layers/bq", "layers/norm/weight"],
+    ),
+    "projections beside norms": (
+        {"norm_proj": {"kernel": (8, 4), "bias": (4,)}, "normalizer_proj": (8, 4), "norm": {"proj": {"w": (8, 4)}}},
+        ["norm_proj/bias"],
+    ),
     "Praxis": ({"x_layers_0": {"linear": {"w": (3, 4, 8)}, "bias": {"b": (3, 8)}}}, ["x_layers_0/bias/b"]),
     "weight normalization": ({"linear": {"v": (4, 8), "g": (4, 1)}}, ["linear/g"]),
     "LoRA": ({"q": {"a": (8, 2), "b": (2, 8)}, "scale": ()}, ["scale"]),
@@ -213,6 +231,7 @@ def test_conventions_of_public_projects(project):
 UNPROVEN = {
     "matrices": {"blocks": {"wq": (8, 8), "wk": (8, 8)}},
     "a bias per head": {"layers": {"w": (8, 8, 4), "bias": (8, 4), "v": (8, 8)}},
+    "biases per head": {"layers": {"wq": (8, 8, 4), "bq": (8, 4), "q_bias": (8, 4), "v": (8, 8)}},
     "deeper": {"model": {"layers": {"mlp": {"w": (2, 3, 3)}, "gate": (2, 3)}}},
     "one leaf": {"layers": {"w": (4, 4)}},
 }
@@ -226,7 +245,7 @@ def test_a_matrix_is_never_silently_undecayed(name):
         clipped_adamw(0.1).init(params)
     doubtful = [jnp.ndim(leaf) == 2 for leaf in jax.tree.leaves(params)]
     flat, stacked = (jax.tree.leaves(decay_mask(params, stacked=stacked)) for stacked in ((), ("blocks", "layers")))
-    assert all(flag for flag, two in zip(flat, doubtful, strict=True) if two and name != "a bias per head")
+    assert all(flag for flag, two in zip(flat, doubtful, strict=True) if two and "per head" not in name)
     assert not any(flag for flag, two in zip(stacked, doubtful, strict=True) if two)
     assert "stacked or not" in decay_report(params, functools.partial(decay_mask, stacked=()))
 
