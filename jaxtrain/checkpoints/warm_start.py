@@ -1,11 +1,13 @@
 """Warm start: a new run that begins at step 0 with the weights of another run and a fresh optimizer."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import chex
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
-from jaxtrain.checkpoints.restore import restore_params
+from jaxtrain.checkpoints.restore import choose, restore_params
 from jaxtrain.runtime.remote import local_run
 
 
@@ -33,6 +35,26 @@ def find(source: str, run_dir: Path) -> tuple[Path, int | None]:
     return path, step
 
 
+def check(source: str, run_dir: Path, like: chex.ArrayTree) -> None:
+    """Verifies the checkpoint that `read` would read, and that it fits; arguments and errors are those of `read`."""
+    path, step = find(source, run_dir)
+    with _naming_lora(source):
+        choose(CheckpointFolder(path / "checkpoints"), {"params": like}, step)
+
+
+@contextlib.contextmanager
+def _naming_lora(source: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "_lora/" not in str(error):
+            raise
+        raise ValueError(
+            f"train.init_from {source}: that run has LoRA matrices: `jaxtrain export` merges them into its weights, "
+            "and `jaxtrain import` makes a run of the result"
+        ) from None
+
+
 def read(source: str, run_dir: Path, like: chex.ArrayTree, tokenizer: str | None) -> tuple[chex.ArrayTree, int]:
     """Reads the parameters of another run's checkpoint; returns them and the step.
 
@@ -46,15 +68,8 @@ def read(source: str, run_dir: Path, like: chex.ArrayTree, tokenizer: str | None
       ValueError: the checkpoint is missing or damaged, leaves do not fit (named by path), or the tokenizer differs.
     """
     path, step = find(source, run_dir)
-    try:
+    with _naming_lora(source):
         params, fingerprint, step = restore_params(CheckpointFolder(path / "checkpoints"), like, step)
-    except ValueError as error:
-        if "_lora/" not in str(error):
-            raise
-        raise ValueError(
-            f"train.init_from {source}: that run has LoRA matrices: `jaxtrain export` merges them into its weights, "
-            "and `jaxtrain import` makes a run of the result"
-        ) from None
     theirs = fingerprint.get("tokenizer")
     if theirs and tokenizer and theirs != tokenizer:
         raise ValueError(

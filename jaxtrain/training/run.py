@@ -81,10 +81,11 @@ class Run(NamedTuple):
 
 def assemble(config: Config, folder: Path, store: TokenStore, hooks: Hooks = NO_HOOKS) -> Run:
     """Builds a run; allocates and compiles nothing. Raises as `make_program` does."""
-    return Run(config, folder, store, _make_program(config, store.vocab_size, hooks), hooks)
+    return Run(config, folder, store, make_run_program(config, store.vocab_size, hooks), hooks)
 
 
-def _make_program(config: Config, vocab_size: int, hooks: Hooks) -> Program:
+def make_run_program(config: Config, vocab_size: int, hooks: Hooks) -> Program:
+    """Builds the program of a run on the devices of this machine; raises as `make_program` does."""
     return hooks.make_program(config, make_mesh(config.mesh), vocab_size, wrap_loss=hooks.wrap_loss)
 
 
@@ -111,7 +112,7 @@ def open_run(
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     vocab_size = load_tokenizer(folder).vocab_size if has_tokenizer else getattr(config.model, "vocab_size", None)
     if not data and vocab_size:
-        return Run(config, folder, None, _make_program(config, vocab_size, hooks), hooks)
+        return Run(config, folder, None, make_run_program(config, vocab_size, hooks), hooks)
     return assemble(config, folder, open_data(config, folder), hooks)
 
 
@@ -122,7 +123,7 @@ def open_pretrained(folder: str | Path) -> tuple[Run, Any]:
     settings = TrainConfig(batch_size=8 * rows, seq_len=min(model.config.max_seq_len, 1024))
     config = Config(data=DataConfig(sources=(str(folder),)), model=model.config, train=settings)
     tokenizer = read_tokenizer(model)
-    run = Run(config, model.path, None, _make_program(config, tokenizer.vocab_size, NO_HOOKS), NO_HOOKS)
+    run = Run(config, model.path, None, make_run_program(config, tokenizer.vocab_size, NO_HOOKS), NO_HOOKS)
     return run, model.read_params(run.program.abstract_state.params)
 
 

@@ -17,8 +17,9 @@ from jaxtrain.config import Config, ModelConfig, to_dict
 from jaxtrain.data.packing import PackedWindows
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import TokenStore
+from jaxtrain.data.tokenizer import ByteTokenizer, parse_spec, read_hf
 from jaxtrain.mixture import describe
-from jaxtrain.models.lora import uses_lora
+from jaxtrain.models.lora import uses_lora, without_lora
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.runtime import processes
@@ -29,11 +30,13 @@ from jaxtrain.step import TrainState
 from jaxtrain.training import components
 from jaxtrain.training.batches import check_mixture, train_batches
 from jaxtrain.training.run import (
+    Hooks,
     Run,
     check_fingerprint,
     environment,
     environment_changes,
     init_state,
+    make_run_program,
     open_data,
     read_weights,
 )
@@ -63,7 +66,14 @@ class Event(NamedTuple):
 
 
 def prepare_data(
-    config: Config, folder: Path, stack: contextlib.ExitStack, *, rewind: int | None, allow_change: bool, lock: bool
+    config: Config,
+    folder: Path,
+    stack: contextlib.ExitStack,
+    hooks: Hooks,
+    *,
+    rewind: int | None,
+    allow_change: bool,
+    lock: bool,
 ) -> tuple[TokenStore, Changes]:
     """Opens the token store of a run. Before that, the lead process locks and prepares the run directory.
 
@@ -108,6 +118,7 @@ def prepare_data(
             )
         return changes
 
+    check_before_data(config, folder, hooks)
     changes = processes.run_on_lead("prepare the data", begin) or {}
     processes.agree(
         "the run directory",
@@ -119,6 +130,19 @@ def prepare_data(
         "the data", {"fingerprint": store.fingerprint}, remedy="give each the same store, or one that they share"
     )
     return store, changes
+
+
+def check_before_data(config: Config, folder: Path, hooks: Hooks) -> None:
+    """Raises, before any text is tokenized, what the tokens do not decide: a program or weights that do not fit."""
+    data, is_ready = config.data, lambda: (folder / "data").exists()
+    if data.store or data.stores or processes.broadcast_from_lead("look for the data", is_ready):
+        return
+    kind, argument = parse_spec(data.tokenizer)
+    tokenizer = None if kind == "bpe" else read_hf(argument, data.eot) if kind == "hf" else ByteTokenizer()
+    vocab_size = tokenizer.vocab_size if tokenizer else int(argument)
+    like = make_run_program(config, vocab_size, hooks).abstract_state.params
+    if source := config.train.init_from:
+        weights.check(source, folder, without_lora(like) if uses_lora(config.model) else like)
 
 
 def check_resume(run: Run, rewind: int | None) -> None:

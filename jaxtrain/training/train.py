@@ -147,7 +147,7 @@ def _open_session(
     """Opens the data, with the options of `prepare_data`, and the records of a run; `stack` closes them."""
     check_optimizer(config)
     make_mesh(config.mesh)  # raises before the data is prepared, which may take long
-    store, changes = prepare_data(config, folder, stack, **options)
+    store, changes = prepare_data(config, folder, stack, hooks, **options)
     if config.train.sample_tokens and store.tokenizer_file is None:
         raise ValueError(
             f"train.sample_tokens {config.train.sample_tokens} needs a tokenizer: put its tokenizer.json beside "

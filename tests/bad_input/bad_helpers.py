@@ -100,5 +100,5 @@ def check(row, world, capsys):
     after = snapshot(world)
     if row.starts:
         after = {path: value for path, value in after.items() if not path.startswith(str(world.out))}
-    assert after == before
+    assert after == before, sorted(dict(after.items() ^ before.items()))
     assert len(lines) <= 2 or lines[1].startswith("  "), captured.err  # or a list of what differs
