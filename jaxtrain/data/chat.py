@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.runtime.extras import import_extra
+
 TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 TEMPLATE_FILES = (TEMPLATE_FILE, TOKENIZER_CONFIG)
-_FORMS = f"{TEMPLATE_FILE} or a chat_template in {TOKENIZER_CONFIG}"
 
 Message = Mapping[str, Any]
 
@@ -35,12 +36,10 @@ class ChatTemplate:
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise ValueError(f'a message is {message!r}: give {{"role": "user", "content": "..."}}')
-        jinja2 = _import_jinja2()
+        jinja2 = import_extra("jinja2", "chat", "chat templates need the jinja2 package")
+        values = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self.special_tokens}
         try:
-            template = _compile(self.source)
-            return template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
-            )
+            return _compile(self.source).render(values)
         except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             raise ValueError(f"the chat template rejects the messages: {type(error).__name__}: {error}") from None
 
@@ -61,7 +60,8 @@ def read_template(folder: str | Path) -> ChatTemplate:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / TOKENIZER_CONFIG} is damaged: {error}") from None
     if not isinstance(source, str):
-        raise ValueError(f"{folder} has no chat template: put {_FORMS} there, or leave out --chat")
+        forms = f"{TEMPLATE_FILE} or a chat_template in {TOKENIZER_CONFIG}"
+        raise ValueError(f"{folder} has no chat template: put {forms} there, or leave out --chat")
     tokens = {name: text for name, text in special.items() if name.endswith("_token") and isinstance(text, str)}
     return ChatTemplate(source, tokens)
 
@@ -70,21 +70,13 @@ def _read(file: Path) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def _import_jinja2() -> Any:
-    try:
-        import jinja2.ext
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ImportError("chat templates need the jinja2 package: pip install 'jaxtrain[chat]'") from error
-    return jinja2
-
-
 @functools.lru_cache(maxsize=8)
 def _compile(source: str) -> Any:
     """Compiles a template in the environment that transformers gives it."""
-    jinja2 = _import_jinja2()
+    import jinja2.sandbox
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

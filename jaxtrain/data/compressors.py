@@ -5,12 +5,11 @@ import gzip
 import lzma
 from collections.abc import Callable, Iterable
 
+from jaxtrain.runtime.extras import import_extra
+
 
 def _zstd(text: bytes) -> bytes:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ImportError("zstd needs the zstandard package: pip install 'jaxtrain[zstd]'") from error
+    zstandard = import_extra("zstandard", "zstd", "zstd needs the zstandard package")
     return zstandard.ZstdCompressor(level=19).compress(text)
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from jaxtrain.data.words import WordEncoder
+from jaxtrain.runtime.extras import import_extra
 from jaxtrain.runtime.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -384,11 +385,7 @@ def _read(file: Path) -> ByteTokenizer | BPETokenizer:
 
 
 def _import_tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError("BPE tokenizers need the tokenizers package: pip install 'jaxtrain[bpe]'") from error
-    return tokenizers
+    return import_extra("tokenizers", "bpe", "BPE tokenizers need the tokenizers package")
 
 
 def _sha256(text: str) -> str:

@@ -23,6 +23,7 @@ from jaxtrain.data.tokenizer import ByteTokenizer, Tokenizer
 from jaxtrain.inference.jxz import Header, Stream, pack, unpack
 from jaxtrain.inference.load import TrainedModel
 from jaxtrain.models.decode import check_decodes
+from jaxtrain.runtime.extras import import_extra
 from jaxtrain.version import __version__
 
 MAX_STREAMS, _WINDOWS = 64, 16  # streams of a file, and windows of a stream, unless the caller says otherwise
@@ -101,7 +102,7 @@ def compress(
       ValueError: a model that cannot decode, or fewer than one stream.
       ImportError: no constriction.
     """
-    coding, window = _import_constriction(), _window(trained)
+    coding, window = import_extra("constriction", "compress", "compression needs the constriction package"), _window(trained)
     if num_streams is not None and num_streams < 1:
         raise ValueError(f"the number of streams must be 1 or more, got {num_streams}")
     parts = _split(data, trained.tokenizer, window, num_streams)
@@ -145,7 +146,7 @@ def decompress(
       ValueError: no .jxz file, a damaged one, or one of another model, tokenizer, software or kind of device.
       ImportError: no constriction.
     """
-    coding = _import_constriction()
+    coding = import_extra("constriction", "compress", "compression needs the constriction package")
     header, payloads = unpack(compressed)
     _check_same(header, trained)
     rows = max(len(payloads), 1)
@@ -249,11 +250,3 @@ def _digest(params: Any) -> str:
 def _software() -> str:
     kind = jax.devices()[0].device_kind
     return f"jax {version('jax')}, jaxlib {version('jaxlib')}, jaxtrain {__version__} on {kind}"
-
-
-def _import_constriction() -> Any:
-    try:
-        import constriction
-    except ImportError as error:
-        raise ImportError("compression needs the constriction package: pip install 'jaxtrain[compress]'") from error
-    return constriction

@@ -13,6 +13,7 @@ from jaxtrain.data.chat import read_template
 from jaxtrain.inference.generate import complete
 from jaxtrain.inference.load import TrainedModel, load
 from jaxtrain.models.decode import Sampling, bucket
+from jaxtrain.runtime.extras import import_extra
 
 
 def harness_model(pretrained: str | Path | TrainedModel, step: Any = None, **options: Any) -> Any:
@@ -37,11 +38,8 @@ def main() -> None:
 
 
 def _harness_class() -> type:
-    try:
-        from lm_eval.api.model import TemplateLM
-    except ImportError:
-        raise ImportError("the harness needs the lm-eval package: pip install 'jaxtrain[lm-eval]'") from None
-    return type("HarnessLM", (Harness, TemplateLM), {})
+    base = import_extra("lm_eval.api.model", "lm-eval", "the harness needs the lm-eval package").TemplateLM
+    return type("HarnessLM", (Harness, base), {})
 
 
 class Harness:

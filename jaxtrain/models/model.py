@@ -12,7 +12,6 @@ A model of your own is any object with `init` and `loss`, as `Config.model` of y
       return cross_entropy(params["table"][batch["inputs"]], batch["labels"], where=batch["where"])
 """
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,11 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.config import ModelConfig
-from jaxtrain.losses import LossSums
+from jaxtrain.losses import LossSums, linear_cross_entropy
 from jaxtrain.models import size
+from jaxtrain.models.block import Cache
+from jaxtrain.models.feed_forward import router_losses
 from jaxtrain.models.layout import logical_axes
-from jaxtrain.models.parallel import Parallel
-from jaxtrain.models.transformer import Cache, Params, Transformer, empty_cache, init_params, logits, make_loss_fn
+from jaxtrain.models.masters import WithMasters
+from jaxtrain.models.parallel import Parallel, barrier_gradients
+from jaxtrain.models.transformer import Params, Transformer, head_kernel, init_params, logits
 
 
 @runtime_checkable
@@ -69,8 +71,11 @@ class TransformerModel:
 
     Attributes:
       config: sizes, with `vocab_size` and the automatic choices (`attention`, `scan_unroll`) filled in.
-      parallel: shards of the parameters, for `loss` inside `jax.shard_map`. The other methods work on whole arrays.
-      z_loss, label_smoothing, chunk_size, balance_loss, router_z_loss: see `make_loss_fn`.
+      parallel: shards of the parameters, for `loss` inside `jax.shard_map`, which then gets one device's shard of the
+        parameters and the batch, and returns that shard's sums. The other methods work on whole arrays.
+      z_loss, label_smoothing, chunk_size: see `linear_cross_entropy`.
+      balance_loss, router_z_loss: coefficients of the `router_losses` of a mixture of experts. If one is not 0, `loss`
+        returns `(LossSums, router losses)`, with both products in `smoothing`.
     """
 
     config: ModelConfig
@@ -95,19 +100,42 @@ class TransformerModel:
         return init_params(Transformer(self.config), key)
 
     def loss(self, params: Params, batch: dict[str, jax.Array]) -> LossSums | tuple[LossSums, dict[str, jax.Array]]:
-        """Returns the next-token loss, summed over the tokens; see `make_loss_fn`."""
-        return self._loss_fn(params, batch)
+        """Returns the next-token loss, summed over the tokens.
 
-    @functools.cached_property
-    def _loss_fn(self):
-        return make_loss_fn(
-            Transformer(self.config, self.parallel),
-            z_loss=self.z_loss,
-            label_smoothing=self.label_smoothing,
-            chunk_size=self.chunk_size,
-            balance_loss=self.balance_loss,
-            router_z_loss=self.router_z_loss,
-        )
+        Args:
+          params: parameters, or `WithMasters`.
+          batch: `inputs` and `labels` int32 `[B, T]`, `where` bool `[B, T]`, and optionally `segment_ids` and
+            `positions` int32 `[B, T]`; see `Transformer`.
+        """
+        c, p = self.config, self.parallel
+        auxiliary = {"balance_loss": self.balance_loss, "router_z_loss": self.router_z_loss} if c.num_experts else {}
+        params, masters = params if isinstance(params, WithMasters) else (params, None)
+        variables = {"params": params} | ({"masters": {"layers": masters["layers"]}} if masters else {})
+        options = {name: batch.get(name) for name in ("segment_ids", "positions")}
+        if any(auxiliary.values()):
+            options["router_weight"] = batch["where"]
+        (hidden_BTD, _), router = Transformer(c, p).apply(variables, batch["inputs"], **options, mutable=["router"])
+        with jax.named_scope("head"):
+            hidden_BTD, kernel_DV = barrier_gradients(hidden_BTD, head_kernel(params))
+            sums = linear_cross_entropy(
+                hidden_BTD,
+                kernel_DV,
+                batch["labels"],
+                where=batch["where"],
+                z_loss=self.z_loss,
+                label_smoothing=self.label_smoothing,
+                logit_softcap=c.logit_softcap,
+                chunk_size=self.chunk_size,
+                num_classes=c.vocab_size,
+                vocab_axis="tensor" if p.tensor > 1 else None,
+                gather_axis="fsdp" if p.fsdp > 1 else None,
+                check_labels=False,  # the loader checks them; here the check would slow down the dispatch of each step
+            )
+        if "router_weight" not in options:
+            return sums
+        losses = router_losses(router["router"]["sums"], p)
+        extra = sum(factor * losses[name] for name, factor in auxiliary.items())
+        return sums.replace(smoothing=sums.smoothing + extra), losses
 
     def axes(self, params: Params) -> Any:
         """Returns the logical axes of each parameter."""
@@ -119,7 +147,9 @@ class TransformerModel:
 
     def init_cache(self, params: Params, batch_size: int, length: int) -> tuple[Cache, ...]:
         """Allocates an empty cache for `length` tokens a row, in the dtype of the parameters."""
-        return empty_cache(self.config, batch_size, length, jax.tree.leaves(params)[0].dtype)
+        c, dtype = self.config, jax.tree.leaves(params)[0].dtype
+        shape = (batch_size, c.kv_heads, length, c.channels_per_head)
+        return tuple(Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(c.num_layers))
 
     def decode(
         self,

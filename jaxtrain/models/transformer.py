@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,13 +21,12 @@ from flax import linen as nn
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.loss_head import softcap
-from jaxtrain.losses import LossSums, linear_cross_entropy
 from jaxtrain.models.block import Block, Cache, Norm, TokenContext
-from jaxtrain.models.feed_forward import INIT_STD, RouterSums, router_losses
+from jaxtrain.models.feed_forward import INIT_STD, RouterSums
 from jaxtrain.models.kernels.attention import rope_tables
 from jaxtrain.models.layout import gather_layer
-from jaxtrain.models.masters import WithMasters, cast_masters, split_layers
-from jaxtrain.models.parallel import Parallel, barrier_gradients, look_up, take_rows
+from jaxtrain.models.masters import cast_masters, split_layers
+from jaxtrain.models.parallel import Parallel, look_up, take_rows
 from jaxtrain.models.remat import BLOCK_INPUT, checkpoint_name, rematerialize
 
 Params = dict[str, Any]
@@ -59,7 +57,7 @@ class Transformer(nn.Module):
 
         Args:
           tokens_BT: integer token ids.
-          cache: keys and values of the tokens before these (`empty_cache`), or None.
+          cache: keys and values of the tokens before these (`TransformerModel.init_cache`), or None.
           num_cached: number of tokens in the cache, int32 scalar or `[B]`; the new ones follow. None: it is empty.
           segment_ids: int `[B, T]`. A token attends to its own segment only.
           positions: int `[B, T]`, for the position encoding. None counts from the start of the row, or of the cache.
@@ -198,68 +196,6 @@ def logits(model: Transformer, params: Params, hidden_BTD: jax.Array) -> jax.Arr
     kernel_DV = head_kernel(params)[:, : model.config.vocab_size]
     raw_BTV = jnp.matmul(hidden_BTD, kernel_DV, preferred_element_type=jnp.float32)
     return softcap(raw_BTV, model.config.logit_softcap)
-
-
-def empty_cache(config: ModelConfig, batch_size: int, length: int, dtype: jax.typing.DTypeLike) -> tuple[Cache, ...]:
-    """Allocates a cache for `length` tokens a row, of each layer."""
-    shape = (batch_size, config.kv_heads, length, config.channels_per_head)
-    return tuple(Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers))
-
-
-def make_loss_fn(
-    model: Transformer,
-    *,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    chunk_size: int | None = None,
-    balance_loss: float = 0.0,
-    router_z_loss: float = 0.0,
-) -> Callable[[Params, dict[str, jax.Array]], LossSums | tuple[LossSums, dict[str, jax.Array]]]:
-    """Makes `loss_fn(params, batch) -> LossSums` for next-token prediction.
-
-    Args:
-      model: the transformer. If `model.parallel` has several shards, the function runs inside `jax.shard_map` on one
-        device's shard of the parameters and the batch, and returns that shard's sums; see `mesh.map_gradients`.
-      z_loss, label_smoothing, chunk_size: see `linear_cross_entropy`.
-      balance_loss, router_z_loss: coefficients of the `router_losses` of a mixture of experts. If one is not 0, the
-        loss function returns `(LossSums, router losses)`, with both products in `smoothing`.
-
-    Returns:
-      The loss function. Its batch holds `inputs` and `labels` int32 `[B, T]`, `where` bool `[B, T]`, and optionally
-      `segment_ids` and `positions` int32 `[B, T]`; see `Transformer`. Its parameters may be `WithMasters`.
-    """
-    c, p = model.config, model.parallel
-    auxiliary = {"balance_loss": balance_loss, "router_z_loss": router_z_loss} if c.num_experts else {}
-
-    def loss_fn(params: Params, batch: dict[str, jax.Array]) -> Any:
-        params, masters = params if isinstance(params, WithMasters) else (params, None)
-        variables = {"params": params} | ({"masters": {"layers": masters["layers"]}} if masters else {})
-        documents = {name: batch.get(name) for name in ("segment_ids", "positions")}
-        summed = {"router_weight": batch["where"]} if any(auxiliary.values()) else {}
-        (hidden_BTD, _), router = model.apply(variables, batch["inputs"], **documents, **summed, mutable=["router"])
-        with jax.named_scope("head"):
-            hidden_BTD, kernel_DV = barrier_gradients(hidden_BTD, head_kernel(params))
-            sums = linear_cross_entropy(
-                hidden_BTD,
-                kernel_DV,
-                batch["labels"],
-                where=batch["where"],
-                z_loss=z_loss,
-                label_smoothing=label_smoothing,
-                logit_softcap=c.logit_softcap,
-                chunk_size=chunk_size,
-                num_classes=c.vocab_size,
-                vocab_axis="tensor" if p.tensor > 1 else None,
-                gather_axis="fsdp" if p.fsdp > 1 else None,
-                check_labels=False,  # the loader checks them; here the check would slow down the dispatch of each step
-            )
-        if not summed:
-            return sums
-        losses = router_losses(router["router"]["sums"], p)
-        extra = sum(factor * losses[name] for name, factor in auxiliary.items())
-        return sums.replace(smoothing=sums.smoothing + extra), losses
-
-    return loss_fn
 
 
 def _head_std(config: ModelConfig) -> float:

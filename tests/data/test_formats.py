@@ -197,7 +197,7 @@ def test_bad_files_are_named(tmp_path, name):
 def test_a_missing_extra_is_named(name, data, module, message, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ImportError, match=rf"{name} {message}, or convert it"):
+    with pytest.raises(ImportError, match=rf"{name} {message}"):
         prepare([str(tmp_path / name)], tmp_path / "store")
     assert main(["prepare", str(tmp_path / name), "--out", str(tmp_path / "store")]) == 1
 

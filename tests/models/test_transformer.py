@@ -14,9 +14,10 @@ from jaxtrain.losses import cross_entropy
 from jaxtrain.models.kernels.attention import rope_tables, rotate
 from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.masters import WithMasters
+from jaxtrain.models.model import TransformerModel
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.models.size import flops_per_token
-from jaxtrain.models.transformer import Transformer, empty_cache, head_kernel, init_params, logits, make_loss_fn
+from jaxtrain.models.transformer import Transformer, head_kernel, init_params, logits
 from jaxtrain.optim import decay_mask
 from jaxtrain.runtime.mesh import make_mesh, map_gradients, partition_spec
 
@@ -54,6 +55,10 @@ def make(config, scale=5.0):
     model = Transformer(config)
     params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
     return model, jax.tree.map(lambda leaf, matrix: leaf * scale if matrix else leaf, params, decay_mask(params))
+
+
+def loss_of_module(model, **options):
+    return TransformerModel(model.config, model.parallel, **options).loss
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -117,7 +122,7 @@ def test_segments_in_a_batch_reach_every_layer_of_the_loss():
     batch = {"inputs": tokens, "labels": tokens, "where": jnp.arange(12)[None] >= 7}
 
     def gradient(batch):
-        loss = lambda table: make_loss_fn(model)(params | {"embedding": table, "head": head}, batch).nll  # noqa: E731
+        loss = lambda table: loss_of_module(model)(params | {"embedding": table, "head": head}, batch).nll  # noqa: E731
         return jax.jit(jax.grad(loss))(params["embedding"])[:7]
 
     head = jax.random.normal(jax.random.key(5), (32, 29))
@@ -148,12 +153,12 @@ def test_initial_logits_stay_small_at_any_width(d_model):
 def test_scanned_unrolled_and_recomputed_layers_share_a_tree_and_agree(config):
     model, params = make(config)
     batch = batch_of(config)
-    reference, gradient = jax.jit(jax.value_and_grad(lambda p: make_loss_fn(model)(p, batch).mean()))(params)
+    reference, gradient = jax.jit(jax.value_and_grad(lambda p: loss_of_module(model)(p, batch).mean()))(params)
     for change in ({"scan_unroll": "all"}, {"remat": "minimal"}, {"remat": "full"}):
         other = Transformer(dataclasses.replace(config, **change))
         shapes = jax.eval_shape(lambda other=other: init_params(other, jax.random.key(0)))
         assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)
-        loss_of = lambda p, m=other: make_loss_fn(m)(p, batch).mean()  # noqa: E731
+        loss_of = lambda p, m=other: loss_of_module(m)(p, batch).mean()  # noqa: E731
         loss, other_gradient = jax.jit(jax.value_and_grad(loss_of))(params)
         np.testing.assert_allclose(loss, reference, rtol=1e-6)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
@@ -173,7 +178,7 @@ def test_fully_rematerialized_masters_are_differentiated_in_two_loops():
             own, masters = (
                 {**one, "layers": jax.tree.map(lambda x: x[:num_layers], one["layers"])} for one in (own, masters)
             )
-            return make_loss_fn(model)(WithMasters(own, masters), batch).mean()
+            return loss_of_module(model)(WithMasters(own, masters), batch).mean()
 
         return jax.jit(jax.value_and_grad(loss))
 
@@ -200,7 +205,7 @@ def test_loss_fn_is_the_cross_entropy_of_the_logits(config):
     """Of the 29 tokens; three more rows of the tables are padding."""
     model, params = make(dataclasses.replace(config, vocab_multiple=8))
     batch = batch_of(config)
-    sums = jax.jit(make_loss_fn(model, z_loss=1e-3, chunk_size=5))(params, batch)
+    sums = jax.jit(loss_of_module(model, z_loss=1e-3, chunk_size=5))(params, batch)
     expected = cross_entropy(run(model, params, batch["inputs"]), batch["labels"], where=batch["where"], z_loss=1e-3)
     for a, b in zip(jax.tree.leaves(sums), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -220,7 +225,7 @@ def test_loss_and_gradient_are_the_same_on_a_mesh(config, segments):
 
     def gradients_of(model):
         def total(params, batch):
-            sums = make_loss_fn(model)(params, batch)
+            sums = loss_of_module(model)(params, batch)
             return sums.total(), sums
 
         def gradients(params, batch):
@@ -241,7 +246,7 @@ def test_cache_gives_the_logits_of_the_whole_sequence(config):
     model, params = make(config)
     tokens = tokens_of(config, 2, 16)
     expected = run(model, params, tokens)
-    cache = empty_cache(config, 2, config.max_seq_len, jnp.float32)
+    cache = TransformerModel(config).init_cache(params, 2, config.max_seq_len)
     step = jax.jit(lambda tokens, cache, length: model.apply({"params": params}, tokens, cache, length))
     hidden, cache = step(tokens[:, :5], cache, jnp.int32(0))
     pieces = [hidden]
@@ -259,7 +264,7 @@ def test_parameters_and_gradients_follow_the_compute_dtype(config):
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     hidden, _ = jax.eval_shape(model.apply, {"params": half}, batch["inputs"])
     assert hidden.dtype == jnp.bfloat16
-    loss = jax.jit(lambda p: make_loss_fn(model)(p, batch).mean())
+    loss = jax.jit(lambda p: loss_of_module(model)(p, batch).mean())
     np.testing.assert_allclose(loss(half), loss(params), rtol=2e-3)
 
 
@@ -271,7 +276,7 @@ def test_bfloat16_gradients_of_many_tokens_add_up(config):
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
     batch = batch_of(config, batch_size=256, length=16) | {"where": jnp.ones((256, 16), bool)}
     batch["inputs"] = jnp.where(jnp.arange(16)[None] % 3 == 0, 7, batch["inputs"])
-    gradients = jax.jit(jax.grad(lambda p: make_loss_fn(model)(p, batch).total()))
+    gradients = jax.jit(jax.grad(lambda p: loss_of_module(model)(p, batch).total()))
     for (path, ours), exact in zip(
         jax.tree_util.tree_leaves_with_path(gradients(half)), jax.tree.leaves(gradients(rounded)), strict=True
     ):
@@ -360,7 +365,7 @@ def test_errors_name_the_values():
         model.apply(
             {"params": params},
             jnp.zeros((1, 3), jnp.int32),
-            empty_cache(GPT2, 1, 16, "float32"),
+            TransformerModel(GPT2).init_cache(params, 1, 16),
             0,
             segment_ids=SEGMENTS,
         )

@@ -27,8 +27,8 @@ from program_helpers import (
 
 from jaxtrain.config import Config, DataConfig, MeshConfig, TrainConfig, llama
 from jaxtrain.losses import LossSums
+from jaxtrain.models.model import TransformerModel
 from jaxtrain.models.parallel import Parallel
-from jaxtrain.models.transformer import Transformer, make_loss_fn
 from jaxtrain.runtime.mesh import make_mesh, map_loss
 from jaxtrain.step import TrainState, pmap_train_step, replicate
 from jaxtrain.training import components
@@ -116,11 +116,10 @@ def test_twenty_steps_are_the_same_on_every_mesh(style, sizes, accumulate):
 def test_twenty_steps_are_the_same_under_pmap(style, accumulate):
     """Its quick sibling, of two steps, is in tests/core/test_step.py."""
     config = make_config(style, vocab_size=VOCAB)
-    loss_fn = make_loss_fn(
-        Transformer(config.model), z_loss=config.train.z_loss, label_smoothing=config.train.label_smoothing
-    )
+    train = config.train
+    model = TransformerModel(config.model, z_loss=train.z_loss, label_smoothing=train.label_smoothing)
     optimizer = components.make_optimizer(config)
-    train_step = pmap_train_step(loss_fn, optimizer, accumulate=accumulate)
+    train_step = pmap_train_step(model.loss, optimizer, accumulate=accumulate)
     state, history = replicate(TrainState.create(host_state(style).params, optimizer)), []
     for step in range(STEPS):
         batch = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), host_batch(step))
@@ -188,11 +187,11 @@ def residuals(remat, fsdp):
     """Returns the shapes of the residuals on one device."""
     config = make_config("llama", (1, fsdp, 1), vocab_size=VOCAB, remat=remat)
     program = program_of(config)
-    loss_fn = make_loss_fn(Transformer(dataclasses.replace(config.model, attention="xla"), Parallel(fsdp=fsdp)))
+    model = TransformerModel(dataclasses.replace(config.model, attention="xla"), Parallel(fsdp=fsdp))
     shapes = []
 
     def watch(params, batch):
-        sums, pullback = jax.vjp(lambda params: loss_fn(params, batch).nll, params)
+        sums, pullback = jax.vjp(lambda params: model.loss(params, batch).nll, params)
         shapes.extend(leaf.shape for leaf in jax.tree.leaves(pullback))
         return LossSums(sums, sums, sums, sums)
 

@@ -27,7 +27,7 @@ from jaxtrain.data.prepare.formats import (
     table_rows,
 )
 from jaxtrain.data.prepare.sources import content_hash, find_sources
-from jaxtrain.data.prepare.streams import import_extra, naming
+from jaxtrain.data.prepare.streams import naming
 from jaxtrain.data.prepare.units import token_dtype
 from jaxtrain.data.store import (
     MASKED_VERSION,
@@ -42,6 +42,7 @@ from jaxtrain.data.store import (
     shard_file,
 )
 from jaxtrain.data.tokenizer import ByteTokenizer, Tokenizer, parse_spec, read_hf
+from jaxtrain.runtime.extras import import_extra
 from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder, write_json
 
 Record = Mapping[str, Any]
@@ -133,7 +134,7 @@ def _records(path: str) -> Iterator[Record]:
             _record_columns(header)
             yield from (dict(zip(header, row, strict=True)) for row in rows)
         case ".parquet":
-            library = import_extra("pyarrow.parquet", "Parquet", "parquet")
+            library = import_extra("pyarrow.parquet", "parquet", "is a Parquet file")
             with open_seekable(path) as stream, library.ParquetFile(stream) as file:
                 for batch in file.iter_batches(1024, columns=_record_columns(file.schema_arrow.names)):
                     yield from map(_without_nulls, batch.to_pylist())

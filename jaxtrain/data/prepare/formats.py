@@ -34,12 +34,12 @@ from jaxtrain.data.prepare.streams import (
     MAX_RECORD_BYTES,
     JsonReader,
     TextReader,
-    import_extra,
     is_compressed,
     open_stream,
 )
 from jaxtrain.data.prepare.tars import tar_samples
 from jaxtrain.fields import is_url
+from jaxtrain.runtime.extras import import_extra
 
 HEAD_BYTES = 1 << 16  # read to tell formats apart
 _ROWS = 1024  # of a column, converted at a time
@@ -269,7 +269,7 @@ def _table_lines(text: io.TextIOWrapper, limit: int) -> Iterator[str]:
 
 def _parquet_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
     """Yields one column of a Parquet file: the row groups whose first byte lies in [start, stop)."""
-    library = import_extra("pyarrow.parquet", "Parquet", "parquet")
+    library = import_extra("pyarrow.parquet", "parquet", "is a Parquet file")
     with open_seekable(path) as stream, library.ParquetFile(stream) as file:
         require_column(file.schema_arrow.names, text_field)
         for group in range(file.num_row_groups):
@@ -290,7 +290,7 @@ def _arrow_documents(path: str, start: int, stop: int | None, text_field: str) -
 @contextlib.contextmanager
 def open_arrow(path: str) -> Iterator[tuple[list[str], Iterator[Any]]]:
     """Opens an Arrow IPC file or stream; gives the names of its columns, and its batches of _ROWS rows at most."""
-    library = import_extra("pyarrow", "Arrow", "parquet")
+    library = import_extra("pyarrow", "parquet", "is an Arrow file")
     with open_seekable(path) as stream:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
@@ -302,7 +302,7 @@ def open_arrow(path: str) -> Iterator[tuple[list[str], Iterator[Any]]]:
 
 def open_seekable(path: str) -> Any:
     """Opens a file for pyarrow, not memory-mapped: a file that is cut short meanwhile would end the process."""
-    library = import_extra("pyarrow", "Arrow or Parquet", "parquet")
+    library = import_extra("pyarrow", "parquet", "is an Arrow or Parquet file")
     if is_url(path) or is_compressed(path):
         return library.PythonFile(open_stream(path), mode="r")
     return library.OSFile(path)

@@ -3,7 +3,6 @@
 import bz2
 import codecs
 import gzip
-import importlib
 import io
 import json
 import lzma
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 from jaxtrain.data import remote
 from jaxtrain.fields import is_url
+from jaxtrain.runtime.extras import import_extra
 from jaxtrain.runtime.terminal import one_line
 
 MAX_RECORD_BYTES = 1 << 27  # of one line, JSON value or table row: a record is held in memory
@@ -188,17 +188,9 @@ class _ZstandardFile(io.RawIOBase):
 
 
 def _open_zstandard(file: str | BinaryIO) -> BinaryIO:
-    library = import_extra("zstandard", "Zstandard", "zstd")
+    library = import_extra("zstandard", "zstd", "is a Zstandard file")
     stream = open(file, "rb") if isinstance(file, str) else file  # noqa: SIM115 - the reader closes it
     return io.BufferedReader(_ZstandardFile(library, stream), 1 << 16)
-
-
-def import_extra(module: str, name: str, extra: str) -> Any:
-    """Imports a module of an extra; the ImportError names the kind of file and the extra."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"is a {name} file: pip install 'jaxtrain[{extra}]', or convert it") from error
 
 
 # Suffix: name, test of a file's first 10 bytes, opener.

@@ -16,6 +16,7 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.models.hf.config_json import read_config
 from jaxtrain.models.hf.families import Tensor, tensors_of
 from jaxtrain.models.transformer import Transformer, init_params
+from jaxtrain.runtime.extras import import_extra
 from jaxtrain.runtime.files import read_json
 from jaxtrain.trees import named_leaves, path_names
 
@@ -196,10 +197,7 @@ def _list_file(file: Path) -> dict[str, _Stored]:
 
 
 def _open(file: Path) -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ImportError("models of transformers need safetensors: pip install 'jaxtrain[hf]'") from error
+    safetensors = import_extra("safetensors", "hf", "models of transformers need safetensors")
     try:
         return safetensors.safe_open(file, framework="np")
     except FileNotFoundError:
