@@ -55,7 +55,7 @@ def forms_for(shape: Shape, dtype: jnp.dtype, window: int | None, num_segments: 
     """
     device = jax.devices()[0]
     capability = cudnn.capability(device)
-    fastest = choose_kernel(device.platform, dtype, shape.tokens, shape.width, capability=capability)
+    fastest = choose_kernel("auto", device.platform, dtype, shape.tokens, shape.width, capability=capability)
     forms = {"xla": functools.partial(attend, kernel="xla", window=window)}
     if device.platform != "cpu" or dtype == jnp.float32:  # uses 16-bit products that CPUs lack
         local = (window - 1, 0) if window else None
@@ -68,7 +68,7 @@ def forms_for(shape: Shape, dtype: jnp.dtype, window: int | None, num_segments: 
     ids = jnp.broadcast_to(jnp.arange(shape.tokens) * num_segments // shape.tokens, (shape.rows, shape.tokens))
     serving = {
         "xla",
-        choose_kernel(device.platform, dtype, shape.tokens, shape.width, segments=True, capability=capability),
+        choose_kernel("auto", device.platform, dtype, shape.tokens, shape.width, segments=True, capability=capability),
     }
     forms = {
         name: functools.partial(attend, kernel=name, window=window, segment_ids=ids) for name in sorted(serving)[::-1]

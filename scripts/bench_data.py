@@ -21,7 +21,7 @@ from benchmark import Table, interleave, parser, report
 
 from jaxtrain.config import MeshConfig
 from jaxtrain.data.file_array import FileArray
-from jaxtrain.data.loader import Prefetcher, TrainBatches, global_batch
+from jaxtrain.data.loader import TrainBatches, global_batch, prefetched
 from jaxtrain.data.store import Split
 from jaxtrain.runtime.mesh import by_rows, make_mesh
 
@@ -64,7 +64,7 @@ def forms_of(split: Split, batch_size: int, seq_len: int, num_batches: int) -> t
 def wait_seconds(placed: functools.partial, step_seconds: float, steps: int) -> list[float]:
     """Measures the wait of each step for its batch; drops the first two, which find the queue empty."""
     waits = []
-    with Prefetcher(placed, 0, steps + 2, 2) as feed:
+    with prefetched(placed, 0, steps + 2, 2) as feed:
         for _ in range(steps + 2):
             begin = time.perf_counter()
             next(feed)

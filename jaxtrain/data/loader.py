@@ -4,6 +4,7 @@ A batch is a dict of numpy arrays [batch_size, seq_len]: `inputs` int32, `labels
 `where` bool (True for the labels that count), and segments and positions if `rows.Documents` says so.
 """
 
+import contextlib
 import os
 import queue
 import sys
@@ -13,8 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
-from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -219,10 +219,20 @@ def global_batch(batches: Batches, index: int, sharding: jax.sharding.Sharding) 
     }
 
 
-class Prefetcher(Generic[T]):
-    """Iterator over function(start), ..., function(stop - 1), computed in order on a thread.
+@contextlib.contextmanager
+def prefetched(
+    function: Callable[[int], T],
+    start: int,
+    stop: int,
+    depth: int,
+    *,
+    time_limit: float = 300.0,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    join_seconds: float = 10.0,
+) -> Iterator[Iterator[T]]:
+    """Yields an iterator over function(start), ..., function(stop - 1), computed in order on a thread.
 
-    Use it as a context manager; leaving the block stops the thread. An exception of `function` is raised at its item.
+    Leaving the block stops the thread. An exception of `function` is raised at its item.
 
     Args:
       function: returns the item of a number.
@@ -232,89 +242,63 @@ class Prefetcher(Generic[T]):
       asked_to_stop: polled while waiting; True ends the iteration.
       join_seconds: time for the thread to finish its item when the block is left; a thread that hangs is abandoned.
     """
+    if depth < 1:
+        raise ValueError(f"prefetch depth must be 1 or more, got {depth}")
+    room, stopping = threading.Semaphore(depth), threading.Event()
+    ready: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
-    def __init__(
-        self,
-        function: Callable[[int], T],
-        start: int,
-        stop: int,
-        depth: int,
-        *,
-        time_limit: float = 300.0,
-        asked_to_stop: Callable[[], bool] = lambda: False,
-        join_seconds: float = 10.0,
-    ):
-        if depth < 1:
-            raise ValueError(f"prefetch depth must be 1 or more, got {depth}")
-        self._time_limit, self._asked_to_stop, self._stop = time_limit, asked_to_stop, stop
-        self._join_seconds = join_seconds
-        self._function, self._indices, self._left = function, range(start, stop), max(stop - start, 0)
-        self._room = threading.Semaphore(depth)
-        self._ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopping.set()
-        self._room.release()
-        self._thread.join(self._join_seconds)
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._thread.ident is None or self._stopping.is_set():
-            raise RuntimeError("a Prefetcher gives items inside its `with` block only")
-        if self._left == 0:
-            raise StopIteration
-        ready = self._wait()
-        if ready is None:
-            raise StopIteration
-        item, error = ready
-        self._left -= 1
-        if error is not None:
-            self._left = 0
-            raise error
-        self._room.release()
-        return item
-
-    def _wait(self) -> tuple[T | None, BaseException | None] | None:
-        """Waits for the next item or error; returns None if a stop was requested first."""
-        deadline = time.monotonic() + self._time_limit
-        while True:
-            try:
-                return self._ready.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                if self._asked_to_stop():
-                    return None
-            if time.monotonic() >= deadline:
-                frame = sys._current_frames().get(self._thread.ident)
-                where = (
-                    "ended"
-                    if frame is None
-                    else "is at {0.filename}:{0.lineno} ({0.name})".format(traceback.extract_stack(frame)[-1])
-                )
-                raise TimeoutError(
-                    f"batch {self._stop - self._left} did not come within {self._time_limit:g} s: the thread that "
-                    f"reads the data {where}; see whether its disk answers, or give more time with JAXTRAIN_TIMEOUT"
-                )
-
-    def _work(self) -> None:
-        for index in self._indices:
-            self._room.acquire()
-            if self._stopping.is_set():
+    def work() -> None:
+        for index in range(start, stop):
+            room.acquire()
+            if stopping.is_set():
                 return
             try:
-                self._ready.put((self._function(index), None))
+                ready.put((function(index), None))
             except BaseException as error:
-                self._ready.put((None, error))
+                ready.put((None, error))
                 return
+
+    def items() -> Iterator[T]:
+        for index in range(start, stop):
+            if (found := _wait(ready, thread, index, time_limit, asked_to_stop)) is None:
+                return
+            item, error = found
+            if error is not None:
+                raise error
+            room.release()
+            yield item
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    feed = items()
+    try:
+        yield feed
+    finally:
+        stopping.set()
+        room.release()
+        thread.join(join_seconds)
+        feed.close()
+
+
+def _wait(
+    ready: queue.SimpleQueue[T], thread: threading.Thread, index: int, limit: float, asked_to_stop: Callable[[], bool]
+) -> T | None:
+    """Waits for the next item of a queue; returns None if a stop was requested first."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            return ready.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            if asked_to_stop():
+                return None
+        if time.monotonic() >= deadline:
+            where, frame = "ended", sys._current_frames().get(thread.ident)
+            if frame is not None:
+                where = "is at {0.filename}:{0.lineno} ({0.name})".format(traceback.extract_stack(frame)[-1])
+            raise TimeoutError(
+                f"batch {index} did not come within {limit:g} s: the thread that reads the data {where}; see whether "
+                "its disk answers, or give more time with JAXTRAIN_TIMEOUT"
+            )
 
 
 def _require_sizes(batch_size: int, seq_len: int) -> None:

@@ -102,7 +102,10 @@ def compress(
       ValueError: a model that cannot decode, or fewer than one stream.
       ImportError: no constriction.
     """
-    coding, window = import_extra("constriction", "compress", "compression needs the constriction package"), _window(trained)
+    coding, window = (
+        import_extra("constriction", "compress", "compression needs the constriction package"),
+        _window(trained),
+    )
     if num_streams is not None and num_streams < 1:
         raise ValueError(f"the number of streams must be 1 or more, got {num_streams}")
     parts = _split(data, trained.tokenizer, window, num_streams)

@@ -18,36 +18,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain.fields import NotNegative, Positive, PositiveShare, Section, Share
 from jaxtrain.models.model import Model
 
 _MIN_LENGTH = 16  # tokens of the smallest bucket
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Section):
     """Rule for drawing the next token."""
 
-    temperature: float = 0.8  # divides the logits. 0 always takes the likeliest token.
-    top_k: int | None = None  # draws among the k likeliest tokens. None draws among all.
+    temperature: NotNegative[float] = 0.8  # divides the logits. 0 always takes the likeliest token.
+    top_k: Positive[int] | None = None  # draws among the k likeliest tokens. None draws among all.
     # draws among the likeliest tokens that hold this share of the probability (arXiv:1904.09751). 1 keeps all.
-    top_p: float = 1.0
+    top_p: PositiveShare[float] = 1.0
     # draws among the tokens with at least this share of the likeliest one's probability (arXiv:2407.01082)
-    min_p: float = 0.0
+    min_p: Share[float] = 0.0
     # divides the positive logits, and multiplies the negative ones, of the tokens in the context (arXiv:1909.05858). 1
     # changes nothing. Stop ids are exempt.
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be above 0, or None to draw among all tokens; got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+    repetition_penalty: Positive[float] = 1.0
 
 
 @dataclass
@@ -132,16 +121,10 @@ def generate(
     contexts = _check_prompts(prompts, num_tokens, seed, vocab_size)
     rule = _Rule(model.decode, getattr(model, "init_cache", None), sampling or Sampling(), vocab_size, tuple(stop_ids))
     keys = [(seed, stream) for stream in (streams or [0] * len(contexts))]
-    report = _Report(on_tokens, every, timing or Timing())
-    return _continue_rows(rule, params, contexts, num_tokens, keys, model.max_seq_len, report)
-
-
-class _Report(NamedTuple):
-    """Arguments of `generate` that observe it."""
-
-    on_tokens: Callable[[int, list[int]], bool] | None
-    every: int
-    timing: Timing
+    every = every if on_tokens else num_tokens
+    return _continue_rows(
+        rule, params, contexts, num_tokens, keys, model.max_seq_len, on_tokens, every, timing or Timing()
+    )
 
 
 def _continue_rows(
@@ -151,7 +134,9 @@ def _continue_rows(
     num_tokens: int,
     keys: list[tuple[int, int]],
     longest: int,
-    report: _Report,
+    on_tokens: Callable[[int, list[int]], bool] | None,
+    every: int,
+    timing: Timing,
 ) -> list[np.ndarray]:
     new: list[list[int]] = [[] for _ in contexts]
     left = np.full(len(contexts), num_tokens)  # tokens to add to each row; 0 once it has ended
@@ -159,20 +144,20 @@ def _continue_rows(
         contexts = [tokens[-max(longest // 2, 1) :] if len(tokens) >= longest else tokens for tokens in contexts]
         length = np.array([len(tokens) for tokens in contexts])
         size = min(bucket(int((length + left).max())), longest)
-        now = _start(rule, params, contexts, size, keys, report.timing)
+        now = _start(rule, params, contexts, size, keys, timing)
         while left.any() and (length < size)[left > 0].all():
-            count = np.minimum(np.minimum(left, report.every if report.on_tokens else num_tokens), size - length)
+            count = np.minimum(np.minimum(left, every), size - length)
             drawn = [len(tokens) for tokens in new]
             pad = len(now.length_B) - len(new)
             arrays = [jnp.asarray(np.pad(x, (0, pad)), jnp.int32) for x in (drawn, length + count)]
             now, seconds = _timed(_extend, rule, params, now, *arrays)
             tokens, ends = np.array(now.tokens_BS), np.array(now.length_B)  # copies: `now` is donated
-            report.timing.new_seconds += seconds
-            report.timing.new_tokens += int((ends[: len(new)] - length).sum())
+            timing.new_seconds += seconds
+            timing.new_tokens += int((ends[: len(new)] - length).sum())
             for row in np.flatnonzero(left):
                 new[row] += tokens[row, length[row] : ends[row]].tolist()
                 contexts[row], left[row] = tokens[row, : ends[row]], num_tokens - len(new[row])
-                asked_to_end = report.on_tokens is not None and report.on_tokens(int(row), new[row])
+                asked_to_end = on_tokens is not None and on_tokens(int(row), new[row])
                 left[row] *= not (asked_to_end or new[row][-1] in rule.stop_ids)
             length = ends[: len(new)]
     return [np.array(tokens, np.int32) for tokens in new]

@@ -111,13 +111,13 @@ class TransformerModel:
         auxiliary = {"balance_loss": self.balance_loss, "router_z_loss": self.router_z_loss} if c.num_experts else {}
         params, masters = params if isinstance(params, WithMasters) else (params, None)
         variables = {"params": params} | ({"masters": {"layers": masters["layers"]}} if masters else {})
-        options = {name: batch.get(name) for name in ("segment_ids", "positions")}
+        options: dict[str, Any] = {name: batch.get(name) for name in ("segment_ids", "positions")}
         if any(auxiliary.values()):
             options["router_weight"] = batch["where"]
         (hidden_BTD, _), router = Transformer(c, p).apply(variables, batch["inputs"], **options, mutable=["router"])
         with jax.named_scope("head"):
             hidden_BTD, kernel_DV = barrier_gradients(hidden_BTD, head_kernel(params))
-            sums = linear_cross_entropy(
+            sums: Any = linear_cross_entropy(
                 hidden_BTD,
                 kernel_DV,
                 batch["labels"],

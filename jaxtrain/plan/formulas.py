@@ -181,6 +181,7 @@ def _memory(
     platform, kernel = chip.platform if chip else "cpu", model.attention
     if kernel == "auto":
         kernel = choose_kernel(
+            kernel,
             platform,
             settings.precision,
             settings.seq_len,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxtrain.data.loader import EvalBatches, Prefetcher, global_batch
+from jaxtrain.data.loader import EvalBatches, global_batch, prefetched
 from jaxtrain.data.store import Split
 from jaxtrain.data.tokenizer import Tokenizer
 from jaxtrain.losses import LossSums
@@ -65,7 +65,7 @@ def evaluate(
     sums = np.zeros((2, max(len(positions) - 1, 1)))  # nll and weight
     pending: LossSums | None = None
     fetch = functools.partial(global_batch, batches, sharding=sharding)
-    with Prefetcher(fetch, 0, last, prefetch, time_limit=time_limit()) as feed:
+    with prefetched(fetch, 0, last, prefetch, time_limit=time_limit()) as feed:
         for index, batch in enumerate(feed):
             if asked_to_stop():
                 raise Stopped

@@ -14,7 +14,7 @@ from jaxtrain.config import Config, ModelConfig, SavedModel
 from jaxtrain.gradients import takes_key
 from jaxtrain.losses import default_chunk
 from jaxtrain.models.kernels import cudnn
-from jaxtrain.models.kernels.attention import check_kernel, choose_kernel
+from jaxtrain.models.kernels.attention import choose_kernel
 from jaxtrain.models.masters import cast_per_layer
 from jaxtrain.models.model import Model, TransformerModel, axes_of
 from jaxtrain.models.parallel import Parallel
@@ -311,18 +311,16 @@ def _scan_unroll(config: Config, mesh: Mesh) -> int | Literal["all"]:
 def _kernel(config: Config, mesh: Mesh) -> str:
     """Chooses the attention kernel; raises a ValueError if the config names one that cannot serve this model."""
     model, device = config.model, mesh.devices.flat[0]
-    asked = {
-        "dtype": config.train.precision,
-        "seq_len": config.train.seq_len,
-        "head_dim": model.channels_per_head,
-        "softcap": model.attention_softcap,
-        "segments": config.data.mask_documents,
-        "capability": cudnn.capability(device),
-    }
-    if model.attention == "auto":
-        return choose_kernel(device.platform, **asked)
-    check_kernel(model.attention, **asked)
-    return model.attention
+    return choose_kernel(
+        model.attention,
+        device.platform,
+        config.train.precision,
+        config.train.seq_len,
+        model.channels_per_head,
+        softcap=model.attention_softcap,
+        segments=config.data.mask_documents,
+        capability=cudnn.capability(device),
+    )
 
 
 def check_parts(c: ModelConfig, mesh: Mesh) -> None:

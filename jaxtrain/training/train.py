@@ -15,7 +15,7 @@ from jaxtrain.checkpoints.manifest import Damaged, verify
 from jaxtrain.checkpoints.mirror import working_folder
 from jaxtrain.config import Config
 from jaxtrain.data.compressors import compressor_bits_per_byte
-from jaxtrain.data.loader import Prefetcher
+from jaxtrain.data.loader import prefetched
 from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.monitoring.profile import Profiler, named_as_now, parse_profile, steps_left
 from jaxtrain.monitoring.recorder import Recorder, open_recorder
@@ -217,7 +217,7 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
     if alone and first and eval_every and first % eval_every == 0 and first not in recorder.evaluated:
         _evaluate_between_steps(session, state)  # a stop had interrupted it
     with (
-        Prefetcher(
+        prefetched(
             fetch,
             first,
             run.config.train.steps,

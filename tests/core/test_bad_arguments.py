@@ -11,7 +11,7 @@ import pytest
 
 from jaxtrain import losses, schedules
 from jaxtrain.config import MeshConfig, gpt2
-from jaxtrain.data.loader import EvalBatches, Prefetcher, TrainBatches
+from jaxtrain.data.loader import EvalBatches, TrainBatches, prefetched
 from jaxtrain.data.order import permute
 from jaxtrain.data.store import Split
 from jaxtrain.data.tokenizer import ByteTokenizer, parse_spec
@@ -144,11 +144,11 @@ ROWS = {
         lambda: evaluate(None, None, EvalBatches(SPLIT, 4, 4, 100), None, num_batches=-1),
         "must be above 0, or None for the whole split; got -1",
     ),
-    "no prefetch": (lambda: Prefetcher(int, 0, 3, 0), "1 or more, got 0"),
+    "no prefetch": (lambda: prefetched(int, 0, 3, 0).__enter__(), "1 or more, got 0"),
     "tokens past the split": (lambda: SPLIT.read(90, 20), r"\[90, 110\) are not in a split of 100"),
     "a token that is no byte": (lambda: ByteTokenizer().decode([300]), "300"),
     "an unknown tokenizer": (lambda: parse_spec("words"), "'words': use byte"),
-    "temperature NaN": (lambda: Sampling(temperature=NAN), "0 or more, got nan"),
+    "temperature NaN": (lambda: Sampling(temperature=NAN), "0 or more and finite, got nan"),
     "top_p NaN": (lambda: Sampling(top_p=NAN), r"\(0, 1\], got nan"),
     "more devices than there are": (lambda: make_mesh(MeshConfig(data=99)), "takes 99 devices, and there are 8"),
     "an axis twice": (lambda: partition_spec(("heads", "hidden")), "one dimension only"),

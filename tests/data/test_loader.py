@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.data.loader import EvalBatches, Prefetcher, TrainBatches, global_batch
+from jaxtrain.data.loader import EvalBatches, TrainBatches, global_batch, prefetched
 from jaxtrain.data.order import permute
 from jaxtrain.data.rows import Documents, RowReader
 from jaxtrain.data.store import Split
@@ -193,16 +193,16 @@ def test_global_batch(shape, spec, row_ranges):
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
-def test_prefetcher_keeps_the_order(depth):
+def test_prefetching_keeps_the_order(depth):
     batches = train()
-    with Prefetcher(batches.batch, 3, 9, depth) as prefetched:
-        found = list(prefetched)
+    with prefetched(batches.batch, 3, 9, depth) as feed:
+        found = list(feed)
     assert len(found) == 6
     for step, batch in zip(range(3, 9), found, strict=True):
         assert_same(batch, batches.batch(step))
 
 
-def test_prefetcher_runs_ahead_by_depth_at_most():
+def test_prefetching_runs_ahead_by_depth_at_most():
     called = []
     third = threading.Event()
 
@@ -212,48 +212,44 @@ def test_prefetcher_runs_ahead_by_depth_at_most():
             third.set()
         return index
 
-    with Prefetcher(function, 0, 100, 3) as prefetched:
+    with prefetched(function, 0, 100, 3) as feed:
         assert third.wait(60)  # it does run ahead
         time.sleep(0.05)
         assert called == [0, 1, 2]
         for taken in range(1, 6):
-            next(prefetched)
+            next(feed)
             time.sleep(0.02)
             assert len(called) <= taken + 3
 
 
-def test_prefetcher_raises_at_the_item():
+def test_prefetching_raises_at_the_item():
     def function(index):
         if index == 2:
             raise KeyError("broken item")
         return index
 
-    with Prefetcher(function, 0, 5, 2) as prefetched:
-        assert [next(prefetched), next(prefetched)] == [0, 1]
+    with prefetched(function, 0, 5, 2) as feed:
+        assert [next(feed), next(feed)] == [0, 1]
         with pytest.raises(KeyError, match="broken item"):
-            next(prefetched)
-        assert list(prefetched) == []
+            next(feed)
+        assert list(feed) == []
 
 
-def test_prefetcher_stops_when_left_early():
+def test_prefetching_stops_when_left_early():
     before = threading.active_count()
     called = []
-    prefetcher = Prefetcher(called.append, 0, 10**9, 2)
-    with prefetcher:
-        next(prefetcher)
+    with prefetched(called.append, 0, 10**9, 2) as feed:
+        next(feed)
     assert threading.active_count() == before  # it did not take the time after which it is left behind
     assert len(called) <= 3
-    with pytest.raises(RuntimeError, match="inside its `with` block"):
-        next(prefetcher)
+    assert list(feed) == []
 
 
-def test_prefetcher_edges():
-    with Prefetcher(int, 4, 4, 1) as prefetched:
-        assert list(prefetched) == []
-    with pytest.raises(RuntimeError, match="inside its `with` block"):
-        next(Prefetcher(int, 0, 3, 1))
+def test_prefetching_edges():
+    with prefetched(int, 4, 4, 1) as feed:
+        assert list(feed) == []
     with pytest.raises(ValueError, match="depth must be 1 or more, got 0"):
-        Prefetcher(int, 0, 3, 0)
+        prefetched(int, 0, 3, 0).__enter__()
 
 
 def test_a_data_thread_that_hangs_is_named_and_abandoned():
@@ -265,10 +261,10 @@ def test_a_data_thread_that_hangs_is_named_and_abandoned():
         return index
 
     began = time.monotonic()
-    with Prefetcher(on_a_dead_disk, 6, 10, 2, time_limit=1.0, join_seconds=0.1) as prefetched:
-        assert [next(prefetched), next(prefetched)] == [6, 7]
+    with prefetched(on_a_dead_disk, 6, 10, 2, time_limit=1.0, join_seconds=0.1) as feed:
+        assert [next(feed), next(feed)] == [6, 7]
         with pytest.raises(TimeoutError, match=r"8 did not come within 1 s: .* is at .*\.py:\d+ .*JAXTRAIN_TIMEOUT"):
-            next(prefetched)
+            next(feed)
     assert time.monotonic() - began < 50
     go.set()
 
@@ -282,9 +278,9 @@ def test_a_stop_ends_the_wait_for_a_batch():
         return index
 
     found = []
-    with Prefetcher(slow, 0, 5, 1, asked_to_stop=asked.is_set) as prefetched:
+    with prefetched(slow, 0, 5, 1, asked_to_stop=asked.is_set) as feed:
         threading.Timer(0.3, asked.set).start()
-        found += prefetched  # finished items are still returned
+        found += feed  # finished items are still returned
         assert asked.is_set()
         go.set()
     assert found == [0, 1]

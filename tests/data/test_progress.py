@@ -43,7 +43,7 @@ def test_progress_is_lines_off_a_terminal(tmp_path, capfd):
             written.clear()
             assert written.wait(60)
     assert "tokenizing: 75%, 0 s" in stream.getvalue()
-    assert "training bpe:290: 0 s" in stream.getvalue()
+    assert "training bpe:290: 100%, 0 s" in stream.getvalue()
     written.clear()
     assert not written.wait(0.1)  # it ends with the block
     source = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)

@@ -17,7 +17,6 @@ from jaxtrain.models.kernels.attention import (
     _rotate_halves,
     _rotate_heads,
     attend,
-    check_kernel,
     choose_kernel,
     rope_tables,
     rotate,
@@ -116,8 +115,8 @@ A100, H100 = {"capability": (8, 0)}, {"capability": (9, 0)}
     ],
 )
 def test_the_fastest_kernel_that_does_it_is_chosen(platform, dtype, seq_len, head_dim, more, kernel):
-    assert choose_kernel(platform, dtype, seq_len, head_dim, **more) == kernel
-    check_kernel(kernel, dtype, seq_len, head_dim, **more)
+    for asked in ("auto", kernel):
+        assert choose_kernel(asked, platform, dtype, seq_len, head_dim, **more) == kernel
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_the_fastest_kernel_that_does_it_is_chosen(platform, dtype, seq_len, hea
 )
 def test_an_unsupported_argument_is_an_error_with_the_remedy(kernel, arguments, more, message):
     with pytest.raises(ValueError, match=message):
-        check_kernel(kernel, *arguments, **more)
+        choose_kernel(kernel, "cpu", *arguments, **more)
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 2, 4), (2, 8, 8), (3, 8, 2, 4)])

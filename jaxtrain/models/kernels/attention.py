@@ -4,17 +4,15 @@ Shape suffixes: B batch, T queries, S keys, H query heads, G key and value heads
 """
 
 import math
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from jaxtrain.model_config import RopeScaling
-from jaxtrain.models.kernels import cudnn, splash
+from jaxtrain.models.kernels import cudnn
 from jaxtrain.models.kernels.causal import causal_attention
-from jaxtrain.models.kernels.cudnn import cudnn_attention
-from jaxtrain.models.kernels.splash import splash_attention
+from jaxtrain.models.kernels.splash import LANES, splash_attention
 from jaxtrain.models.remat import ATTENTION, checkpoint_name
 
 
@@ -56,21 +54,25 @@ def attend(
     chex.assert_equal_shape([query_BTHK, key_BSGK], dims=(0, 3))
     _check_arguments(query_BTHK, key_BSGK, positions_BT, segment_ids, window, softcap)
     _, length, _, width = query_BTHK.shape
-    asked: dict[str, Any] = {"dtype": query_BTHK.dtype, "seq_len": length, "head_dim": width, "softcap": softcap}
-    asked |= {"positions": positions_BT is not None, "segments": segment_ids is not None}
-    if kernel in ("auto", "cudnn"):
-        device = jax.local_devices()[0]
-        asked["capability"] = cudnn.capability(device)
-    if kernel == "auto":
-        kernel = choose_kernel(device.platform, **asked)
-    check_kernel(kernel, **asked)
+    device = jax.local_devices()[0]
+    kernel = choose_kernel(
+        kernel,
+        device.platform,
+        query_BTHK.dtype,
+        length,
+        width,
+        positions=positions_BT is not None,
+        segments=segment_ids is not None,
+        softcap=softcap,
+        capability=cudnn.capability(device),
+    )
     if window is not None and window >= key_BSGK.shape[1]:
         window = None
     arrays = query_BTHK, key_BSGK, value_BSGK
     if kernel == "splash":
         return splash_attention(*arrays, segment_ids=segment_ids, window=window, softcap=softcap)
     if kernel == "cudnn":
-        return cudnn_attention(*arrays, window=window)
+        return cudnn.cudnn_attention(*arrays, window=window)
     if positions_BT is None and window is None and softcap is None:
         return causal_attention(*arrays, segment_ids)
     visible_BTS = _visible(length, key_BSGK.shape[1], positions_BT, segment_ids, window)
@@ -78,53 +80,46 @@ def attend(
     return checkpoint_name(_attend_xla(query_BTHK, key_BSGK, value_BSGK, visible_BTS, softcap), ATTENTION)
 
 
-def choose_kernel(platform: str, dtype: jax.typing.DTypeLike, seq_len: int, head_dim: int, **more: Any) -> str:
-    """Returns the fastest kernel that supports the arguments.
-
-    Args:
-      platform: "cpu", "gpu" or "tpu".
-      dtype: dtype of queries, keys and values.
-      seq_len, head_dim: tokens, and channels per head.
-      more: see `check_kernel`.
-    """
-    fastest = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-    return "xla" if _unsupported(fastest, dtype=dtype, seq_len=seq_len, head_dim=head_dim, **more) else fastest
-
-
-def check_kernel(kernel: str, dtype: jax.typing.DTypeLike, seq_len: int, head_dim: int, **more: Any) -> None:
-    """Raises a ValueError if a kernel does not support the arguments.
-
-    Args:
-      kernel: "xla", "splash" or "cudnn".
-      dtype, seq_len, head_dim: as for `choose_kernel`.
-      more: `positions` and `segments`: True if given; `softcap`; `capability`: the GPU's (`cudnn.capability`).
-    """
-    reason = _unsupported(kernel, dtype=dtype, seq_len=seq_len, head_dim=head_dim, **more)
-    if reason:
-        raise ValueError(f'attention "{kernel}" {reason}: use "xla"')
-
-
-def _unsupported(
+def choose_kernel(
     kernel: str,
-    *,
+    platform: str,
     dtype: jax.typing.DTypeLike,
     seq_len: int,
     head_dim: int,
+    *,
     positions: bool = False,
     segments: bool = False,
     softcap: float | None = None,
     capability: tuple[int, int] | None = None,
-) -> str | None:
-    """Returns why a kernel does not support the arguments, as the end of a sentence, or None."""
-    if kernel == "xla":
-        return None
-    if kernel not in ("splash", "cudnn"):
+) -> str:
+    """Returns the kernel, and for "auto" the fastest that supports the arguments.
+
+    Args:
+      kernel: "auto", "xla", "splash" or "cudnn".
+      platform: "cpu", "gpu" or "tpu".
+      dtype: dtype of queries, keys and values.
+      seq_len, head_dim: tokens, and channels per head.
+      positions, segments: True if given.
+      softcap: soft-cap of the scores.
+      capability: the GPU's (`cudnn.capability`).
+
+    Raises:
+      ValueError: an unknown kernel, or one that does not support the arguments.
+    """
+    chosen = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla") if kernel == "auto" else kernel
+    if chosen not in ("xla", "splash", "cudnn"):
         raise ValueError(f"unknown attention kernel {kernel!r}: choose auto, xla, splash or cudnn")
+    if chosen == "xla":
+        return chosen
     if positions:
-        return "takes no positions"
-    if kernel == "splash":
-        return splash.unsupported(seq_len)
-    return cudnn.unsupported(dtype, head_dim, segments=segments, softcap=softcap, capability=capability)
+        reason = "takes no positions"
+    elif chosen == "splash":
+        reason = f"needs a multiple of {LANES} tokens, got {seq_len}" if seq_len % LANES else None
+    else:
+        reason = cudnn.unsupported(dtype, head_dim, segments=segments, softcap=softcap, capability=capability)
+    if reason and kernel != "auto":
+        raise ValueError(f'attention "{kernel}" {reason}: use "xla"')
+    return "xla" if reason else chosen
 
 
 def _check_arguments(

@@ -38,11 +38,6 @@ def splash_attention(
     return mixed_BHTK.swapaxes(1, 2)
 
 
-def unsupported(seq_len: int) -> str | None:
-    """Returns why the kernel does not support this length, as the end of a sentence, or None."""
-    return f"needs a multiple of {LANES} tokens, got {seq_len}" if seq_len % LANES else None
-
-
 def _kernel(length: int, num_heads: int, row_bytes: int, window: int | None, softcap: float | None, interpret: bool):
     # Imported here: Pallas takes a third of a second that starts on other devices should not pay.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
