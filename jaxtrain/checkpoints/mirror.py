@@ -9,7 +9,6 @@ the newest state of the run. Under several processes the lead uploads for all.
 import contextlib
 import json
 import posixpath
-import shutil
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.manifest import MANIFEST, list_files
 from jaxtrain.fields import is_url, require_local
 from jaxtrain.runtime import processes
-from jaxtrain.runtime.files import locked, read_json, write_json
+from jaxtrain.runtime.files import empty_folder, locked, read_json, write_json
 from jaxtrain.runtime.lease import Lease, LeaseLost
 from jaxtrain.runtime.remote import ORIGIN, copy_folder, fetch_records, open_filesystem, put
 from jaxtrain.runtime.terminal import echo
@@ -85,8 +84,7 @@ def _open(url: str, folder: Path, stack: contextlib.ExitStack, lock: bool) -> "M
     stack.callback(lease.release)
     if previous not in known:  # another host has trained since, or none ever
         (folder / ORIGIN).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        empty_folder(folder)
         fetch_records(url, folder)
     write_json(folder / ORIGIN, (read_json(folder / ORIGIN) or {"url": url, "files": {}}) | {"leases": [lease.token]})
     echo(f"{url}: working in {folder}, uploaded after each save", file=sys.stderr)

@@ -70,7 +70,8 @@ def _inspect_split(
         lengths = np.diff(starts, append=split.num_tokens)
         flags = np.zeros(len(starts), bool)
         flags[np.searchsorted(starts, repeated, side="right") - 1] = True
-        again = _repeated_values(hashes)
+        again = np.ones(len(hashes), bool)  # the same tokens as an earlier document
+        again[np.unique(hashes, return_index=True)[1]] = False
         longest = np.argsort(-lengths, kind="stable")[:_LONGEST]
         found |= _document_counts(lengths, again, flags) | {
             "document_tokens": {
@@ -130,13 +131,6 @@ def _hash_documents(split: Split) -> np.ndarray | None:
             hashes[number] = int.from_bytes(hashlib.blake2b(part.tobytes(), digest_size=8).digest(), "little")
         first = last
     return hashes
-
-
-def _repeated_values(values: np.ndarray) -> np.ndarray:
-    """Returns True for each value that also occurs earlier."""
-    repeated = np.ones(len(values), bool)
-    repeated[np.unique(values, return_index=True)[1]] = False
-    return repeated
 
 
 def _count_tokens(split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -117,14 +117,9 @@ class TokenStore:
         return load_tokenizer(self.tokenizer_file.parent)
 
 
-def shard_file(split: str, number: int) -> str:
-    """Returns the file name of a shard."""
-    return f"{split}-{number:05d}.bin"
-
-
-def mask_file(split: str, number: int) -> str:
-    """Returns the file name of the mask of a shard."""
-    return f"{split}-{number:05d}.mask"
+def shard_file(split: str, number: int, suffix: str = "bin") -> str:
+    """Returns the file name of a shard, or with the suffix `mask` of its mask."""
+    return f"{split}-{number:05d}.{suffix}"
 
 
 def documents_file(split: str) -> str:
@@ -324,7 +319,9 @@ def _open_split(path: Path, name: str, entry: dict[str, Any], dtype: np.dtype, v
         shards.append(_open_array(path / shard_file(name, number), length, dtype, shard["sha256"], verify))
         if masked:
             masks.append(
-                _open_array(path / mask_file(name, number), length, np.dtype(np.uint8), shard["mask_sha256"], verify)
+                _open_array(
+                    path / shard_file(name, number, "mask"), length, np.dtype(np.uint8), shard["mask_sha256"], verify
+                )
             )
     file = path / documents_file(name)
     try:

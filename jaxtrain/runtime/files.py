@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import stat
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -97,6 +98,12 @@ def sha256_file(path: Path) -> str:
     """Returns the SHA-256 (hex) of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def empty_folder(folder: Path) -> None:
+    """Deletes everything in a folder."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @functools.cache

@@ -136,7 +136,7 @@ def test_sources_that_change_while_they_are_read(tmp_path, counted):
             write_jsonl(tmp_path / "corpus.counted", [*DOCUMENTS[:-1], DOCUMENTS[-1].upper()])
 
     counted.before = change
-    with pytest.raises(ValueError, match=r"corpus\.counted changed while it was being read"):
+    with pytest.raises(ValueError, match=r"corpus\.counted changed while it was read"):
         prepare([source], tmp_path / "changed", num_workers=1)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.chat import TEMPLATE_FILES, ChatTemplate, read_template
-from jaxtrain.data.prepare.documents import SPLITS, TRAIN, VALIDATION
+from jaxtrain.data.prepare.documents import SPLITS, TRAIN, VALIDATION, hash_document
 from jaxtrain.data.prepare.formats import (
     find_format,
     json_values,
@@ -26,6 +26,7 @@ from jaxtrain.data.prepare.formats import (
     require_column,
     table_rows,
 )
+from jaxtrain.data.prepare.prepare import unfinished_store
 from jaxtrain.data.prepare.sources import content_hash, find_sources
 from jaxtrain.data.prepare.streams import naming
 from jaxtrain.data.prepare.units import token_dtype
@@ -36,14 +37,12 @@ from jaxtrain.data.store import (
     STORE_MANIFEST,
     TokenStore,
     documents_file,
-    mask_file,
     open_store,
-    partial_folder,
     shard_file,
 )
 from jaxtrain.data.tokenizer import ByteTokenizer, Tokenizer, parse_spec, read_hf
 from jaxtrain.runtime.extras import import_extra
-from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder, write_json
+from jaxtrain.runtime.files import empty_folder, read_json, sha256_file, write_json
 
 Record = Mapping[str, Any]
 Sample = tuple[np.ndarray, np.ndarray, int]  # tokens, mask of the labels that count, bytes of the completions
@@ -97,30 +96,16 @@ def prepare_completions(
                     sample = _encode(record, library, template)
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"record {number} cannot be used: {error}") from None
-                split = file.split or (VALIDATION if _fraction(record) < validation_fraction else TRAIN)
-                splits[split].append(sample)
-    _balance(splits)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_folder(out)
-    with locked(partial, lock=lock):
-        _write(partial, splits, library, folder, {"sources": list(sources), "request": request})
-        os.rename(partial, out)
-        sync_folder(out.parent)
-    return open_store(out, verify=False)
-
-
-def _fraction(record: Record) -> float:
-    """Returns a number in [0, 1], a fixed and evenly spread function of a record."""
-    return int.from_bytes(hashlib.sha256(json.dumps(record, sort_keys=True).encode()).digest()[:8], "big") / 2**64
-
-
-def _balance(splits: dict[str, list[Sample]]) -> None:
-    """Moves a record if a split would be empty."""
+                fraction, _ = hash_document("", json.dumps(record, sort_keys=True))
+                splits[file.split or (VALIDATION if fraction < validation_fraction else TRAIN)].append(sample)
     if sum(map(len, splits.values())) < 2:
         raise ValueError("fewer than two records: one trains, one validates")
     for empty, other in ((TRAIN, VALIDATION), (VALIDATION, TRAIN)):
         if not splits[empty]:
             splits[empty].append(splits[other].pop())
+    with unfinished_store(out, lock=lock) as partial:
+        _write(partial, splits, library, folder, {"sources": list(sources), "request": request})
+    return open_store(out, verify=False)
 
 
 def _records(path: str) -> Iterator[Record]:
@@ -236,15 +221,13 @@ def _write(
     folder: Path, splits: dict[str, list[Sample]], tokenizer: Tokenizer, template: str | None, more: dict[str, Any]
 ) -> None:
     """Writes all files of the store into its unfinished folder."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    empty_folder(folder)
     dtype, entries = token_dtype(tokenizer.vocab_size), {}
     for split, samples in splits.items():
         sizes = [len(tokens) for tokens, _, _ in samples]
         tokens, mask = (np.concatenate([sample[i] for sample in samples]) for i in range(2))
-        shard, masks, documents = (
-            folder / name for name in (shard_file(split, 0), mask_file(split, 0), documents_file(split))
-        )
+        names = shard_file(split, 0), shard_file(split, 0, "mask"), documents_file(split)
+        shard, masks, documents = (folder / name for name in names)
         shard.write_bytes(tokens.astype(STORE_DTYPES[dtype]).tobytes())
         masks.write_bytes(mask.tobytes())
         np.save(documents, np.cumsum([0, *sizes[:-1]]), allow_pickle=False)
@@ -252,9 +235,7 @@ def _write(
             "num_tokens": len(tokens),
             "num_bytes": sum(num_bytes for _, _, num_bytes in samples),  # of the completions
             "num_documents": len(samples),
-            "shards": [
-                {"num_tokens": len(tokens), "sha256": sha256_file(shard), "mask_sha256": sha256_file(masks)},
-            ],
+            "shards": [{"num_tokens": len(tokens), "sha256": sha256_file(shard), "mask_sha256": sha256_file(masks)}],
             "documents_sha256": sha256_file(documents),
         }
     tokenizer.save(folder)

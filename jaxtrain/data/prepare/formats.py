@@ -26,7 +26,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from jaxtrain.data.prepare.streams import (
     CHUNK_BYTES,
@@ -130,33 +130,24 @@ def _line_documents(
         position = start
         if start > 0:  # a line belongs to the range that has its first byte
             stream.seek(start - 1)
-            position += _skip_line(stream) - 1
+            position -= 1
+            while data := stream.readline(CHUNK_BYTES):
+                position += len(data)
+                if data.endswith(b"\n"):
+                    break
         while stop is None or position < stop:
             line = stream.readline(limit + 1)
             if not line:
                 return
             if line.strip():
                 try:
-                    yield _parse_line(line, text_field, limit)
+                    if len(line) > limit:
+                        raise ValueError(f"it has more than {limit:,} bytes")
+                    yield _record_text(json.loads(line.decode("utf-8-sig")), text_field)
                 except (ValueError, RecursionError) as error:
                     number = _count_lines(path, position) + 1
                     raise ValueError(f"line {number} cannot be used: {error}; correct or remove the line") from None
             position += len(line)
-
-
-def _parse_line(line: bytes, text_field: str, limit: int) -> str:
-    if len(line) > limit:
-        raise ValueError(f"it has more than {limit:,} bytes")
-    return _record_text(json.loads(line.decode("utf-8-sig")), text_field)
-
-
-def _skip_line(stream: BinaryIO) -> int:
-    size = 0
-    while data := stream.readline(CHUNK_BYTES):
-        size += len(data)
-        if data.endswith(b"\n"):
-            break
-    return size
 
 
 def _count_lines(path: str, position: int) -> int:

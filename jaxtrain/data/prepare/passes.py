@@ -92,7 +92,9 @@ def write_store(
     with worker_pool(num_workers, len(units), _format_files(units, num_workers)) as pool:
         counts = run_tasks(encode_unit, tasks, results, pool, stages("tokenizing", sizes))
     hashes = {path: digest for count in counts for path, digest in count["sha256"].items()}
-    _refuse_changed(corpus.files)
+    for file in corpus.files:
+        if file_version(file.path) != (file.size, file.version):
+            raise ValueError(f"{one_line(file.path)} changed while it was read: run prepare again when it is complete")
     splits = {
         split: join_units(folder, parts, split, counts, dtype, limits.shard_tokens, stages(f"writing {split}", sizes))
         for split in SPLITS
@@ -112,10 +114,13 @@ def _make_manifest(
     left_out = {reason: len(paths) for reason, paths in corpus.left_out.items()}
     if num_empty := sum(count["num_empty"] for count in counts):
         left_out["empty documents"] = num_empty
+    split = "documents" if rule.tail_start is None else "tail"
+    if any(file.split for file in corpus.files):
+        split = "files"
     return {
         "format": STORE_FORMAT,
         "version": STORE_VERSION,
-        "split": _describe_split(corpus, rule),
+        "split": split,
         "dtype": token_dtype(tokenizer.vocab_size),
         "vocab_size": tokenizer.vocab_size,
         "eot_id": tokenizer.eot_id,
@@ -138,12 +143,6 @@ def _format_files(units: Sequence[Unit], num_workers: int | None) -> list[str]:
     return sorted(file for file in custom.values() if file)
 
 
-def _describe_split(corpus: Corpus, rule: SplitRule) -> str:
-    if any(file.split for file in corpus.files):
-        return "files"
-    return "documents" if rule.tail_start is None else "tail"
-
-
 def _make_tokenizer(
     folder: Path, request: dict[str, Any], tasks: Sequence[UnitTask], sample_bytes: int, stages: Stages
 ) -> ByteTokenizer | BPETokenizer:
@@ -161,11 +160,3 @@ def _make_tokenizer(
         advance(0)
     tokenizer.save(folder)
     return tokenizer
-
-
-def _refuse_changed(files: Sequence[SourceFile]) -> None:
-    for file in files:
-        if file_version(file.path) != (file.size, file.version):
-            raise ValueError(
-                f"{one_line(file.path)} changed while it was being read: run prepare again when it is complete"
-            )

@@ -20,7 +20,7 @@ from jaxtrain.data.prepare.tasks import run_format_file
 from jaxtrain.data.store import STORE_FORMAT, STORE_MANIFEST, TokenStore, open_store, partial_folder
 from jaxtrain.data.tokenizer import parse_spec, read_hf
 from jaxtrain.fields import is_url, require_local
-from jaxtrain.runtime.files import locked, read_json, sha256_file, sync_folder
+from jaxtrain.runtime.files import empty_folder, locked, read_json, sha256_file, sync_folder
 from jaxtrain.runtime.terminal import echo
 
 STDIN = "-"
@@ -79,25 +79,32 @@ def prepare(
         with shown as stages:
             if os.path.lexists(out):
                 return _open_existing(out, request, stages)
-            _make_store(out, corpus, request, limits=limits, num_workers=num_workers, stages=stages, lock=lock)
+            with unfinished_store(out, lock=lock) as partial:
+                _fill(partial, corpus, request, limits=limits, num_workers=num_workers, stages=stages)
     store = open_store(out, verify=False)
     if line := describe_left_out(store.manifest.get("left_out", {}), left_out):
         echo(line, file=sys.stderr)
     return store
 
 
-def _make_store(out: Path, corpus: Corpus, request: dict[str, Any], *, lock: bool, **options: Any) -> None:
+def _fill(partial: Path, corpus: Corpus, request: dict[str, Any], **options: Any) -> None:
+    _discard_other_work(partial, request)
+    if not (partial / STORE_MANIFEST).exists():
+        try:
+            write_store(partial, corpus, request, **options)
+        except ValueError:  # the request itself is at fault, and no other can use the work
+            shutil.rmtree(partial)
+            raise
+    shutil.rmtree(units_folder(partial, request), ignore_errors=True)
+
+
+@contextmanager
+def unfinished_store(out: Path, *, lock: bool) -> Iterator[Path]:
+    """Yields the locked folder of an unfinished store, which gets the name of the store at the end of the block."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_folder(out)
     with locked(partial, lock=lock):
-        _discard_other_work(partial, request)
-        if not (partial / STORE_MANIFEST).exists():
-            try:
-                write_store(partial, corpus, request, **options)
-            except ValueError:  # the request itself is at fault, and no other can use the work
-                shutil.rmtree(partial)
-                raise
-        shutil.rmtree(units_folder(partial, request), ignore_errors=True)
+        yield partial
         os.rename(partial, out)
         sync_folder(out.parent)
 
@@ -196,17 +203,13 @@ def _is_same_request(manifest: dict[str, Any], request: dict[str, Any], stages: 
         old_files, new_files = ([f for f in files if f[2] > 0] for files in (recorded["files"], request["files"]))
         advance = stages("comparing the sources", [file[2] for file in new_files])
         for number, (old, new) in enumerate(zip(old_files, new_files, strict=True)):
-            if not _is_same_file(old, new, manifest["source_sha256"]):
+            same = old[1:3] == new[1:3] and (old[6:] or [""]) == new[6:]
+            if not same or (old[:4] != new[:4] and manifest["source_sha256"][old[0]] != content_hash(new[0])):
                 return False
             advance(number)
         return True
     except (AttributeError, LookupError, TypeError, ValueError):  # not a manifest that `prepare` wrote
         return False
-
-
-def _is_same_file(old: list, new: list, hashes: dict[str, str]) -> bool:
-    same = old[1:3] == new[1:3] and (old[6:] or [""]) == new[6:]
-    return same and (old[:4] == new[:4] or hashes[old[0]] == content_hash(new[0]))
 
 
 def _discard_other_work(partial: Path, request: dict[str, Any]) -> None:
@@ -219,6 +222,5 @@ def _discard_other_work(partial: Path, request: dict[str, Any]) -> None:
         if manifest is None and not any(partial.glob("units-*")):
             raise ValueError(f"{partial} is in the way and was not made by prepare: move it or delete it")
         echo(f"discarding {partial}: unfinished work on a different request", file=sys.stderr)
-    for path in partial.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    empty_folder(partial)
     units.mkdir()

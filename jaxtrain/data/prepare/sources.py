@@ -255,7 +255,7 @@ def _stdlib_files(folder: Path) -> list[SourceFile]:
             continue
         data = (folder / name).read_bytes()
         digest = hashlib.sha256(data).digest()
-        if data and digest not in seen and _is_utf8(data):
+        if data and digest not in seen and data == data.decode("utf-8", "replace").encode():
             files.append(_source_file(str(folder / name), key=name))
             seen.add(digest)
     if not files:
@@ -264,11 +264,3 @@ def _stdlib_files(folder: Path) -> list[SourceFile]:
             "use another Python, or name text files instead"
         )
     return files
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -32,8 +32,6 @@ def open_stream(path: str) -> BinaryIO:
         head = stream.read(10)
     for suffix, (name, matches, opener) in COMPRESSIONS.items():
         if matches(head):
-            if not is_url(path):
-                return opener(path)
             file = open_binary(path)
             return _Decompressed(opener(file), file)
         if head and path.lower().endswith(suffix):
@@ -42,7 +40,7 @@ def open_stream(path: str) -> BinaryIO:
 
 
 class _Decompressed(io.BufferedReader):
-    """Decompressed stream that closes the file below it, as those that open a path themselves do."""
+    """Decompressed stream that closes the file below it."""
 
     def __init__(self, stream: Any, file: BinaryIO):
         super().__init__(stream)
@@ -187,9 +185,8 @@ class _ZstandardFile(io.RawIOBase):
         super().close()
 
 
-def _open_zstandard(file: str | BinaryIO) -> BinaryIO:
+def _open_zstandard(stream: BinaryIO) -> BinaryIO:
     library = import_extra("zstandard", "zstd", "is a Zstandard file")
-    stream = open(file, "rb") if isinstance(file, str) else file  # noqa: SIM115 - the reader closes it
     return io.BufferedReader(_ZstandardFile(library, stream), 1 << 16)
 
 
