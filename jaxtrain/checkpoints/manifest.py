@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtrain.runtime.files import checksum, read_json, sha256_file, sync_folder, write_sealed_json
 from jaxtrain.runtime.remote import MANIFEST, checkpoint_fetcher
@@ -23,13 +23,6 @@ _NUM_THREADS = 8  # hashing releases the interpreter lock, and reading waits for
 
 class Damaged(ValueError):
     """A checkpoint differs from what was written; the message names the file."""
-
-
-class Verified(NamedTuple):
-    """Result of a verification: the description of the leaves (`leaves.describe`) and the number of bytes hashed."""
-
-    leaves: dict[str, dict[str, Any]]
-    num_bytes: int
 
 
 def list_files(folder: Path) -> list[str]:
@@ -83,7 +76,9 @@ def share_of(names: Iterable[str], process: int, count: int) -> list[str]:
     return [name for index, name in enumerate(sorted(names)) if owner(index, name) == process]
 
 
-def verify(folder: Path, parts: tuple[str, ...] = (), *, process: int = 0, count: int = 1) -> Verified:
+def verify(
+    folder: Path, parts: tuple[str, ...] = (), *, process: int = 0, count: int = 1
+) -> tuple[dict[str, dict[str, Any]], int]:
     """Compares the files of a checkpoint with its manifest, byte for byte.
 
     In the local copy of a run at a URL, missing and damaged files are downloaded, by every process.
@@ -92,6 +87,9 @@ def verify(folder: Path, parts: tuple[str, ...] = (), *, process: int = 0, count
       folder: the checkpoint.
       parts: subfolders to verify; files beside them and the fingerprint are always verified. () verifies all.
       process, count: verify the share of one of `count` processes.
+
+    Returns:
+      The description of the leaves (`leaves.describe`), and the number of bytes hashed.
 
     Raises:
       Damaged: the first file that differs from what was written, and how.
@@ -117,7 +115,7 @@ def verify(folder: Path, parts: tuple[str, ...] = (), *, process: int = 0, count
         raise Damaged(f"{FINGERPRINT} is not listed in {MANIFEST}")
     if not _is_fingerprint(read_json(folder / FINGERPRINT)):
         raise Damaged(f"{FINGERPRINT} is not what was written")
-    return Verified(manifest["leaves"], sum(files[name]["bytes"] for name in names))
+    return manifest["leaves"], sum(files[name]["bytes"] for name in names)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -163,23 +163,28 @@ class Mirror:
 
     def _try_upload(self) -> None:
         try:
+            self._lease.require()
+            local = CheckpointFolder(self._folder / "checkpoints")
+            for name in self._records():
+                self._put(name)
+            for step in reversed(local.steps()):  # the newest is worth the most
+                self._put_checkpoint(step)
+            self._lease.require()
+            gone = [step for step in self._steps_there() if step not in local.steps()]
+            for step in sorted(gone, reverse=True):  # so that a crash leaves no gap
+                self._delete_checkpoint(step)
             self._error = None
-            self._upload()
         except Exception as error:  # every file system has its own
             self._error = error
 
-    def _upload(self) -> None:
-        self._lease.require()
-        local = CheckpointFolder(self._folder / "checkpoints")
-        for name in self._records():
-            self._put(name)
-        for step in reversed(local.steps()):  # the newest is worth the most
-            self._put_checkpoint(step)
-        self._lease.require()
-        there = [posixpath.basename(path) for path in self._list("checkpoints")]
-        gone = [int(name) for name in there if name.isdigit() and int(name) not in local.steps()]
-        for step in sorted(gone, reverse=True):  # so that a crash leaves no gap
-            self._delete_checkpoint(step)
+    def _steps_there(self) -> list[int]:
+        """Returns the steps of the checkpoints at the URL, complete or not."""
+        self._system.invalidate_cache()
+        try:
+            names = map(posixpath.basename, self._system.ls(posixpath.join(self._root, "checkpoints"), detail=False))
+        except FileNotFoundError:
+            return []
+        return [int(name) for name in names if name.isdigit()]
 
     def _records(self) -> list[str]:
         """Returns the names of all files but those of checkpoints; the manifest of a token store comes last."""
@@ -238,13 +243,6 @@ class Mirror:
             self._system.rm_file(posixpath.join(path, MANIFEST))
         with contextlib.suppress(FileNotFoundError):
             self._system.rm(path, recursive=True)
-
-    def _list(self, name: str) -> list[str]:
-        self._system.invalidate_cache()
-        try:
-            return self._system.ls(posixpath.join(self._root, name), detail=False)
-        except FileNotFoundError:
-            return []
 
 
 def _text(error: Exception) -> str:

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.leaves import NotFinite, compare, describe, not_finite
-from jaxtrain.checkpoints.manifest import FINGERPRINT, Damaged, Verified, verify
+from jaxtrain.checkpoints.manifest import FINGERPRINT, Damaged, verify
 from jaxtrain.runtime import processes
 
 if TYPE_CHECKING:  # it imports optax, which reading parameters does not need
@@ -114,15 +114,16 @@ def choose(
 
 def _verify_all(path: Path, parts: tuple[str, ...], gather: Callable) -> tuple[str, dict[str, Any], list[int]]:
     """Returns the first problem ("" if whole), the leaves, and the bytes hashed by each process."""
-    problem, verified = "", Verified({}, 0)
+    problem, num_bytes = "", 0
+    leaves: dict[str, Any] = {}
     try:
-        verified = verify(path, parts, process=jax.process_index(), count=jax.process_count())
+        leaves, num_bytes = verify(path, parts, process=jax.process_index(), count=jax.process_count())
     except Damaged as error:
         problem = str(error)
-    shares = gather("verify the checkpoint", [problem, verified.num_bytes])
+    shares = gather("verify the checkpoint", [problem, num_bytes])
     shares = processes.broadcast_from_lead("verify the checkpoint", lambda: shares)
     problem = next((problem for problem, _ in shares if problem), "")
-    return problem, verified.leaves, [num_bytes for _, num_bytes in shares]
+    return problem, leaves, [num_bytes for _, num_bytes in shares]
 
 
 def _report_damaged(folder: CheckpointFolder, damaged: dict[int, str], chosen: int, repair: bool) -> None:

@@ -42,20 +42,6 @@ class RunDirectoryGone(OSError):
     """The run directory was moved or deleted while the run was training."""
 
 
-def require_finite(state: TrainState, folder: CheckpointFolder) -> None:
-    """Checks the parameters and the optimizer state before a save.
-
-    Raises:
-      NotFinite: a leaf holds NaN or infinities; the error names it and the newest checkpoint.
-    """
-    if bad := not_finite({"params": state.params, "opt_state": state.opt_state}):
-        last = folder.latest_step()
-        raise NotFinite(
-            f"the state of step {int(state.step)} is not finite and is not saved: {bad}; "
-            + (f"the newest checkpoint is that of step {last}" if last is not None else "there is no checkpoint")
-        )
-
-
 class Saver:
     """Writes checkpoints in the background, one at a time; a context manager that waits for the last one.
 
@@ -143,7 +129,10 @@ class Saver:
         saved = processes.broadcast_from_lead("find the checkpoint", lambda: step in self._folder.steps())
         if step == self._step or saved:
             return False
-        require_finite(state, self._folder)
+        if bad := not_finite({"params": state.params, "opt_state": state.opt_state}):
+            last = self._folder.latest_step()
+            newest = "there is no checkpoint" if last is None else f"the newest checkpoint is that of step {last}"
+            raise NotFinite(f"the state of step {step} is not finite and is not saved: {bad}; {newest}")
         rest = state.replace(params=None)
         leaves = describe(state.params, "params") | describe(rest, "rest")
         args = ocp.args.Composite(params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest))

@@ -41,8 +41,13 @@ class Tokenizer(Protocol):
         """Id of the end-of-text token, which separates documents."""
 
     @property
+    def json_text(self) -> str:
+        """Text of the file that `save` writes."""
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the file that `save` writes."""
+        return hashlib.sha256(self.json_text.encode()).hexdigest()
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns the token ids (int32, 1-D) of a text."""
@@ -65,6 +70,7 @@ class Tokenizer(Protocol):
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` into a folder."""
+        write_text(Path(folder, TOKENIZER_FILE), self.json_text)
 
     def continuation(self, prompt_ids: Iterable[int], new_ids: Iterable[int]) -> str:
         """Returns the text that `new_ids` add to the text of `prompt_ids`.
@@ -85,10 +91,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size: ClassVar[int] = 257
     eot_id: ClassVar[int] = 256
     eot_text: ClassVar[str] = END_OF_TEXT
-
-    @property
-    def fingerprint(self) -> str:
-        return _sha256(BYTE_FILE_TEXT)
+    json_text: ClassVar[str] = BYTE_FILE_TEXT
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns the token ids (int32 [num_bytes]) of a text's UTF-8 bytes, or of any bytes."""
@@ -116,9 +119,6 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def save(self, folder: str | Path) -> None:
-        write_text(Path(folder, TOKENIZER_FILE), BYTE_FILE_TEXT)
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,6 @@ class BPETokenizer(Tokenizer):
         """Id of the end-of-text token; a ValueError if there is none."""
         return self._ids[self.eot_text]
 
-    @property
-    def fingerprint(self) -> str:
-        return _sha256(self.json_text)
-
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the token ids of each text, without the end-of-text token and tokens added around a text."""
         if self._words is not None:
@@ -231,9 +227,6 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids, special tokens spelled out."""
         return self._library.decode([int(token_id) for token_id in ids], skip_special_tokens=False)
-
-    def save(self, folder: str | Path) -> None:
-        write_text(Path(folder, TOKENIZER_FILE), self.json_text)
 
 
 def byte_level_json() -> str:
@@ -386,7 +379,3 @@ def _read(file: Path) -> ByteTokenizer | BPETokenizer:
 
 def _import_tokenizers() -> Any:
     return import_extra("tokenizers", "bpe", "BPE tokenizers need the tokenizers package")
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

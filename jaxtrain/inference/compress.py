@@ -102,10 +102,9 @@ def compress(
       ValueError: a model that cannot decode, or fewer than one stream.
       ImportError: no constriction.
     """
-    coding, window = (
-        import_extra("constriction", "compress", "compression needs the constriction package"),
-        _window(trained),
-    )
+    coding = import_extra("constriction", "compress", "compression needs the constriction package")
+    window = trained.config.train.seq_len  # as `jaxtrain eval`
+    window = min(window, getattr(trained.model, "max_seq_len", window))
     if num_streams is not None and num_streams < 1:
         raise ValueError(f"the number of streams must be 1 or more, got {num_streams}")
     parts = _split(data, trained.tokenizer, window, num_streams)
@@ -184,12 +183,6 @@ def decompress(
     if len(data) != header.num_bytes or zlib.crc32(data) != header.crc:
         raise ValueError(_WRONG)
     return data
-
-
-def _window(trained: TrainedModel) -> int:
-    """Returns the tokens of a window of `jaxtrain eval`."""
-    longest = getattr(trained.model, "max_seq_len", trained.config.train.seq_len)
-    return min(trained.config.train.seq_len, longest)
 
 
 def _split(data: bytes, tokenizer: Tokenizer, window: int, num_streams: int | None) -> list[bytes]:

@@ -169,7 +169,8 @@ def load(
       print(model.generate("def main"))
     """
     folder = local_run(run_dir)
-    everywhere = replicated(Mesh(_first_devices(), ("processes",)))
+    first = {device.process_index: device for device in reversed(jax.devices())}  # of each process
+    everywhere = replicated(Mesh(np.array([first[process] for process in sorted(first)]), ("processes",)))
     if is_pretrained(folder):
         if step is not None or average != 1 or model is not None:
             raise ValueError(
@@ -214,14 +215,6 @@ def _load_pretrained(folder: Path, sharding: jax.sharding.Sharding) -> TrainedMo
     params = jax.tree.map(lambda leaf: leaf.addressable_data(0), found.params)
     model = TransformerModel(dataclasses.replace(found.config, attention="auto"))
     return TrainedModel(model, params, config, 0, folder, found.tokenizer, pretrained=True)
-
-
-def _first_devices() -> np.ndarray:
-    """Returns the first device of each process."""
-    first: dict[int, jax.Device] = {}
-    for device in jax.devices():
-        first.setdefault(device.process_index, device)
-    return np.array(list(first.values()))
 
 
 def read_mean(

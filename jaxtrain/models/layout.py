@@ -6,33 +6,28 @@ import jax
 
 from jaxtrain.models.parallel import gather
 
-# Keyed by the end of a parameter's path. `embed` is d_model, `heads` the query or key-value heads, `hidden` d_ff.
-_AXES = {
+# Inputs and outputs of each kernel. `embed` is d_model, `heads` the query or key-value heads, `hidden` d_ff.
+_KERNELS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("query", "key", "value"), ("embed", "heads")),
+    "out": ("heads", "embed"),
+    **dict.fromkeys(("up", "gate"), ("embed", "hidden")),
+    "down": ("hidden", "embed"),
+}
+# Keyed by the end of a parameter's path.
+_AXES: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "embed"),
     "head": ("embed", "vocab"),
     "positions": (None, None),
-    "query/kernel": ("embed", "heads"),
-    "key/kernel": ("embed", "heads"),
-    "value/kernel": ("embed", "heads"),
-    "out/kernel": ("heads", "embed"),
-    "up/kernel": ("embed", "hidden"),
-    "gate/kernel": ("embed", "hidden"),
-    "down/kernel": ("hidden", "embed"),
-    "query/bias": ("heads",),
-    "key/bias": ("heads",),
-    "value/bias": ("heads",),
-    "up/bias": ("hidden",),
-    "gate/bias": ("hidden",),
+    "router/kernel": ("embed", None),
 }
-_LORA = [path.split("/")[0] for path in _AXES if path.endswith("/kernel")]
-_AXES |= {f"{name}_lora/a": (_AXES[f"{name}/kernel"][0], None) for name in _LORA}
-_AXES |= {f"{name}_lora/b": (None, _AXES[f"{name}/kernel"][1]) for name in _LORA}
-_AXES |= {f"experts/{name}": (None, *_AXES[f"{name}/kernel"]) for name in ("up", "gate", "down")}
-_AXES["router/kernel"] = ("embed", None)
+for _name, (_inputs, _outputs) in _KERNELS.items():
+    _AXES[f"{_name}/kernel"] = (_inputs, _outputs)
+    _AXES[f"{_name}/bias"] = (None if _name in ("out", "down") else _outputs,)  # those are added after the all-reduce
+    _AXES |= {f"{_name}_lora/a": (_inputs, None), f"{_name}_lora/b": (None, _outputs)}
+    _AXES[f"experts/{_name}"] = (None, _inputs, _outputs)
 _NORMS = ("attention_norm", "attention_post_norm", "feed_forward_norm", "feed_forward_post_norm")
-_NORMS += ("query_norm", "key_norm", "final_norm")
-_AXES |= {f"{norm}/{leaf}": (None,) for norm in _NORMS for leaf in ("scale", "bias")}
-_AXES |= {"out/bias": (None,), "down/bias": (None,)}  # added after the all-reduce
+for _name in (*_NORMS, "query_norm", "key_norm", "final_norm"):
+    _AXES |= dict.fromkeys((f"{_name}/scale", f"{_name}/bias"), (None,))
 
 
 def logical_axes(params: Any) -> Any:

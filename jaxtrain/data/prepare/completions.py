@@ -19,11 +19,11 @@ import numpy as np
 from jaxtrain.data.chat import TEMPLATE_FILES, ChatTemplate, read_template
 from jaxtrain.data.prepare.documents import SPLITS, TRAIN, VALIDATION, hash_document
 from jaxtrain.data.prepare.formats import (
+    arrow_rows,
     find_format,
     json_values,
-    open_arrow,
-    open_seekable,
-    require_column,
+    parquet_rows,
+    require_columns,
     table_rows,
 )
 from jaxtrain.data.prepare.prepare import unfinished_store
@@ -41,7 +41,6 @@ from jaxtrain.data.store import (
     shard_file,
 )
 from jaxtrain.data.tokenizer import ByteTokenizer, Tokenizer, parse_spec, read_hf
-from jaxtrain.runtime.extras import import_extra
 from jaxtrain.runtime.files import empty_folder, read_json, sha256_file, write_json
 
 Record = Mapping[str, Any]
@@ -119,14 +118,9 @@ def _records(path: str) -> Iterator[Record]:
             _record_columns(header)
             yield from (dict(zip(header, row, strict=True)) for row in rows)
         case ".parquet":
-            library = import_extra("pyarrow.parquet", "parquet", "is a Parquet file")
-            with open_seekable(path) as stream, library.ParquetFile(stream) as file:
-                for batch in file.iter_batches(1024, columns=_record_columns(file.schema_arrow.names)):
-                    yield from map(_without_nulls, batch.to_pylist())
+            yield from map(_without_nulls, parquet_rows(path, _record_columns))
         case ".arrow" | ".feather":
-            with open_arrow(path) as (names, batches):
-                for batch in batches:
-                    yield from map(_without_nulls, batch.select(_record_columns(names)).to_pylist())
+            yield from map(_without_nulls, arrow_rows(path, _record_columns))
         case _:
             raise ValueError("is no file of records: give JSON, JSON lines, CSV, TSV, Parquet or Arrow")
 
@@ -137,10 +131,7 @@ def _record_columns(names: list[str]) -> list[str]:
     Raises:
       ValueError: two columns of one name.
     """
-    columns = [name for name in names if name in ("messages", "prompt", "completion")] or names
-    for name in columns:
-        require_column(names, name)
-    return columns
+    return require_columns(names, [name for name in names if name in ("messages", "prompt", "completion")] or names)
 
 
 def _without_nulls(value: Any) -> Any:

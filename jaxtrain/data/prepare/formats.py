@@ -1,22 +1,11 @@
 """Formats of source files: which reader a file gets, and the readers themselves.
 
-To add a format, write a Python file that fills `FORMATS` and give it to `jaxtrain prepare --formats FILE`:
-
-    from jaxtrain.data.prepare.formats import FORMATS, Format
-    from jaxtrain.data.prepare.streams import open_stream
-
-    def pages(path, start, stop, text_field):
-        with open_stream(path) as stream:
-            yield from stream.read().decode().split("\\f")
-
-    FORMATS[".pages"] = Format(pages, file=__file__)
-
-Every worker process runs that file before its first task, so the reader needs no pickling. The top of a config file
-with `data.sources` may fill `FORMATS` in the same way.
+To add a format, write a Python file that fills `FORMATS`, as CONTRIBUTING.md shows, and give it to `jaxtrain prepare
+--formats FILE`. Every worker process runs that file before its first task, so the reader needs no pickling. The top of
+a config file with `data.sources` may fill `FORMATS` in the same way.
 """
 
 import codecs
-import contextlib
 import csv
 import functools
 import io
@@ -210,7 +199,7 @@ def _table_documents(
     """Yields one column of a table."""
     rows = table_rows(path, delimiter, text_field, limit)
     header = next(rows, [])
-    require_column(header, text_field)
+    require_columns(header, [text_field])
     column = header.index(text_field)
     yield from (row[column] for row in rows)
 
@@ -258,37 +247,39 @@ def _table_lines(text: io.TextIOWrapper, limit: int) -> Iterator[str]:
         raise ValueError(f"is not UTF-8 text (line {number} or later): convert it (iconv -t utf-8)") from None
 
 
-def _parquet_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
-    """Yields one column of a Parquet file: the row groups whose first byte lies in [start, stop)."""
+def _column_documents(
+    read: Callable[..., Iterator[dict[str, Any]]], path: str, start: int, stop: int | None, text_field: str
+) -> Iterator[str]:
+    """Yields one column of a Parquet or Arrow file."""
+    for row in read(path, lambda names: require_columns(names, [text_field]), start, stop):
+        yield _record_text(row, text_field)
+
+
+def parquet_rows(
+    path: str, choose: Callable[[list[str]], list[str]], start: int = 0, stop: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the row groups whose first byte lies in [start, stop); `choose` gets all names of columns."""
     library = import_extra("pyarrow.parquet", "parquet", "is a Parquet file")
     with open_seekable(path) as stream, library.ParquetFile(stream) as file:
-        require_column(file.schema_arrow.names, text_field)
+        columns = choose(file.schema_arrow.names)
         for group in range(file.num_row_groups):
             first = file.metadata.row_group(group).column(0).data_page_offset
             if start <= first and (stop is None or first < stop):
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[text_field]):
-                    yield from _column_texts(batch.column(0), text_field)
+                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                    yield from batch.to_pylist()
 
 
-def _arrow_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
-    """Yields one column of an Arrow IPC file (also Feather) or stream, as Hugging Face datasets are stored."""
-    with open_arrow(path) as (names, batches):
-        require_column(names, text_field)
-        for batch in batches:
-            yield from _column_texts(batch.column(text_field), text_field)
-
-
-@contextlib.contextmanager
-def open_arrow(path: str) -> Iterator[tuple[list[str], Iterator[Any]]]:
-    """Opens an Arrow IPC file or stream; gives the names of its columns, and its batches of _ROWS rows at most."""
+def arrow_rows(path: str, choose: Callable[[list[str]], list[str]], *_: Any) -> Iterator[dict[str, Any]]:
+    """Yields the rows of an Arrow IPC file (also Feather) or stream, as Hugging Face datasets are stored."""
     library = import_extra("pyarrow", "parquet", "is an Arrow file")
     with open_seekable(path) as stream:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
         with (library.ipc.open_file if is_file else library.ipc.open_stream)(stream) as reader:
-            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-            slices = (batch.slice(first, _ROWS) for batch in batches for first in range(0, len(batch), _ROWS))
-            yield reader.schema.names, slices
+            columns = choose(reader.schema.names)
+            for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+                for first in range(0, len(batch), _ROWS):
+                    yield from batch.select(columns).slice(first, _ROWS).to_pylist()
 
 
 def open_seekable(path: str) -> Any:
@@ -299,17 +290,14 @@ def open_seekable(path: str) -> Any:
     return library.OSFile(path)
 
 
-def require_column(names: list[str], text_field: str) -> None:
-    """Raises a ValueError if a table lacks a column, or has two of its name."""
-    if names.count(text_field) > 1:
-        raise ValueError(f"has {names.count(text_field)} columns {text_field!r}: rename all but one")
-    if text_field not in names:
-        raise ValueError(f"has no column {text_field!r} (it has: {', '.join(names)}); set text_field")
-
-
-def _column_texts(column: Any, text_field: str) -> Iterator[str]:
-    for text in column.to_pylist():
-        yield _record_text({text_field: text}, text_field)
+def require_columns(names: list[str], wanted: list[str]) -> list[str]:
+    """Returns the wanted columns of a table; raises a ValueError if one is missing or there are two of its name."""
+    for name in wanted:
+        if names.count(name) > 1:
+            raise ValueError(f"has {names.count(name)} columns {name!r}: rename all but one")
+        if name not in names:
+            raise ValueError(f"has no column {name!r} (it has: {', '.join(names)}); set text_field")
+    return wanted
 
 
 def _tar_documents(path: str, start: int, stop: int | None, text_field: str) -> Iterator[str]:
@@ -381,8 +369,8 @@ FORMATS: dict[str, Format] = {
     ".csv": Format(functools.partial(_table_documents, ",")),
     **dict.fromkeys((".tsv", ".tab"), Format(functools.partial(_table_documents, "\t"))),
     ".psv": Format(functools.partial(_table_documents, "|")),
-    ".parquet": Format(_parquet_documents, splittable=True),
-    **dict.fromkeys((".arrow", ".feather"), Format(_arrow_documents)),
+    ".parquet": Format(functools.partial(_column_documents, parquet_rows), splittable=True),
+    **dict.fromkeys((".arrow", ".feather"), Format(functools.partial(_column_documents, arrow_rows))),
     ".tar": Format(_tar_documents),
 }
 BUILT_IN = frozenset(FORMATS.values())

@@ -53,10 +53,10 @@ _BASE = _ATTENTION | {
 }
 _GATED = {"gate": "w1", "up": "w3", "down": "w2"}  # and their names in Mixtral
 _BASE |= {f"layers/feed_forward/{k}/kernel": f"model.layers.{{}}.mlp.{k}_proj.weight" for k in _GATED}
-_LLAMA = _BASE | {
-    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/feed_forward_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-}
+
+
+def _norms(**names: str) -> dict[str, str]:
+    return {f"layers/{ours}/scale": f"model.layers.{{}}.{theirs}.weight" for ours, theirs in names.items()}
 
 
 def _experts(part: str, names: dict[str, str]) -> dict[str, str]:
@@ -64,20 +64,11 @@ def _experts(part: str, names: dict[str, str]) -> dict[str, str]:
     return paths | {"layers/feed_forward/router/kernel": f"{part}.gate.weight"}
 
 
+_POST = _norms(attention_post_norm="post_attention_layernorm", feed_forward_post_norm="post_feedforward_layernorm")
+_LLAMA = _BASE | _norms(attention_norm="input_layernorm", feed_forward_norm="post_attention_layernorm")
+_GEMMA = _BASE | _POST | _norms(attention_norm="input_layernorm", feed_forward_norm="pre_feedforward_layernorm")
 _EXPERTS = _LLAMA | _experts("model.layers.{}.mlp", {k: f"{k}_proj" for k in _GATED})
 _MIXTRAL = _LLAMA | _experts("model.layers.{}.block_sparse_moe", _GATED)
-_POST = {
-    "layers/attention_post_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/feed_forward_post_norm/scale": "model.layers.{}.post_feedforward_layernorm.weight",
-}
-_GEMMA = (
-    _BASE
-    | _POST
-    | {
-        "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-        "layers/feed_forward_norm/scale": "model.layers.{}.pre_feedforward_layernorm.weight",
-    }
-)
 _GPT2 = {"embedding": "transformer.wte.weight", "positions": "transformer.wpe.weight", "head": "lm_head.weight"}
 for _leaf, _suffix in {"kernel": "weight", "scale": "weight", "bias": "bias"}.items():
     _GPT2[f"final_norm/{_leaf}"] = f"transformer.ln_f.{_suffix}"
@@ -113,7 +104,7 @@ class Family(NamedTuple):
 
 
 _SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_bias": (False,)}
-_EVERY_LAYER: dict[str, tuple[Any, ...]] = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
+_EVERY_LAYER = _SILU | {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 _TANH: dict[str, tuple[Any, ...]] = {"hidden_activation": ("gelu_pytorch_tanh", None), "attention_bias": (False,)}
 _TANH |= {"use_bidirectional_attention": (False, None)}
 _GPT2_FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,)}
@@ -133,46 +124,24 @@ for _defaults in (_OLMOE_DEFAULTS, _QWEN_MOE_DEFAULTS):
     _defaults |= {"num_experts_per_tok": 8, "norm_topk_prob": False}
 _GEMMA_DEFAULTS = _DEFAULTS | {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 256}
 _GEMMA_DEFAULTS |= {"sliding_window": 4096, "query_pre_attn_scalar": 256}
-_GEMMA2_DEFAULTS = {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-_GEMMA3_DEFAULTS = {"max_position_embeddings": 131_072, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {"max_position_embeddings": 8192}
+_GEMMA2_DEFAULTS |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GEMMA3_DEFAULTS = _GEMMA_DEFAULTS | {"max_position_embeddings": 131_072}
+_GEMMA3_DEFAULTS |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
 _GPT2_DEFAULTS = {"n_inner": None, "n_positions": 1024, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
 
 # An export takes the first that computes the same.
 HF_FAMILIES = [
     Family("LlamaForCausalLM", "llama", "llama", _SIZES, _LLAMA, _DEFAULTS, _SILU | {"mlp_bias": (False,)}),
-    Family(
-        "MistralForCausalLM",
-        "mistral",
-        "mistral",
-        _SIZES | _WINDOW,
-        _LLAMA,
-        _MISTRAL,
-        _SILU,
-    ),
+    Family("MistralForCausalLM", "mistral", "mistral", _SIZES | _WINDOW, _LLAMA, _MISTRAL, _SILU),
     Family("Qwen2ForCausalLM", "qwen2", "qwen2", _SIZES | _WINDOW, _LLAMA, _QWEN, _SILU),
     Family("Qwen3ForCausalLM", "qwen3", "qwen3", _SIZES | _WINDOW, _LLAMA, _QWEN | {"head_dim": 128}, _SILU),
     Family("MixtralForCausalLM", "mixtral", "mixtral", _MIXTRAL_KEYS, _MIXTRAL, _MIXTRAL_DEFAULTS, _SILU),
-    Family(
-        "Qwen3MoeForCausalLM",
-        "qwen3_moe",
-        "qwen3_moe",
-        _QWEN_MOE_KEYS,
-        _EXPERTS,
-        _QWEN_MOE_DEFAULTS,
-        _SILU | _EVERY_LAYER,
-    ),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", "qwen3_moe", _QWEN_MOE_KEYS, _EXPERTS, _QWEN_MOE_DEFAULTS, _EVERY_LAYER),
     Family("OlmoeForCausalLM", "olmoe", "olmoe", _OLMOE_KEYS, _EXPERTS, _OLMOE_DEFAULTS, _SILU | {"clip_qkv": (None,)}),
     Family("Olmo2ForCausalLM", "olmo2", "olmo2", _SIZES, _BASE | _POST, _DEFAULTS | {"rms_norm_eps": 1e-5}, _SILU),
-    Family("Gemma2ForCausalLM", "gemma2", "gemma2", _GEMMA_KEYS, _GEMMA, _GEMMA_DEFAULTS | _GEMMA2_DEFAULTS, _TANH),
-    Family(
-        "Gemma3ForCausalLM",
-        "gemma3_text",
-        "gemma3",
-        _GEMMA_KEYS,
-        _GEMMA,
-        _GEMMA_DEFAULTS | _GEMMA3_DEFAULTS,
-        _TANH,
-    ),
+    Family("Gemma2ForCausalLM", "gemma2", "gemma2", _GEMMA_KEYS, _GEMMA, _GEMMA2_DEFAULTS, _TANH),
+    Family("Gemma3ForCausalLM", "gemma3_text", "gemma3", _GEMMA_KEYS, _GEMMA, _GEMMA3_DEFAULTS, _TANH),
     Family("GPT2LMHeadModel", "gpt2", "gpt2", _GPT2_SIZES, _GPT2, _GPT2_DEFAULTS, _GPT2_FIXED, transposed=False),
 ]
 

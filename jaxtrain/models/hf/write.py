@@ -88,12 +88,9 @@ def _write_file(file: Path, tensors: dict[str, Tensor], leaves: dict[str, jax.Ar
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             parts = [leaves[leaf] for leaf in tensor.leaves]
-            # In one expression, so that no name holds the array while the next one is assembled.
-            stream.write(_bytes_of(_assemble(parts, tensor.index, tensor.shape, tensor.transposed, dtype)))
-
-
-def _bytes_of(array: jax.Array) -> memoryview:
-    return np.asarray(array).reshape(-1).view(np.uint8).data
+            array = np.asarray(_assemble(parts, tensor.index, tensor.shape, tensor.transposed, dtype))
+            stream.write(array.reshape(-1).view(np.uint8).data)
+            del array  # before the next one is assembled
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
