@@ -4,13 +4,12 @@ import glob
 import hashlib
 import io
 import json
-import os
 import posixpath
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from jaxtrain.runtime.files import cache_folder, read_json, sha256_file, write_json
-from jaxtrain.runtime.remote import exclusive, open_filesystem, reaching
+from jaxtrain.runtime.remote import exclusive, fetch_file, open_filesystem, reaching
 
 _BUFFER_BYTES = 1 << 20
 _SUMS = "checksums.json"
@@ -92,12 +91,10 @@ def fetch_store(url: str, *, verify: bool = True) -> Path:
                 intact = name in sums and target.is_file() and target.stat().st_size == size
                 if intact and (not verify or sha256_file(target) == sums[name]):
                     continue
-                partial = target.with_name(f"{name}.partial")
-                system.get_file(posixpath.join(folder, name), str(partial))
-                if partial.stat().st_size != size:
-                    raise OSError(f"{name} has {partial.stat().st_size} bytes after the download, not {size}")
-                sums[name] = sha256_file(partial)
-                os.replace(partial, target)
+                fetch_file(system, posixpath.join(folder, name), target)
+                if target.stat().st_size != size:
+                    raise OSError(f"{name} has {target.stat().st_size} bytes after the download, not {size}")
+                sums[name] = sha256_file(target)
                 write_json(local / _SUMS, sums)
     name = posixpath.relpath(path, folder)
     return local if name == "." else local / name

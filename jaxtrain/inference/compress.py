@@ -198,10 +198,8 @@ def _split(data: bytes, tokenizer: Tokenizer, window: int, num_streams: int | No
 
 def _character_start(data: bytes, index: int) -> int:
     """Returns the start of the UTF-8 character that holds the byte."""
-    for start in range(index, max(index - 4, 0), -1):
-        if data[start] & 0xC0 != 0x80:
-            return start
-    return index
+    nearest = range(index, max(index - 4, 0), -1)
+    return next((start for start in nearest if data[start] & 0xC0 != 0x80), index)
 
 
 def _encode(tokenizer: Tokenizer, part: bytes) -> np.ndarray:

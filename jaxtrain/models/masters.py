@@ -81,8 +81,4 @@ def _row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
-def _cast_master_forward(copy: jax.Array, master: jax.Array, zero: jax.Array):
-    return _cast_master(copy, master, zero), None
-
-
-_cast_master.defvjp(_cast_master_forward, lambda _, gradient: (gradient, None, None))
+_cast_master.defvjp(lambda *arrays: (_cast_master(*arrays), None), lambda _, gradient: (gradient, None, None))

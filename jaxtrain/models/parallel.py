@@ -97,17 +97,14 @@ def take_rows(table_VD: jax.Array, rows_BT: jax.Array) -> jax.Array:
     return jnp.take(table_VD, rows_BT, axis=0)
 
 
-def _take_rows_forward(table_VD: jax.Array, rows_BT: jax.Array):
-    return take_rows(table_VD, rows_BT), (table_VD[:, :0], rows_BT)  # an empty slice: keeps height and dtype only
-
-
 def _take_rows_backward(residuals: tuple[jax.Array, jax.Array], gradient_BTD: jax.Array):
     empty_V0, rows_BT = residuals
     zeros_VD = jnp.zeros((empty_V0.shape[0], gradient_BTD.shape[-1]), jnp.float32)
     return zeros_VD.at[rows_BT].add(gradient_BTD.astype(jnp.float32)).astype(empty_V0.dtype), None
 
 
-take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+# The empty slice keeps the height and the dtype of the table only.
+take_rows.defvjp(lambda table, rows: (take_rows(table, rows), (table[:, :0], rows)), _take_rows_backward)
 
 
 @jax.custom_vjp

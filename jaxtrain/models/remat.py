@@ -30,22 +30,15 @@ def rematerialize(layer: Callable, remat: Remat, *, gathered: bool, looped: bool
     """
     if remat == "none" and not gathered:
         return layer
-    return jax.checkpoint(layer, prevent_cse=not looped, policy=_policy(remat))
-
-
-def _policy(remat: Remat) -> Callable | None:
     policies = jax.checkpoint_policies
-    match remat:
-        case "none" | "minimal":
-            return policies.save_from_both_policies(
-                policies.save_only_these_names(*PRODUCTS), lambda primitive, *_, **__: primitive.name == _CUDNN
-            )
-        case "full":
-            return policies.nothing_saveable
-        case "offload":
-            return policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=[BLOCK_INPUT],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
+    products = policies.save_from_both_policies(
+        policies.save_only_these_names(*PRODUCTS), lambda primitive, *_, **__: primitive.name == _CUDNN
+    )
+    offload = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    policy = {"none": products, "minimal": products, "full": policies.nothing_saveable, "offload": offload}[remat]
+    return jax.checkpoint(layer, prevent_cse=not looped, policy=policy)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -171,36 +172,9 @@ def join_units(
             stream.write((starts + first).astype("<i8").tobytes())
             first += sum(values[0] for values in count[split].values())
         sync(stream)
-    return {
-        **sums,
-        "sources": [{"source": source, **dict(zip(COUNTS, values, strict=True))} for source, values in totals.items()],
-        "shards": _write_shards(folder, units, split, len(counts), STORE_DTYPES[dtype].itemsize, shard_tokens, advance),
-        "documents_sha256": sha256_file(folder / documents_file(split)),
-    }
-
-
-def _write_shards(
-    folder: Path,
-    units: Path,
-    split: str,
-    num_units: int,
-    itemsize: int,
-    shard_tokens: int,
-    advance: Callable[[int], None],
-) -> list[dict[str, Any]]:
-    """Writes a split's shards; returns `num_tokens` and `sha256` of each."""
-
-    def chunks() -> Iterator[tuple[int, bytes]]:  # shard number, bytes; no bytes span two shards
-        position, shard_bytes = 0, shard_tokens * itemsize
-        for number in range(num_units):
-            with open(unit_file(units, number, split, "bin"), "rb") as stream:
-                while data := stream.read(min(COPY_BYTES, shard_bytes - position % shard_bytes)):
-                    yield position // shard_bytes, data
-                    position += len(data)
-            advance(number)
-
-    shards = []
-    for shard, parts in groupby(chunks(), key=lambda chunk: chunk[0]):
+    itemsize, shards = STORE_DTYPES[dtype].itemsize, []
+    chunks = _chunks(units, split, len(counts), shard_tokens * itemsize, advance)
+    for shard, parts in groupby(chunks, key=itemgetter(0)):
         digest, size = hashlib.sha256(), 0
         with open(folder / shard_file(split, shard), "wb") as stream:
             for _, data in parts:
@@ -209,4 +183,22 @@ def _write_shards(
                 size += len(data)
             sync(stream)
         shards.append({"num_tokens": size // itemsize, "sha256": digest.hexdigest()})
-    return shards
+    return {
+        **sums,
+        "sources": [{"source": source, **dict(zip(COUNTS, values, strict=True))} for source, values in totals.items()],
+        "shards": shards,
+        "documents_sha256": sha256_file(folder / documents_file(split)),
+    }
+
+
+def _chunks(
+    units: Path, split: str, num_units: int, shard_bytes: int, advance: Callable[[int], None]
+) -> Iterator[tuple[int, bytes]]:
+    """Yields (number of the shard, bytes) of a split's tokens; no bytes span two shards."""
+    position = 0
+    for number in range(num_units):
+        with open(unit_file(units, number, split, "bin"), "rb") as stream:
+            while data := stream.read(min(COPY_BYTES, shard_bytes - position % shard_bytes)):
+                yield position // shard_bytes, data
+                position += len(data)
+        advance(number)

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T queries, S keys, H query heads, G key and value heads
 """
 
 import math
+from typing import Any
 
 import chex
 import jax
@@ -55,17 +56,9 @@ def attend(
     _check_arguments(query_BTHK, key_BSGK, positions_BT, segment_ids, window, softcap)
     _, length, _, width = query_BTHK.shape
     device = jax.local_devices()[0]
-    kernel = choose_kernel(
-        kernel,
-        device.platform,
-        query_BTHK.dtype,
-        length,
-        width,
-        positions=positions_BT is not None,
-        segments=segment_ids is not None,
-        softcap=softcap,
-        capability=cudnn.capability(device),
-    )
+    given: dict[str, Any] = {"positions": positions_BT is not None, "segments": segment_ids is not None}
+    given |= {"softcap": softcap, "capability": cudnn.capability(device)}
+    kernel = choose_kernel(kernel, device.platform, query_BTHK.dtype, length, width, **given)
     if window is not None and window >= key_BSGK.shape[1]:
         window = None
     arrays = query_BTHK, key_BSGK, value_BSGK

@@ -122,10 +122,6 @@ def _matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     return x_NI @ kernel_IO
 
 
-def _matmul_forward(x_NI: jax.Array, kernel_IO: jax.Array):
-    return x_NI @ kernel_IO, (x_NI, kernel_IO)
-
-
 def _matmul_backward(residuals: tuple[jax.Array, jax.Array], gradient_NO: jax.Array):
     x_NI, kernel_IO = residuals
     num_inputs, num_outputs = kernel_IO.shape
@@ -144,4 +140,4 @@ def _wide_last(x_NI: jax.Array, gradient_NO: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(gradient_NO.T @ x_NI).T
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(lambda x_NI, kernel_IO: (x_NI @ kernel_IO, (x_NI, kernel_IO)), _matmul_backward)
