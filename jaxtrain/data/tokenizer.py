@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -40,9 +40,7 @@ class Tokenizer(Protocol):
     def eot_id(self) -> int:
         """Id of the end-of-text token, which separates documents."""
 
-    @property
-    def json_text(self) -> str:
-        """Text of the file that `save` writes."""
+    json_text: str  # of the file that `save` writes
 
     @property
     def fingerprint(self) -> str:
@@ -91,7 +89,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size: ClassVar[int] = 257
     eot_id: ClassVar[int] = 256
     eot_text: ClassVar[str] = END_OF_TEXT
-    json_text: ClassVar[str] = BYTE_FILE_TEXT
+    json_text: str = field(default=BYTE_FILE_TEXT, init=False)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Returns the token ids (int32 [num_bytes]) of a text's UTF-8 bytes, or of any bytes."""
