@@ -10,7 +10,6 @@ Names below `checkpoints/`:
 """
 
 import contextlib
-import datetime
 import math
 import os
 import re
@@ -19,7 +18,8 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -38,14 +38,6 @@ def report_to_stderr(event: str, text: str, **fields: Any) -> None:
         echo(text, file=sys.stderr)
 
 
-class _Checkpoint(NamedTuple):
-    """Checkpoint as Orbax's policies see it."""
-
-    step: int
-    metrics: float | None = None  # validation loss
-    time: datetime.datetime | None = None  # read by no policy that is used here
-
-
 def retained(
     steps: list[int], scores: dict[int, float], *, keep: int, keep_every: int | None, keep_best: int | None
 ) -> set[int]:
@@ -59,18 +51,17 @@ def retained(
       keep_best: number of checkpoints with the least finite validation loss that stay. None disables this set.
     """
 
-    def chosen(policy: policies.PreservationPolicy, checkpoints: list[_Checkpoint]) -> set[int]:
+    def chosen(policy: policies.PreservationPolicy, steps: list[int]) -> set[int]:
+        checkpoints: list[Any] = [SimpleNamespace(step=step, metrics=scores.get(step)) for step in steps]
         stays = policy.should_preserve(checkpoints, context=policies.PreservationContext())
-        return {checkpoint.step for checkpoint, stay in zip(checkpoints, stays, strict=True) if stay}
+        return {step for step, stay in zip(steps, stays, strict=True) if stay}
 
-    every = [_Checkpoint(step) for step in sorted(steps)]
-    # Later steps first: of equal losses the last in BestN's order stay, which are the earlier steps.
-    finite = {step: score for step, score in scores.items() if math.isfinite(score)}
-    scored = [_Checkpoint(step, finite[step]) for step in sorted(steps, reverse=True) if step in finite]
-    stay = chosen(policies.LatestN(keep), every)
+    stay = chosen(policies.LatestN(keep), sorted(steps))
     if keep_every:
-        stay |= chosen(policies.EveryNSteps(keep_every), every)
+        stay |= chosen(policies.EveryNSteps(keep_every), sorted(steps))
     if keep_best:
+        # Later steps first: of equal losses the last in BestN's order stay, which are the earlier steps.
+        scored = [step for step in sorted(steps, reverse=True) if math.isfinite(scores.get(step, math.nan))]
         stay |= chosen(policies.BestN(get_metric_fn=float, reverse=True, n=keep_best), scored)
     return stay
 

@@ -83,7 +83,7 @@ def run_generate(options: GenerateOptions) -> int:
 
 
 def _read_records(options: GenerateOptions) -> list[dict[str, Any]]:
-    from jaxtrain.inference.prompts import read_prompts
+    from jaxtrain.inference.generate import read_prompts
 
     if options.prompts is None:
         return [{"prompt": options.prompt}]

@@ -3,6 +3,7 @@
 A model of your own is any object with `init` and `loss`, as `Config.model` of your config file: see CONTRIBUTING.md.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +18,7 @@ from jaxtrain.models.feed_forward import router_losses
 from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.masters import WithMasters
 from jaxtrain.models.parallel import Parallel, barrier_gradients
-from jaxtrain.models.transformer import Params, Transformer, head_kernel, init_params, logits
+from jaxtrain.models.transformer import Params, Transformer, head_kernel, logits
 
 
 @runtime_checkable
@@ -87,8 +88,12 @@ class TransformerModel:
         return self.config.max_seq_len
 
     def init(self, key: jax.Array) -> Params:
-        """Returns the initial parameters, float32 and unsharded."""
-        return init_params(Transformer(self.config), key)
+        """Returns the initial parameters, float32 and unsharded. Raises a ValueError if `vocab_size` is not set."""
+        if self.config.vocab_size is None:
+            raise ValueError("model.vocab_size is None: set it to the size of the tokenizer's vocabulary")
+        # One token suffices for the shapes, but not for an attention kernel that works in blocks.
+        unsharded = Transformer(dataclasses.replace(self.config, attention="xla"))
+        return unsharded.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def loss(self, params: Params, batch: dict[str, jax.Array]) -> LossSums | tuple[LossSums, dict[str, jax.Array]]:
         """Returns the next-token loss, summed over the tokens.

@@ -9,7 +9,6 @@ number of shards; each device then has its share of the heads and hidden channel
 Shape suffixes: B batch, T tokens, D d_model, V vocabulary, L layers.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -175,15 +174,6 @@ def _init_layers(c: ModelConfig, key: jax.Array) -> Params:
         return block.init(key, jnp.zeros((1, 1, c.d_model)), TokenContext(tokens_BT, rope), None)["params"]
 
     return jax.vmap(init)(jax.random.split(key, c.num_layers))
-
-
-def init_params(model: Transformer, key: jax.Array) -> Params:
-    """Returns the initial parameters, float32 and unsharded. Raises a ValueError if `vocab_size` is not set."""
-    if model.config.vocab_size is None:
-        raise ValueError("model.vocab_size is None: set it to the size of the tokenizer's vocabulary")
-    # One token suffices for the shapes, but not for an attention kernel that works in blocks.
-    unsharded = Transformer(dataclasses.replace(model.config, attention="xla"))
-    return unsharded.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def head_kernel(params: Params) -> jax.Array:

@@ -21,8 +21,8 @@ from jaxtrain.losses import CARRY_LIMIT, default_chunk
 from jaxtrain.mixture import parse_stores
 from jaxtrain.models.kernels.attention import choose_kernel
 from jaxtrain.models.layout import logical_axes
+from jaxtrain.models.model import TransformerModel
 from jaxtrain.models.size import active_params, flops_per_token, matrices_per_layer
-from jaxtrain.models.transformer import Transformer, init_params
 from jaxtrain.plan.traffic import Traffic, expected_traffic
 from jaxtrain.runtime.chips import Chip
 from jaxtrain.runtime.mesh import AXES, check_batch, mesh_shape, partition_spec
@@ -159,7 +159,7 @@ def _cost(
 
 def _num_params(config: Config, model: ModelConfig, mesh: AbstractMesh) -> tuple[int, int, int]:
     """Returns the number of parameters of the model, of one device's shards, and of those that are not frozen."""
-    shapes = jax.eval_shape(lambda: init_params(Transformer(model), jax.random.key(0)))
+    shapes = jax.eval_shape(TransformerModel(model).init, jax.random.key(0))
 
     def local(leaf, axes):
         return math.prod(NamedSharding(mesh, partition_spec(axes)).shard_shape(leaf.shape))

@@ -10,8 +10,7 @@ import pytest
 from jaxtrain.cli import main
 from jaxtrain.data.chat import ChatTemplate
 from jaxtrain.data.tokenizer import ByteTokenizer
-from jaxtrain.inference.generate import complete
-from jaxtrain.inference.prompts import read_prompts
+from jaxtrain.inference.generate import complete, read_prompts
 from jaxtrain.models.decode import Sampling
 
 TEXT = "Grüße, 世界 🙂!\nUser: stop. END of it"

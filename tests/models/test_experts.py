@@ -19,7 +19,6 @@ from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.models.size import flops_per_token
-from jaxtrain.models.transformer import Transformer, init_params
 from jaxtrain.optim import decay_mask
 from jaxtrain.runtime.mesh import by_rows, make_mesh
 
@@ -193,7 +192,7 @@ def test_a_cache_gives_the_logits_of_the_whole_sequence():
 
 
 def test_experts_decay_are_sharded_and_start_like_other_matrices():
-    params = jax.jit(lambda key: init_params(Transformer(MIXTURE), key))(jax.random.key(0))
+    params = jax.jit(TransformerModel(MIXTURE).init)(jax.random.key(0))
     part = params["layers"]["feed_forward"]
     assert {name: leaf.shape for name, leaf in part["experts"].items()} == {
         "up": (2, 4, 16, 24),

@@ -17,7 +17,7 @@ from jaxtrain.models.masters import WithMasters
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.models.parallel import Parallel
 from jaxtrain.models.size import flops_per_token
-from jaxtrain.models.transformer import Transformer, head_kernel, init_params, logits
+from jaxtrain.models.transformer import Transformer, head_kernel, logits
 from jaxtrain.optim import decay_mask
 from jaxtrain.runtime.mesh import make_mesh, map_gradients, partition_spec
 
@@ -53,7 +53,7 @@ OLMO = family("olmo2", **SMALL, rope_theta=50.0, rope_scaling="llama3:4:1:4:8", 
 def make(config, scale=5.0):
     """A model with matrices large enough that every layer matters to the logits."""
     model = Transformer(config)
-    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
+    params = jax.jit(TransformerModel(model.config).init)(jax.random.key(0))
     return model, jax.tree.map(lambda leaf, matrix: leaf * scale if matrix else leaf, params, decay_mask(params))
 
 
@@ -134,7 +134,7 @@ def test_segments_in_a_batch_reach_every_layer_of_the_loss():
 def test_loss_starts_near_that_of_the_uniform_distribution(config):
     config = dataclasses.replace(config, vocab_size=257, d_model=256, logit_softcap=None)
     model = Transformer(config)
-    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(3))
+    params = jax.jit(TransformerModel(model.config).init)(jax.random.key(3))
     tokens = tokens_of(config, 64, 16)
     loss = cross_entropy(run(model, params, tokens[:, :-1]), tokens[:, 1:]).mean()
     assert abs(float(loss) - math.log(257)) < 0.1
@@ -144,7 +144,7 @@ def test_loss_starts_near_that_of_the_uniform_distribution(config):
 def test_initial_logits_stay_small_at_any_width(d_model):
     """GPT-2's 0.02 starts 0.15 above ln V at 768 channels."""
     model = Transformer(llama(1, 4, d_model, 8, 4, vocab_size=1000))
-    head = jax.jit(lambda key: init_params(model, key)["head"])(jax.random.key(0))
+    head = jax.jit(lambda key: TransformerModel(model.config).init(key)["head"])(jax.random.key(0))
     variance = float(jnp.var(head)) * d_model  # of a logit: the hidden states have unit variance
     assert variance / 2 < 0.1
 
@@ -156,7 +156,7 @@ def test_scanned_unrolled_and_recomputed_layers_share_a_tree_and_agree(config):
     reference, gradient = jax.jit(jax.value_and_grad(lambda p: loss_of_module(model)(p, batch).mean()))(params)
     for change in ({"scan_unroll": "all"}, {"remat": "minimal"}, {"remat": "full"}):
         other = Transformer(dataclasses.replace(config, **change))
-        shapes = jax.eval_shape(lambda other=other: init_params(other, jax.random.key(0)))
+        shapes = jax.eval_shape(lambda other=other: TransformerModel(other.config).init(jax.random.key(0)))
         assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)
         loss_of = lambda p, m=other: loss_of_module(m)(p, batch).mean()  # noqa: E731
         loss, other_gradient = jax.jit(jax.value_and_grad(loss_of))(params)
@@ -289,7 +289,7 @@ def test_bfloat16_gradients_of_many_tokens_add_up(config):
 
 
 def test_gpt2_has_its_124_million_parameters():
-    shapes = jax.eval_shape(lambda: init_params(Transformer(gpt2(vocab_size=50257)), jax.random.key(0)))
+    shapes = jax.eval_shape(TransformerModel(gpt2(vocab_size=50257)).init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
 
 
@@ -298,7 +298,7 @@ def test_flops_by_formula_are_those_the_compiler_counts(config):
     """Counts the products of the compiled forward pass (a third of all), unrolled, in a wide model."""
     config = dataclasses.replace(config, d_model=128, d_ff=512, vocab_size=1024, scan_unroll="all")
     model = Transformer(config)
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = jax.eval_shape(TransformerModel(model.config).init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     counted = jax.jit(lambda p, t: run(model, p, t)).lower(params, tokens).compile().cost_analysis()["flops"]
     expected = 2 * 16 * flops_per_token(config, 16, causal=False) / 3
@@ -370,4 +370,4 @@ def test_errors_name_the_values():
             segment_ids=SEGMENTS,
         )
     with pytest.raises(ValueError, match="vocab_size"):
-        init_params(Transformer(dataclasses.replace(GPT2, vocab_size=None)), jax.random.key(0))
+        TransformerModel(dataclasses.replace(GPT2, vocab_size=None)).init(jax.random.key(0))

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MeshConfig, family, gpt2, llama
 from jaxtrain.models.layout import logical_axes
-from jaxtrain.models.transformer import Transformer, init_params
+from jaxtrain.models.model import TransformerModel
 from jaxtrain.runtime.mesh import AXES, LOGICAL_AXES, check_batch, make_mesh, num_row_shards, partition_spec
 
 
@@ -146,7 +146,7 @@ WHOLE = {"embedding": ("vocab", "embed"), "head": ("embed", "vocab"), "positions
 def test_every_parameter_has_logical_axes(style, qk_norm, tied, bias):
     """Matrices are sharded over both axes of the mesh; vectors over one or none."""
     config = dataclasses.replace(STYLES[style], qk_norm=qk_norm, tie_embeddings=tied, use_bias=bias)
-    params = jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
+    params = jax.eval_shape(TransformerModel(config).init, jax.random.key(0))
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(logical_axes(params), is_leaf=is_axes)
     assert len(leaves) == len(jax.tree.leaves(params))

@@ -329,37 +329,28 @@ def _is_json(head: bytes, first_line: bytes) -> bool:
         return False
 
 
+_UNPACK, _EXTRACT = "unpack it", "extract its text"
 # Magic bytes, description, remedy.
 _FOREIGN: list[tuple[Any, str, str]] = [
     ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32 text", "convert it (iconv -f utf-32 -t utf-8)"),
     ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16 text", "convert it (iconv -f utf-16 -t utf-8)"),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file (git lfs pull)"),
-    *(
-        (magic, f"a {name} archive", "unpack it")
-        for magic, name in (
-            (b"PK\x03\x04", "zip"),
-            (b"7z\xbc\xaf\x27\x1c", "7z"),
-            (b"Rar!\x1a", "rar"),
-            (b"\x04\x22\x4d\x18", "lz4"),
-            (b"\x1f\x9d", "compress"),
-        )
-    ),
-    *(
-        (magic, what, "extract its text")
-        for magic, what in (
-            (b"%PDF-", "a PDF"),
-            (b"{\\rtf", "an RTF document"),
-            (b"\xd0\xcf\x11\xe0", "an Office document"),
-            (b"WARC/", "a WARC archive"),
-            (b"SQLite format 3\0", "an SQLite database"),
-            (b"\x89HDF", "an HDF5 file"),
-            (b"FEA1", "a Feather file of version 1"),
-            (b"\x93NUMPY", "a numpy file"),
-            (b"Obj\x01", "an Avro file"),
-            ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), "an image"),
-            (b"\x7fELF", "a program"),
-        )
-    ),
+    (b"PK\x03\x04", "a zip archive", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (b"Rar!\x1a", "a rar archive", _UNPACK),
+    (b"\x04\x22\x4d\x18", "a lz4 archive", _UNPACK),
+    (b"\x1f\x9d", "a compress archive", _UNPACK),
+    (b"%PDF-", "a PDF", _EXTRACT),
+    (b"{\\rtf", "an RTF document", _EXTRACT),
+    (b"\xd0\xcf\x11\xe0", "an Office document", _EXTRACT),
+    (b"WARC/", "a WARC archive", _EXTRACT),
+    (b"SQLite format 3\0", "an SQLite database", _EXTRACT),
+    (b"\x89HDF", "an HDF5 file", _EXTRACT),
+    (b"FEA1", "a Feather file of version 1", _EXTRACT),
+    (b"\x93NUMPY", "a numpy file", _EXTRACT),
+    (b"Obj\x01", "an Avro file", _EXTRACT),
+    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), "an image", _EXTRACT),
+    (b"\x7fELF", "a program", _EXTRACT),
 ]
 
 FORMATS: dict[str, Format] = {

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.hf.config_json import read_config
 from jaxtrain.models.hf.families import Tensor, tensors_of
-from jaxtrain.models.transformer import Transformer, init_params
+from jaxtrain.models.model import TransformerModel
 from jaxtrain.runtime.extras import import_extra
 from jaxtrain.runtime.files import read_json
 from jaxtrain.trees import named_leaves, path_names
@@ -158,7 +158,7 @@ def _no_model(path: Path) -> str:
 
 def abstract_params(config: ModelConfig) -> Any:
     """Returns the parameters of a model as a tree of `jax.ShapeDtypeStruct`."""
-    return jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
+    return jax.eval_shape(TransformerModel(config).init, jax.random.key(0))
 
 
 def leaf_shapes(params: Any) -> dict[str, tuple[int, ...]]:
@@ -234,20 +234,13 @@ def _place(array: jax.Array | None, spec: jax.ShapeDtypeStruct, piece: jax.Array
     """Returns the parameter with a piece of it in place.
 
     Args:
-      array: the stacked parameter so far, which is donated; None before its first layer.
+      array: the parameter so far, which is donated; None before its first piece.
       spec: shape, dtype and sharding of the parameter.
     """
-    if not tensor.index:
-        return _converter(spec.dtype, spec.sharding, tensor.transposed)(piece)
     if array is None:
         array = jax.jit(lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=spec.sharding)()
     array = _updater(spec.sharding, tensor.transposed)(array, piece, tensor.index)
     return jax.block_until_ready(array)  # otherwise the pieces of many layers would be alive
-
-
-@functools.lru_cache
-def _converter(dtype: Any, sharding: Sharding, transposed: bool) -> Any:
-    return jax.jit(lambda piece: (piece.T if transposed else piece).astype(dtype), out_shardings=sharding)
 
 
 @functools.lru_cache
