@@ -49,8 +49,6 @@ class RowReader:
           `inputs` and `labels` int32 `[B, T]`, 0 in padding; `where` bool `[B, T]`, True for the labels that count;
           and, as `documents` says, `segment_ids` int32 `[B, T]`, 0 in padding and from 1 in each row, and `positions`.
         """
-        if self._are_windows(rows):
-            return self._read_windows(rows)
         shape = (len(rows), self.seq_len)
         batch = {"inputs": np.zeros(shape, np.int32), "labels": np.zeros(shape, np.int32)}
         batch["where"] = np.zeros(shape, bool)
@@ -65,20 +63,6 @@ class RowReader:
                 segments = self._fill(parts, start, length, segments)
                 offset += length
         return batch
-
-    def _are_windows(self, rows: Sequence[Sequence[Piece]]) -> bool:
-        """Returns True if every row is one window with the token that follows it, and every label counts."""
-        plain = not self.documents.mask and not self.documents.restart and self.split.masks is None
-        last = self.split.num_tokens - self.seq_len - 1
-        return plain and all(len(row) == 1 and row[0][1] == self.seq_len and row[0][0] <= last for row in rows)
-
-    def _read_windows(self, rows: Sequence[Sequence[Piece]]) -> TokenBatch:
-        """Returns the batch of whole windows, of which each is read once."""
-        windows = np.empty((len(rows), self.seq_len + 1), np.int32)
-        for row, ((start, _),) in enumerate(rows):
-            windows[row] = self._tokens(start, self.seq_len + 1)
-        where = np.ones((len(rows), self.seq_len), bool)
-        return {"inputs": windows[:, :-1].copy(), "labels": windows[:, 1:].copy(), "where": where}
 
     def _fill(self, parts: TokenBatch, start: int, length: int, segments: int) -> int:
         """Writes a piece into its part of the row; returns the number of segments in the row so far."""

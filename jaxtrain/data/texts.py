@@ -12,13 +12,12 @@ from jaxtrain.data.token_files import find_token_files
 from jaxtrain.data.tokenizer import Tokenizer
 
 
-def open_split(source: str, split: str, tokenizer: Tokenizer, text_field: str = "text") -> Split:
+def open_split(source: str, split: str, tokenizer: Tokenizer) -> Split:
     """Opens a split of a token store, or tokenizes files of text.
 
     Args:
-      source: a token store, or files as `jaxtrain prepare` takes them.
+      source: a token store, or files as `jaxtrain prepare` takes them, with the text of records in `text`.
       split: "train" or "validation" of a token store.
-      text_field: field or column that holds the text of a record.
 
     Raises:
       ValueError: no such file, another tokenizer, or no text.
@@ -30,7 +29,7 @@ def open_split(source: str, split: str, tokenizer: Tokenizer, text_field: str = 
             raise ValueError(f"{path} was tokenized with another tokenizer than the model's: give its text instead")
         return getattr(store, split)
     files, _ = find_sources([source])
-    documents = (document for unit in plan_units(files, 1 << 62) for _, document in read_documents(unit, text_field))
+    documents = (document for unit in plan_units(files, 1 << 62) for _, document in read_documents(unit, "text"))
     return tokenize(documents, tokenizer, source)
 
 

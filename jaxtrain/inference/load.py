@@ -21,7 +21,7 @@ from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from jaxtrain.inference.generate import complete
 from jaxtrain.losses import LossSums
 from jaxtrain.models.decode import Sampling
-from jaxtrain.models.hf.read import is_pretrained
+from jaxtrain.models.hf.read import PretrainedFolder, abstract_params, is_pretrained
 from jaxtrain.models.lora import merge_lora, uses_lora, without_lora
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.metrics import read_metrics
@@ -163,10 +163,6 @@ def load(
 
     Raises:
       ValueError: no run, no such checkpoint, or a damaged one.
-
-    Example:
-      model = jaxtrain.load("runs/quickstart")
-      print(model.generate("def main"))
     """
     folder = local_run(run_dir)
     first = {device.process_index: device for device in reversed(jax.devices())}  # of each process
@@ -207,14 +203,18 @@ def is_imported(folder: Path, step: int) -> bool:
 
 
 def _load_pretrained(folder: Path, sharding: jax.sharding.Sharding) -> TrainedModel:
-    from jaxtrain.inference.pretrained import read_pretrained
+    from jaxtrain.inference.pretrained import read_tokenizer
 
-    found = read_pretrained(folder, sharding)
+    found = PretrainedFolder(folder)
+    tokenizer = read_tokenizer(found)
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=sharding), abstract_params(found.config)
+    )
+    params = jax.tree.map(lambda leaf: leaf.addressable_data(0), found.read_params(like))
     settings = TrainConfig(seq_len=min(found.config.max_seq_len, 1024), batch_size=8)
     config = Config(data=DataConfig(sources=(str(folder),)), model=found.config, train=settings)
-    params = jax.tree.map(lambda leaf: leaf.addressable_data(0), found.params)
     model = TransformerModel(dataclasses.replace(found.config, attention="auto"))
-    return TrainedModel(model, params, config, 0, folder, found.tokenizer, pretrained=True)
+    return TrainedModel(model, params, config, 0, folder, tokenizer, pretrained=True)
 
 
 def read_mean(

@@ -1,14 +1,10 @@
-"""Models of transformers with their tokenizers: from a folder, and the tokenizer files of an export."""
+"""Tokenizers of models of transformers: of a folder, and the tokenizer files of an export."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from jaxtrain.config import ModelConfig
 from jaxtrain.data.chat import TEMPLATE_FILE, TOKENIZER_CONFIG
 from jaxtrain.data.tokenizer import (
     TOKENIZER_FILE,
@@ -18,43 +14,12 @@ from jaxtrain.data.tokenizer import (
     byte_level_json,
     read_hf,
 )
-from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
+from jaxtrain.models.hf.read import PretrainedFolder
 from jaxtrain.runtime.files import read_json, write_json, write_text
 
 GENERATION_CONFIG = "generation_config.json"
 # Files beside tokenizer.json that a run directory takes over from the folder, and an export from the run directory.
 COMPANIONS = (TOKENIZER_CONFIG, TEMPLATE_FILE, GENERATION_CONFIG, "special_tokens_map.json")
-
-
-class Pretrained(NamedTuple):
-    """A model with its parameters and its tokenizer."""
-
-    config: ModelConfig
-    params: Any
-    tokenizer: BPETokenizer | ByteTokenizer
-
-
-def read_pretrained(
-    folder: str | Path, sharding: jax.sharding.Sharding | None = None, dtype: str = "float32"
-) -> Pretrained:
-    """Reads a folder of transformers: config.json, safetensors files and tokenizer.json.
-
-    Args:
-      folder: the folder; `models.hf.read.is_pretrained` recognizes one.
-      sharding: of every parameter; None puts them on the first device.
-      dtype: of the parameters.
-
-    Raises:
-      ValueError: no such model, or one that the decoder does not compute; names the file.
-    """
-    model = PretrainedFolder(folder)
-    tokenizer = read_tokenizer(model)
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=sharding),
-        abstract_params(model.config),
-    )
-    return Pretrained(model.config, model.read_params(like), tokenizer)
 
 
 def read_tokenizer(model: PretrainedFolder) -> BPETokenizer | ByteTokenizer:

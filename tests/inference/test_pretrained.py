@@ -12,7 +12,6 @@ import jaxtrain
 from jaxtrain.cli import main
 from jaxtrain.config import family
 from jaxtrain.data.tokenizer import BPETokenizer, begin_with_eot, byte_level_json, read_hf, train_bpe
-from jaxtrain.inference.pretrained import read_pretrained
 from jaxtrain.models.hf.write import write_model
 from jaxtrain.models.model import TransformerModel
 
@@ -30,15 +29,12 @@ def source(tmp_path_factory):
 
 
 def test_a_folder_gives_the_model_and_its_tokenizer(source):
-    pretrained = read_pretrained(source)
-    model = TransformerModel(pretrained.config)
+    pretrained = jaxtrain.load(source)
     expected = jax.jit(TransformerModel(family("llama", **SIZES)).init)(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, pretrained.params, expected)
     tokens = pretrained.tokenizer.encode("the cat")
     assert pretrained.tokenizer.decode(tokens) == "the cat"
-    assert model.decode(pretrained.params, tokens[None], None, 0)[0].shape == (1, len(tokens), 300)
-    half = read_pretrained(source, dtype="bfloat16").params
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+    assert pretrained.logits(tokens[None]).shape == (1, len(tokens), 300)
 
 
 def test_load_and_the_command_take_a_folder_of_transformers(source, capsys):
@@ -111,7 +107,7 @@ def test_the_end_of_text_token_is_the_one_that_the_folder_names(source, tmp_path
         (tmp_path / name).unlink()
         (tmp_path / name).write_text(json.dumps(changed))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
-    assert read_pretrained(tmp_path).tokenizer.eot_text == expected
+    assert jaxtrain.load(tmp_path).tokenizer.eot_text == expected
 
 
 def test_tokens_beyond_the_model_are_left_out(source, tmp_path):
@@ -122,6 +118,6 @@ def test_tokens_beyond_the_model_are_left_out(source, tmp_path):
     for number in range(270, 303):
         values = renamed(values, f"<image {number}>", number)
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    tokenizer = read_pretrained(tmp_path).tokenizer
+    tokenizer = jaxtrain.load(tmp_path).tokenizer
     assert tokenizer.vocab_size == 300
     assert tokenizer.decode([299]) == "<image 299>"

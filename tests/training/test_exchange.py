@@ -14,7 +14,6 @@ from runs import assert_same_bits, change, train
 import jaxtrain
 from jaxtrain.cli import main
 from jaxtrain.config import family
-from jaxtrain.inference.pretrained import read_pretrained
 from jaxtrain.models.hf.config_json import write_config
 from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
 from jaxtrain.training.exchange import export_model
@@ -79,7 +78,7 @@ def test_checkpoints_are_chosen_averaged_and_cast(run_dir, tmp_path):
     assert export_model(run, tmp_path / "first", step=2) == 2
     assert PretrainedFolder(tmp_path / "mean").dtype == "bfloat16"
     whole = jaxtrain.load(run_dir, average=2).params["final_norm"]["scale"]
-    cast = read_pretrained(tmp_path / "mean").params["final_norm"]["scale"]
+    cast = jaxtrain.load(tmp_path / "mean").params["final_norm"]["scale"]
     np.testing.assert_array_equal(cast, whole.astype("bfloat16").astype("float32"))
 
 
