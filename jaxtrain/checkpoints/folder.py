@@ -76,9 +76,7 @@ def require_writable_path(path: Path) -> None:
     bad = [repr(char) for char in text if char in "*?[\\" or "\ud800" <= char <= "\udfff"]
     bad += ["'gs:/'"] if "gs:/" in f"{text}/" else []
     if bad:
-        raise ValueError(
-            f"the path {text!r} holds {' '.join(bad)}, with which checkpoints cannot be saved: give another --run-dir"
-        )
+        raise ValueError(f"checkpoints cannot be saved in {text!r} with {' '.join(bad)}: give another --run-dir")
 
 
 class CheckpointFolder:

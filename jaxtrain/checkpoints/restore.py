@@ -148,10 +148,7 @@ def _require_fit(path: Path, leaves: dict[str, Any], like: dict[str, Any]) -> No
         if problems := compare(saved, describe(tree, part)):
             more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
             listed = "\n  ".join(problems[:_LISTED] + more)
-            raise ValueError(
-                f"checkpoint {path} does not fit this run; restore it with the config that wrote it ({part}):\n"
-                f"  {listed}"
-            )
+            raise ValueError(f"checkpoint {path} does not fit this run: give its config ({part}):\n  {listed}")
 
 
 def _read(path: Path, like: dict[str, Any]) -> dict[str, Any]:

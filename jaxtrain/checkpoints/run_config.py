@@ -48,10 +48,7 @@ def read_config(folder: Path, model: Any = None) -> Config:
     else:
         config = load_run_config(folder)
     if isinstance(config.model, SavedModel) and model is None:
-        raise ValueError(
-            f"{folder} has the model {config.model.custom} of a config file: give --config CONFIG.py, or `model` in "
-            "Python"
-        )
+        raise ValueError(f"{folder} has a model of its own, {config.model.custom}: give --config CONFIG.py, or `model`")
     # The sizes of the built-in transformer are in config.json; the config file then serves for its schedule.
     if model is not None and not (isinstance(model, ModelConfig) and isinstance(config.model, ModelConfig)):
         saved, config = config, dataclasses.replace(config, model=model)

@@ -24,10 +24,7 @@ def find(source: str, run_dir: Path) -> tuple[Path, int | None]:
     run, _, name = source.rstrip("/").rpartition("/checkpoints/")
     path, step = (local_run(run), int(name)) if run and name.isdigit() else (local_run(source), None)
     if path.resolve() == run_dir.resolve():
-        raise ValueError(
-            f"train.init_from {source} is the run's own folder: leave train.init_from out to resume the run, or give "
-            "another --run-dir to start another run from its weights"
-        )
+        raise ValueError(f"train.init_from {source} is the run's own folder: leave it out, or give another --run-dir")
     steps = CheckpointFolder(path / "checkpoints").steps()
     if not steps or (step is not None and step not in steps):
         there = f"its checkpoints are {steps}" if steps else "it has no checkpoint"

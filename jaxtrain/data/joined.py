@@ -22,9 +22,7 @@ def join_stores(stores: Mapping[str, TokenStore]) -> TokenStore:
         for what in ("vocab_size", "eot_id"):
             mine, theirs = getattr(first[1], what), getattr(store, what)
             if mine != theirs:
-                raise ValueError(
-                    f"data.stores: {first[0]} has {what} {mine}, {name} has {theirs}: prepare both with one tokenizer"
-                )
+                raise ValueError(f"data.stores: {first[0]} has {what} {mine}, {name} {theirs}: prepare both with one")
         if _tokenizer(first[1]) != _tokenizer(store):
             raise ValueError(
                 f"data.stores: {first[0]} and {name} have different tokenizers: prepare both with one, such as "

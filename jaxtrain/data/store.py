@@ -198,9 +198,7 @@ def _open_token_files(
         )
     eot_ids = {file.eot_id: file.path for file in files if file.eot_id is not None}
     if len(eot_ids) > 1:
-        raise ValueError(
-            f"{' and '.join(map(str, eot_ids.values()))} have different end-of-text tokens: keep them apart"
-        )
+        raise ValueError(f"{' and '.join(map(str, eot_ids.values()))} differ in the end-of-text token: keep them apart")
     splits = []
     for part in (train, validation):
         positions = [file.scan(vocab_size) if verify else None for file in part]

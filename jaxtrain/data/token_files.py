@@ -111,9 +111,7 @@ def find_token_files(path: Path) -> tuple[list[Path], list[Path]] | None:
     for file in files:
         words = re.findall(r"[a-z]+", file.stem.lower())
         if not {"train", "training", "val", "valid", "validation"} & set(words):
-            raise ValueError(
-                f"{file} has neither `train` nor `val` in its name: rename it, move it away, or name one file"
-            )
+            raise ValueError(f"{file} has neither `train` nor `val` in its name: rename it, move it, or name one file")
         splits[not {"train", "training"} & set(words)].append(file)
     if files and not splits[0]:
         raise ValueError(f"{path} holds no training file: name one with `train` in its name")

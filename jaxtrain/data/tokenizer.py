@@ -291,8 +291,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     tokenizer = BPETokenizer(library.to_str())
     if tokenizer.vocab_size < vocab_size:
         raise ValueError(
-            f"the training text is too small for bpe:{vocab_size}: it has pairs for {tokenizer.vocab_size} tokens; "
-            f"use bpe:{tokenizer.vocab_size} or fewer, or more text"
+            f"the text is too small for bpe:{vocab_size}: use bpe:{tokenizer.vocab_size} or fewer, or more text"
         )
     return tokenizer
 
@@ -368,10 +367,7 @@ def _read(file: Path) -> ByteTokenizer | BPETokenizer:
     except (ImportError, OSError):
         raise
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(
-            f"{file} is not a file of the tokenizers library: {error}; fetch it again, or write one with "
-            "`save_pretrained` of transformers"
-        ) from None
+        raise ValueError(f"{file} is not a file of the tokenizers library: {error}; fetch it again") from None
     return tokenizer
 
 

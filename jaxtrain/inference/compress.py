@@ -154,10 +154,7 @@ def decompress(
     rows = max(len(payloads), 1)
     step = make_step(trained, rows, header.window)
     if step.probe(rows) != header.probe:
-        raise ValueError(
-            "the model's probabilities differ here from those of the encoder, to the last bit: decompress on a machine "
-            "of the same kind as the one that compressed"
-        )
+        raise ValueError("the probabilities are not the encoder's: decompress on a machine of the kind that compressed")
     lengths = [stream.num_tokens for stream in header.streams]
     decoders = [
         coding.stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32)) if length else None

@@ -169,9 +169,7 @@ def load(
     everywhere = replicated(Mesh(np.array([first[process] for process in sorted(first)]), ("processes",)))
     if is_pretrained(folder):
         if step is not None or average != 1 or model is not None:
-            raise ValueError(
-                f"{folder} is no run: it has one set of parameters and its own model; give the folder alone"
-            )
+            raise ValueError(f"{folder} is no run: it has one step and its own model; give the folder alone")
         return _load_pretrained(folder, everywhere)
     config = read_config(folder, model)
     step = find_step(folder, step)
@@ -233,9 +231,7 @@ def read_mean(
         raise ValueError(f"the checkpoint of step {step} was made with another tokenizer than {folder} holds")
     earlier = [other for other in checkpoints.steps() if other < step]
     if len(earlier) < average - 1:
-        raise ValueError(
-            f"average {average} needs as many checkpoints up to step {step}, and {folder} has {1 + len(earlier)}"
-        )
+        raise ValueError(f"average {average} needs as many checkpoints up to step {step}, not {1 + len(earlier)}")
     for other in earlier[len(earlier) - average + 1 :]:
         params = jax.tree.map(jnp.add, params, merge_lora(restore_params(checkpoints, like, other)[0], model))
     return (jax.tree.map(lambda leaf: leaf / average, params) if average > 1 else params), step
@@ -253,7 +249,5 @@ def find_step(folder: Path, step: int | Literal["best"] | None) -> int | None:
     losses = {event["step"]: event["nll"] for event in events if event["event"] == "eval"}
     saved = set(CheckpointFolder(folder / "checkpoints").require())
     if not losses.keys() & saved:
-        raise ValueError(
-            f"no checkpoint in {folder} was evaluated, so that none is the best: give a step of {sorted(saved)}"
-        )
+        raise ValueError(f"no checkpoint in {folder} was evaluated: give a step of {sorted(saved)} instead of best")
     return min(losses.keys() & saved, key=lambda step: (losses[step], step))

@@ -29,10 +29,7 @@ def read_tokenizer(model: PretrainedFolder) -> BPETokenizer | ByteTokenizer:
     """
     file = model.path / TOKENIZER_FILE
     if not file.is_file():
-        raise ValueError(
-            f"{file} is missing: make it with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of "
-            "transformers"
-        )
+        raise ValueError(f"{file} is missing: save it with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
     values = read_json(file)
     eot = _end_of_text(model, values)
     try:

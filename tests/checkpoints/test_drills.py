@@ -319,7 +319,7 @@ def test_init_from_refuses_sources_that_do_not_fit(config, whole, corpus, tmp_pa
     for source, message in (
         (tmp_path / "nowhere", "no such checkpoint, it has no checkpoint"),
         (whole / "checkpoints" / "3", r"no such checkpoint, its checkpoints are \[18, 20\]"),
-        (tmp_path / "run", "the run's own folder: leave train.init_from out to resume the run"),
+        (tmp_path / "run", "the run's own folder: leave it out, or give another --run-dir"),
         (tmp_path / "run" / "checkpoints" / "3", "the run's own folder"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -149,7 +149,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(copy):
 
 @pytest.mark.parametrize("name", ["gs:", "x gs:", "gs:/y", "a*", "b?", "[c]", "d\\e", "\udcff"])
 def test_names_with_which_nothing_can_be_saved_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match=r"with which checkpoints cannot be saved: give another --run-dir"):
+    with pytest.raises(ValueError, match=r"checkpoints cannot be saved in .*: give another --run-dir"):
         require_writable_path(tmp_path / name)
 
 

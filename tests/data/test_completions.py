@@ -187,7 +187,7 @@ CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
     [
         (
             [{"prompt": "a"}, PAIRS[0]],
-            "record 1 cannot be used: it has neither messages nor the texts prompt and compl",
+            "record 1 cannot be used: it has neither messages nor prompt and compl",
         ),
         ([PAIRS[0], {"prompt": "a", "completion": ""}], "record 2 cannot be used: it has no completion"),
         ([PAIRS[0], ["a"]], "record 2 cannot be used: it is list, not an object"),

@@ -134,7 +134,7 @@ BAD = {
     "no_comma.json": (b'["a" "b"]', r"is not JSON: no ',' or ']' after record 1"),
     "after.json": (b'["a"] "b"', "is not JSON: text after the array"),
     "words.json": (b"these are words", "is not JSON after record 0"),
-    "short_row.csv": (b"id,text\n1,a\n2\n", "line 3 has 1 columns, the header 2: correct the line"),
+    "short_row.csv": (b"id,text\n1,a\n2\n", "line 3 has 1 columns, the header 2: fix it"),
     "quote.csv": (b'text\n"a', r"line 2 cannot be used: .*correct the line"),
     "damaged.txt.gz": (gzip.compress(b"hello" * 100)[:-9], r"cannot be read: .*replace the file"),
     "damaged.jsonl.gz": (GZIP[:-9], "cannot be read"),
@@ -170,7 +170,7 @@ BAD = {
     "page.parquet": (b"<!DOCTYPE html>", "cannot be read: .*; replace the file or leave it out"),
     "crawl.warc": (b"WARC/1.0\r\n", "is a WARC archive: extract its text"),
     "blank.jsonl": (b'\n{"text": ""}\n', "hold no text"),
-    "tiny.txt": (b"a", "1 bytes of text are too few to hold out 0.02"),
+    "tiny.txt": (b"a", "1 bytes are too few to hold out 0.02"),
     "character.txt": ("漢".encode(), "the train split has no document: add text"),
 }
 

@@ -153,9 +153,7 @@ def _encode(record: Record, tokenizer: Tokenizer, template: Callable[[], ChatTem
     else:
         parts = [record.get(name) for name in ("prompt", "completion")]
         if not all(isinstance(part, str) for part in parts):
-            raise ValueError(
-                f"it has neither messages nor the texts prompt and completion (it has: {', '.join(record)})"
-            )
+            raise ValueError(f"it has neither messages nor prompt and completion (it has: {', '.join(record)})")
         text, spans = "".join(parts), [(len(parts[0]), len(parts[0]) + len(parts[1]))]
         tokens, encode, first = tokenizer.encode(text), tokenizer.encode, 1
     if not any(stop > start for start, stop in spans):

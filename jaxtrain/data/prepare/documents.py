@@ -132,10 +132,7 @@ def choose_split(units: Sequence[Unit], text_field: str, fraction: float) -> tup
         raise ValueError("the sources hold no text: every file or document in them is empty")
     tail_start = int(num_bytes * (1 - fraction))
     if not 0 < tail_start < num_bytes:
-        raise ValueError(
-            f"{num_bytes} bytes of text are too few to hold out {fraction:g} of them for validation: "
-            "add text or change validation_fraction"
-        )
+        raise ValueError(f"{num_bytes} bytes are too few to hold out {fraction:g}: add text, or hold out more")
     return SplitRule(fraction, tail_start), sizes
 
 

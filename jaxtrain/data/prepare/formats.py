@@ -219,9 +219,7 @@ def table_rows(
             yield header
             for row in filter(None, rows):
                 if len(row) != len(header):
-                    raise ValueError(
-                        f"line {rows.line_num} has {len(row)} columns, the header {len(header)}: correct the line"
-                    )
+                    raise ValueError(f"line {rows.line_num} has {len(row)} columns, the header {len(header)}: fix it")
                 yield row
         except csv.Error as error:
             raise ValueError(f"line {rows.line_num} cannot be used: {error}; correct the line") from None

@@ -129,9 +129,7 @@ def _paths(source: str, left_out: LeftOut) -> list[Path]:
         if entry.is_dir():
             inside = [entry / name for name in _walk(entry, lambda name: name.startswith("."), left_out)]
             if not inside and len(found) == 1:
-                raise ValueError(
-                    f"the folder {entry} holds no files (hidden ones are skipped): name a folder with text"
-                )
+                raise ValueError(f"the folder {entry} holds no files (hidden ones are skipped): name one with text")
             files += inside
         elif _is_regular(entry):
             files.append(entry)
@@ -221,9 +219,7 @@ def _dataset_files(folder: str, files: Sequence[str]) -> set[str]:
 
 
 def _refuse_unreadable(error: OSError) -> None:
-    raise ValueError(
-        f"the folder {one_line(error.filename)} cannot be read: {error.strerror}; make it readable or move it away"
-    )
+    raise ValueError(f"the folder {one_line(error.filename)} cannot be read: {error.strerror}; make it readable")
 
 
 def _is_regular(path: Path) -> bool:
@@ -259,8 +255,5 @@ def _stdlib_files(folder: Path) -> list[SourceFile]:
             files.append(_source_file(str(folder / name), key=name))
             seen.add(digest)
     if not files:
-        raise ValueError(
-            f"{PYTHON_STDLIB}: no .py files under {folder}: this Python ships its standard library without sources; "
-            "use another Python, or name text files instead"
-        )
+        raise ValueError(f"{PYTHON_STDLIB}: no .py files under {folder}: use a Python with sources, or name text files")
     return files

@@ -71,10 +71,8 @@ def _read_rope(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     default = {"rope_theta": config.get("rope_theta", 1e6 if family.style in ("gemma3", "mixtral") else 1e4)}
     whole = default | (config.get("rope_scaling") or {}) | given.get("full_attention", given)
     for rope in (whole, local):
-        if rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(
-                f"partial_rotary_factor is {rope['partial_rotary_factor']}, and the decoder rotates all channels"
-            )
+        if (share := rope.get("partial_rotary_factor", 1)) != 1:
+            raise ValueError(f"partial_rotary_factor is {share}, and the decoder rotates all channels")
     kind = whole.get("rope_type", whole.get("type", "default"))
     keys = {"default": (), "linear": ("factor",)}
     keys["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -132,9 +130,8 @@ def write_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
         if nearest is None or len(differ) < len(nearest[0]):
             nearest = differ, family.architecture
     assert nearest is not None
-    raise ValueError(
-        f"no architecture of transformers computes this model; {nearest[1]} differs by {', '.join(nearest[0])}"
-    )
+    differ, name = nearest
+    raise ValueError(f"no architecture of transformers computes this model; {name} differs by {', '.join(differ)}")
 
 
 def _write(family: Family, c: ModelConfig) -> dict[str, Any]:

@@ -47,13 +47,14 @@ def attend(
       `[B, T, H, K]`, in the queries' dtype.
 
     Raises:
-      ValueError: an unsupported argument, sizes that do not fit, or a window or soft-cap that is not above 0.
-      AssertionError: arrays of another rank, or values of another shape than the keys.
+      ValueError: an argument that the kernel does not support.
+      AssertionError: arrays whose shapes do not fit.
     """
     chex.assert_rank([query_BTHK, key_BSGK, value_BSGK], 4)
     chex.assert_equal_shape([key_BSGK, value_BSGK])
-    chex.assert_equal_shape([query_BTHK, key_BSGK], dims=(0, 3))
-    _check_arguments(query_BTHK, key_BSGK, positions_BT, segment_ids, window, softcap)
+    chex.assert_equal_shape([query_BTHK, key_BSGK], dims=(0, 1, 3) if positions_BT is None else (0, 3))
+    if segment_ids is not None:
+        chex.assert_shape(segment_ids, key_BSGK.shape[:2])
     _, length, _, width = query_BTHK.shape
     device = jax.local_devices()[0]
     given: dict[str, Any] = {"positions": positions_BT is not None, "segments": segment_ids is not None}
@@ -94,7 +95,7 @@ def choose_kernel(
       seq_len, head_dim: tokens, and channels per head.
       positions, segments: True if given.
       softcap: soft-cap of the scores.
-      capability: the GPU's (`cudnn.capability`).
+      capability: the GPU's (`cudnn.capability`); None for another device.
 
     Raises:
       ValueError: an unknown kernel, or one that does not support the arguments.
@@ -113,29 +114,6 @@ def choose_kernel(
     if reason and kernel != "auto":
         raise ValueError(f'attention "{kernel}" {reason}: use "xla"')
     return "xla" if reason else chosen
-
-
-def _check_arguments(
-    query_BTHK: jax.Array,
-    key_BSGK: jax.Array,
-    positions_BT: jax.Array | None,
-    segment_ids: jax.Array | None,
-    window: int | None,
-    softcap: float | None,
-) -> None:
-    batch, length, num_heads, _ = query_BTHK.shape
-    _, num_keys, num_groups, _ = key_BSGK.shape
-    if num_heads % num_groups:
-        raise ValueError(f"{num_heads} query heads are not a multiple of {num_groups} key and value heads")
-    if positions_BT is None and length != num_keys:
-        raise ValueError(f"{length} queries and {num_keys} keys: pass the queries' positions among the keys")
-    if segment_ids is not None and segment_ids.shape != (batch, num_keys):
-        got = list(segment_ids.shape)
-        raise ValueError(f"segment_ids must have the shape of the keys, [{batch}, {num_keys}]; got {got}")
-    if window is not None and window < 1:
-        raise ValueError(f"the attention window must be above 0, or None for all keys; got {window}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"the attention soft-cap must be above 0 and finite, or None to disable it; got {softcap}")
 
 
 def _visible(

@@ -36,16 +36,11 @@ def unsupported(
     softcap: float | None = None,
     capability: tuple[int, int] | None = None,
 ) -> str | None:
-    """Returns why the kernel does not support the arguments, as the end of a sentence, or None.
+    """Returns why the kernel does not support the arguments of `choose_kernel`, as the end of a sentence, or None.
 
-    Args:
-      dtype: dtype of queries, keys and values.
-      head_dim: channels per head.
-      segments: True if there are segment ids. `jax.nn` supports segments only as a mask `[T, S]`, which is slow, and
-        before jax 0.11.1 it also computes an unused gradient of the mask. The private function below it takes offsets
-        of packed segments, but before jax 0.11.1 its results for grouped queries are silently wrong.
-      softcap: soft-cap of the scores.
-      capability: CUDA compute capability. None means that the device is not an NVIDIA GPU.
+    `jax.nn` supports segments only as a mask `[T, S]`, which is slow, and before jax 0.11.1 it also computes an unused
+    gradient of the mask. The private function below it takes offsets of packed segments, but before jax 0.11.1 its
+    results for grouped queries are silently wrong.
     """
     if capability is None or capability < AMPERE:
         found = "there is none" if capability is None else f"this one has {capability[0]}.{capability[1]}"
