@@ -32,8 +32,7 @@ def open_stream(path: str) -> BinaryIO:
         head = stream.read(10)
     for suffix, (name, matches, opener) in COMPRESSIONS.items():
         if matches(head):
-            file = open_binary(path)
-            return _Decompressed(opener(file), file)
+            return _Decompressed(opener, open_binary(path))
         if head and path.lower().endswith(suffix):
             raise ValueError(f"is not a {name} file, as its name says: rename it or replace it")
     return open_binary(path)
@@ -42,9 +41,13 @@ def open_stream(path: str) -> BinaryIO:
 class _Decompressed(io.BufferedReader):
     """Decompressed stream that closes the file below it."""
 
-    def __init__(self, stream: Any, file: BinaryIO):
-        super().__init__(stream)
+    def __init__(self, opener: Callable[[BinaryIO], Any], file: BinaryIO):
         self._file = file
+        try:
+            super().__init__(opener(file))
+        except ImportError:
+            file.close()
+            raise
 
     def close(self) -> None:
         super().close()
