@@ -72,12 +72,9 @@ class Saver:
         self._fsync = fsync
         self._directories = {path: path.stat().st_ino for path in folder.path.parents if path.is_dir()}
         self._limit = _PATIENCE * processes.time_limit()
-        self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                params=ocp.StandardCheckpointHandler(), rest=ocp.StandardCheckpointHandler()
-            ),
-            async_options=ocp.AsyncOptions(timeout_secs=int(self._limit) + 1),
-        )
+        handlers = {part: ocp.StandardCheckpointHandler() for part in ("params", "rest")}
+        options = ocp.AsyncOptions(timeout_secs=int(self._limit) + 1)
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers), async_options=options)
         self._key = processes.new_key("save")
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None  # of the save on the thread
@@ -153,9 +150,8 @@ class Saver:
             self._clear(step)
             self._failed(error)
             return False
-        self._thread = threading.Thread(
-            target=self._commit, args=(step, leaves, fingerprint), name="checkpoint", daemon=True
-        )
+        written = (step, leaves, fingerprint)
+        self._thread = threading.Thread(target=self._commit, args=written, name="checkpoint", daemon=True)
         self._thread.start()
         self._folder.report("save", "", step=step)
         return True

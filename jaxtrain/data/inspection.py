@@ -89,10 +89,8 @@ def _inspect_split(
             "sources": list(_by_source(store, name, lengths, again, flags)),
         }
     places = np.linspace(0, max(split.num_tokens - _WINDOW_TOKENS, 0), num_windows + 1, dtype=np.int64)[:num_windows]
-    places = np.unique(places)  # a small split has fewer
-    found["windows"] = [
-        {"position": place, "text": text(_window(split, place, split.num_tokens))} for place in places.tolist()
-    ]
+    windows = ((place, _window(split, place, split.num_tokens)) for place in np.unique(places).tolist())
+    found["windows"] = [{"position": place, "text": text(window)} for place, window in windows]
     return found
 
 

@@ -71,9 +71,8 @@ class RowReader:
         tokens = self._tokens(start, stop - start)
         parts["inputs"][:] = tokens[:length]
         parts["labels"][: stop - start - 1] = tokens[1:]
-        parts["where"][: stop - start - 1] = (
-            True if split.masks is None else split.read_mask(start + 1, stop - start - 1)
-        )
+        counts = True if split.masks is None else split.read_mask(start + 1, stop - start - 1)
+        parts["where"][: stop - start - 1] = counts
         if not self.documents.mask:
             return segments
         first, last = np.searchsorted(split.document_starts, [start + 1, start + length + 1])

@@ -122,11 +122,9 @@ class Attention(nn.Module):
         """Calls `attend` with the window of the layer, which depends on its number if some layers have none."""
         attend_to = functools.partial(attend, softcap=self.config.attention_softcap, **more)
         within = functools.partial(attend_to, window=self.config.attention_window)
-        return (
-            within(*arrays)
-            if context.is_global is None
-            else jax.lax.cond(context.is_global, attend_to, within, *arrays)
-        )
+        if context.is_global is None:
+            return within(*arrays)
+        return jax.lax.cond(context.is_global, attend_to, within, *arrays)
 
     def _norm(self, name: str, x_BTHK: jax.Array) -> jax.Array:
         """Applies RMSNorm to each head, or to the channels of all heads together."""

@@ -12,9 +12,8 @@ def matrices_per_layer(c: ModelConfig, *, tensor: int = 1, active: bool = False)
     """
     attention = 2 * c.d_model * (c.num_heads + c.kv_heads) * c.channels_per_head
     blocks = (c.experts_per_token if active else c.num_experts) if c.num_experts else 1
-    return (attention + blocks * c.d_model * c.d_ff * (3 if c.gated else 2)) // tensor + c.d_model * (
-        c.num_experts or 0
-    )
+    router = c.d_model * (c.num_experts or 0)
+    return (attention + blocks * c.d_model * c.d_ff * (3 if c.gated else 2)) // tensor + router
 
 
 def active_params(c: ModelConfig, num_params: int) -> int:
@@ -38,10 +37,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True) -
     def keys(window: int) -> float:
         return window - window * (window - 1) / (2 * seq_len) if causal else seq_len
 
-    num_local = len(c.window_layers)
-    all_keys = num_local * keys(min(c.attention_window or seq_len, seq_len)) + (c.num_layers - num_local) * keys(
-        seq_len
-    )
+    num_local, window = len(c.window_layers), min(c.attention_window or seq_len, seq_len)
+    all_keys = num_local * keys(window) + (c.num_layers - num_local) * keys(seq_len)
     matrices = c.num_layers * matrices_per_layer(c, active=True) + c.d_model * c.vocab_size
     scores = 2 * c.num_heads * c.channels_per_head * all_keys
     products = 2 if c.lora_rank else 3

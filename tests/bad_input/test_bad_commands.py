@@ -61,7 +61,7 @@ COMMANDS = {
     ),
     **{
         f"a run directory with {char}": bad(
-            f"train {{config}} --run-dir below{char}x/run", f"holds {char!r},", "--run-dir"
+            f"train {{config}} --run-dir below{char}x/run", f"with {char!r}:", "--run-dir"
         )
         for char in "*?["
     },

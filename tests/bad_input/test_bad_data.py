@@ -34,7 +34,7 @@ DATA = {
     "no folder to make": bad("prepare {corpus}", "--out DIR is missing", "folder"),
     "an absent source": bad("prepare no.txt --out {out}", "no.txt", "check the path"),
     "a glob without a match": bad("prepare *.nope --out {out}", "'*.nope'", "check it"),
-    "an empty folder": bad("prepare {tmp} --out {out}", "work", "name a folder with text"),
+    "an empty folder": bad("prepare {tmp} --out {out}", "work", "name one with text"),
     "an empty file": bad("prepare a.txt --out {out}", "hold no text", "empty", make=text("a.txt", "")),
     "one byte": bad("prepare a.txt --out {out}", "1 bytes", "add text", make=text("a.txt", "x")),
     "a device": bad("prepare /dev/zero --out {out}", "/dev/zero", "write the text to a file"),

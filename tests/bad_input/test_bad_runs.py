@@ -46,7 +46,7 @@ RUNS = {
     "another model": bad(
         "eval {run}",
         "does not fit this run",
-        "restore it with the config that wrote it",
+        "give its config",
         make=in_run(lambda c: c["model"].update(d_ff=64)),
     ),
     "resuming with another learning rate": bad(

@@ -233,7 +233,7 @@ def test_a_limit_of_passes_may_be_reached_and_not_exceeded():
 
 
 def test_stores_that_do_not_fit_and_limits(tiny_config, stores, tmp_path):
-    with pytest.raises(ValueError, match="web has vocab_size 257, bpe has 260"):
+    with pytest.raises(ValueError, match="web has vocab_size 257, bpe 260"):
         join_stores({name: open_store(stores[name]) for name in ("web", "bpe")})
     other = open_store(stores["bpe"])
     other = dataclasses.replace(other, tokenizer_file=other.path / "manifest.json")

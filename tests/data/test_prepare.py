@@ -321,5 +321,5 @@ def test_python_stdlib_leaves_out_tests_and_copies(tmp_path, monkeypatch):
     for name in kept:
         (tmp_path / name).unlink()
     (tmp_path / "copy_of_a.py").unlink()
-    with pytest.raises(ValueError, match=r"no \.py files under .*use another Python"):
+    with pytest.raises(ValueError, match=r"no \.py files under .*use a Python with sources"):
         find_sources(["python-stdlib"])

@@ -43,7 +43,7 @@ def test_which_checkpoint(run_dir):
         mean, trees = jaxtrain.load(run_dir, average=len(newest)), [model.params for model in newest]
         expected = jax.tree.map(lambda *leaves: sum(map(np.asarray, leaves)) / len(leaves), *trees)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), mean.params, expected)
-    for arguments, message in (((7,), "no checkpoint of step 7"), ((None, 4), "has 3"), ((None, 0), "1 or more")):
+    for arguments, message in (((7,), "no checkpoint of step 7"), ((None, 4), "not 3"), ((None, 0), "1 or more")):
         with pytest.raises(ValueError, match=message):
             jaxtrain.load(run_dir, arguments[0], average=(*arguments, 1)[1])
 

@@ -154,7 +154,7 @@ def test_values_and_keys_have_one_shape(shape):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_keys": 9}, r"\(2, 9, 2, "),  # without the queries' positions
+        ({"num_keys": 9}, r"\[2, 9, 8\]"),  # without the queries' positions
         ({"segment_ids": np.zeros((2, 7), np.int32)}, r"\(2, 7\)"),
         ({"kernel": "flash"}, "unknown attention kernel 'flash'"),
         ({"kernel": "cudnn"}, '"cudnn" needs an NVIDIA GPU'),
