@@ -83,7 +83,7 @@ def run_schedule(options: ScheduleOptions) -> int:
     steps = options.config.train.steps
     schedule = make_schedule(options.config)
     values = jax.vmap(schedule)(jnp.arange(steps)).tolist()
-    echo(describe_schedule(options.config))
+    echo(describe_schedule(options.config, values[-1]))
     echo(draw_curve(values, label="learning rate"))
     if options.png:
         echo(f"drawn to {plot_schedule(schedule, steps, options.png)}")

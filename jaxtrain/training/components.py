@@ -26,10 +26,9 @@ def make_schedule(config: Config) -> Schedule:
     return SCHEDULES[config.optim.schedule].make(config.resolved_optim, config.train.steps)
 
 
-def describe_schedule(config: Config) -> str:
-    """Describes the schedule in one line."""
-    optim, schedule = config.resolved_optim, make_schedule(config)
-    last = float(jax.jit(schedule)(config.train.steps - 1))  # compiles one small program instead of sixteen
+def describe_schedule(config: Config, last: float) -> str:
+    """Describes the schedule in one line; `last` is the learning rate of the last step."""
+    optim = config.resolved_optim
     shape = SCHEDULES[optim.schedule].description.format_map(vars(optim))
     return f"{optim.warmup_steps} steps up to {optim.peak_lr:g}, {shape}, {last:g} at step {config.train.steps}"
 

@@ -177,7 +177,7 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
     old = load_config(file)
     changed = _changes(old, config)
     fixed = {k: v for k, v in changed.items() if not k.startswith(_CHANGEABLE) or k in _FIXED}
-    extends = set(changed) <= _LENGTH and config.train.steps >= step and _same_rates(old, config, step)
+    extends = changed and set(changed) <= _LENGTH and config.train.steps >= step and _same_rates(old, config, step)
     if fixed or not (allow_change or extends or not changed):
         lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in (fixed or changed).items()]
         if fixed.keys() == {"train.init_from"}:

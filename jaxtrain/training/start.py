@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxtrain.checkpoints import warm_start as weights
 from jaxtrain.checkpoints.folder import CheckpointFolder
@@ -24,6 +25,7 @@ from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.tables import format_bytes
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.files import git_commit
+from jaxtrain.runtime.mesh import replicated
 from jaxtrain.runtime.stop import Stop
 from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
@@ -296,6 +298,8 @@ def start_table(run: Run) -> list[tuple[str, str]]:
         mixed = [("mixture", describe(batches.mixture))]
         seen, sizes = batches.tokens_seen(settings.steps), run.store.sources
         epochs = ", ".join(f"{name} {seen[name] / sizes[name].train.num_tokens:.2f}" for name in seen)
+    last_step = jax.device_put(np.int32(settings.steps - 1), replicated(run.program.mesh))
+    last = run.program.scalars(last_step)  # the program of the steps, so nothing more is compiled
     return [
         ("model", name),
         ("parameters", f"{num_params:,}, computing in {settings.precision}"),
@@ -307,7 +311,7 @@ def start_table(run: Run) -> list[tuple[str, str]]:
         *skipped,
         ("tokens per step", batch),
         ("epochs", f"{epochs} in {settings.steps:,} steps"),
-        ("learning rate", components.describe_schedule(config)),
+        ("learning rate", components.describe_schedule(config, float(last.learning_rate))),
     ]
 
 
