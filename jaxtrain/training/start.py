@@ -298,8 +298,10 @@ def start_table(run: Run) -> list[tuple[str, str]]:
         mixed = [("mixture", describe(batches.mixture))]
         seen, sizes = batches.tokens_seen(settings.steps), run.store.sources
         epochs = ", ".join(f"{name} {seen[name] / sizes[name].train.num_tokens:.2f}" for name in seen)
-    last_step = jax.device_put(np.int32(settings.steps - 1), replicated(run.program.mesh))
-    last = run.program.scalars(last_step)  # the program of the steps, so nothing more is compiled
+    rate = []
+    if run.program.scalars:  # the program of the steps, so nothing more is compiled
+        last = run.program.scalars(jax.device_put(np.int32(settings.steps - 1), replicated(mesh))).learning_rate
+        rate = [("learning rate", components.describe_schedule(config, float(last)))]
     return [
         ("model", name),
         ("parameters", f"{num_params:,}, computing in {settings.precision}"),
@@ -311,7 +313,7 @@ def start_table(run: Run) -> list[tuple[str, str]]:
         *skipped,
         ("tokens per step", batch),
         ("epochs", f"{epochs} in {settings.steps:,} steps"),
-        ("learning rate", components.describe_schedule(config, float(last.learning_rate))),
+        *rate,
     ]
 
 
