@@ -162,19 +162,17 @@ def _folders(folder: str) -> list[str]:
     return found
 
 
-def _walk(folder: Path, skip: Callable[[str], bool], left_out: LeftOut | None = None) -> list[str]:
+def _walk(folder: Path, skip: Callable[[str], bool], left_out: LeftOut) -> list[str]:
     """Returns the relative paths of the regular files under a folder, sorted; `skip` gets the name of each entry.
 
     A folder that was visited before, such as a link to a parent, is not visited again.
     """
     paths, visited = [], {os.path.realpath(folder)}
-    left_out = {} if left_out is None else left_out
     for root, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
         skipped = [name for name in folders + files if skip(name)]
         if parts := _dataset_files(root, files):
-            left_out.setdefault("beside the records of a dataset", []).extend(
-                os.path.join(root, n) for n in sorted(set(files) - parts)
-            )
+            others = [os.path.join(root, name) for name in sorted(set(files) - parts)]
+            left_out.setdefault("beside the records of a dataset", []).extend(others)
             files = sorted(parts)
         names, folders[:] = [name for name in folders if name not in skipped], []
         for name in names:
@@ -246,7 +244,7 @@ def _source_file(path: str, key: str = "") -> SourceFile:
 def _stdlib_files(folder: Path) -> list[SourceFile]:
     """Lists the standard library's own modules: no tests, no copies, UTF-8 only; the key is the relative path."""
     files, seen = [], set()
-    for name in _walk(folder, lambda name: name in _STDLIB_SKIPPED):
+    for name in _walk(folder, lambda name: name in _STDLIB_SKIPPED, {}):
         if not name.endswith(".py") or name.startswith("ensurepip/_bundled/"):
             continue
         data = (folder / name).read_bytes()

@@ -103,15 +103,13 @@ class PretrainedFolder:
             for name, tensor in places[leaf]:
                 stored = self._stored[name]
                 source = stored.open(opened(stored.file))
-                array = _place(array, spec, _read_piece(source, spec, tensor, self._start(tensor, leaf)), tensor)
+                before = tensor.leaves[: tensor.leaves.index(leaf)]  # that the tensor holds too
+                piece = _read_piece(source, spec, tensor, sum(self._shapes[other][-1] for other in before))
+                array = _place(array, spec, piece, tensor)
             assert array is not None
             return array
 
         return jax.tree_util.tree_map_with_path(read, like)
-
-    def _start(self, tensor: Tensor, leaf: str) -> int:
-        """Returns the column at which a parameter begins in a tensor that holds several."""
-        return sum(self._shapes[other][-1] for other in tensor.leaves[: tensor.leaves.index(leaf)])
 
     def _match(self, found: dict[str, _Stored]) -> dict[str, _Stored]:
         """Returns the stored tensors by the names of the family.
