@@ -6,8 +6,10 @@ that is slow or suspended keeps its connection, so it is never taken for a lost 
 """
 
 import contextlib
+import ctypes
 import json
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -112,12 +114,19 @@ def _read(connection: Any, buffer: bytearray, process: int) -> tuple[int, str] |
 
 
 _watched: Peers | None = None
+_libc = ctypes.CDLL(None)
+_on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: wait_for_loss())  # Python's own would run too late
 
 
 def watch(connections: Mapping[int, socket.socket]) -> None:
-    """Starts to watch the other processes of this one's run."""
+    """Starts to watch the other processes of this one's run.
+
+    A collective that loses a process may call abort() in C++ (gloo does). Then the watch has time to end this process
+    first, with the reason in one line and `RESTART`; an abort for another reason goes on, after 10 s.
+    """
     global _watched
     _watched = Peers(connections)
+    _libc.signal(signal.SIGABRT, _on_abort)
 
 
 def announce(code: int, text: str = "") -> None:

@@ -107,6 +107,29 @@ def test_a_suspended_process_is_not_lost_and_a_killed_one_is():
             child.wait(LIMIT)
 
 
+ABORT = """
+import ctypes, os, socket, sys, threading
+from jaxtrain.runtime import peers
+peers._NAME_SECONDS = 1.0
+for is_lost in (True, False):
+    if not os.fork():
+        ours, theirs = socket.socketpair()
+        peers.watch({0: ours})
+        if is_lost:
+            threading.Timer(0.3, theirs.close).start()
+        threading.Thread(target=ctypes.CDLL(None).abort).start()
+        threading.Event().wait(60)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_an_abort_in_a_collective_ends_as_a_loss_if_it_is_one():
+    """As gloo may abort with three processes or more; another abort stays one."""
+    done = subprocess.run([sys.executable, "-c", ABORT], capture_output=True, text=True, timeout=LIMIT, check=True)
+    assert done.stdout.split() == ["75", "-6"]
+    assert LOST.format(0) in done.stderr
+
+
 def test_the_relay_forwards_both_ways_and_stays_open_when_the_lead_dies():
     with socket.create_server(("localhost", 0)) as server:
         local = socket.create_connection(split_address(relay(*server.getsockname())), timeout=LIMIT)
