@@ -103,6 +103,22 @@ def test_compiled_forms_are_compared_by_part():
     ]
 
 
+def test_operations_are_compared_by_kind_of_work():
+    names = runpy.run_path(str(ROOT / "scripts/bench_operations.py"))
+    operators = {"aten::addmm": 4.0, "aten::mm": 3.0, "aten::_scaled_dot_product_flash_attention_for_cpu_backward": 2.0}
+    operators |= {"aten::_fused_adamw_": 1.0, "aten::linalg_vector_norm": 1.0, "aten::copy_": 0.5, "## Call Fx": 8.0}
+    peer = names["by_kind_of_peer"](operators)
+    assert [peer[kind] for kind in names["KINDS"]] == [7.0, 2.0, 2.0, 8.0, 0.5, 0.0]
+    Times, ours = names["Times"], {"matrix products": 6.0, "attention": 3.0}
+    table = names["comparison"](Times({}, names["Counter"](ours), 11.0, 10.0), Times(operators, peer, 19.5, 19.0))
+    assert [row[1:] for row in table.rows if row[0] in ("attention", "waiting")] == [[3.0, 2.0, 1.0], [2.0, 0.0, 2.0]]
+    assert table.rows[-1][1:] == [10.0, 19.0, -9.0]
+    assert [note[:30] for note in table.notes[1:]] == [
+        "Slower by 2.0 ms, waiting: one",
+        "Slower by 1.0 ms, attention: e",
+    ]
+
+
 def test_the_compiled_step_needs_the_compiler():
     command = "import sys, runpy, importlib.util as u; f = u.find_spec; sys.argv = sys.argv[1:]; "
     command += "u.find_spec = lambda name, *rest: None if name == 'libtpu' else f(name, *rest); "
