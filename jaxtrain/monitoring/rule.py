@@ -95,7 +95,7 @@ class Rule:
       name: name of the finding.
       severity: how bad the case is.
       remedy: advice for the user.
-      quiet: number of CLEAR verdicts after which the case may be reported again.
+      quiet: number of CLEAR verdicts after which the case is reported again; after each report ten times as many.
     """
 
     name: ClassVar[str]
@@ -105,7 +105,7 @@ class Rule:
 
     def __init__(self, facts: RunFacts):
         self.facts = facts
-        self._calm = self.quiet
+        self._calm = self._needed = self._next = self.quiet
 
     def check(self, line: Line) -> Verdict:
         """Judges a step."""
@@ -120,7 +120,9 @@ class Rule:
         if verdict is UNKNOWN:
             return False
         found = isinstance(verdict, Found)
-        news = found and self._calm >= self.quiet
+        news = found and self._calm >= self._needed
+        if news:
+            self._needed, self._next = self._next, 10 * self._next
         self._calm = 0 if found else self._calm + 1
         return news
 
