@@ -7,16 +7,17 @@ the deadline, process 0 sends each of them the outcome, and listens no more. The
 JAXTRAIN_TOKEN, set by the launcher, keeps processes of other runs out.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import ipaddress
 import os
 import re
-import selectors
 import socket
 import time
 
 _ANSWER_SECONDS = 5.0  # a process may have started its clock later than process 0
+_GREETING_SECONDS = 5.0  # a silent connection then gives its file descriptor back
 _RETRY_SECONDS = 0.2
 _GREETING = re.compile(rb"jaxtrain (\d{1,9}) of (\d{1,9}) ([0-9a-f]{64})\n")
 _MAX_BYTES = 256  # of a greeting
@@ -36,17 +37,14 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> d
     if not 0 <= process_id < num_processes:
         raise ValueError(f"process {process_id} is not one of 0 to {num_processes - 1}: check JAX_PROCESS_ID")
     host, port = split_address(address)
-    deadline = time.monotonic() + timeout
     token = hashlib.sha256(os.environ.get("JAXTRAIN_TOKEN", "").encode()).hexdigest()
     if process_id == 0:
-        problem, connections = _receive(host, port, num_processes, token, deadline, timeout)
-    else:
-        problem, connections = _announce(host, port, f"jaxtrain {process_id} of {num_processes} {token}", deadline)
-        if not problem and not connections:
-            problem = f"process 0 is missing: no answer at {address} within {timeout:g} s; see the log of process 0"
-    if problem:
-        raise ValueError(problem)
-    return connections
+        return asyncio.run(_Reception(num_processes, token).gather(host, port, timeout))
+    deadline = time.monotonic() + timeout
+    answer, connection = _announce(host, port, f"jaxtrain {process_id} of {num_processes} {token}", deadline)
+    if connection is None:
+        raise ValueError(answer or f"process 0 is missing: no answer at {address} within {timeout:g} s; see its log")
+    return {0: connection}
 
 
 def name_processes(processes: list[int]) -> str:
@@ -72,117 +70,79 @@ def split_address(address: str) -> tuple[str, int]:
     )
 
 
-def _receive(
-    host: str, port: int, num_processes: int, token: str, deadline: float, timeout: float
-) -> tuple[str, dict[int, socket.socket]]:
-    """Collects the other processes on process 0 and answers them. Returns the problem, or "", and the connections."""
-    present: dict[int, socket.socket] = {}
-    problem = ""
-    with contextlib.ExitStack() as stack, _listen(host, port) as server, selectors.DefaultSelector() as selector:
-        server.setblocking(False)
-        selector.register(server, selectors.EVENT_READ)
-        while len(present) < num_processes - 1 and not problem:
-            if time.monotonic() >= deadline:
-                missing = [process for process in range(1, num_processes) if process not in present]
-                problem = (
-                    f"{len(missing)} of {num_processes} processes did not come within {timeout:g} s: "
-                    f"{name_processes(missing)}; see their logs, or allow more time with JAXTRAIN_TIMEOUT"
-                )
-            for key, _ in selector.select(max(deadline - time.monotonic(), 0)):
-                if selector.get_map().get(key.fd) is not key:
-                    continue  # dropped in this round
-                if key.fileobj is server:
-                    _accept(server, selector, stack, present)
-                elif _drop_ended(present, selector, key.fileobj):
-                    continue
-                elif (line := _read_available(key.fileobj, key.data)) is not None:
-                    if not _has_ended(key.fileobj):
-                        problem = problem or _register(line, key.fileobj, present, num_processes, token)
-                    if key.fileobj not in present.values():
-                        selector.unregister(key.fileobj)
-        for connection in present.values():
-            _send(connection, problem or "go")
-        return problem, {} if problem else {process: connection.dup() for process, connection in present.items()}
+class _Reception:
+    """Process 0 while it waits for the others."""
 
+    def __init__(self, num_processes: int, token: str):
+        self._num_processes, self._token = num_processes, token
+        self._present: dict[int, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
+        self._problem = ""
+        self._decided = asyncio.Event()  # all are present, or there is a problem
 
-def _drop_ended(present: dict[int, socket.socket], selector: selectors.BaseSelector, ready: object) -> bool:
-    """Drops the processes that have ended: started again, they take their own places. Returns True if `ready` is one.
+    async def gather(self, host: str, port: int, timeout: float) -> dict[int, socket.socket]:
+        """Tells the outcome to the processes that are present; returns the connections to all, or raises the problem."""
+        server = await asyncio.start_server(self._serve, sock=_listen(host, port), limit=_MAX_BYTES)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._decided.wait(), timeout)
+        server.close()
+        missing = [process for process in range(1, self._num_processes) if process not in self._present]
+        if missing and not self._problem:
+            self._problem = (
+                f"{len(missing)} of {self._num_processes} processes did not come within {timeout:g} s: "
+                f"{name_processes(missing)}; see their logs, or allow more time with JAXTRAIN_TIMEOUT"
+            )
+        connections = {}
+        for process, (_, writer) in self._present.items():
+            writer.transport.pause_reading()  # what follows is for `peers`
+            connections[process] = writer.get_extra_info("socket").dup()
+            await _send(writer, self._problem or "go")
+        if self._problem:
+            for connection in connections.values():
+                connection.close()
+            raise ValueError(self._problem)
+        return connections
 
-    Processes that are present wait for the answer: one that can be read has ended.
-    """
-    ended = [process for process, other in present.items() if other is ready or _has_ended(other)]
-    dropped = [present.pop(process) for process in ended]
-    for connection in dropped:
-        selector.unregister(connection)
-    return ready in dropped
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Registers the process at a connection, and drops it when it ends: started again, it takes its own place."""
+        try:
+            line = await asyncio.wait_for(reader.readline(), _GREETING_SECONDS)
+            refusal = await self._register(line, reader, writer)
+            if refusal is None:
+                await reader.read(1)  # it waits for the answer: one that can be read has ended
+            else:
+                await _send(writer, refusal)
+        except (OSError, ValueError, asyncio.CancelledError):
+            pass  # it was killed, or is a port scanner, silent or with a line that is too long; or the end of `gather`
+        finally:
+            self._present = {process: pair for process, pair in self._present.items() if pair[0] is not reader}
+            writer.close()
 
-
-def _has_ended(connection: socket.socket) -> bool:
-    try:
-        return not connection.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-def _accept(
-    server: socket.socket,
-    selector: selectors.BaseSelector,
-    stack: contextlib.ExitStack,
-    present: dict[int, socket.socket],
-) -> None:
-    try:
-        connection = stack.enter_context(server.accept()[0])
-    except OSError:  # aborted already, or the silent connections hold all file descriptors: processes call again
-        for silent in [key.fileobj for key in selector.get_map().values()]:
-            if silent is not server and silent not in present.values():
-                selector.unregister(silent)
-                silent.close()
-        time.sleep(_RETRY_SECONDS)
-        return
-    connection.setblocking(False)
-    selector.register(connection, selectors.EVENT_READ, bytearray())
-
-
-def _read_available(connection: socket.socket, buffer: bytearray) -> bytes | None:
-    """Reads the available bytes. Returns the greeting when it is complete or cannot become one, else None."""
-    try:
-        piece = connection.recv(_MAX_BYTES)
-    except BlockingIOError:
+    async def _register(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str | None:
+        """Adds the sender of a greeting to those present; returns why it is refused, "" for a stranger."""
+        greeting = _GREETING.fullmatch(line)
+        if greeting is None:
+            return ""
+        process, count = int(greeting[1]), int(greeting[2])
+        if greeting[3].decode() != self._token:
+            return f"process {process} has another JAXTRAIN_TOKEN than process 0: it belongs to another run"
+        if count == self._num_processes <= process:
+            return ""
+        if process in self._present:
+            await asyncio.sleep(_RETRY_SECONDS)  # until it is dropped, if it has ended
+        if count != self._num_processes:
+            self._problem = f"process {process} counts {count} processes, and process 0 {self._num_processes}"
+        elif process in self._present or process == 0:
+            self._problem = f"two processes say that they are process {process}: check JAX_PROCESS_ID"
+        self._present[-1 if process in self._present else process] = reader, writer
+        if self._problem or len(self._present) == self._num_processes - 1:
+            self._decided.set()
         return None
-    except OSError:
-        return b""
-    buffer += piece
-    return bytes(buffer) if not piece or b"\n" in buffer or len(buffer) >= _MAX_BYTES else None
 
 
-def _register(
-    line: bytes, connection: socket.socket, present: dict[int, socket.socket], num_processes: int, token: str
-) -> str:
-    """Adds the sender of a greeting to `present` and returns a problem, if any. Ignores other messages."""
-    greeting = _GREETING.fullmatch(line)
-    if greeting is None:  # a port scanner
-        return ""
-    process, count = int(greeting.group(1)), int(greeting.group(2))
-    if greeting.group(3).decode() != token:
-        _send(connection, f"process {process} has another JAXTRAIN_TOKEN than process 0: it belongs to another run")
-        return ""
-    if count == num_processes and process >= count:
-        return ""
-    problem = ""
-    if count != num_processes:
-        problem = f"process {process} counts {count} processes, and process 0 {num_processes}"
-    elif process in present or process == 0:
-        problem = f"two processes say that they are process {process}: check JAX_PROCESS_ID"
-    present[process if process not in present else -1] = connection
-    return problem
-
-
-def _send(connection: socket.socket, text: str) -> None:
+async def _send(writer: asyncio.StreamWriter, text: str) -> None:
     with contextlib.suppress(OSError):  # the process has given up
-        connection.settimeout(_ANSWER_SECONDS)
-        connection.sendall(f"{text}\n".encode())
+        writer.write(f"{text}\n".encode())
+        await asyncio.wait_for(writer.drain(), _ANSWER_SECONDS)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -214,26 +174,15 @@ def _is_loopback(host: str) -> bool:
     return False
 
 
-def _announce(host: str, port: int, greeting: str, deadline: float) -> tuple[str, dict[int, socket.socket]]:
-    """Greets process 0. Returns its problem, or "" and the connection, if all are present; neither without answer."""
+def _announce(host: str, port: int, greeting: str, deadline: float) -> tuple[str, socket.socket | None]:
+    """Greets process 0. Returns its answer, "" if none came, and the connection if all processes are present."""
     while (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=left) as connection:
             connection.sendall(f"{greeting}\n".encode())
-            answer = _read_line(connection, deadline + _ANSWER_SECONDS)
-            if answer:
-                return ("", {0: connection.dup()}) if answer == "go" else (answer, {})
+            connection.settimeout(max(deadline - time.monotonic(), 0.0) + _ANSWER_SECONDS)
+            with connection.makefile("rb", buffering=0) as stream:
+                answer = stream.readline(4096).decode(errors="replace")
+            if answer.endswith("\n"):
+                return answer.strip(), connection.dup() if answer == "go\n" else None
         time.sleep(_RETRY_SECONDS)
-    return "", {}
-
-
-def _read_line(connection: socket.socket, deadline: float) -> str:
-    """Reads one line, without its end. Returns an empty string if it does not arrive in time."""
-    data = b""
-    with contextlib.suppress(OSError):
-        while not data.endswith(b"\n") and len(data) < 4096:
-            connection.settimeout(max(deadline - time.monotonic(), 0.001))
-            piece = connection.recv(4096)
-            if not piece:
-                break
-            data += piece
-    return data.decode(errors="replace").rstrip("\n") if data.endswith(b"\n") else ""
+    return "", None

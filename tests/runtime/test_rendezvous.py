@@ -1,9 +1,7 @@
 """Rendezvous of the processes: who is missing or a stranger is named, and harms nobody."""
 
 import contextlib
-import errno
 import hashlib
-import selectors
 import socket
 import threading
 import time
@@ -119,16 +117,25 @@ def test_a_process_that_was_started_again_takes_its_own_place():
     assert sorted(close(*outcome)) == [[0], [0], [1, 2]]
 
 
-def test_silent_connections_give_way_when_no_file_descriptor_is_left():
-    class Full:
-        def accept(self):
-            raise OSError(errno.EMFILE, "Too many open files")
+def test_silent_connections_give_their_file_descriptors_back(monkeypatch):
+    monkeypatch.setattr(rendezvous, "_GREETING_SECONDS", 0.05)
+    address, outcome = free_address(), []
+    host, port = address.split(":")
+    lead = threading.Thread(target=lambda: outcome.append(meet(address, 2, 0, 60.0)))
+    lead.start()
+    silent = []
 
-    ours, theirs = socket.socketpair()
-    with selectors.DefaultSelector() as selector, theirs:
-        selector.register(ours, selectors.EVENT_READ, bytearray())
-        rendezvous._accept(Full(), selector, contextlib.ExitStack(), {})
-        assert theirs.recv(1) == b""
+    def connects():
+        with contextlib.suppress(ConnectionRefusedError):
+            silent.append(socket.create_connection((host, int(port)), timeout=LIMIT))
+        return silent
+
+    wait_until(connects)
+    with silent[0] as connection:
+        assert connection.recv(1) == b""
+    outcome.append(meet(address, 2, 1, 60.0))
+    lead.join(LIMIT)
+    assert sorted(close(*outcome)) == [[0], [1]]
 
 
 def test_a_process_of_another_run_is_refused_with_the_reason(monkeypatch):
