@@ -23,6 +23,7 @@ from jaxtrain.fields import (
     Source,
     Store,
     TokenizerSpec,
+    check_divisible,
     check_entry,
     parse_ranges,
 )
@@ -74,10 +75,7 @@ class DataConfig(Section, section="data"):
     def __post_init__(self):
         super().__post_init__()
         if not (self.store or self.stores or self.sources):
-            raise ValueError(
-                "data needs data.store (a folder made by `jaxtrain prepare`), data.stores (several to mix) or "
-                "data.sources (text to prepare)"
-            )
+            raise ValueError("data needs data.store (of `jaxtrain prepare`), data.stores to mix, or data.sources")
         if self.stores and self.store:
             raise ValueError("data.stores replaces data.store: give one of them")
         parse_stores(self.stores)
@@ -146,11 +144,7 @@ class TrainConfig(Section, section="train"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"train.batch_size {self.batch_size} is not divisible by train.accumulate {self.accumulate}: "
-                "change one of them"
-            )
+        check_divisible("train.batch_size", self.batch_size, "train.accumulate", self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -195,10 +189,8 @@ class LossScaleConfig(Section, section="loss_scale"):
     def __post_init__(self):
         super().__post_init__()
         if not self.floor <= self.initial <= self.ceiling:
-            raise ValueError(
-                f"loss_scale.initial {self.initial:g} must lie between loss_scale.floor {self.floor:g} and "
-                f"loss_scale.ceiling {self.ceiling:g}"
-            )
+            limits = f"loss_scale.floor {self.floor:g} and loss_scale.ceiling {self.ceiling:g}"
+            raise ValueError(f"loss_scale.initial {self.initial:g} must lie between {limits}")
 
 
 @dataclass(frozen=True)
@@ -212,11 +204,8 @@ class CheckpointConfig(Section, section="checkpoint"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.keep_every and self.keep_every % self.every:
-            raise ValueError(
-                f"checkpoint.keep_every {self.keep_every} must be a multiple of checkpoint.every {self.every}: "
-                "only saved steps can be kept"
-            )
+        remedy = "only saved steps can be kept"
+        check_divisible("checkpoint.keep_every", self.keep_every or 0, "checkpoint.every", self.every, remedy)
 
 
 @dataclass(frozen=True)
@@ -246,10 +235,8 @@ class Config(Section):
             raise ValueError(f"train.seq_len {self.train.seq_len} exceeds model.max_seq_len {longest}: lower it")
         eval_every, every = self.train.eval_every, self.checkpoint.every
         if self.checkpoint.keep_best and (eval_every is None or eval_every % every):
-            raise ValueError(
-                f"checkpoint.keep_best ranks steps that are both evaluated and saved: train.eval_every {eval_every} "
-                f"must be a multiple of checkpoint.every {every}"
-            )
+            needs = f"train.eval_every {eval_every} must be a multiple of checkpoint.every {every}"
+            raise ValueError(f"checkpoint.keep_best ranks steps that are both evaluated and saved: {needs}")
         self._check_schedule()
 
     def __eq__(self, other: object) -> bool:
@@ -289,10 +276,8 @@ class Config(Section):
             if check := SCHEDULES[optim.schedule].check:
                 check(optim, steps)
         elif self.warmup_steps >= steps:
-            raise ValueError(
-                f"optim.warmup_steps {self.warmup_steps} leaves no room to decay in train.steps {steps} (schedule "
-                "cosine): shorten the warm-up or train longer"
-            )
+            problem = f"optim.warmup_steps {self.warmup_steps} leaves no room to decay in train.steps {steps}"
+            raise ValueError(f"{problem} (schedule cosine): shorten the warm-up or train longer")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

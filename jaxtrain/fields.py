@@ -97,25 +97,20 @@ def check_value(hint: Any, value: Any, path: str) -> Any:
     Raises:
       ValueError: a value that the hint does not allow; names the field, the value and what is allowed.
     """
-    origin = typing.get_origin(hint)
-    if hint is Any or dataclasses.is_dataclass(hint):
-        if hint is not Any and isinstance(hint, type) and not isinstance(value, hint):
-            raise ValueError(f"{path}: expected a {hint.__name__}, got {value!r}")
-        return value
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        choices = [choice for choice in typing.get_args(hint) if choice is not types.NoneType]
-        if value is None and len(choices) < len(typing.get_args(hint)):
+        if value is None and types.NoneType in parts:
             return None
-        named = [choice for choice in choices if typing.get_origin(choice) is Literal]
-        return check_value(named[0] if named and isinstance(value, str) else choices[0], value, path)
+        named = [part for part in parts if typing.get_origin(part) is Literal]
+        return check_value(named[0] if named and isinstance(value, str) else parts[0], value, path)
     if origin is Literal:
-        return check_choice(value, typing.get_args(hint), path)
+        return check_choice(value, parts, path)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{path}: expected a list of strings, got {value!r}")
-        return tuple(check_value(typing.get_args(hint)[0], item, path) for item in value)
+        return tuple(check_value(parts[0], item, path) for item in value)
     if origin is Annotated:
-        kind, rule = typing.get_args(hint)
+        kind, rule = parts
         value = check_value(kind, value, path)
         if isinstance(rule, LocalPath):
             (require_one_line if rule.or_url and is_url(value) else require_local)(value, path)
@@ -123,13 +118,10 @@ def check_value(hint: Any, value: Any, path: str) -> Any:
             finite = " and finite" if "inf" in rule.text and not math.isfinite(value) else ""
             raise ValueError(f"{path} must be {rule}{finite}, got {value}")
         return value
-    return _check_scalar(hint, value, path)
-
-
-def _check_scalar(kind: type, value: Any, path: str) -> Any:
-    whole = kind is float and type(value) is int
-    if type(value) is not kind and not whole:
-        raise ValueError(f"{path}: expected {kind.__name__}, got {value!r}")
+    whole = hint is float and type(value) is int
+    fits = hint is Any or whole or (isinstance(value, hint) and (hint is bool or not isinstance(value, bool)))
+    if not fits:
+        raise ValueError(f"{path}: expected {hint.__name__}, got {value!r}")
     if type(value) is int and abs(value) >= _INT_LIMIT:
         raise ValueError(f"{path}: {value!r:.30} is too large, it must be below 2^31")
     return float(value) if whole else value
@@ -143,6 +135,12 @@ def check_choice(value: Any, choices: Iterable[str], path: str, otherwise: str =
         hint = f"; did you mean {near}?" if near else ""
         raise ValueError(f"{path}: {value!r} is none of {', '.join(choices)}{hint}{otherwise}")
     return value
+
+
+def check_divisible(path: str, value: int, by_path: str, by: int, remedy: str = "change one of them") -> None:
+    """Raises a ValueError unless a value is divisible by another; the paths name both."""
+    if value % by:
+        raise ValueError(f"{path} {value} is not divisible by {by_path} {by}: {remedy}")
 
 
 def check_entry(name: str, table: Iterable[str], path: str, table_name: str) -> None:
@@ -163,10 +161,7 @@ def require_local(path: str | os.PathLike, name: str) -> None:
     require_one_line(path, name)
     slashes = "/" if isinstance(path, os.PathLike) else "//"  # pathlib folds two slashes into one
     if re.match(rf"(hf:)?[A-Za-z][A-Za-z0-9+.-]+:{slashes}", str(path)):
-        raise ValueError(
-            f"{name} {str(path)!r} is no local path: copy it to a local disk or mount it (as gcsfuse and s3fs do), and "
-            "give that path"
-        )
+        raise ValueError(f"{name} {str(path)!r} is no local path: copy it to a local disk or mount it")
 
 
 def require_one_line(path: str | os.PathLike, name: str) -> None:
@@ -177,47 +172,32 @@ def require_one_line(path: str | os.PathLike, name: str) -> None:
 
 # Names of other tools for our fields.
 _SYNONYMS = {
-    "optim.peak_lr": ("lr", "learning_rate", "max_lr", "peak_learning_rate"),
-    "optim.floor": ("min_lr", "end_lr", "min_learning_rate"),
-    "optim.warmup_steps": ("warmup", "warmup_iters", "num_warmup_steps"),
-    "optim.weight_decay": ("wd", "decay"),
-    "optim.clip_norm": ("clip", "grad_clip", "max_grad_norm", "gradient_clip", "clip_grad"),
-    "optim.b1": ("beta1", "adam_beta1"),
-    "optim.b2": ("beta2", "adam_beta2"),
-    "optim.name": ("optimizer", "optim"),
-    "optim.schedule": ("lr_schedule", "lr_scheduler", "scheduler", "lr_decay_style"),
-    "train.steps": (
-        "epochs",
-        "num_epochs",
-        "max_steps",
-        "num_steps",
-        "iterations",
-        "iters",
-        "max_iters",
-        "num_train_steps",
-    ),
-    "train.batch_size": ("bs", "batch", "global_batch_size", "train_batch_size"),
-    "train.seq_len": ("sequence_length", "seq_length", "block_size", "context", "context_length", "max_length"),
-    "train.accumulate": (
-        "gradient_accumulation_steps",
-        "grad_accum",
-        "grad_accum_steps",
-        "accumulation_steps",
-        "micro_batches",
-    ),
-    "train.precision": ("dtype", "bf16", "fp16", "fp32", "amp", "mixed_precision"),
-    "train.log_every": ("log_interval", "logging_steps"),
-    "train.eval_every": ("eval_interval", "eval_steps", "evaluate_every"),
-    "train.eval_batches": ("eval_iters",),
-    "model.num_layers": ("layers", "n_layer", "n_layers", "depth", "num_hidden_layers"),
-    "model.num_heads": ("heads", "n_head", "n_heads", "num_attention_heads"),
-    "model.d_model": ("n_embd", "hidden_size", "hidden_dim", "width", "dim", "embed_dim"),
-    "model.d_ff": ("intermediate_size", "ffn_dim", "mlp_dim"),
-    "model.num_experts": ("num_local_experts", "n_experts", "experts"),
-    "model.experts_per_token": ("num_experts_per_tok", "top_k_experts", "moe_topk"),
-    "checkpoint.every": ("save_every", "save_steps", "save_interval", "checkpoint_every"),
-    "data.sources": ("data", "dataset", "source", "text", "train_data"),
-    "run_dir": ("output_dir", "out_dir", "out", "save_dir", "resume", "workdir"),
+    "optim.peak_lr": "lr learning_rate max_lr peak_learning_rate",
+    "optim.floor": "min_lr end_lr min_learning_rate",
+    "optim.warmup_steps": "warmup warmup_iters num_warmup_steps",
+    "optim.weight_decay": "wd decay",
+    "optim.clip_norm": "clip grad_clip max_grad_norm gradient_clip clip_grad",
+    "optim.b1": "beta1 adam_beta1",
+    "optim.b2": "beta2 adam_beta2",
+    "optim.name": "optimizer optim",
+    "optim.schedule": "lr_schedule lr_scheduler scheduler lr_decay_style",
+    "train.steps": "epochs num_epochs max_steps num_steps iterations iters max_iters num_train_steps",
+    "train.batch_size": "bs batch global_batch_size train_batch_size",
+    "train.seq_len": "sequence_length seq_length block_size context context_length max_length",
+    "train.accumulate": "gradient_accumulation_steps grad_accum grad_accum_steps accumulation_steps micro_batches",
+    "train.precision": "dtype bf16 fp16 fp32 amp mixed_precision",
+    "train.log_every": "log_interval logging_steps",
+    "train.eval_every": "eval_interval eval_steps evaluate_every",
+    "train.eval_batches": "eval_iters",
+    "model.num_layers": "layers n_layer n_layers depth num_hidden_layers",
+    "model.num_heads": "heads n_head n_heads num_attention_heads",
+    "model.d_model": "n_embd hidden_size hidden_dim width dim embed_dim",
+    "model.d_ff": "intermediate_size ffn_dim mlp_dim",
+    "model.num_experts": "num_local_experts n_experts experts",
+    "model.experts_per_token": "num_experts_per_tok top_k_experts moe_topk",
+    "checkpoint.every": "save_every save_steps save_interval checkpoint_every",
+    "data.sources": "data dataset source text train_data",
+    "run_dir": "output_dir out_dir out save_dir resume workdir",
 }
 
 
@@ -235,7 +215,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     last = name.split(".")[-1]
     for path, synonyms in _SYNONYMS.items():
         for target in (path, path.split(".")[-1]):
-            if last in synonyms and target in lasts:
+            if last in synonyms.split() and target in lasts:
                 return lasts[target]
     near = difflib.get_close_matches(name, lasts, n=1) or difflib.get_close_matches(last, lasts, n=1)
     return lasts[near[0]] if near else None

@@ -7,6 +7,7 @@ shares of a stage sum to 1 and divide what its passes leave. Each stage but the 
 (`until 0.8`) or after a step (`until 800`).
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,22 +28,16 @@ class Stage(NamedTuple):
 
 
 def parse_mixture(text: str) -> list[Stage]:
-    """Reads the text of a mixture.
-
-    Raises:
-      ValueError: text that is no mixture; shares that do not sum to 1; a stage without `until` before another.
-    """
+    """Reads the text of a mixture. Raises a ValueError if it is none, or if the shares of a stage do not sum to 1."""
     stages = [_parse_stage(part.split()) for part in re.split(r"(?:,\s*|\s+)then(?=\s|$)|,", text.strip())]
     for number, stage in enumerate(stages, 1):
         if (stage.until is None) != (number == len(stages)):
             problem = "has no `until`" if stage.until is None else "is the last and has an `until`"
             raise ValueError(f"data.mixture: stage {number} {problem}; every stage but the last needs one: {_EXAMPLE}")
-        total = sum(stage.shares.values())
+        total = float(sum(stage.shares.values()))
         if stage.shares and total != 1:
             thirds = ", a third as 1/3" if abs(total - 1) < 0.02 else ""
-            raise ValueError(
-                f"data.mixture: the shares of stage {number} sum to {float(total):g}, and must sum to 1{thirds}"
-            )
+            raise ValueError(f"data.mixture: the shares of stage {number} sum to {total:g}, and must sum to 1{thirds}")
     return stages
 
 
@@ -50,13 +45,10 @@ def _parse_stage(words: Sequence[str]) -> Stage:
     stage = Stage({}, {}, None)
     if "until" in words:
         words, end = words[: words.index("until")], words[words.index("until") + 1 :]
-        end = end[1:] if end[:1] == ["step"] else end
-        until = _number(end[0], "until") if len(end) == 1 else Fraction(-1)
+        text = " ".join(end[1:] if end[:1] == ["step"] else end)
+        until = _number(text, "until")
         if not (0 < until < 1 or (until >= 1 and until.denominator == 1)):
-            raise ValueError(
-                f"data.mixture: `until {' '.join(end)}` is neither a share of the steps, such as 0.8, nor a whole "
-                "number of steps, such as 800"
-            )
+            raise ValueError(f"data.mixture: `until {text}` is neither a share of the steps (0.8) nor a step (800)")
         stage = stage._replace(until=until)
     for word in words:
         name, colon, amount = word.rpartition(":")
@@ -83,8 +75,7 @@ def _number(text: str, what: str) -> Fraction:
 def parse_stores(stores: Sequence[str]) -> dict[str, str]:
     """Reads the entries of `data.stores`, `NAME=DIR` or `DIR`, which is named after its folder.
 
-    Raises:
-      ValueError: a name that a mixture cannot spell, or that two stores have.
+    Raises a ValueError for a name that a mixture cannot spell, or that two stores have.
     """
     found: dict[str, str] = {}
     for entry in stores:
@@ -115,12 +106,10 @@ class Mixture:
     def counts(self, num_sequences: int) -> list[int]:
         """Returns how many of the first `num_sequences` each source gives."""
         totals = [0] * len(self.names)
-        ends = [start * self.batch_size for start, _ in self.stages[1:]]
-        begin = 0
-        for deal, end in zip(self._deals, [*ends, num_sequences], strict=True):
+        bounds = [*(start * self.batch_size for start, _ in self.stages), num_sequences]
+        for deal, (begin, end) in zip(self._deals, itertools.pairwise(bounds), strict=True):
             for index, count in _deal(deal, max(min(end, num_sequences) - begin, 0)):
                 totals[index] += count
-            begin = end
         return totals
 
     def sources(self, start: int, stop: int) -> list[int]:
@@ -181,10 +170,8 @@ def make_mixture(text: str | None, windows: Mapping[str, int], steps: int, batch
         until = steps if stage.until is None else stage.until
         stop = round(until * steps) if until < 1 else int(until)
         if not start < stop <= steps or (stop == steps and number < len(written)):
-            raise ValueError(
-                f"data.mixture: stage {number} would be steps {start + 1} to {stop} of {steps} (train.steps): let each "
-                "stage end later than the one before, and before the run"
-            )
+            problem = f"stage {number} would be steps {start + 1} to {stop} of {steps} (train.steps)"
+            raise ValueError(f"data.mixture: {problem}: let each stage end after the one before, and before the run")
         stages.append((start, _shares(stage, number, windows, stop - start, batch_size)))
         start = stop
     return Mixture(names, tuple(stages), batch_size)
@@ -201,10 +188,8 @@ def _shares(
     if total >= sequences if stage.shares else total // batch_size > steps:
         raise ValueError(f"{has} only {sequences}: write fewer passes, or give it {-(-total // batch_size)} steps")
     if not stage.shares and total // batch_size < steps:
-        raise ValueError(
-            f"{has} {sequences}: they run out after {total // batch_size} steps; end the stage there, or give a source "
-            "a share instead"
-        )
+        remedy = "end the stage there, or give a source a share instead"
+        raise ValueError(f"{has} {sequences}: they run out after {total // batch_size} steps; {remedy}")
     scale = total if not stage.shares else Fraction(sequences)
     rest = 1 - total / scale
     shares = [(name, count / scale) for name, count in needed.items()]
@@ -217,11 +202,9 @@ def check_epochs(mixture: Mixture, windows: Mapping[str, int], steps: int, limit
     counts = mixture.counts(steps * mixture.batch_size)
     for name, count in zip(mixture.names, counts, strict=True):
         if windows[name] and count > limit * windows[name]:
-            what = f"the source {name}" if name else "the data"
-            raise ValueError(
-                f"data.max_epochs {limit:g}: {steps} steps read {what} {count / windows[name]:.2f} times; lower "
-                "train.steps or its share in data.mixture, or raise the limit"
-            )
+            what, times = f"the source {name}" if name else "the data", f"{count / windows[name]:.2f} times"
+            remedy = "lower train.steps or its share in data.mixture, or raise the limit"
+            raise ValueError(f"data.max_epochs {limit:g}: {steps} steps read {what} {times}; {remedy}")
 
 
 def past_of(

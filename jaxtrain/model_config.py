@@ -1,9 +1,10 @@
 """Sizes and style of the decoder-only transformer, and the styles of the known families."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from jaxtrain.fields import Positive, Section, check_choice
+from jaxtrain.fields import Positive, Section, check_choice, check_divisible
 
 Remat = Literal["none", "minimal", "full", "offload"]
 
@@ -75,31 +76,21 @@ class ModelConfig(Section, section="model"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.head_dim is None and self.d_model % self.num_heads:
-            raise ValueError(
-                f"model.d_model {self.d_model} is not divisible by model.num_heads {self.num_heads}: "
-                "change one of them or set model.head_dim"
-            )
-        if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}: "
-                "change one of them"
-            )
+        if self.head_dim is None:
+            remedy = "change one of them or set model.head_dim"
+            check_divisible("model.d_model", self.d_model, "model.num_heads", self.num_heads, remedy)
+        check_divisible("model.num_heads", self.num_heads, "model.num_kv_heads", self.kv_heads)
         if self.positions == "rope" and self.channels_per_head % 2:
-            raise ValueError(
-                f"rotary positions need an even head dimension, got {self.channels_per_head}: set model.head_dim, or "
-                "model.positions learned"
-            )
+            remedy = "set model.head_dim, or model.positions learned"
+            raise ValueError(f"rotary positions need an even head dimension, got {self.channels_per_head}: {remedy}")
         if self.global_every and self.attention_window is None:
             raise ValueError("model.global_every excepts layers from model.attention_window: set that too")
         if self.local_rope_theta and not self.global_every:
             raise ValueError("model.local_rope_theta needs model.global_every: set model.rope_theta for all layers")
         _ = self.rope_stretch
         if self.num_experts and self.num_experts < self.experts_per_token:
-            raise ValueError(
-                f"model.experts_per_token {self.experts_per_token} exceeds model.num_experts {self.num_experts}: "
-                "change one of them"
-            )
+            most = f"model.num_experts {self.num_experts}"
+            raise ValueError(f"model.experts_per_token {self.experts_per_token} exceeds {most}: change one of them")
         if self.num_experts and self.use_bias:
             raise ValueError("model.num_experts has no biases: set model.use_bias false; model.qkv_bias is possible")
         blocks = () if self.num_experts else ("up", *(["gate"] if self.gated else []), "down")  # no LoRA of experts
@@ -124,18 +115,16 @@ class ModelConfig(Section, section="model"):
         if self.rope_scaling is None:
             return None
         kind, *texts = self.rope_scaling.split(":")
-        try:
+        with contextlib.suppress(ValueError):
             values = [float(text) for text in texts]
-        except ValueError:
-            values = []
-        stretch = RopeScaling(kind, *values) if len(values) == {"linear": 1, "llama3": 4}.get(kind) else None
-        ordered = stretch and (kind == "linear" or 0 < stretch.low < stretch.high)
-        if not (stretch and ordered and all(0 < value < 1e9 for value in values)):
-            raise ValueError(
-                f"model.rope_scaling {self.rope_scaling!r} is none of linear:FACTOR and llama3:FACTOR:LOW:HIGH:LENGTH "
-                "with numbers above 0 and LOW below HIGH, such as linear:8 or llama3:8:1:4:8192"
-            )
-        return stretch
+            if len(values) == {"linear": 1, "llama3": 4}.get(kind) and all(0 < value < 1e9 for value in values):
+                stretch = RopeScaling(kind, *values)
+                if kind == "linear" or stretch.low < stretch.high:
+                    return stretch
+        raise ValueError(
+            f"model.rope_scaling {self.rope_scaling!r} is none of linear:FACTOR and llama3:FACTOR:LOW:HIGH:LENGTH "
+            "with numbers above 0 and LOW below HIGH, such as linear:8 or llama3:8:1:4:8192"
+        )
 
     @property
     def window_layers(self) -> list[int]:

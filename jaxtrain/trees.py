@@ -33,10 +33,9 @@ def dataclass(cls: type[T]) -> type[T]:
     Importing `flax.struct` for this would take longer than importing the core.
     """
     made: Any = dataclasses.dataclass(frozen=True)(cls)
-    made.replace = _replace
-    names = [field.name for field in dataclasses.fields(made)]
+    made.replace = dataclasses.replace
     _made.append(made)
-    return jax.tree_util.register_dataclass(made, data_fields=names, meta_fields=[])
+    return jax.tree_util.register_dataclass(made)
 
 
 _made: list[type] = []  # by `dataclass`
@@ -57,11 +56,6 @@ def register_with_flax() -> None:
             )
 
         flax.register_serialization_state(cls, to_dict, from_dict, override=True)
-
-
-def _replace(self: Any, **changes: Any) -> Any:
-    """Returns a copy with other values for some fields."""
-    return dataclasses.replace(self, **changes)
 
 
 @jax.tree_util.register_static

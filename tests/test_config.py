@@ -109,7 +109,7 @@ NAN = float("nan")
     [
         (ModelConfig, {"num_layers": 0}, "model.num_layers must be above 0, got 0"),
         (ModelConfig, {"d_model": 100, "num_heads": 3}, "d_model 100 is not divisible by model.num_heads 3"),
-        (ModelConfig, {"num_heads": 4, "num_kv_heads": 3}, "num_heads 4 is not a multiple of model.num_kv_heads 3"),
+        (ModelConfig, {"num_heads": 4, "num_kv_heads": 3}, "num_heads 4 is not divisible by model.num_kv_heads 3"),
         (ModelConfig, {"d_model": 12, "num_heads": 4}, "even head dimension, got 3"),
         (ModelConfig, {"logit_softcap": -1.0}, "logit_softcap"),
         (ModelConfig, {"attention_window": 0}, "model.attention_window must be above 0, got 0"),
@@ -141,7 +141,7 @@ NAN = float("nan")
         (
             CheckpointConfig,
             {"every": 50, "keep_every": 120},
-            "keep_every 120 must be a multiple of checkpoint.every 50",
+            "keep_every 120 is not divisible by checkpoint.every 50",
         ),
     ],
 )

@@ -80,7 +80,7 @@ class _Reception:
         self._decided = asyncio.Event()  # all are present, or there is a problem
 
     async def gather(self, host: str, port: int, timeout: float) -> dict[int, socket.socket]:
-        """Tells the outcome to the processes that are present; returns the connections to all, or raises the problem."""
+        """Tells the outcome to all that are present; returns the connections to them, or raises the problem."""
         server = await asyncio.start_server(self._serve, sock=_listen(host, port), limit=_MAX_BYTES)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._decided.wait(), timeout)

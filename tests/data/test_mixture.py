@@ -66,7 +66,7 @@ def test_random_mixtures_add_up(seed):
         ("web:1 until 0.5", "stage 1 is the last and has an `until`"),
         ("web:1, then code:1", "stage 1 has no `until`"),
         ("web:1 until 1.5, then code:1", "`until 1.5` is neither a share of the steps"),
-        ("web:1 until, then code:1", "`until ` is neither"),
+        ("web:1 until, then code:1", "'' of 'until' is no number"),
         ("web:1 until 10, then code:1", "stage 1 would be steps 1 to 10 of 10"),
         ("web:1 until 6, then code:1 until 0.5, then web:1", "stage 2 would be steps 7 to 5 of 10"),
         ("code:3x web:1", "the passes of stage 1 read 93 sequences, and its 10 steps only 80: write fewer passes, or"),
