@@ -3,12 +3,12 @@
 Reads no clock, file or device. The cases are in rules.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxtrain.config import Config
-from jaxtrain.monitoring.rule import UNKNOWN, Found, Line, Rule, RunFacts, Severity, Verdict
+from jaxtrain.monitoring.rule import Found, Line, Rule, RunFacts, Severity, Verdict
 from jaxtrain.monitoring.rules import RULES
 from jaxtrain.runtime.terminal import one_line
 
@@ -48,35 +48,26 @@ class Health:
         """Judges the fields of an `eval` event; returns the cases that begin with it."""
         return self._judge(event["step"], lambda rule: rule.check_evaluation(Line(event)))
 
-    def restore(self, lines: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]) -> None:
-        """Replays earlier records, so that a resumed run does not repeat findings."""
-        for record, observe in _in_order(lines, evaluations):
-            (self.observe_evaluation if observe else self.observe)(record)
+    def replay(
+        self, lines: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
+    ) -> Iterator[Finding]:
+        """Judges earlier records in the order of their steps; an evaluation follows its step."""
+        records = [(line, self.observe) for line in lines] + [(event, self.observe_evaluation) for event in evaluations]
+        for record, observe in sorted(records, key=lambda pair: pair[0]["step"]):
+            yield from observe(record)
 
     def _judge(self, step: int, check: Callable[[Rule], Verdict]) -> list[Finding]:
         findings = []
         for rule in list(self._rules):
             try:
                 verdict = check(rule)
-                news = rule.is_news(verdict)
+                if rule.is_news(verdict) and isinstance(verdict, Found):
+                    findings.append(Finding(rule.name, rule.severity, int(step), verdict.text, rule.remedy))
             except Exception as error:  # a rule of a user's own
                 self._rules.remove(rule)
-                verdict, news = UNKNOWN, False
-                evidence = f"{rule.name} raised {type(error).__name__}: {error}"
-                findings.append(
-                    Finding("broken_rule", "warning", int(step), evidence, "Correct it; the other rules continue.")
-                )
-            if news and isinstance(verdict, Found):
-                findings.append(Finding(rule.name, rule.severity, int(step), verdict.text, rule.remedy))
+                evidence, remedy = f"{rule.name} raised {type(error).__name__}: {error}", "Correct it; others continue."
+                findings.append(Finding("broken_rule", "warning", int(step), evidence, remedy))
         return findings
-
-
-def _in_order(
-    lines: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
-) -> list[tuple[Mapping[str, Any], bool]]:
-    """Merges steps and evaluations by step; an evaluation follows its step."""
-    records = [(line, False) for line in lines] + [(event, True) for event in evaluations]
-    return sorted(records, key=lambda record: (record[0]["step"], record[1]))
 
 
 def diagnose(lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], config: Config) -> list[Finding]:
@@ -88,11 +79,8 @@ def diagnose(lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], 
     for event in events:
         if event["event"] == "finding":
             own[event["name"], event["step"]] = Finding(*(event[field.name] for field in fields(Finding)))
-    begins = [event for event in events if event["event"] in ("start", "resume")]
-    known = {key: begins[-1].get(key) for key in ("vocab_size", "train_tokens")} if begins else {}
-    health = Health(RunFacts(config, **known))
-    found = []
-    for record, is_evaluation in _in_order(lines, [event for event in events if event["event"] == "eval"]):
-        found += health.observe_evaluation(record) if is_evaluation else health.observe(record)
+    begun = next((event for event in reversed(events) if event["event"] in ("start", "resume")), {})
+    health = Health(RunFacts(config, begun.get("vocab_size"), begun.get("train_tokens")))
+    found = health.replay(lines, [event for event in events if event["event"] == "eval"])
     names = {name for name, _ in own}
     return sorted([*own.values(), *(f for f in found if f.name not in names)], key=lambda f: f.step)

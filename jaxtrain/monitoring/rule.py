@@ -7,7 +7,6 @@ import enum
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple
 
 from jaxtrain.config import Config
@@ -17,13 +16,9 @@ WINDOW = 100  # steps of a share or a median: long against noise, short against 
 
 
 class Found(NamedTuple):
-    """The case of a rule is present.
+    """The case of a rule is present."""
 
-    Attributes:
-      text: the evidence, with numbers.
-    """
-
-    text: str
+    text: str  # the evidence, with numbers
 
 
 class _Absent(enum.Enum):
@@ -37,17 +32,11 @@ Verdict = Found | _Absent
 
 
 class RunFacts(NamedTuple):
-    """Facts of a run that rules need besides the metrics; None is unknown.
-
-    Attributes:
-      config: config of the run.
-      vocab_size: vocabulary of the model, in tokens.
-      train_tokens: tokens in the training split.
-    """
+    """Facts of a run that rules need besides the metrics; None is unknown."""
 
     config: Config
-    vocab_size: int | None = None
-    train_tokens: int | None = None
+    vocab_size: int | None = None  # tokens in the vocabulary of the model
+    train_tokens: int | None = None  # tokens in the training split
 
 
 class Line(dict):
@@ -57,55 +46,36 @@ class Line(dict):
         return math.nan
 
 
-class Window:
+class Window(deque):
     """The last `size` values."""
 
     def __init__(self, size: int = WINDOW):
-        self.size = size
-        self._values: deque[float] = deque(maxlen=size)
-
-    def add(self, value: float) -> None:
-        """Adds a value; the oldest leaves a full window."""
-        self._values.append(value)
+        super().__init__(maxlen=size)
 
     @property
     def full(self) -> bool:
-        """True once `size` values were added."""
-        return len(self._values) == self.size
+        return len(self) == self.maxlen
 
     def median(self, start: int | None = None, stop: int | None = None) -> float:
         """Returns the median, of the values `[start:stop]` if given."""
-        return statistics.median(list(self._values)[start:stop])
-
-    def clear(self) -> None:
-        """Removes all values."""
-        self._values.clear()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __iter__(self) -> Iterator[float]:
-        return iter(self._values)
+        return statistics.median(list(self)[start:stop])
 
 
 class Rule:
-    """One case that may be wrong with a run. An instance watches one run, step by step.
+    """One case that may be wrong with a run. An instance watches one run, step by step."""
 
-    Attributes:
-      name: name of the finding.
-      severity: how bad the case is.
-      remedy: advice for the user.
-      quiet: number of CLEAR verdicts after which the case is reported again; after each report ten times as many.
-    """
-
-    name: ClassVar[str]
+    name: ClassVar[str]  # of the finding
     severity: ClassVar[Severity] = "warning"
-    remedy: ClassVar[str]
-    quiet: ClassVar[int] = WINDOW
+    remedy: ClassVar[str]  # advice for the user
+    quiet: ClassVar[int] = WINDOW  # CLEAR verdicts until the case is reported again; after each report ten times as many
 
     def __init__(self, facts: RunFacts):
         self.facts = facts
         self._calm = self._needed = self._next = self.quiet
+        self.start()
+
+    def start(self) -> None:
+        """Prepares what the rule remembers from step to step."""
 
     def check(self, line: Line) -> Verdict:
         """Judges a step."""

@@ -26,9 +26,9 @@ def _skip_reason(line: Line) -> str:
 
 def _add(window: Window, line: Line, value: float, *, others: float) -> None:
     """Adds a value of each step that a line covers: `others`, and `value` for its last step."""
-    for _ in range(min(line.get("steps", 1) - 1, window.size)):
-        window.add(others)
-    window.add(value)
+    for _ in range(min(line.get("steps", 1) - 1, window.maxlen)):
+        window.append(others)
+    window.append(value)
 
 
 class NonFinite(Rule):
@@ -36,9 +36,8 @@ class NonFinite(Rule):
 
     name, severity = "non_finite", "error"
     remedy = (
-        "The parameters are lost. Go back to a checkpoint before this step with --rewind STEP and leave the batch out "
-        "with --data.skip, or start another run from there (--train.init-from RUN/checkpoints/STEP) with a lower "
-        "optim.peak_lr or a longer warm-up."
+        "The parameters are lost. Go back to a checkpoint before this step (--rewind STEP) and leave the batch out "
+        "(--data.skip), or lower optim.peak_lr or lengthen the warm-up from there (--allow-change)."
     )
 
     def check(self, line: Line) -> Verdict:
@@ -55,13 +54,9 @@ class Float16Overflow(Rule):
     OVERFLOWS = 20  # of WINDOW steps: loss scaling overflows a few times at its start, then once in 2,000
 
     name, severity = "float16_overflow", "error"
-    remedy = (
-        "float16 ends at 65,504: use --train.precision bfloat16 where the device has it, else loss scaling with a "
-        "lower optim.peak_lr."
-    )
+    remedy = "float16 ends at 65,504: use --train.precision bfloat16 if the device has it, or lower optim.peak_lr."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._overflows = Window()
 
     def check(self, line: Line) -> Verdict:
@@ -85,13 +80,9 @@ class SkippedSteps(Rule):
     NORM_SKIPS = 5  # if the norm stood out: gradients of small batches have heavy tails [3]
 
     name = "skipped_steps"
-    remedy = (
-        "No skipped step was applied. Look at the batches of those steps; if they are fine, lower optim.peak_lr or "
-        "lengthen the warm-up."
-    )
+    remedy = "Look at the batches of those steps; if they are fine, lower optim.peak_lr or lengthen the warm-up."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._skips = Window()
 
     def check(self, line: Line) -> Verdict:
@@ -109,9 +100,8 @@ class TooManyBadSteps(Rule):
 
     name, severity = "too_many_bad_steps", "error"
     remedy = (
-        "The run ends here, with its last good parameters: skipping more would only hide the cause. Go back with "
-        "--rewind STEP and leave those batches out with --data.skip, or start another run from an earlier checkpoint "
-        "(--train.init-from RUN/checkpoints/STEP) with a lower optim.peak_lr."
+        "The run ends here, with its last good parameters. Go back (--rewind STEP) and leave those batches out "
+        "(--data.skip) or lower optim.peak_lr (--allow-change)."
     )
 
     def check(self, line: Line) -> Verdict:
@@ -128,13 +118,9 @@ class ClippingSaturated(Rule):
     TINY, TINY_STEPS = 0.01, 50  # factors below it in a row [0.095, once]: gradients near Adam's eps
 
     name = "clipping_saturated"
-    remedy = (
-        "The threshold now sets the step size: lower optim.peak_lr or look for bad data; if the loss falls well, raise "
-        "optim.clip_norm."
-    )
+    remedy = "Lower optim.peak_lr or look for bad data; if the loss falls well, raise optim.clip_norm."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._factors, self._shares, self._norms, self._tiny = Window(self.LONG), Window(self.LONG), Window(), 0
 
     def check(self, line: Line) -> Verdict:
@@ -143,20 +129,16 @@ class ClippingSaturated(Rule):
             return UNKNOWN
         self._tiny = self._tiny + 1 if factor < self.TINY else 0
         if self._tiny > self.TINY_STEPS:
-            return Found(
-                f"{self._tiny} steps in a row were scaled by less than {self.TINY:g} (now {factor:.2g}, grad_norm "
-                f"{norm:.3g}): such gradients come near Adam's eps"
-            )
+            now = f"now {factor:.2g}, grad_norm {norm:.3g}"
+            return Found(f"{self._tiny} steps in a row were scaled by less than {self.TINY:g} ({now}), near Adam's eps")
         if self.facts.config.optim.clipping == "adaptive":
             return CLEAR  # a share of the units is clipped in nearly every step
         if self.after_warmup(line):
             share = line.get("clipped", factor < 1) / line.get("steps", 1)
             for window, value in ((self._factors, factor), (self._shares, share), (self._norms, norm)):
                 _add(window, line, value, others=value)
-        if not self._norms.full:
+        if not self._norms.full or not factor < 1:  # a saturated run shows it in its next step
             return CLEAR
-        if not factor < 1:
-            return CLEAR  # a saturated run shows it in its next step
         count = WINDOW if self._factors.median(-WINDOW) < self.HARD else self.LONG
         clipped = sum(list(self._shares)[-count:])
         if clipped <= self.SHARE * count:
@@ -174,8 +156,7 @@ class SpikesCaught(Rule):
     name, severity = "spikes_caught", "info"
     remedy = "A spike now and then is fine, and this is what clipping and skipping are for: nothing to do."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._norms = Window()
 
     def check(self, line: Line) -> Verdict:
@@ -185,7 +166,7 @@ class SpikesCaught(Rule):
         if skipped or not math.isfinite(norm):
             return UNKNOWN
         middle = self._norms.median() if self._norms.full else math.inf
-        self._norms.add(line["grad_norm"])
+        self._norms.append(line["grad_norm"])
         if norm <= self.TIMES * middle or not factor < 1:
             return CLEAR
         factor = f" by a factor {factor:.2g}" if line.get("steps", 1) == 1 else ""
@@ -201,8 +182,7 @@ class UpdateNormRising(Rule):
     name = "update_norm_rising"
     remedy = "This often comes before a loss spike: keep a checkpoint from before, lower optim.peak_lr or optim.b2."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._updates, self._scaled, self._losses = (Window(WINDOW + self.RECENT) for _ in range(3))
 
     def check(self, line: Line) -> Verdict:
@@ -212,7 +192,7 @@ class UpdateNormRising(Rule):
             return UNKNOWN
         # A schedule that rises again takes the norm with it; one that falls hides a rise. Both must have doubled.
         for window, value in ((self._updates, update), (self._scaled, update / rate), (self._losses, loss)):
-            window.add(value)
+            window.append(value)
         if not self._losses.full:
             return UNKNOWN
         update, update_now = (self._updates.median(*part) for part in ((0, WINDOW), (WINDOW, None)))
@@ -223,10 +203,8 @@ class UpdateNormRising(Rule):
         )
         if not scaled_now > self.TIMES * scaled > 0 or loss_now > self.SAME_LOSS * loss:
             return CLEAR
-        return Found(
-            f"update_norm {update_now:.3g}, {update_now / update:.1f} x its median of {WINDOW} steps; the loss, "
-            f"{loss_now:.4g}, has not risen yet"
-        )
+        rise = f"{update_now / update:.1f} x its median of {WINDOW} steps"
+        return Found(f"update_norm {update_now:.3g}, {rise}; the loss, {loss_now:.4g}, has not risen yet")
 
 
 class AdamFrozen(Rule):
@@ -236,9 +214,7 @@ class AdamFrozen(Rule):
     quiet = 10
 
     name = "adam_frozen"
-    remedy = (
-        "Those numbers hardly move: lower optim.eps, or raise optim.clip_norm if clipping makes gradients so small."
-    )
+    remedy = "They hardly move: lower optim.eps, or raise optim.clip_norm if clipping makes gradients so small."
 
     def check(self, line: Line) -> Verdict:
         share = line.get("adam_frozen_share", math.nan)

@@ -150,9 +150,8 @@ class HealthSink:
         if name == "eval":
             self._publish(self._health.observe_evaluation(fields))
         elif name in ("start", "resume"):
-            self._health.restore(
-                *([record for record in records if record["step"] <= fields["step"]] for records in self._earlier)
-            )
+            before = ([record for record in records if record["step"] <= fields["step"]] for records in self._earlier)
+            list(self._health.replay(*before))  # their findings were reported
             self._earlier = [], []
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ Numbers in brackets are what healthy runs show; see rules.py.
 import math
 import statistics
 
-from jaxtrain.monitoring.rule import CLEAR, UNKNOWN, WINDOW, Found, Line, Rule, RunFacts, Verdict, Window
+from jaxtrain.monitoring.rule import CLEAR, UNKNOWN, WINDOW, Found, Line, Rule, Verdict, Window
 
 
 class InitialLoss(Rule):
@@ -15,10 +15,7 @@ class InitialLoss(Rule):
     GAP = 0.5  # nats between the first loss and ln V [0.01]
 
     name = "initial_loss"
-    remedy = (
-        "An untrained model starts near ln V: check vocabulary and tokenizer, the labels, and the scale of the first "
-        "weights."
-    )
+    remedy = "An untrained model starts near ln V: check the tokenizer, the labels and the scale of the first weights."
 
     def check(self, line: Line) -> Verdict:
         known = self.facts.vocab_size and line["tokens"] != 0
@@ -37,19 +34,15 @@ class StuckAtUniform(Rule):
     SHARE = 0.03  # of ln V [0.4 at step 200]
 
     name = "stuck_at_uniform"
-    remedy = (
-        "The model has learned nothing: check that gradients reach all parameters, that labels belong to their inputs, "
-        "and optim.peak_lr."
-    )
+    remedy = "Check that gradients reach all parameters, that labels belong to their inputs, and optim.peak_lr."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._losses = Window()
 
     def check(self, line: Line) -> Verdict:
         if not self.facts.vocab_size or not math.isfinite(line["nll"]):
             return UNKNOWN
-        self._losses.add(line["nll"])
+        self._losses.append(line["nll"])
         if not self._losses.full or line["step"] <= self.facts.config.warmup_steps + self.STEPS:
             return UNKNOWN
         loss, uniform = self._losses.median(), math.log(self.facts.vocab_size)
@@ -68,12 +61,11 @@ class LabelLeak(Rule):
 
     name = "label_leak"
     remedy = (
-        "Unless the text repeats itself that much, the model sees its labels: check the shift by one token, the causal "
-        "mask, held-out text among the training data, and whether the same batch comes again."
+        "Unless the text repeats itself that much, the model sees its labels: check the shift by one token, the mask, "
+        "held-out text among the training data, and whether the same batch comes again."
     )
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._losses = Window(self.STEPS)
 
     def check(self, line: Line) -> Verdict:
@@ -84,21 +76,17 @@ class LabelLeak(Rule):
         few = line["tokens"] < self.COUNTED * settings.batch_size * settings.seq_len
         if not self.facts.vocab_size or not new or few:
             return UNKNOWN
-        self._losses.add(line["nll"])
+        self._losses.append(line["nll"])
         uniform, loss = math.log(self.facts.vocab_size), self._losses.median()
         if not self._losses.full or not loss < self.SHARE * uniform:
             return CLEAR
-        return Found(
-            f"the loss fell to {loss:.3g}, {loss / uniform:.1%} of ln V, within {tokens:,} tokens not seen before"
-        )
+        return Found(f"the loss fell to {loss:.3g}, {loss / uniform:.1%} of ln V, within {tokens:,} new tokens")
 
     def check_evaluation(self, event: Line) -> Verdict:
         bits = event.get("bits_per_byte")  # absent if the data does not tell the bytes of its text
         if bits is None or not bits < self.FLOOR_BITS:
             return CLEAR
-        return Found(
-            f"{bits:.3g} bits per byte on held-out text; no model is known to need fewer than {self.FLOOR_BITS:g}"
-        )
+        return Found(f"{bits:.3g} bits per byte on held-out text; no known model needs fewer than {self.FLOOR_BITS:g}")
 
 
 class LossRising(Rule):
@@ -111,19 +99,18 @@ class LossRising(Rule):
 
     name = "loss_rising"
     remedy = (
-        "Go back to a checkpoint before the rise (--rewind STEP), and lower optim.peak_lr or leave the batches at its "
-        "start out with --data.skip; if the data changes there, nothing is wrong."
+        "If the data does not change there, go back to a checkpoint before the rise (--rewind STEP), and lower "
+        "optim.peak_lr or leave the batches at its start out (--data.skip)."
     )
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._losses = Window()
         self._best, self._best_step = math.inf, 0
 
     def check(self, line: Line) -> Verdict:
         if not math.isfinite(line["loss"]) or line["skipped"] == 1:
             return UNKNOWN
-        self._losses.add(line["loss"])
+        self._losses.append(line["loss"])
         if not self._losses.full:
             return UNKNOWN
         values = list(self._losses)
@@ -137,10 +124,8 @@ class LossRising(Rule):
             self._best, self._best_step = loss, int(line["step"])
         if loss <= self._best + limit:
             return CLEAR
-        return Found(
-            f"the median loss of the last {WINDOW} steps is {loss:.4g}; it was {self._best:.4g} at step "
-            f"{self._best_step:,}"
-        )
+        best = f"{self._best:.4g} at step {self._best_step:,}"
+        return Found(f"the median loss of the last {WINDOW} steps is {loss:.4g}; it was {best}")
 
 
 class ValidationRising(Rule):
@@ -151,19 +136,15 @@ class ValidationRising(Rule):
     quiet = 3
 
     name = "validation_rising"
-    remedy = (
-        "The model memorizes its training text: stop here, train on more text, or raise optim.weight_decay; "
-        "checkpoint.keep_best keeps the best checkpoint."
-    )
+    remedy = "Stop, train on more text, or raise optim.weight_decay; checkpoint.keep_best keeps the best checkpoint."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._losses, self._best, self._best_step, self._count = Window(), math.inf, 0, 0
         self._train_at_best = math.inf
 
     def check(self, line: Line) -> Verdict:
         if math.isfinite(line["nll"]) and line["skipped"] != 1:
-            self._losses.add(line["nll"])
+            self._losses.append(line["nll"])
         return UNKNOWN
 
     def check_evaluation(self, event: Line) -> Verdict:
@@ -176,13 +157,11 @@ class ValidationRising(Rule):
         self._count = self._count + 1 if risen else 0
         if self._count < self.EVALUATIONS:
             return CLEAR
-        packed = self.facts.config.data.packing == "best_fit"
-        return Found(
-            f"the validation loss is {loss:.4g}, it was {self._best:.4g} at step {self._best_step:,}; the training "
-            f"loss fell from {self._train_at_best:.4g} to {train:.4g}"
-            + "; windows of validation cut documents, which those of best-fit packing do not"
-            * packed
-        )
+        text = f"the validation loss is {loss:.4g}, it was {self._best:.4g} at step {self._best_step:,}; "
+        text += f"the training loss fell from {self._train_at_best:.4g} to {train:.4g}"
+        if self.facts.config.data.packing == "best_fit":
+            text += "; windows of validation cut documents, which those of best-fit packing do not"
+        return Found(text)
 
 
 class GradientVanished(Rule):
@@ -192,19 +171,18 @@ class GradientVanished(Rule):
 
     name = "gradient_vanished"
     remedy = (
-        "No gradient reaches the parameters: look for a stop_gradient, saturated activations or logits, or a loss that "
-        "is scaled down; go back to a checkpoint before it with --rewind STEP."
+        "Look for a stop_gradient, saturated activations or logits, or a loss that is scaled down; go back to a "
+        "checkpoint before it with --rewind STEP."
     )
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._norms = Window(self.STEPS)
 
     def check(self, line: Line) -> Verdict:
         norm = line["grad_norm"]
         if not math.isfinite(norm) or line["tokens"] == 0:
             return UNKNOWN
-        self._norms.add(norm)
+        self._norms.append(norm)
         if not self._norms.full or self._norms.median() >= self.NORM or not line["loss"] > self.LOSS:
             return CLEAR
         return Found(f"grad_norm is {norm:.2g} in {self.STEPS} steps, the loss {line['loss']:.4g}")
@@ -219,8 +197,7 @@ class ParametersGrowing(Rule):
     remedy = "Lower optim.peak_lr or raise optim.weight_decay: growing weights end in a divergence."
     quiet = 10 * WINDOW
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._norms, self._first, self._count = Window(), math.nan, 0
 
     def check(self, line: Line) -> Verdict:
@@ -229,7 +206,7 @@ class ParametersGrowing(Rule):
             return UNKNOWN
         self._first = norm if math.isnan(self._first) else self._first
         before = next(iter(self._norms), math.nan)
-        self._norms.add(norm)
+        self._norms.append(norm)
         self._count += 1
         doubled = self._count > 2 * WINDOW and self.after_warmup(line) and norm > self.DOUBLED * before
         if not doubled and not norm > self.TIMES * self._first:
@@ -243,19 +220,15 @@ class TokensCollapsed(Rule):
     SHARE, STEPS = 0.5, 20  # of the largest median of as many steps [1.0]
 
     name = "tokens_collapsed"
-    remedy = (
-        "Most of each batch is masked: look at the data from there on, such as padding, documents of one token or a "
-        "mixture that ran out."
-    )
+    remedy = "Look at the data from there on: padding, documents of one token, or a mixture that ran out."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._tokens, self._most = Window(self.STEPS), 0.0
 
     def check(self, line: Line) -> Verdict:
         if not line["tokens"] >= 0:
             return UNKNOWN
-        self._tokens.add(line["tokens"])
+        self._tokens.append(line["tokens"])
         if not self._tokens.full:
             return UNKNOWN
         tokens = self._tokens.median()
@@ -273,8 +246,7 @@ class LearningRateZero(Rule):
     name = "learning_rate_zero"
     remedy = "Nothing is learned: check optim.peak_lr, optim.floor and where the schedule ends (`jaxtrain schedule`)."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._zeros = 0
 
     def check(self, line: Line) -> Verdict:
@@ -297,17 +269,14 @@ class NoProgress(Rule):
     name = "no_progress"
     remedy = "The steps change nothing: check that batches hold tokens that count, and that gradients reach the model."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._loss, self._equal, self._empty = math.nan, 0, 0
 
     def check(self, line: Line) -> Verdict:
         self._empty = self._empty + 1 if line["tokens"] == 0 else 0
         if self._empty >= self.EMPTY:
             return Found(f"{self._empty} batches in a row have no token that counts")
-        if self._empty:
-            return UNKNOWN
-        if line["skipped"] == 1 or line["learning_rate"] == 0:
+        if self._empty or line["skipped"] == 1 or line["learning_rate"] == 0:
             return UNKNOWN
         self._equal = self._equal + 1 if line["loss"] == self._loss else 1
         self._loss = line["loss"]
@@ -324,13 +293,9 @@ class ThroughputDropping(Rule):
     quiet = 10
 
     name = "throughput_dropping"
-    remedy = (
-        "Look for another process on the machine, a hot or failing device, or slow storage under the data; a run on "
-        "several hosts is as fast as the slowest."
-    )
+    remedy = "Look for another process on the machine, a hot or failing device or host, or slow storage under the data."
 
-    def __init__(self, facts: RunFacts):
-        super().__init__(facts)
+    def start(self) -> None:
         self._attempt, self._step, self._best = math.nan, 0, 0.0
         self._speeds: list[float] = []
         self._seconds = 0.0
@@ -351,6 +316,4 @@ class ThroughputDropping(Rule):
         self._best, self._speeds, self._seconds = max(recent, best), [], 0.0
         if recent >= self.SHARE * best:
             return CLEAR
-        return Found(
-            f"{recent:,.0f} tokens/s over {self.SECONDS:.0f} s and more, {recent / best:.0%} of {best:,.0f} before"
-        )
+        return Found(f"{recent:,.0f} tokens/s over {self.SECONDS:.0f} s, {recent / best:.0%} of {best:,.0f} before")
