@@ -58,11 +58,9 @@ def run_report(options: ReportOptions) -> int:
 
 
 def _show_findings(run: dict[str, Any]) -> None:
-    findings = [
-        f"{one['severity']}: {one['name']} at step {one['step']}: {one['evidence']}\n  {one['remedy']}"
-        for one in run["findings"]
-    ]
-    echo("\n".join(findings) or "no findings")
+    from jaxtrain.monitoring.health import Finding
+
+    echo("\n".join(str(Finding(**one)) for one in run["findings"]) or "no findings")
     if run["times"]["heading"]:
         echo(f"time by scope: {run['times']['heading']}")
     for scope, share, milliseconds in run["times"]["rows"]:

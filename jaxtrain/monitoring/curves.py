@@ -37,20 +37,14 @@ class Axis:
     def __init__(self, lines: Records):
         self.step = column(lines, "step")
         seconds = np.nan_to_num(column(lines, "step_seconds"), posinf=0.0) * covered_steps(lines)
-        self._known = {"tokens": np.nan_to_num(column(lines, "tokens_seen")), "seconds": np.cumsum(seconds)}
+        self._known = np.nan_to_num(column(lines, "tokens_seen")), np.cumsum(seconds)
 
     def at(self, steps: Any) -> dict[str, list[float | None]]:
         """Returns the positions of steps, interpolated between lines."""
         steps = np.asarray(steps, float)
         origin = np.concatenate([[0.0], self.step])
-        found = {
-            name: np.interp(steps, origin, np.concatenate([[0.0], values])) for name, values in self._known.items()
-        }
-        return {
-            "step": _short(steps, 12),
-            "tokens": _short(found["tokens"], 12),
-            "seconds": _short(found["seconds"], 7),
-        }
+        tokens, seconds = (np.interp(steps, origin, np.concatenate([[0.0], values])) for values in self._known)
+        return {"step": _short(steps, 12), "tokens": _short(tokens, 12), "seconds": _short(seconds, 7)}
 
 
 def run_curves(lines: Records, evaluations: Records, *, points: int = POINTS) -> dict[str, Any]:
@@ -71,17 +65,17 @@ def run_curves(lines: Records, evaluations: Records, *, points: int = POINTS) ->
     with np.errstate(divide="ignore", invalid="ignore"):
         values["update_ratio"] = column(lines, "update_norm") / column(lines, "param_norm")
     values = {name: found for name, found in values.items() if np.isfinite(found).any()}
-    if len(lines) <= points:
-        parts = None
-        ends = axis.step
-    else:
+    x, y, mean = axis.step, values, None
+    if len(lines) > points:
         edges = np.linspace(0, len(lines), points // 2 + 1).astype(int)
         parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        ends = np.array([axis.step[i] for part in parts for i in (part.start, part.stop - 1)])
+        x = np.array([axis.step[i] for part in parts for i in (part.start, part.stop - 1)])
+        y = {name: _extremes(found, parts) for name, found in values.items()}
+        mean = {name: _short(_part_means(found, parts)) for name, found in values.items()}
     return {
-        "x": axis.at(ends),
-        "y": {name: _short(found if parts is None else _extremes(found, parts)) for name, found in values.items()},
-        "mean": None if parts is None else {name: _short(_part_means(v, parts)) for name, v in values.items()},
+        "x": axis.at(x),
+        "y": {name: _short(found) for name, found in y.items()},
+        "mean": mean,
         "validation": axis.at(column(evaluations, "step")) | {"nll": _short(column(evaluations, "nll"))},
         "clipping": _clipping(lines, axis),
         "histogram": _histogram(lines),
@@ -117,9 +111,8 @@ def _histogram(lines: Records) -> dict[str, Any] | None:
     logs = np.log10(norms[usable])
     low, high = max(logs.min(), logs.max() - 12), logs.max()
     margin = max((high - low) * 0.02, 0.02)
-    counts, edges = np.histogram(
-        logs, bins=_BINS, range=(low - margin, high + margin), weights=covered_steps(lines)[usable]
-    )
+    limits = low - margin, high + margin
+    counts, edges = np.histogram(logs, bins=_BINS, range=limits, weights=covered_steps(lines)[usable])
     return {"edges": _short(10**edges), "counts": _short(counts, 9)}
 
 
@@ -142,13 +135,9 @@ def _extremes(values: np.ndarray, parts: Sequence[slice]) -> np.ndarray:
     """Returns the minimum and the maximum of each part, in the order in which they occur."""
     pairs = []
     for part in parts:
-        piece = values[part]
-        finite = np.isfinite(piece)
-        if not finite.any():
-            pairs += [math.nan, math.nan]
-            continue
-        low, high = np.where(finite, piece, math.inf).argmin(), np.where(finite, piece, -math.inf).argmax()
-        pairs += [piece[low], piece[high]] if low <= high else [piece[high], piece[low]]
+        piece = np.where(np.isfinite(values[part]), values[part], math.nan)
+        known = not np.isnan(piece).all()
+        pairs += [piece[i] for i in sorted((np.nanargmin(piece), np.nanargmax(piece)))] if known else [math.nan] * 2
     return np.array(pairs)
 
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import chex
@@ -70,9 +69,11 @@ class JsonLines:
 
     def __init__(self, path: str | Path):
         self._path = Path(path)
-        self._waiting = b"\n" if _is_torn(self._path) else b""  # bytes that are not written yet
         self._problem: OSError | None = None  # of the last attempt to write
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by close)
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(size - 1, 0))
+        self._waiting = b"\n" if size and self._file.read(1) != b"\n" else b""  # bytes that are not written yet
         self._write_waiting()
 
     def step(self, step: int, fields: Mapping[str, Any]) -> None:
@@ -98,9 +99,7 @@ class JsonLines:
     def __enter__(self) -> "JsonLines":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _write_line(self, fields: dict[str, Any]) -> None:
@@ -150,9 +149,7 @@ class Log(NamedTuple):
 
     steps: list[dict[str, Any]]
     events: list[dict[str, Any]]
-    damaged: list[
-        int
-    ]  # numbers of lines (1 is the first) that are torn or have a field of another type than is written
+    damaged: list[int]  # numbers of lines (1 is the first) that are torn or have a field of an unexpected type
 
 
 def read_log(path: str | Path) -> Log:
@@ -196,14 +193,6 @@ def _fits(name: str, value: Any) -> bool:
     if name in _LISTS:
         return isinstance(value, list) and all(_fits("loss", item) for item in value)
     return name not in _TEXTS or isinstance(value, str)
-
-
-def _is_torn(path: Path) -> bool:
-    if not path.exists() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) != b"\n"
 
 
 def encode(value: Any) -> Any:

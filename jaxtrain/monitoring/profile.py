@@ -30,8 +30,7 @@ from jaxtrain.runtime.hlo import HloModule
 def parse_profile(text: str | None, config: TrainConfig) -> range:
     """Reads `--profile START:STOP`: steps START to STOP - 1, counted from 1; None is an empty range.
 
-    Raises:
-      ValueError: not two whole numbers, an empty range, or steps outside the run.
+    Raises a ValueError for steps outside the run, and as `parse_range` does.
     """
     if text is None:
         return range(0)

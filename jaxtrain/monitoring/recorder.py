@@ -25,8 +25,7 @@ def open_recorder(
     folder: Path,
     facts: RunFacts,
     *,
-    flops_per_step: float | None = None,
-    peak_flops: float | None = None,
+    seconds_at_peak: float | None = None,
     sinks: Sequence[Sink] = (),
     more: Callable[[int, int], dict[str, Any]] = lambda first, last: {},
     track: Sequence[str] = (),
@@ -39,24 +38,15 @@ def open_recorder(
 
     Args:
       folder: run directory; metrics.jsonl in it is appended to.
-      flops_per_step: FLOPs of the model in one step; None leaves `mfu` out.
-      peak_flops: peak FLOP/s of all devices together; None leaves `mfu` out.
+      seconds_at_peak: time of a step at the peak FLOP/s of all devices; None leaves `mfu` out.
       more: returns further fields of a line from the first and the last step that it covers.
       track_patience: seconds that a tracker may take at the end, for uploads.
     """
     file, config = folder / "metrics.jsonl", facts.config.train
     lines, events = read_metrics(file) if file.exists() else ([], [])
     console = Console(config.steps) if is_lead() else None
-    recorder = Recorder(
-        config,
-        [JsonLines(file), console] if console else [],
-        console=console,
-        flops_per_step=flops_per_step,
-        peak_flops=peak_flops,
-        lines=lines,
-        events=events,
-        more=more,
-    )
+    options = {"seconds_at_peak": seconds_at_peak, "lines": lines, "events": events, "more": more}
+    recorder = Recorder(config, [JsonLines(file), console] if console else [], console=console, **options)
     if console:
         recorder.sinks += map(BackgroundSink, sinks)
         for name, make in SINKS.items():
@@ -92,8 +82,7 @@ class Recorder:
         sinks: Sequence[Sink],
         *,
         console: Console | None = None,
-        flops_per_step: float | None = None,
-        peak_flops: float | None = None,
+        seconds_at_peak: float | None = None,
         lines: Sequence[dict[str, Any]] = (),
         events: Sequence[dict[str, Any]] = (),
         more: Callable[[int, int], dict[str, Any]] = lambda first, last: {},
@@ -104,15 +93,15 @@ class Recorder:
         Args:
           config: number and size of the steps, and which of them are logged.
           console: where `say`, `table` and `pause` show their text; None shows nothing.
-          flops_per_step, peak_flops, more: see `open_recorder`.
+          seconds_at_peak, more: see `open_recorder`.
           lines, events: records of the earlier attempts, as `read_metrics` returns them.
         """
         self.sinks = list(sinks)
         self.begun = [event for event in events if event["event"] in ("start", "resume")]
         self.attempt = 1 + len(self.begun)
         self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
-        ends = [event for event in events if event["event"] in ("start", "resume", "stop")]
-        self.last_stop = ends[-1] if ends and ends[-1]["event"] == "stop" else {}
+        last = next((event for event in reversed(events) if event["event"] in ("start", "resume", "stop")), {})
+        self.last_stop = last if last.get("event") == "stop" else {}
         self.give_up = False
         self.last_line = lines[-1]["step"] if lines else 0
         self._skipped = {line["step"] for line in lines if line.get("skipped") == 1}
@@ -123,7 +112,7 @@ class Recorder:
         self._logged_step: int | None = None
         self._since = clock()
         self._tokens_per_step = config.batch_size * config.seq_len
-        self._seconds_at_peak = flops_per_step / peak_flops if flops_per_step and peak_flops else None
+        self._seconds_at_peak = seconds_at_peak
 
     def __enter__(self) -> "Recorder":
         return self
@@ -211,12 +200,11 @@ class Recorder:
         self.give_up |= bool(values.get("give_up", 0))  # a good step after it changes nothing
         if values.get("skipped") == 1:
             self._skipped.add(step)
-        sampled = bool(config.diagnose_every) and step % config.diagnose_every == 0
         values = drop_unsampled(values, step, config.diagnose_every)
         self._unlogged.append(values)
         # A skipped step ends its interval: the record then holds the step of each.
-        log = log or step % config.log_every == 0 or step == config.steps or sampled or step in self._skipped
-        log = log or self.give_up
+        due = any(every and step % every == 0 for every in (config.log_every, config.diagnose_every, config.steps))
+        log = log or due or step in self._skipped or self.give_up
         fields = {"step": step, "attempt": self.attempt, "tokens_seen": step * self._tokens_per_step}
         fields |= self._more(self._logged_step + 1, step) | self._timing(step) if log else {}
         line = fields | summarize(self._unlogged) if log else {}
@@ -225,8 +213,7 @@ class Recorder:
                 self._call(sink, sink.step, step, fields | values)
             elif log:
                 self._call(sink, sink.step, step, line)
-        if log:
-            self._unlogged = []
+        self._unlogged = [] if log else self._unlogged
 
     def _timing(self, step: int) -> dict[str, float]:
         """Returns the speed since the step logged before."""

@@ -16,24 +16,20 @@ def show(result: dict[str, Any]) -> None:
         echo(note)
     echo(_verdict(result), end="\n\n")
     if result["differences"]:
-        rows = [
-            (str(one["step"]), one["metric"], _exact(one["logged"]), _exact(one["replayed"]))
-            for one in result["differences"][:_SHOWN]
-        ]
-        echo(format_table(("step", "metric", "logged", "replayed"), rows, left=("metric",)), end="\n\n")
+        head = ("step", "metric", "logged", "replayed")
+        rows = [[str(one[k]) if k in head[:2] else _exact(one[k]) for k in head] for one in result["differences"]]
+        echo(format_table(head, rows[:_SHOWN], left=("metric",)), end="\n\n")
     logged = result["logged"] or {}
-    rows = [(k, _exact(value), _exact(logged[k]) if k in logged else "") for k, value in result["metrics"].items()]
+    rows = [[k, _exact(value), _exact(logged[k]) if k in logged else ""] for k, value in result["metrics"].items()]
     covered = logged.get("steps", 1)
-    head = "logged" if covered == 1 else f"logged for {covered} steps"
-    echo(format_table(("metric", "replayed", head), rows), end="\n\n")
-    names = ("micro_batch", "loss", "nll", "tokens", "grad_norm")
-    echo(
-        format_table(names, [[format_value(one[name]) for name in names] for one in result["micro_batches"]]),
-        end="\n\n",
-    )
-    names = ("grad_norm", "param_norm", "update_norm", "update_ratio")
-    rows = [(one["name"], *(format_value(one[name]) for name in names)) for one in result["layers"]]
-    echo(format_table(("layer", *names), rows), end="\n\n")
+    title = "logged" if covered == 1 else f"logged for {covered} steps"
+    echo(format_table(("metric", "replayed", title), rows), end="\n\n")
+    for key, head in (
+        ("micro_batches", ("micro_batch", "loss", "nll", "tokens", "grad_norm")),
+        ("layers", ("name", "grad_norm", "param_norm", "update_norm", "update_ratio")),
+    ):
+        rows = [[format_value(one[name]) for name in head] for one in result[key]]
+        echo(format_table([name.replace("name", "layer") for name in head], rows), end="\n\n")
     head = ("row", "micro_batch", "nll", "documents", "tokens", "repeats", "text")
     echo(format_table(head, [_row(one) for one in result["rows"][:_SHOWN]], left=("text",), cut=("text",)))
     if len(result["rows"]) > _SHOWN:

@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import math
 import os
+import string
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,10 +38,9 @@ _MOST = 400  # marks of a kind, and events in the table
 
 
 def write_report(run_dirs: str | Path | Sequence[str | Path]) -> Path:
-    """Writes `report.html` of one run directory, of several, or of all in a folder.
+    """Writes `report.html` of one run directory, of several, or of all in a folder; returns its path.
 
-    Returns:
-      Path of the file: in the run directory, in the folder, or in the folder that the run directories share.
+    It lies in the run directory, in the folder, or in the folder that the run directories share.
 
     Raises:
       ValueError: no run there, a broken one, or no step has been logged in any.
@@ -67,10 +67,8 @@ def open_records(run_dirs: str | Path | Sequence[str | Path]) -> tuple[list[RunR
     shown = [record for record in records if record.lines]
     if not shown:
         damaged = f" (damaged lines: {text})" if (text := damaged_lines(records[0])) else ""
-        raise ValueError(
-            f"{records[0].folder / 'metrics.jsonl'} holds no logged step{damaged}: train past train.log_every steps "
-            "first"
-        )
+        file = records[0].folder / "metrics.jsonl"
+        raise ValueError(f"{file} holds no logged step{damaged}: train past train.log_every steps first")
     parent = given[0] if len(given) == 1 else Path(os.path.commonpath([os.path.abspath(one) for one in given]))
     return shown, parent / "report.html"
 
@@ -82,21 +80,20 @@ def findings_of(record: RunRecord) -> list[Finding]:
 
 def report_data(records: Sequence[RunRecord]) -> dict[str, Any]:
     """Returns all that a report shows, as JSON values."""
-    points = max(POINTS // len(records), 300)
-    alone = len(records) == 1
-    names = _distinct_names(records)
+    names = [record.name for record in records]
+    distinct = [str(record.folder) if names.count(record.name) > 1 else record.name for record in records]
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "runs": [_run_data(record, name, points, alone) for record, name in zip(records, names, strict=True)],
+        "runs": [_run_data(record, name, len(records)) for record, name in zip(records, distinct, strict=True)],
         "differences": differences(records),
     }
 
 
-def _run_data(record: RunRecord, name: str, points: int, alone: bool) -> dict[str, Any]:
+def _run_data(record: RunRecord, name: str, num_runs: int) -> dict[str, Any]:
     try:
         findings = findings_of(record)
     except ValueError:
-        if alone:
+        if num_runs == 1:
             raise
         findings = []  # one run that needs its config file does not hide the others
     clipping, threshold = record.config.get("optim.clipping"), record.config.get("optim.clip_norm")
@@ -109,7 +106,7 @@ def _run_data(record: RunRecord, name: str, points: int, alone: bool) -> dict[st
             "folder": str(record.folder),
             "summary": record.summary(),
             "threshold": None if clipping == "adaptive" else threshold,
-            "curves": run_curves(record.lines, record.evaluations, points=points),
+            "curves": run_curves(record.lines, record.evaluations, points=max(POINTS // num_runs, 300)),
             "marks": _marks(record, [*events, *shown]),
             "findings": [vars(finding) for finding in findings],
             "evaluation": (record.evaluations or [{}])[-1],
@@ -123,11 +120,6 @@ def _run_data(record: RunRecord, name: str, points: int, alone: bool) -> dict[st
             ],
         }
     )
-
-
-def _distinct_names(records: Sequence[RunRecord]) -> list[str]:
-    names = [record.name for record in records]
-    return [str(record.folder) if names.count(record.name) > 1 else record.name for record in records]
 
 
 def _marks(record: RunRecord, events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -177,22 +169,18 @@ def render(data: dict[str, Any]) -> str:
     title = runs[0]["name"] if len(runs) == 1 else f"{len(runs)} runs"
     scripts = [f"/*\n{_asset('uPlot.LICENSE')}*/\n{_asset('uPlot.iife.min.js')}", _asset("report.js")]
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {hashes}"
     drawn = {"runs": [{k: run[k] for k in ("name", "threshold", "curves", "marks")} for run in runs]}
     embedded = json.dumps(drawn, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":  # no text can end the script element
         embedded = embedded.replace(character, f"\\u{ord(character):04x}")
-    body = _one_run(runs[0]) if len(runs) == 1 else _several_runs(data)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{_asset('uPlot.min.css')}\n{_asset('report.css')}</style>\n</head>\n<body>\n"
-        f"{body}\n<footer>jaxtrain report, {html.escape(data['made'])}</footer>\n"
-        f'<script type="application/json" id="data">{embedded}</script>\n'
-        + "".join(f"<script>{script}</script>\n" for script in scripts)
-        + "</body>\n</html>\n"
+    return string.Template(_asset("report.html")).substitute(
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {hashes}",
+        title=html.escape(title),
+        styles=f"{_asset('uPlot.min.css')}\n{_asset('report.css')}",
+        body=_one_run(runs[0]) if len(runs) == 1 else _several_runs(data),
+        made=html.escape(data["made"]),
+        data=embedded,
+        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
     )
 
 
@@ -220,7 +208,7 @@ def _one_run(run: dict[str, Any]) -> str:
             _section("Last evaluation", _table(evaluation)),
             _times(run["times"]),
             "</div>",
-            _section("Sample", f"<pre>{html.escape(run['sample'])}</pre>" if run["sample"] else ""),
+            _section("Sample", _pre(run["sample"])),
             _section("Config", _config(run["config"])),
             _section("Events", _events(run["events"])),
         ]
@@ -242,8 +230,7 @@ def _several_runs(data: dict[str, Any]) -> str:
     config = _columns(("field", *(run["name"] for run in runs)), values) if values else "<p>All configs are equal.</p>"
     details = [
         f"<details><summary>{html.escape(run['name'])}</summary>{_findings(run)}{_table(run['about'])}"
-        + (f"<pre>{html.escape(run['sample'])}</pre>" if run["sample"] else "")
-        + "</details>"
+        f"{_pre(run['sample'])}</details>"
         for run in runs
     ]
     return "\n".join(
@@ -261,9 +248,12 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{title}</h2>\n{content}\n</section>" if content else ""
 
 
+def _pre(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>" if text else ""
+
+
 def _cards(facts: dict[str, Any]) -> str:
-    speed = facts["tokens_per_second"]
-    share = facts["mfu"]
+    speed, share = facts["tokens_per_second"], facts["mfu"]
     cards = [
         ("validation loss", _number(facts["validation_loss"]), f"best {_number(facts['best_validation_loss'])}"),
         ("training loss", _number(facts["train_loss"]), "nats per token"),

@@ -207,16 +207,12 @@ def _has(events: list[dict[str, Any]], *names: str) -> bool:
 
 def _is_locked(file: Path) -> bool:
     """Returns True while a process trains in the run directory."""
-    if not file.is_file():  # opening a FIFO would wait
-        return False
-    try:
-        with open(file) as stream:
-            try:
+    if file.is_file():  # opening a FIFO would wait
+        try:
+            with open(file) as stream:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    except OSError:  # none, or a file system without locks
-        pass
+        except OSError as error:  # others: no file any more, or a file system without locks
+            return isinstance(error, BlockingIOError)
     return False
 
 
@@ -229,25 +225,23 @@ def damaged_lines(record: RunRecord) -> str:
 def describe(record: RunRecord) -> Rows:
     """Returns the summary as rows of names and texts for people."""
     facts = record.summary()
-    rows = [("steps", f"{facts['step']:,} of {facts['steps']:,}")]
-    if facts["parameters"]:
-        rows.append(("parameters", f"{facts['parameters']:,}"))
-    if facts["tokens_seen"]:
-        epochs = f", {facts['tokens_seen'] / facts['train_tokens']:.3g} epochs" if facts["train_tokens"] else ""
-        rows.append(("tokens seen", f"{facts['tokens_seen']:,}{epochs}"))
-    rows.append(("training time", format_seconds(facts["train_seconds"])))
-    rows.append(("starts", f"{facts['attempts']:,}"))
-    rows.append(("skipped steps", f"{facts['skipped_steps']:,}"))
-    if facts["clipped_share"] is not None:
-        rows.append(("clipped steps", f"{facts['clipped_share']:.1%}"))
-    if facts["device"]:
-        processes = facts["processes"] or 1
-        rows.append(
-            ("devices", f"{facts['devices']} x {facts['device']}" + (f", {processes} processes" * (processes > 1)))
-        )
-    rows += [("damaged lines", text)] if (text := damaged_lines(record)) else []
-    rows += [(name, str(facts[name])) for name in ("data", "tokenizer") if facts[name]]
-    rows += [("vocabulary", f"{facts['vocab_size']:,} tokens")] if facts["vocab_size"] else []
-    versions = [f"{name} {facts[name]}" for name in ("jaxtrain", "jax", "python") if facts[name]]
-    rows += [("versions", ", ".join(versions))] if versions else []
-    return rows + ([("commit", str(facts["commit"]))] if facts["commit"] else [])
+    seen, corpus, clipped = facts["tokens_seen"], facts["train_tokens"], facts["clipped_share"]
+    processes = facts["processes"] or 1
+    rows = {
+        "steps": f"{facts['step']:,} of {facts['steps']:,}",
+        "parameters": facts["parameters"] and f"{facts['parameters']:,}",
+        "tokens seen": seen and f"{seen:,}" + (f", {seen / corpus:.3g} epochs" if corpus else ""),
+        "training time": format_seconds(facts["train_seconds"]),
+        "starts": f"{facts['attempts']:,}",
+        "skipped steps": f"{facts['skipped_steps']:,}",
+        "clipped steps": None if clipped is None else f"{clipped:.1%}",
+        "devices": facts["device"]
+        and f"{facts['devices']} x {facts['device']}" + f", {processes} processes" * (processes > 1),
+        "damaged lines": damaged_lines(record),
+        "data": facts["data"],
+        "tokenizer": facts["tokenizer"],
+        "vocabulary": facts["vocab_size"] and f"{facts['vocab_size']:,} tokens",
+        "versions": ", ".join(f"{name} {facts[name]}" for name in ("jaxtrain", "jax", "python") if facts[name]),
+        "commit": facts["commit"],
+    }
+    return [(name, text) for name, text in rows.items() if text]

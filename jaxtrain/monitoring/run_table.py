@@ -50,11 +50,7 @@ def read_rows(folder: str | Path) -> list[Row]:
 
 
 def sort_key(rows: list[Row], key: str) -> str:
-    """Returns the column or config field that a key means; the last part of a field serves as well.
-
-    Raises:
-      ValueError: none of them.
-    """
+    """Returns the column or config field that a key means, also by its last part; a ValueError if it means none."""
     fields = dict.fromkeys(field for row in rows for field in row.get("config", {}))
     meant = [field for field in fields if field.split(".")[-1] == key]
     return meant[0] if len(meant) == 1 else check_choice(key, [*_COLUMNS, *fields], "--sort")

@@ -35,10 +35,9 @@ def _evaluation(event: Event) -> str:
 
 
 def _stop(event: Event) -> str:
-    reason = str(event["reason"])
-    texts = {"finished": "finished", "stop_after": "as train.stop_after asked"}
+    reason = str(event["reason"]).replace("stop_after", "as train.stop_after asked")
     skipped = f", {event['skipped_steps']:,} steps skipped" if event.get("skipped_steps") else ""
-    return f"Stopped at step {event['step']:,}: {texts.get(reason, reason)}{skipped}."
+    return f"Stopped at step {event['step']:,}: {reason}{skipped}."
 
 
 def _changes(event: Event) -> str:

@@ -74,9 +74,8 @@ class BackgroundSink:
         """
         self.name = name or type(sink).__name__
         self.every_step = every_step or getattr(sink, "every_step", False)
-        self._sink, self._patience = sink if hasattr(sink, "step") else None, patience
-        self._make = sink
-        self._queue: queue.Queue[tuple[Any, ...] | None] = queue.Queue(capacity)
+        self._sink, self._patience = sink, patience
+        self._queue: queue.Queue[tuple[Any, ...]] = queue.Queue(capacity)
         self._problem: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=f"sink {self.name}", daemon=True)
         self._thread.start()
@@ -90,7 +89,7 @@ class BackgroundSink:
     def close(self) -> None:
         """Waits up to `patience` seconds for the queued records and for the sink's own `close`."""
         try:
-            self._queue.put(None, timeout=self._patience)
+            self._queue.put(("close",), timeout=self._patience)
         except queue.Full:
             pass
         else:
@@ -112,22 +111,17 @@ class BackgroundSink:
             raise SinkFailed(f"{type(problem).__name__}: {problem}") from problem
 
     def _work(self) -> None:
-        if self._sink is None:
-            self._attempt(self._open)
-        while (call := self._queue.get()) is not None:
-            self._call(*call)
-        self._call("close")
+        sink, method = self._sink, ""
+        if not hasattr(sink, "step"):
+            sink = self._attempt(sink)
+        while method != "close":
+            method, *arguments = self._queue.get()
+            if sink is not None:  # else making it has failed
+                self._attempt(getattr(sink, method), *arguments)
 
-    def _open(self) -> None:
-        self._sink = self._make()  # type: ignore[operator]
-
-    def _call(self, method: str, *arguments: Any) -> None:
-        if self._sink is not None:  # else making it has failed
-            self._attempt(getattr(self._sink, method), *arguments)
-
-    def _attempt(self, function: Callable, *arguments: Any) -> None:
+    def _attempt(self, function: Callable, *arguments: Any) -> Any:
         try:
-            function(*arguments)
+            return function(*arguments)
         except BaseException as problem:
             self._problem = problem
 

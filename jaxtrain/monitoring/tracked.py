@@ -82,12 +82,10 @@ class Tracked:
         self._earlier = [(line, "train") for line in lines]
         self._earlier += [(event, "validation") for event in events if event["event"] == "eval"]
         self._file = folder / "trackers" / f"{name}.json"
-        self._partial = self._file.with_suffix(".partial")
         self._tracker: Tracker | None = None
-        self._begun: Fields = {}
-        self._step = 0
+        self._begun: Fields = {"step": 0}
         self._altered = self._opened = False
-        self._have: dict[str, Any] = {}
+        self._have: dict[str, Any] = {}  # id, number, and the last step of each kind that the tracker has
 
     def step(self, step: int, fields: Fields) -> None:
         """Passes a logged step on, unless the tracker has it."""
@@ -96,14 +94,14 @@ class Tracked:
 
     def event(self, name: str, text: str, fields: Fields) -> None:
         if name in ("start", "resume"):
-            self._begun, self._step = fields, fields["step"]
+            self._begun = fields
         elif name in ("rewind", "config_change"):
             self._altered = True
         elif name == "eval":
             self._open()
             self._log("validation", fields["step"], fields)
         elif name in ("finding", "stop") and self._tracker:
-            self._tracker.note(fields.get("step", self._step), name, text)
+            self._tracker.note(fields.get("step", self._begun["step"]), name, text)
 
     def close(self) -> None:
         if self._tracker:
@@ -114,25 +112,20 @@ class Tracked:
         if self._opened:
             return
         self._opened = True  # a tracker that cannot open is not asked again
-        have = read_json(self._file)
-        have = have if isinstance(have, dict) and "id" in have else {"id": uuid.uuid4().hex[:12], "number": 1}
-        ahead = max(have.get("train", 0), have.get("validation", 0)) > self._step
-        if ahead and self._altered:
-            have = {"id": uuid.uuid4().hex[:12], "number": have.get("number", 1) + 1}
-        is_new = not have.get("train") and not have.get("validation")
-        number = have.get("number", 1)
-        title = self._folder.resolve().name + (f"-{number}" if number > 1 else "")
-        commit = self._begun.get("commit")
-        module, _, factory = TRACKERS[self._name][1].partition(":")
+        have, begin = read_json(self._file), self._begun["step"]
+        have = have if isinstance(have, dict) and "id" in have else {"id": uuid.uuid4().hex[:12]}
+        newest, number = max(have.get("train", 0), have.get("validation", 0)), have.get("number", 1)
+        if newest > begin and self._altered:
+            newest, number, have = 0, number + 1, {"id": uuid.uuid4().hex[:12]}
+        self._have = have | {"number": number}
         self._file.parent.mkdir(exist_ok=True)
-        write_json(self._file, have)
-        self._have = have
-        self._tracker = getattr(importlib.import_module(module), factory)(
-            TrackedRun(self._folder, title, have["id"], is_new, self._config, commit)
-        )
-        earlier = sorted(self._earlier, key=lambda record: (record[0]["step"], record[1]))
-        for fields, kind in earlier:
-            if fields["step"] <= self._step:
+        write_json(self._file, self._have)
+        title = self._folder.resolve().name + (f"-{number}" if number > 1 else "")
+        run = TrackedRun(self._folder, title, have["id"], not newest, self._config, self._begun.get("commit"))
+        module, _, factory = TRACKERS[self._name][1].partition(":")
+        self._tracker = getattr(importlib.import_module(module), factory)(run)
+        for fields, kind in sorted(self._earlier, key=lambda record: (record[0]["step"], record[1])):
+            if fields["step"] <= begin:
                 self._log(kind, fields["step"], fields)
         self._earlier = []
 
@@ -142,10 +135,11 @@ class Tracked:
         values = {
             f"{kind}/{name}": float(value)
             for name, value in fields.items()
-            if name not in _LEFT_OUT and isinstance(value, int | float) and not isinstance(value, bool)
+            if name not in _LEFT_OUT and type(value) in (int, float) and math.isfinite(value)
         }
-        self._tracker.log(step, {name: value for name, value in values.items() if math.isfinite(value)})
+        self._tracker.log(step, values)
         self._have[kind] = step
         # Replaced as a whole, without a sync: after a power cut, a repeated step is better than a slow tracker always.
-        self._partial.write_text(json.dumps(self._have))
-        self._partial.replace(self._file)
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps(self._have))
+        partial.replace(self._file)

@@ -182,18 +182,13 @@ def _open_recorder(run: Run, track: Sequence[str]) -> Recorder:
         seen = {f"tokens_seen/{name}": count for name, count in batches.tokens_seen(last).items()}
         return seen | ({"padding_share": batches.padding_share(first - 1, last)} if batches.is_packed else {})
 
-    model = program.model
-    per_token = model.flops_per_token(settings.seq_len) if hasattr(model, "flops_per_token") else None
+    seconds, model = None, program.model
     peak = peak_flops(program.mesh.devices.flat[0].device_kind, settings.precision)
-    return open_recorder(
-        run.folder,
-        RunFacts(run.config, program.vocab_size, run.store.train.num_tokens),
-        flops_per_step=per_token and settings.batch_size * settings.seq_len * per_token,
-        peak_flops=peak and peak * program.mesh.size,
-        sinks=run.hooks.sinks,
-        more=more,
-        track=track,
-    )
+    if peak and hasattr(model, "flops_per_token"):
+        flops = settings.batch_size * settings.seq_len * model.flops_per_token(settings.seq_len)
+        seconds = flops / (peak * program.mesh.size)
+    facts = RunFacts(run.config, program.vocab_size, run.store.train.num_tokens)
+    return open_recorder(run.folder, facts, seconds_at_peak=seconds, sinks=run.hooks.sinks, more=more, track=track)
 
 
 def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainState, str]:

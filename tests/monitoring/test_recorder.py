@@ -83,7 +83,7 @@ def test_metrics_are_read_one_step_late():
 def test_speed_is_measured_between_logged_steps_without_pauses():
     now = itertools.count()  # the clock advances a second with each reading
     sink = Collect()
-    recorder = Recorder(CONFIG, [sink], flops_per_step=300.0, peak_flops=100.0, clock=lambda: float(next(now)))
+    recorder = Recorder(CONFIG, [sink], seconds_at_peak=3.0, clock=lambda: float(next(now)))
     run_steps(recorder, range(1, 11))  # 1 s
     with recorder.pause():
         [next(now) for _ in range(100)]
