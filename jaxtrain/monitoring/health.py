@@ -48,9 +48,7 @@ class Health:
         """Judges the fields of an `eval` event; returns the cases that begin with it."""
         return self._judge(event["step"], lambda rule: rule.check_evaluation(Line(event)))
 
-    def replay(
-        self, lines: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
-    ) -> Iterator[Finding]:
+    def replay(self, lines: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]) -> Iterator[Finding]:
         """Judges earlier records in the order of their steps; an evaluation follows its step."""
         records = [(line, self.observe) for line in lines] + [(event, self.observe_evaluation) for event in evaluations]
         for record, observe in sorted(records, key=lambda pair: pair[0]["step"]):

@@ -17,7 +17,8 @@ import socket
 import time
 
 _ANSWER_SECONDS = 5.0  # a process may have started its clock later than process 0
-_GREETING_SECONDS = 5.0  # a silent connection then gives its file descriptor back
+_GREETING_SECONDS = 2.0  # a silent connection then gives its file descriptor back
+_SETTLE_SECONDS = 0.05  # the end of a process shows so long after its greeting
 _RETRY_SECONDS = 0.2
 _GREETING = re.compile(rb"jaxtrain (\d{1,9}) of (\d{1,9}) ([0-9a-f]{64})\n")
 _MAX_BYTES = 256  # of a greeting
@@ -77,13 +78,17 @@ class _Reception:
         self._num_processes, self._token = num_processes, token
         self._present: dict[int, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
         self._problem = ""
-        self._decided = asyncio.Event()  # all are present, or there is a problem
+        self._news = asyncio.Event()  # a process has come, or there is a problem
 
     async def gather(self, host: str, port: int, timeout: float) -> dict[int, socket.socket]:
         """Tells the outcome to all that are present; returns the connections to them, or raises the problem."""
         server = await asyncio.start_server(self._serve, sock=_listen(host, port), limit=_MAX_BYTES)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._decided.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                while len(self._present) < self._num_processes - 1 and not self._problem:
+                    await self._news.wait()
+                    self._news.clear()
+                    await asyncio.sleep(_SETTLE_SECONDS)
         server.close()
         missing = [process for process in range(1, self._num_processes) if process not in self._present]
         if missing and not self._problem:
@@ -134,8 +139,7 @@ class _Reception:
         elif process in self._present or process == 0:
             self._problem = f"two processes say that they are process {process}: check JAX_PROCESS_ID"
         self._present[-1 if process in self._present else process] = reader, writer
-        if self._problem or len(self._present) == self._num_processes - 1:
-            self._decided.set()
+        self._news.set()
         return None
 
 

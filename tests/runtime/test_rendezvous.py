@@ -10,7 +10,6 @@ import pytest
 from helpers import LIMIT, wait_until
 from process_helpers import free_address
 
-from jaxtrain.runtime import rendezvous
 from jaxtrain.runtime.rendezvous import meet
 
 
@@ -117,8 +116,7 @@ def test_a_process_that_was_started_again_takes_its_own_place():
     assert sorted(close(*outcome)) == [[0], [0], [1, 2]]
 
 
-def test_silent_connections_give_their_file_descriptors_back(monkeypatch):
-    monkeypatch.setattr(rendezvous, "_GREETING_SECONDS", 0.05)
+def test_silent_connections_give_their_file_descriptors_back():
     address, outcome = free_address(), []
     host, port = address.split(":")
     lead = threading.Thread(target=lambda: outcome.append(meet(address, 2, 0, 60.0)))
