@@ -72,10 +72,9 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         request.write_text(json.dumps({"config": to_json(config), "vocab_size": vocab_size, "topology": topology}))
         command = [sys.executable, "-m", "jaxtrain.plan.compiler", str(request), str(answer)]
+        options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": timeout}
         try:
-            child = subprocess.run(
-                command, env=_environment(), capture_output=True, text=True, errors="replace", timeout=timeout
-            )
+            child = subprocess.run(command, env=_environment(), **options)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"compiling for {topology} took more than {timeout:g} s: raise --timeout") from None
         if not answer.exists():
@@ -106,20 +105,18 @@ def search_batch(config: Config, vocab_size: int, topology: str, unit: int, time
 
 def _environment() -> dict[str, str]:
     # The user's setting of the lock wins: ALLOW_MULTIPLE_LIBTPU_LOAD=0 makes a second process fail.
-    lock = {name: os.environ[name] for name in ("ALLOW_MULTIPLE_LIBTPU_LOAD",) if name in os.environ}
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, **ENVIRONMENT, **lock, "PYTHONPATH": os.pathsep.join(paths)}
+    lock = os.environ.get("ALLOW_MULTIPLE_LIBTPU_LOAD", ENVIRONMENT["ALLOW_MULTIPLE_LIBTPU_LOAD"])
+    paths = filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])
+    own = {"ALLOW_MULTIPLE_LIBTPU_LOAD": lock, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, **ENVIRONMENT, **own}
 
 
 def _raise(kind: str, message: str, topology: str, chip: Chip) -> None:
     if kind == "ValueError":
         raise ValueError(message)
     if "lockfile" in message:
-        raise BlockingIOError(
-            "another process holds libtpu's lock, /tmp/libtpu_lockfile: wait for it to end, or unset "
-            "ALLOW_MULTIPLE_LIBTPU_LOAD"
-        )
+        remedy = "wait for it to end, or unset ALLOW_MULTIPLE_LIBTPU_LOAD"
+        raise BlockingIOError(f"another process holds libtpu's lock, /tmp/libtpu_lockfile: {remedy}")
     if "topology" in message.lower() or "Invalid TPU" in message:
         raise ValueError(f"the {chip.compiler} knows no topology {topology!r}: {message.splitlines()[0]}")
     if kind == "ImportError" or "not installed" in message:
@@ -133,10 +130,9 @@ def _child(request: str, answer: str) -> None:
     asked = json.loads(Path(request).read_text())
     try:
         found = _compile(from_json(asked["config"]), asked["vocab_size"], asked["topology"])
-    except ValueError as error:
-        found = {"error": "ValueError", "message": str(error)}
     except Exception as error:  # the parent shows it
-        found = {"error": type(error).__name__, "message": str(error)[:2000]}
+        kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
+        found = {"error": kind, "message": str(error)[:2000]}
     Path(answer).write_text(json.dumps(found))
 
 
@@ -181,29 +177,28 @@ def _analyze(compiled: Any, mesh_shape: dict[str, int], chip: Chip) -> dict[str,
     from jaxtrain.runtime.hlo import collectives, summarize
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    temporary, peak = memory.temp_size_in_bytes, memory.peak_memory_in_bytes
-    if chip.platform == "gpu":  # its compiler reports no peak that counts everything, and accepts any program
-        peak = memory.argument_size_in_bytes + temporary + memory.generated_code_size_in_bytes
-        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    else:
-        temporary = peak - memory.argument_size_in_bytes
+    arguments, temporary_sum = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    outputs, alias, code = memory.output_size_in_bytes, memory.alias_size_in_bytes, memory.generated_code_size_in_bytes
+    is_tpu = chip.platform == "tpu"
+    # A GPU's compiler reports no peak that counts everything, and accepts any program.
+    peak = memory.peak_memory_in_bytes if is_tpu else arguments + temporary_sum + code + outputs - alias
     found = {
-        "fits": peak <= chip.hbm_bytes or chip.platform == "tpu",  # the TPU compiler rejects a program that does not
-        "argument_bytes_per_device": memory.argument_size_in_bytes,
-        "temporary_bytes_per_device": temporary,
-        "temporary_sum_bytes_per_device": memory.temp_size_in_bytes,
-        "output_bytes_per_device": memory.output_size_in_bytes,
-        "alias_bytes_per_device": memory.alias_size_in_bytes,
-        "code_bytes_per_device": memory.generated_code_size_in_bytes,
+        "fits": peak <= chip.hbm_bytes or is_tpu,  # the TPU compiler rejects a program that does not
+        "argument_bytes_per_device": arguments,
+        "temporary_bytes_per_device": peak - arguments if is_tpu else temporary_sum,
+        "temporary_sum_bytes_per_device": temporary_sum,
+        "output_bytes_per_device": outputs,
+        "alias_bytes_per_device": alias,
+        "code_bytes_per_device": code,
         "host_bytes_per_device": memory.host_temp_size_in_bytes,
         "peak_bytes_per_device": peak,
         "collectives": summarize(collectives(text, mesh_shape)),
         "costs": part_costs(text),
-        "estimated_seconds": _estimate(compiled, text) if chip.platform == "tpu" else None,
+        "estimated_seconds": _estimate(compiled, text) if is_tpu else None,
     }
     if not found["fits"]:
         found |= {"needed_bytes_per_device": peak, "message": "memory analysis: more than the chip has"}
-    return found | ({"kernels": kernels(text), "caveat": CAVEAT} if chip.platform == "gpu" else {})
+    return found if is_tpu else found | {"kernels": kernels(text), "caveat": CAVEAT}
 
 
 def _estimate(compiled: Any, text: str) -> float | None:

@@ -98,14 +98,10 @@ def make_plan(
       mfu: assumed share of the peak that the model's FLOPs reach, from 0 to 1. Recomputation does not count.
 
     Raises:
-      ValueError: a model of the user's own, a mesh or batch that does not fit, or mfu or price out of range.
+      ValueError: a model of the user's own, or a mesh or batch that does not fit.
     """
     if not isinstance(config.model, ModelConfig):
         raise ValueError(f"{type(config.model).__name__} has no formulas: `plan` knows the built-in transformer only")
-    if not 0 < mfu <= 1:
-        raise ValueError(f"--mfu must be a share of the peak, above 0 and at most 1; got {mfu}")
-    if price is not None and not 0 <= price < math.inf:
-        raise ValueError(f"--price, of one chip for one hour, must be 0 or more; got {price}")
     mesh = AbstractMesh(mesh_shape(config.mesh, num_devices), AXES)
     check_batch(config.train.batch_size, config.train.accumulate, mesh)
     model = dataclasses.replace(config.model, vocab_size=vocab_size)

@@ -80,11 +80,8 @@ def target_devices(chip: Chip, shape: str) -> list[Any]:
 def target_config(chip: Chip, cudnn_version: int) -> str:
     """Returns XLA's description of a GPU, a text proto; the version of cuDNN is 91002 for 9.10.2."""
     gpu = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text())[chip.name]
-    parts = {
-        "cudnn_major": cudnn_version // 10_000,
-        "cudnn_minor": cudnn_version // 100 % 100,
-        "cudnn_patch": cudnn_version % 100,
-    }
+    numbers = cudnn_version // 10_000, cudnn_version // 100 % 100, cudnn_version % 100
+    parts = dict(zip(("cudnn_major", "cudnn_minor", "cudnn_patch"), numbers, strict=True))
     extension = "ACCELERATED_FEATURES" if gpu["major"] >= 9 else "NONE"  # sm_90a, sm_100a
     return _TARGET.format(**gpu, **parts, extension=extension)
 

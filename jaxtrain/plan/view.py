@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtrain.config import Config
@@ -40,7 +41,9 @@ def plan(config: Config, options: Any) -> None:
     result = _result(config, formulas, chip, compiled, note)
     if compiled and options.max_batch:
         fitting = [one["batch_size"] for one in tries if one["fits"]]
-        result |= {"max_batch": max(fitting, default=0), "tries": [_outcome(one) for one in tries]}
+        names = ("batch_size", "fits", "peak_bytes_per_device", "needed_bytes_per_device", "compile_seconds")
+        shown = [{name: one[name] for name in names if name in one} for one in tries]
+        result |= {"max_batch": max(fitting, default=0), "tries": shown}
     if options.json:
         echo(json.dumps(result), verbatim=True)
     else:
@@ -79,43 +82,30 @@ def _compile(
     return max(fitting, key=lambda one: one["batch_size"], default=tries[-1]), tries
 
 
-def _outcome(answer: dict[str, Any]) -> dict[str, Any]:
-    names = ("batch_size", "fits", "peak_bytes_per_device", "needed_bytes_per_device", "compile_seconds")
-    return {name: answer[name] for name in names if name in answer}
-
-
 def _result(
     config: Config, formulas: Plan, chip: Chip | None, compiled: dict[str, Any] | None, note: str
 ) -> dict[str, Any]:
     """Returns the JSON object. By formula, the arguments are the state and the temporaries are the rest."""
-    memory, cost = formulas.memory, formulas.cost
+    values = formulas._asdict()
+    memory, traffic, cost = (values.pop(name) for name in ("memory", "traffic", "cost"))
     result = {
         "compiled": compiled is not None,
         "note": note,
         "chip": chip and chip.name,
-        "num_devices": formulas.num_devices,
-        "mesh": formulas.mesh,
-        "num_params": formulas.num_params,
-        "num_active": formulas.num_active,
+        **values,
         "batch_size": config.train.batch_size,
-        "tokens_per_step": formulas.tokens_per_step,
-        "tokens": formulas.tokens,
-        "flops_per_step": formulas.flops_per_step,
         "formula_bytes_per_device": memory._asdict() | {"peak": memory.peak},
         "cost": cost and cost._asdict(),
     }
     if compiled is not None:
-        warning = replaced_gathers(formulas.traffic, compiled.get("collectives", []), formulas.mesh)
+        warning = replaced_gathers(traffic, compiled.get("collectives", []), formulas.mesh)
         return result | compiled | {"warning": warning if compiled["fits"] else None}
     return result | {
         "hbm_bytes": chip and chip.hbm_bytes,
         "fits": memory.peak <= chip.hbm_bytes if chip else None,
         "argument_bytes_per_device": memory.state,
         "temporary_bytes_per_device": memory.peak - memory.state,
-        "collectives": [
-            {"kind": one.kind, "axes": list(one.axes), "bytes": one.num_bytes, "what": one.what}
-            for one in formulas.traffic
-        ],
+        "collectives": [{"kind": o.kind, "axes": list(o.axes), "bytes": o.num_bytes, "what": o.what} for o in traffic],
     }
 
 
@@ -129,30 +119,27 @@ def _show(config: Config, formulas: Plan, chip: Chip | None, options: Any, resul
         _print_table((f"memory by the {chip.compiler}", "per device"), _compiled_rows(result))
         if result["fits"]:
             rows = [
-                (
-                    *(row["kind"], ", ".join(row["axes"]), row["dtype"], f"{row['count']:,}"),
-                    *map(format_bytes, (row["bytes"], row["blocking_bytes"])),
-                )
+                [row["kind"], ", ".join(row["axes"]), row["dtype"], f"{row['count']:,}"]
+                + [format_bytes(row[name]) for name in ("bytes", "blocking_bytes")]
                 for row in result["collectives"]
             ]
-            if rows:
-                _print_table(("collectives", "axes", "dtype", "arrays per step", "per device", "of which block"), rows)
+            _print_table(("collectives", "axes", "dtype", "arrays per step", "per device", "of which block"), rows)
             _print_table(("operations", "compiler's cycles", "memory traffic"), _cost_rows(result["costs"]))
-            if counts := result.get("kernels"):
-                _print_table(("kernels", "in the program"), [(name, str(count)) for name, count in counts.items()])
-    elif formulas.traffic:
+            kernels = result.get("kernels", {})
+            _print_table(("kernels", "in the program"), [(name, str(count)) for name, count in kernels.items()])
+    else:
         rows = [(one.kind, ", ".join(one.axes), one.what, format_bytes(one.num_bytes)) for one in formulas.traffic]
         _print_table(("collectives by formula", "axes", "of what", "per device and step"), rows)
     if result["fits"] is not None:
         echo(f"{'fits' if result['fits'] else 'does not fit'} {chip.name}: {_amount(result)}")
-    for line in filter(
-        None, [*result.get("refused_options", ()), result.get("caveat"), result.get("warning"), result["note"]]
-    ):
+    more = (result.get("caveat"), result.get("warning"), result["note"])
+    for line in filter(None, (*result.get("refused_options", ()), *more)):
         echo(line)
 
 
-def _print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    echo("\n" + format_table(head, rows, left=("axes", "dtype", "of what")) + "\n")
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if rows:
+        echo("\n" + format_table(head, rows, left=("axes", "dtype", "of what")) + "\n")
 
 
 def _run_rows(config: Config, formulas: Plan, result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -190,41 +177,35 @@ def _memory_rows(formulas: Plan) -> list[tuple[str, ...]]:
         "logits": "logits of one chunk",
     }
     memory = formulas.memory
-    rows = [
-        (names[name], format_bytes(size), format_bytes(size * formulas.num_devices))
-        for name, size in memory._asdict().items()
-    ]
-    state = ("of which the state", format_bytes(memory.state), format_bytes(memory.state * formulas.num_devices))
-    return [*rows, ("total", format_bytes(memory.peak), format_bytes(memory.peak * formulas.num_devices)), state]
+    sizes = {names[name]: size for name, size in memory._asdict().items()}
+    sizes |= {"total": memory.peak, "of which the state": memory.state}
+    return [(name, format_bytes(size), format_bytes(size * formulas.num_devices)) for name, size in sizes.items()]
 
 
 def _compiled_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     if not result["fits"]:
         return [("needed", _amount(result)), ("compiler message", result["message"])]
-    rest = result["output_bytes_per_device"] - result["alias_bytes_per_device"]
-    rows = [
-        ("arguments: the state and a batch", format_bytes(result["argument_bytes_per_device"])),
-        ("temporaries, at the peak", format_bytes(result["temporary_bytes_per_device"])),
-        ("temporaries, the compiler's sum", format_bytes(result["temporary_sum_bytes_per_device"])),
-        ("outputs without a donated argument", format_bytes(rest)),
-        ("code", format_bytes(result["code_bytes_per_device"])),
-        ("total, at the peak", format_bytes(result["peak_bytes_per_device"])),
-    ]
+    sizes = {
+        "arguments: the state and a batch": result["argument_bytes_per_device"],
+        "temporaries, at the peak": result["temporary_bytes_per_device"],
+        "temporaries, the compiler's sum": result["temporary_sum_bytes_per_device"],
+        "outputs without a donated argument": result["output_bytes_per_device"] - result["alias_bytes_per_device"],
+        "code": result["code_bytes_per_device"],
+        "total, at the peak": result["peak_bytes_per_device"],
+    }
     host = result["host_bytes_per_device"]
-    return [*rows, ("in host memory", format_bytes(host))] if host else rows
+    return [(name, format_bytes(size)) for name, size in (sizes | ({"in host memory": host} if host else {})).items()]
 
 
 def _cost_rows(costs: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    total = {"part": "total", **{key: sum(row[key] for row in costs) for key in ("cycles", "bytes")}}
-    return [
-        (row["part"], f"{row['cycles'] / 1e6:,.1f} million" if row["cycles"] else "-", format_bytes(row["bytes"]))
-        for row in [*costs, total]
-    ]
+    rows = [(row["part"], row["cycles"], row["bytes"]) for row in costs]
+    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    return [(part, f"{c / 1e6:,.1f} million" if c else "-", format_bytes(size)) for part, c, size in rows]
 
 
 def _amount(result: dict[str, Any]) -> str:
-    if "formula_bytes_per_device" in result and not result["compiled"]:
+    if not result.get("compiled", True):
         needed = result["formula_bytes_per_device"]["peak"]
     else:
-        needed = result["peak_bytes_per_device"] if result["fits"] else result["needed_bytes_per_device"]
+        needed = result["peak_bytes_per_device" if result["fits"] else "needed_bytes_per_device"]
     return f"{'more' if needed is None else format_bytes(needed)} of {format_bytes(result['hbm_bytes'])}"

@@ -83,18 +83,14 @@ def parse_topology(topology: str) -> tuple[Chip, int]:
     Returns the chip and the number of chips. Raises a ValueError for another form, chip, or number of dimensions.
     """
     name, _, shape = topology.partition(":")
-    if name not in CHIPS:
-        raise ValueError(
-            f"unknown topology {topology!r}: give CHIP:SHAPE, such as v5p:2x2x2 or h100:8, with a chip of "
-            f"{', '.join(CHIPS)}"
-        )
-    dims = CHIPS[name].slice_dims
-    count = shape.count("x") + 1
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or (count != dims if dims else count > 2):
-        allowed = f"slices of {name} have {dims} dimensions, as {name}:{'x'.join(['4'] * dims)}"
-        allowed = allowed if dims else f"give the number of GPUs, as {name}:8, or hosts x GPUs, as {name}:4x8"
-        raise ValueError(f"unknown topology {topology!r}: {allowed}")
-    return CHIPS[name], math.prod(map(int, shape.split("x")))
+    chip, example = CHIPS.get(name), "v5p:2x2x2 or h100:8"
+    if chip:
+        dims, count = chip.slice_dims, shape.count("x") + 1
+        if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) and (count == dims if dims else count <= 2):
+            return chip, math.prod(map(int, shape.split("x")))
+        example = f"{name}:{'x'.join(['4'] * dims) or '8'}"
+    known = f"with a chip of {', '.join(CHIPS)}; of GPUs their number, or hosts x GPUs"
+    raise ValueError(f"unknown topology {topology!r}: give CHIP:SHAPE, as {example}, {known}")
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
