@@ -80,7 +80,7 @@ class LabelLeak(Rule):
         uniform, loss = math.log(self.facts.vocab_size), self._losses.median()
         if not self._losses.full or not loss < self.SHARE * uniform:
             return CLEAR
-        return Found(f"the loss fell to {loss:.3g}, {loss / uniform:.1%} of ln V, within {tokens:,} new tokens")
+        return Found(f"the loss fell to {loss:.3g}, {loss / uniform:.1%} of ln V, in {tokens:,} tokens not seen before")
 
     def check_evaluation(self, event: Line) -> Verdict:
         bits = event.get("bits_per_byte")  # absent if the data does not tell the bytes of its text

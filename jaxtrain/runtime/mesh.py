@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import MeshConfig
+from jaxtrain.fields import check_divisible
 from jaxtrain.losses import LossSums
 
 AXES = ("data", "fsdp", "tensor")
@@ -41,10 +42,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = mesh_shape(config, len(everywhere))
     devices = everywhere[: math.prod(shape)]
     if missing := {device.process_index for device in everywhere} - {device.process_index for device in devices}:
-        raise ValueError(
-            f"a mesh of {_format_shape(shape)} leaves {len(missing)} processes without a device, of "
-            f"{len(everywhere)} devices: set one axis to -1"
-        )
+        problem = f"leaves {len(missing)} processes without a device, of {len(everywhere)} devices"
+        raise ValueError(f"a mesh of {_format_shape(shape)} {problem}: set one axis to -1")
     num_slices = len({getattr(device, "slice_index", None) for device in devices})
     if num_slices > 1:
         return Mesh(_hybrid(shape, num_slices, devices), AXES)
@@ -54,13 +53,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     """Returns the sizes of the axes on a number of devices. Raises a ValueError if they do not fit."""
     sizes = [config.data, config.fsdp, config.tensor]
-    known = math.prod(size for size in sizes if size != -1)
+    known, name = math.prod(size for size in sizes if size != -1), _format_shape(sizes)
     if known > num_devices:
-        raise ValueError(f"a mesh of {_format_shape(sizes)} takes {known} devices, and there are {num_devices}")
+        raise ValueError(f"a mesh of {name} takes {known} devices, and there are {num_devices}")
     if -1 in sizes and num_devices % known:
-        raise ValueError(
-            f"a mesh of {_format_shape(sizes)} cannot be made of {num_devices} devices: {known} does not divide it"
-        )
+        raise ValueError(f"a mesh of {name} cannot be made of {num_devices} devices: {known} does not divide it")
     return tuple(num_devices // known if size == -1 else size for size in sizes)
 
 
@@ -70,13 +67,9 @@ def _format_shape(sizes: Sequence[int]) -> str:
 
 def _hybrid(shape: tuple[int, ...], num_slices: int, devices: list[jax.Device]) -> np.ndarray:
     """Places TPU slices along `data`, whose traffic over the network is the smallest: gradients once per step."""
-    if shape[0] % num_slices:
-        raise ValueError(
-            f"mesh.data {shape[0]} is not divisible by the {num_slices} slices, each of {len(devices) // num_slices} "
-            "devices: fsdp and tensor must fit in one slice"
-        )
-    within = (shape[0] // num_slices, *shape[1:])
-    between = (num_slices, 1, 1)
+    remedy = f"fsdp and tensor must fit in one slice, of {len(devices) // num_slices} devices"
+    check_divisible("mesh.data", shape[0], "the number of slices,", num_slices, remedy)
+    within, between = (shape[0] // num_slices, *shape[1:]), (num_slices, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
@@ -111,13 +104,8 @@ def num_row_shards(mesh: Mesh) -> int:
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises a ValueError if the batch does not divide evenly over micro-batches and devices."""
     parts = num_row_shards(mesh)
-    if accumulate < 1:
-        raise ValueError(f"train.accumulate must be at least 1 micro-batch, got {accumulate}")
-    if batch_size % (accumulate * parts):
-        raise ValueError(
-            f"train.batch_size {batch_size} is not divisible by train.accumulate {accumulate} x {parts} devices along "
-            f"mesh.data and mesh.fsdp = {accumulate * parts}: change one of them"
-        )
+    by = f"train.accumulate {accumulate} x {parts} devices along mesh.data and mesh.fsdp ="
+    check_divisible("train.batch_size", batch_size, by, accumulate * parts)
 
 
 def map_loss(loss_fn: Callable[[Any, Any], LossSums], mesh: Mesh, specs: Any) -> Callable[[Any, Any], LossSums]:

@@ -14,7 +14,7 @@ from jaxtrain.data.packing import PackedWindows, pack_documents
 from jaxtrain.data.rows import Documents
 from jaxtrain.data.store import Split, TokenStore
 from jaxtrain.fields import parse_ranges
-from jaxtrain.mixture import check_epochs, describe, make_mixture, past_of
+from jaxtrain.mixture import Mixture, check_epochs, describe, make_mixture, past_of
 from jaxtrain.runtime.mesh import by_rows
 from jaxtrain.training.run import Run, by_name, identity
 
@@ -54,16 +54,14 @@ def documents(run: Run) -> Documents:
     Raises:
       ValueError: documents are to be kept apart, and the token files do not tell where they begin.
     """
-    data = run.config.data
-    if run.store is None:  # text that the evaluation tokenizes
-        return Documents(data.mask_documents, data.restart_positions, run.tokenizer.eot_id)
-    splits = (run.store.train, run.store.validation)
+    data, store = run.config.data, run.store
+    splits = (store.train, store.validation) if store else ()  # None: text that the evaluation tokenizes
     if data.mask_documents and any(split.document_starts is None for split in splits):
         raise ValueError(
-            f"data.mask_documents: {run.store.path} does not tell where its documents begin (in token files with an "
+            f"data.mask_documents: {store.path} does not tell where its documents begin (in token files with an "
             "end-of-text token, data.verify finds them); set it to false, or prepare a token store"
         )
-    return Documents(data.mask_documents, data.restart_positions, run.store.eot_id)
+    return Documents(data.mask_documents, data.restart_positions, (store or run.tokenizer).eot_id)
 
 
 def source_windows(config: Config, store: TokenStore) -> dict[str, Windows | PackedWindows]:
@@ -103,15 +101,12 @@ def check_mixture(run: Run, saved: dict[str, Any], step: int) -> None:
         return
     windows, old, settings = source_windows(run.config, run.store), saved["config"], run.config.train
     counts = {now[name]: source.count for name, source in windows.items()}
-    before = make_mixture(
-        old["data"].get("mixture"),
-        {name: counts[was[name]] for name in was},
-        old["train"]["steps"],
-        settings.batch_size,
-    )
-    after = make_mixture(
-        run.config.data.mixture, {name: counts[now[name]] for name in now}, settings.steps, settings.batch_size
-    )
+
+    def mixture(text: str | None, sources: dict[str, str], steps: int) -> Mixture:
+        return make_mixture(text, {name: counts[sources[name]] for name in sources}, steps, settings.batch_size)
+
+    before = mixture(old["data"].get("mixture"), was, old["train"]["steps"])
+    after = mixture(run.config.data.mixture, now, settings.steps)
     batches = skip_to(step - 1, parse_ranges(run.config.data.skip)) + 1
     if past_of(before, was, batches) != past_of(after, now, batches):
         raise ValueError(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.clipping import clip_adaptively, clip_by_global_norm, zclip
-from jaxtrain.config import Clipping, Config
+from jaxtrain.config import Config
 from jaxtrain.fields import check_entry
 from jaxtrain.guard import skip_bad_steps
 from jaxtrain.monitoring.layers import layer_diagnostics
@@ -19,6 +19,12 @@ from jaxtrain.optim import OPTIMIZERS
 from jaxtrain.precision import LossScaling
 from jaxtrain.schedules import SCHEDULES, Schedule
 from jaxtrain.training.frozen import freeze_updates
+
+_CLIPPING: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "global_norm": clip_by_global_norm,
+    "zclip": lambda clip_norm: zclip(max_norm=clip_norm),
+    "adaptive": clip_adaptively,
+}
 
 
 def make_schedule(config: Config) -> Schedule:
@@ -75,7 +81,7 @@ def make_optimizer(
     fields: Any = optim
     if scalars is not None and entry.takes_arrays:  # a config takes no arrays
         fields = types.SimpleNamespace(**{**vars(optim), "weight_decay": scalars.weight_decay})
-    optimizer = entry.make(fields, learning_rate, _make_clip(optim.clipping, clip_norm))
+    optimizer = entry.make(fields, learning_rate, _CLIPPING[optim.clipping](clip_norm))
     return skip_bad_steps(
         freeze_updates(optimizer, config.frozen) if config.frozen else optimizer,
         window=guard.window,
@@ -87,29 +93,13 @@ def make_optimizer(
     )
 
 
-def _make_clip(clipping: Clipping, clip_norm: Any) -> optax.GradientTransformation:
-    match clipping:
-        case "zclip":
-            return zclip(max_norm=clip_norm)
-        case "adaptive":
-            return clip_adaptively(clip_norm)
-        case _:
-            return clip_by_global_norm(clip_norm)
-
-
 def make_loss_scaling(config: Config, num_row_shards: int) -> LossScaling | None:
     """Returns loss scaling if `train.precision` needs it, for micro-batches in `num_row_shards` shards."""
     if config.train.precision != "float16":
         return None
-    train, scale = config.train, config.loss_scale
+    train = config.train
     tokens = train.batch_size * train.seq_len // (train.accumulate * num_row_shards)
-    return LossScaling(
-        initial=scale.initial,
-        growth_interval=scale.growth_interval,
-        floor=scale.floor,
-        ceiling=scale.ceiling,
-        divisor=2.0 ** math.ceil(math.log2(tokens)),
-    )
+    return LossScaling(**vars(config.loss_scale), divisor=2.0 ** math.ceil(math.log2(tokens)))
 
 
 def make_diagnose(config: Config) -> Callable:

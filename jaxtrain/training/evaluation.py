@@ -56,11 +56,9 @@ def evaluate(
       split) or a `note` why it is absent. With `positions`, `positions` holds `start`, `stop`, `nll` and `tokens`.
 
     Raises:
-      ValueError: num_batches below 1, or no label that counts, as in prompts without their completions.
+      ValueError: no label that counts, as in prompts without their completions.
       Stopped: `asked_to_stop` returned True. A partial result would be misleading.
     """
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"the number of batches must be above 0, or None for the whole split; got {num_batches}")
     last = min(num_batches or batches.num_batches, batches.num_batches)
     sums = np.zeros((2, max(len(positions) - 1, 1)))  # nll and weight
     pending: LossSums | None = None
@@ -86,9 +84,7 @@ def _result(sums: np.ndarray, positions: tuple[int, ...], split: Split, num_batc
     """Returns the result of `evaluate` from the sums of nll and weight `[2, ranges]`."""
     nll, weight = sums.sum(axis=1).tolist()
     if not weight:
-        raise ValueError(
-            f"no label counts in {num_batches} batches of {split.name}: evaluate more, with train.eval_batches"
-        )
+        raise ValueError(f"no label counts in {num_batches} batches of {split.name}: raise train.eval_batches")
     bits_per_token = nll / weight / math.log(2)
     return {
         "nll": nll / weight,

@@ -89,9 +89,8 @@ def export_model(
         model.
     """
     if not isinstance(run.config.model, ModelConfig):
-        raise ValueError(
-            f"{type(run.config.model).__name__} has no format in transformers: write its parameters yourself"
-        )
+        name = type(run.config.model).__name__
+        raise ValueError(f"{name} has no format in transformers: write its parameters yourself")
     model = run.program.model.config
     to_hf(model)
     path = Path(folder).expanduser()

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxtrain.config import Config, ModelConfig, SavedModel
+from jaxtrain.fields import check_divisible
 from jaxtrain.gradients import takes_key
 from jaxtrain.losses import default_chunk
 from jaxtrain.models.kernels import cudnn
@@ -112,7 +113,8 @@ def make_program(
     shapes = jax.eval_shape(init)
     specs = jax.tree.map(lambda leaf, axes: partition_spec(axes), shapes.params, axes_of(model, shapes.params))
     shardings = state_shardings(shapes, specs, mesh)
-    losses = _make_losses(config, model, mesh, shapes.params, specs)
+    make_losses = _sharded_losses if isinstance(model, TransformerModel) else _global_losses
+    losses = make_losses(config, model, mesh, shapes.params, specs)
     train_loss = freeze_gradients(losses.train_loss, config.frozen) if config.frozen else losses.train_loss
     train_step = _make_step(
         config,
@@ -170,17 +172,14 @@ def state_shardings(state: TrainState, specs: Any, mesh: Mesh) -> TrainState:
     shape, whichever transformation it belongs to. All other leaves are replicated.
     """
     shardings = jax.tree.map(lambda leaf, spec: NamedSharding(mesh, spec), state.params, specs)
-    by_path = {
-        tuple(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    params = jax.tree_util.tree_leaves_with_path(state.params)
+    pairs = zip(params, jax.tree.leaves(shardings), strict=True)
+    by_path = {path: (leaf.shape, sharding) for (path, leaf), sharding in pairs}
     everywhere = replicated(mesh)
 
     def sharding_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         for start in range(len(path) + 1):
-            shape, sharding = by_path.get(tuple(path[start:]), (None, everywhere))
+            shape, sharding = by_path.get(path[start:], (None, everywhere))
             if shape == leaf.shape:
                 return sharding
         return everywhere
@@ -196,11 +195,6 @@ class _Losses(NamedTuple):
     eval_loss: Callable
     map_gradients: Callable[[Callable], Callable] | None = None
     cast_per_layer: bool = False  # each layer casts the float32 masters where it gathers them
-
-
-def _make_losses(config: Config, model: Any, mesh: Mesh, params: Any, specs: Any) -> _Losses:
-    make = _sharded_losses if isinstance(model, TransformerModel) else _global_losses
-    return make(config, model, mesh, params, specs)
 
 
 def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, params: Any, specs: Any) -> _Losses:
@@ -245,9 +239,8 @@ def _global_losses(config: Config, model: Model, mesh: Mesh, params: Any, specs:
             ) from None
     ignored = ("z_loss", "label_smoothing", "loss_chunk")
     if changed := [name for name in ignored if getattr(config.train, name)]:
-        raise ValueError(
-            f"train.{changed[0]} has no effect on {type(model).__name__}, which computes its own loss: leave it out"
-        )
+        reason = f"has no effect on {type(model).__name__}, which computes its own loss"
+        raise ValueError(f"train.{changed[0]} {reason}: leave it out")
     if takes_key(model.loss):
         _check_without_key(model, params, _abstract_batch(config, mesh))
     return _Losses(model.loss, model.loss)
@@ -270,32 +263,20 @@ def _check_without_key(model: Any, params: Any, batch: Any) -> None:
 
 
 def _model(config: Config, mesh: Mesh, vocab_size: int) -> Model:
-    """Returns the user's model, or the built-in transformer with the open choices of its config filled in."""
-    if isinstance(config.model, ModelConfig):
-        model = TransformerModel(_resolve(config, mesh, vocab_size))
-        check_parts(model.config, mesh)
+    """Returns the user's model, or the built-in transformer with vocabulary, kernel and unroll factor filled in."""
+    model = config.model
+    if isinstance(model, SavedModel):
+        raise ValueError(f"the model {model.custom} is defined in a config file: give that file as CONFIG.py")
+    size = getattr(model, "vocab_size", None) or vocab_size
+    if size < vocab_size:
+        problem = f"model.vocab_size {size} is smaller than the {vocab_size} tokens of the data"
+        raise ValueError(f"{problem}: set it to None (none on the command line) to take those")
+    if not isinstance(model, ModelConfig):
         return model
-    if isinstance(config.model, SavedModel):
-        raise ValueError(f"the model {config.model.custom} is defined in a config file: give that file as CONFIG.py")
-    size = getattr(config.model, "vocab_size", vocab_size)
-    if size < vocab_size:
-        raise ValueError(
-            f"{type(config.model).__name__}.vocab_size {size} is smaller than the {vocab_size} tokens of the data"
-        )
-    return config.model
-
-
-def _resolve(config: Config, mesh: Mesh, vocab_size: int) -> ModelConfig:
-    """Fills in the open fields of the model config: vocabulary, attention kernel and unroll factor."""
-    size = config.model.vocab_size or vocab_size
-    if size < vocab_size:
-        raise ValueError(
-            f"model.vocab_size {size} is smaller than the {vocab_size} tokens of the data: set it to None (none on the "
-            "command line) to take those"
-        )
-    return dataclasses.replace(
-        config.model, vocab_size=size, attention=_kernel(config, mesh), scan_unroll=_scan_unroll(config, mesh)
-    )
+    kernel, unroll = _kernel(config, mesh), _scan_unroll(config, mesh)
+    resolved = dataclasses.replace(model, vocab_size=size, attention=kernel, scan_unroll=unroll)
+    check_parts(resolved, mesh)
+    return TransformerModel(resolved)
 
 
 def _scan_unroll(config: Config, mesh: Mesh) -> int | Literal["all"]:
@@ -325,20 +306,11 @@ def _kernel(config: Config, mesh: Mesh) -> str:
 
 def check_parts(c: ModelConfig, mesh: Mesh) -> None:
     """Raises a ValueError if a dimension of the model does not divide over the mesh."""
-    sizes = {
-        "fsdp": {"d_model": c.d_model},
-        "tensor": {"num_heads": c.num_heads, "num_kv_heads": c.kv_heads, "d_ff": c.d_ff},
-    }
-    for axis, dims in sizes.items():
-        for name, size in dims.items():
-            if size % mesh.shape[axis]:
-                raise ValueError(
-                    f"model.{name} {size} is not divisible by mesh.{axis} {mesh.shape[axis]}: change one of them"
-                )
+    check_divisible("model.d_model", c.d_model, "mesh.fsdp", mesh.shape["fsdp"])
+    for name, size in {"num_heads": c.num_heads, "num_kv_heads": c.kv_heads, "d_ff": c.d_ff}.items():
+        check_divisible(f"model.{name}", size, "mesh.tensor", mesh.shape["tensor"])
     if c.qk_norm == "projection" and mesh.shape["tensor"] > 1:
-        raise ValueError(
-            "model.qk_norm projection normalizes over the heads that mesh.tensor shards: set mesh.tensor to 1"
-        )
+        raise ValueError("model.qk_norm projection normalizes over heads that mesh.tensor shards: set mesh.tensor to 1")
     if c.vocab_rows % mesh.shape["tensor"]:
         raise ValueError(
             f"a vocabulary of {c.vocab_rows} rows is not divisible by mesh.tensor {mesh.shape['tensor']}: set "

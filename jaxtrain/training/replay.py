@@ -28,7 +28,6 @@ from jaxtrain.runtime.processes import LONG_SECONDS, agree, compile_together
 from jaxtrain.runtime.terminal import echo
 from jaxtrain.step import TrainState
 from jaxtrain.training.batches import batch_source, train_batches
-from jaxtrain.training.program import CompiledStep
 from jaxtrain.training.run import NO_HOOKS, Hooks, Run, environment_changes, init_state, open_run, read_weights
 from jaxtrain.trees import global_norm, is_stacked, layer_squares, path_names
 
@@ -61,8 +60,9 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     _require_reached(run, step, lines, events)
     state, first = _state_before(run, step, events)
     fetch = batch_source(run)
-    train_step = _compile(run, state, fetch(first))
-    logged = {line["step"]: line for line in _current(lines, events)}
+    train_step = run.program.compile(state, fetch(first), functools.partial(echo, file=sys.stderr))
+    agree("the end of compilation", {}, timeout=LONG_SECONDS)
+    logged = {line["step"]: line for line in lines}
     settings = run.config.train
     differences, compared, replayed = [], [], []
     for done in range(first + 1, step + 1):
@@ -99,12 +99,6 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     }
 
 
-def _compile(run: Run, state: TrainState, batch: Any) -> CompiledStep:
-    compiled = run.program.compile(state, batch, functools.partial(echo, file=sys.stderr))
-    agree("the end of compilation", {}, timeout=LONG_SECONDS)
-    return compiled
-
-
 def _require_reached(run: Run, step: int, lines: list[dict], events: list[dict]) -> None:
     known = [line["step"] for line in lines] + [event["step"] for event in events if "step" in event]
     # A crash may have come after steps that were not logged yet.
@@ -129,16 +123,6 @@ def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[Tr
         path = path / "checkpoints" / str(begun["source_step"])  # the source may have newer checkpoints by now
         state, _ = read_weights(run, state, str(path))
     return state, 0
-
-
-def _current(lines: list[dict], events: list[dict]) -> list[dict]:
-    """Drops step lines that a later attempt, restarted from an earlier step, has replaced."""
-    begun = [(event["attempt"], event["step"]) for event in events if event["event"] in ("start", "resume")]
-    return [
-        line
-        for line in lines
-        if not any(attempt > line["attempt"] and first < line["step"] for attempt, first in begun)
-    ]
 
 
 def _differences(logged: dict[str, Any], values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -37,19 +37,15 @@ from jaxtrain.step import TrainState
 from jaxtrain.training.program import Program, make_program
 
 
-def _unchanged(x: Any) -> Any:
-    return x
-
-
 class Hooks(NamedTuple):
     """Replaceable parts of a run, for tests and for callers with other needs."""
 
     make_program: Callable[..., Program] = make_program
     # wraps the training loss `(params, batch) -> LossSums`; None leaves it as it is
     wrap_loss: Callable[[Callable], Callable] | None = None
-    wrap_batches: Callable[[Batches], Batches] = _unchanged
+    wrap_batches: Callable[[Batches], Batches] = lambda batches: batches
     # wraps the compiled train step `(state, batch) -> (state, metrics)`
-    wrap_step: Callable[[Callable], Callable] = _unchanged
+    wrap_step: Callable[[Callable], Callable] = lambda step: step
     make_saver: Callable[..., Saver] = Saver
     make_watchdog: Callable[..., Watchdog] = Watchdog
     write_report: Callable[[Path], Any] = write_report  # writes the report when the run ends, and returns its path
@@ -79,12 +75,18 @@ class Run(NamedTuple):
         return read_tokenizer(PretrainedFolder(self.folder)) if pretrained else load_tokenizer(self.folder)
 
 
-def assemble(config: Config, folder: Path, store: TokenStore, hooks: Hooks = NO_HOOKS) -> Run:
-    """Builds a run; allocates and compiles nothing. Raises as `make_program` does."""
-    return Run(config, folder, store, make_run_program(config, store.vocab_size, hooks), hooks)
+def assemble(
+    config: Config, folder: Path, store: TokenStore | None, hooks: Hooks = NO_HOOKS, vocab_size: int | None = None
+) -> Run:
+    """Builds a run; allocates and compiles nothing. `vocab_size` is that of a run without data.
+
+    Raises as `make_program` does.
+    """
+    size = store.vocab_size if store else vocab_size
+    return Run(config, folder, store, make_run_program(config, size, hooks), hooks)
 
 
-def make_run_program(config: Config, vocab_size: int, hooks: Hooks) -> Program:
+def make_run_program(config: Config, vocab_size: int | None, hooks: Hooks) -> Program:
     """Builds the program of a run on the devices of this machine; raises as `make_program` does."""
     return hooks.make_program(config, make_mesh(config.mesh), vocab_size, wrap_loss=hooks.wrap_loss)
 
@@ -112,7 +114,7 @@ def open_run(
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     vocab_size = load_tokenizer(folder).vocab_size if has_tokenizer else getattr(config.model, "vocab_size", None)
     if not data and vocab_size:
-        return Run(config, folder, None, make_run_program(config, vocab_size, hooks), hooks)
+        return assemble(config, folder, None, hooks, vocab_size)
     return assemble(config, folder, open_data(config, folder), hooks)
 
 
@@ -122,8 +124,7 @@ def open_pretrained(folder: str | Path) -> tuple[Run, Any]:
     rows = len(jax.devices())
     settings = TrainConfig(batch_size=8 * rows, seq_len=min(model.config.max_seq_len, 1024))
     config = Config(data=DataConfig(sources=(str(folder),)), model=model.config, train=settings)
-    tokenizer = read_tokenizer(model)
-    run = Run(config, model.path, None, make_run_program(config, tokenizer.vocab_size, NO_HOOKS), NO_HOOKS)
+    run = assemble(config, model.path, None, NO_HOOKS, read_tokenizer(model).vocab_size)
     return run, model.read_params(run.program.abstract_state.params)
 
 
@@ -134,22 +135,15 @@ def open_data(config: Config, folder: Path) -> TokenStore:
       ValueError: a store that is missing, damaged, or tokenized differently than the others.
     """
     data, vocab_size = config.data, getattr(config.model, "vocab_size", None)
+    options = {"verify": data.verify, "vocab_size": vocab_size, "validation_fraction": data.validation_fraction}
     if data.stores:
-        stores = parse_stores(data.stores)
-        options = {"verify": data.verify, "vocab_size": vocab_size, "validation_fraction": data.validation_fraction}
-        return join_stores({name: open_store(path, **options) for name, path in stores.items()})
+        return join_stores({name: open_store(path, **options) for name, path in parse_stores(data.stores).items()})
     if data.store is None:
         return open_store(token_store_of(folder), verify=data.verify)
     path = Path(data.store).expanduser()
     if not (is_url(data.store) or path.exists() or Path(f"{path}.idx").exists()):
         raise ValueError(f"no token store at {path.absolute()}: if it was moved, give its path with --data.store")
-    return open_store(
-        data.store,
-        verify=data.verify,
-        vocab_size=vocab_size,
-        validation=data.validation,
-        validation_fraction=data.validation_fraction,
-    )
+    return open_store(data.store, validation=data.validation, **options)
 
 
 def save_tokenizer(run: Run) -> None:
@@ -266,22 +260,16 @@ def _decayed(run: Run) -> list[str]:
 
 def check_fingerprint(run: Run, saved: dict[str, Any], step: int) -> None:
     """Raises a ValueError if a checkpoint was made with other data, another tokenizer or another decay mask."""
-    now = fingerprint(run)
-    for key in ("data", "tokenizer", "decay_mask"):
-        same = saved.get(key) == now[key]
-        if key == "data" and saved.get(key) is None:  # an imported model has none
-            continue
-        if key == "data" and now[key]:  # a run may add sources
-            same = set(by_name(saved[key]).values()) <= set(by_name(now[key]).values())
-        if now[key] is not None and not same:
-            if key == "decay_mask":
-                moved = sorted(set(saved.get(key) or ()) ^ set(now[key]))
-                what, remedy = f"another decay mask (it differs for {', '.join(moved)})", "use the code of that run"
-            else:
-                was, now_is = (str(value)[:12] for value in (saved.get(key), now[key]))
-                where = f" than {run.store.path} holds" if run.store is not None else ""
-                what = (
-                    f"{'other data' if key == 'data' else 'another tokenizer'}{where} (fingerprint {was}, not {now_is})"
-                )
-                remedy = "give the path of its token store with --data.store, or all of a mixture with --data.stores"
-            raise ValueError(f"the checkpoint of step {step} was made with {what}: {remedy}")
+    now, problem = fingerprint(run), f"the checkpoint of step {step} was made with"
+    what, old, new = "other data", saved.get("data"), now["data"]  # an imported model has none; a run may add sources
+    same = old is None or new is None or set(by_name(old).values()) <= set(by_name(new).values())
+    if same:
+        what, old, new = "another tokenizer", saved.get("tokenizer"), now["tokenizer"]
+    if not same or new not in (None, old):
+        where = f" than {run.store.path} holds" if run.store is not None else ""
+        raise ValueError(
+            f"{problem} {what}{where} (fingerprint {str(old)[:12]}, not {str(new)[:12]}): give the path of its token "
+            "store with --data.store, or all of a mixture with --data.stores"
+        )
+    if moved := sorted(set(saved.get("decay_mask") or ()) ^ set(now["decay_mask"])):
+        raise ValueError(f"{problem} another decay mask (it differs for {', '.join(moved)}): use the code of that run")

@@ -336,7 +336,7 @@ def test_remedies_name_existing_fields_and_flags(tiny_config):
     assert len(named) >= 20
     for section, field in named:
         assert hasattr(getattr(tiny_config, section), field.replace("-", "_")), f"{section}.{field}"
-    assert set(re.findall(r"--([a-z-]+)(?!\S*\.)", text)) == {"rewind", "allow-change"}
+    assert set(re.findall(r"--([a-z-]+)(?!\S*\.)", text)) == {"rewind"}
 
 
 def test_every_rule_has_a_run_that_provokes_it():

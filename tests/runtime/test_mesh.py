@@ -97,7 +97,7 @@ def test_slices_lie_along_data():
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (3, 2, 1)], ids=str)
 def test_other_axes_do_not_reach_over_slices(sizes):
     devices = [FakeDevice(i, slice_index=i // 4) for i in range(8)]
-    with pytest.raises(ValueError, match=rf"mesh\.data {sizes[0]} is not divisible by the 2 slices"):
+    with pytest.raises(ValueError, match=rf"mesh\.data {sizes[0]} is not divisible by the number of slices, 2"):
         make_mesh(MeshConfig(*sizes), devices)
 
 
