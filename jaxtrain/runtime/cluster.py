@@ -80,11 +80,8 @@ def find_cluster(timeout: float) -> Cluster:
 
 
 def _initialize() -> None:
-    if jax.distributed.is_initialized():
-        return
     timeout = time_limit(_START_SECONDS)
-    cluster = find_cluster(timeout)
-    if cluster.num_processes < 2:
+    if jax.distributed.is_initialized() or (cluster := find_cluster(timeout)).num_processes < 2:
         return
     peers.watch(meet(cluster.address, cluster.num_processes, cluster.process_id, timeout))
     # StopVote decides when to stop. JAX's preemption service counts calls of a function that Orbax calls too, late and

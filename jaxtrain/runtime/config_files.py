@@ -16,16 +16,15 @@ from jaxtrain.config import Config, ModelConfig, SavedModel, to_dict
 from jaxtrain.fields import check_value, nearest, require_local, suggest
 from jaxtrain.runtime.terminal import one_line
 
-# How older versions wrote an absent option into config.json. None of these values is allowed there today.
-_ABSENT = {
-    **dict.fromkeys(("model.vocab_size", "model.num_kv_heads", "model.head_dim", "model.attention_window"), 0),
-    **dict.fromkeys(("model.logit_softcap", "model.attention_softcap", "guard.sigmas", "optim.decay_steps"), 0),
-    **dict.fromkeys(("train.loss_chunk", "train.diagnose_every", "train.eval_every", "train.eval_batches"), 0),
-    **dict.fromkeys(("train.replay_check", "train.stop_after", "train.sample_tokens"), 0),
-    **dict.fromkeys(("checkpoint.keep_every", "checkpoint.keep_best"), 0),
-    **dict.fromkeys(("data.store", "train.init_from"), ""),
-}
+# Values of older versions, which are not allowed today, with those of today.
+_ZERO_WAS_NONE = (
+    *("model.vocab_size", "model.num_kv_heads", "model.head_dim", "model.attention_window", "model.logit_softcap"),
+    *("model.attention_softcap", "guard.sigmas", "optim.decay_steps", "train.loss_chunk", "train.diagnose_every"),
+    *("train.eval_every", "train.eval_batches", "train.replay_check", "train.stop_after", "train.sample_tokens"),
+    *("checkpoint.keep_every", "checkpoint.keep_best"),
+)
 _RENAMED = {("model.scan_unroll", -1): "auto", ("model.scan_unroll", 0): "all"}
+_RENAMED |= {("data.store", ""): None, ("train.init_from", ""): None} | {(path, 0): None for path in _ZERO_WAS_NONE}
 _REMOVED = ("faults", "checkpoint.retries")
 
 
@@ -41,13 +40,13 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         require_local(given, "the config file")
         raise ValueError(f"no config file {path}: {_config_near(path)}")
-    if path.suffix not in (".json", ".py"):
-        raise ValueError(f"config {path} must end in .py or .json")
     if path.suffix == ".json":
         try:
             return from_json(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}; correct it, or give another config") from None
+    if path.suffix != ".py":
+        raise ValueError(f"config {path} must end in .py or .json")
     try:
         with _neighbours_importable(path):
             function = runpy.run_path(str(path)).get("config")
@@ -76,17 +75,15 @@ def load_run_config(run_dir: str | Path) -> Config:
       ValueError: no run directory, one that has lost its config.json, or a config.json that is not valid.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "config.json").is_file():
-        if (run_dir / "checkpoints").is_dir():
-            raise ValueError(
-                f"{run_dir} has lost its config.json: `jaxtrain train CONFIG --run-dir {run_dir}` restores it from a "
-                "checkpoint"
-            )
-        raise ValueError(
-            f"{run_dir} is no run directory (no config.json): give the --run-dir of `jaxtrain train`"
-            " (to eval, generate and load, a folder of transformers serves as well)"
-        )
-    return load_config(run_dir / "config.json")
+    if (run_dir / "config.json").is_file():
+        return load_config(run_dir / "config.json")
+    if (run_dir / "checkpoints").is_dir():
+        remedy = f"`jaxtrain train CONFIG --run-dir {run_dir}` restores it from a checkpoint"
+        raise ValueError(f"{run_dir} has lost its config.json: {remedy}")
+    raise ValueError(
+        f"{run_dir} is no run directory (no config.json): give the --run-dir of `jaxtrain train`"
+        " (to eval, generate and load, a folder of transformers serves as well)"
+    )
 
 
 @contextlib.contextmanager
@@ -141,26 +138,17 @@ def _migrate(values: Any) -> Any:
     """Replaces what older versions wrote into config.json by its form of today."""
     if not isinstance(values, dict):
         return values
-    migrated = {}
-    for section, fields in values.items():
-        if section in _REMOVED:
-            continue
+    migrated = {section: fields for section, fields in values.items() if section not in _REMOVED}
+    for section, fields in migrated.items():
         if isinstance(fields, dict):
-            fields = {
-                name: _today(f"{section}.{name}", value)
-                for name, value in fields.items()
-                if f"{section}.{name}" not in _REMOVED
-            }
-        migrated[section] = fields
+            paths = {f"{section}.{name}": name for name in fields}
+            kept = {name: (path, fields[name]) for path, name in paths.items() if path not in _REMOVED}
+            migrated[section] = {name: _today(*pair) for name, pair in kept.items()}
     return migrated
 
 
 def _today(path: str, value: Any) -> Any:
-    if isinstance(value, bool | list | dict):
-        return value
-    if path in _ABSENT and value == _ABSENT[path]:
-        return None
-    return _RENAMED.get((path, value), value)
+    return value if isinstance(value, bool | list | dict) else _RENAMED.get((path, value), value)
 
 
 def _build(cls: Any, values: Any, prefix: str) -> Any:
@@ -172,23 +160,17 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
         raise ValueError(f"unknown config key {prefix}{one_line(key)}; {suggest(key, list(hints), prefix)}")
     made = {}
     for item in dataclasses.fields(cls):
-        hint = hints[item.name]
+        hint, value = hints[item.name], values.get(item.name)
+        if item.name == "model" and cls is Config:
+            hint = SavedModel if isinstance(value, dict) and "custom" in value else ModelConfig
         if item.name not in values:
             if item.default is item.default_factory:  # both MISSING
                 raise ValueError(f"config key {prefix}{item.name} is missing: give at least that one")
-        elif item.name == "model" and cls is Config:
-            made["model"] = _model(values["model"], f"{prefix}model.")
         elif dataclasses.is_dataclass(hint):
-            made[item.name] = _build(hint, values[item.name], f"{prefix}{item.name}.")
+            made[item.name] = _build(hint, value, f"{prefix}{item.name}.")
         else:
-            made[item.name] = check_value(hint, values[item.name], f"{prefix}{item.name}")
+            made[item.name] = check_value(hint, value, f"{prefix}{item.name}")
     return cls(**made)
-
-
-def _model(values: Any, prefix: str) -> Any:
-    if isinstance(values, dict) and "custom" in values:
-        return _build(SavedModel, values, prefix)
-    return _build(ModelConfig, values, prefix)
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -109,18 +109,16 @@ def empty_folder(folder: Path) -> None:
 @functools.cache
 def git_commit(folder: Path) -> str | None:
     """Returns the commit of the git repository around a folder, marked if tracked files differ; None without one."""
-    texts = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5, check=False
-            )
-        except (OSError, subprocess.SubprocessError):  # no git, or a slow file system
-            return None
-        if done.returncode:
-            return None
-        texts.append(done.stdout.strip())
-    return texts[0] + (" (modified)" if texts[1] else "")
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return commit + (" (modified)" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, or a slow file system
+        return None
 
 
 def flock(descriptor: int, folder: Path) -> bool:
@@ -135,10 +133,8 @@ def flock(descriptor: int, folder: Path) -> bool:
     except OSError as error:
         if error.errno not in _LOCK_UNSUPPORTED:
             raise
-        raise ValueError(
-            f"the file system of {folder} has no locks ({os.strerror(error.errno)}): choose a folder on another one, "
-            "or give --no-lock and let no second process use this folder"
-        ) from None
+        remedy = "choose a folder on another one, or give --no-lock and let no second process use this folder"
+        raise ValueError(f"the file system of {folder} has no locks ({error.strerror}): {remedy}") from None
     return True
 
 

@@ -84,13 +84,11 @@ def _read_positional(command: Command, words: list[str], given: dict[str, Any]) 
     hints = typing.get_type_hints(command.options, include_extras=True)
     for name in command.options.positional.split():
         hint = hints[name]
-        if not words and hasattr(command.options, name):  # the class attribute is the default
-            continue
-        if not words:
+        if words:
+            value, words = (tuple(words), []) if kind_of(hint) is tuple else (words[0], words[1:])
+            given[name] = check_value(hint, value, metavar(hint))
+        elif not hasattr(command.options, name):  # a class attribute is the default
             raise ValueError(f"{metavar(hint)} is missing: {usage(command)}")
-        taken = len(words) if kind_of(hint) is tuple else 1
-        given[name] = check_value(hint, tuple(words) if kind_of(hint) is tuple else words[0], metavar(hint))
-        words = words[taken:]
     return words
 
 
@@ -217,17 +215,13 @@ def _section_flags(cls: type[Any], value: Any, section: str) -> Iterator[Flag]:
 
 def _change(config: Config, values: dict[str, Any]) -> Config:
     """Returns the config with other values, by dotted path."""
-    changes: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {"": {}}
     for path, value in values.items():
         section, _, name = path.rpartition(".")
-        if section:
-            changes.setdefault(section, {})[name] = value
-        else:
-            changes[name] = value
-    for section, fields in changes.items():
-        if isinstance(fields, dict):
-            changes[section] = dataclasses.replace(getattr(config, section), **fields)
-    return dataclasses.replace(config, **changes) if changes else config
+        sections.setdefault(section, {})[name] = value
+    changes = sections.pop("")
+    changes |= {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **changes)
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
@@ -256,12 +250,9 @@ def _class_lines(cls: type[Any]) -> Iterator[str]:
 
 def usage(command: Command) -> str:
     """Returns `jaxtrain NAME POSITIONAL [flags]`."""
-    required = [flag for flag in list_flags(command.options, None) if flag.default is MISSING and "." not in flag.path]
-    parts = [
-        *positional_metavars(command.options).values(),
-        *(f"{flag.name} {metavar(flag.hint)}" for flag in required),
-    ]
-    return " ".join(["jaxtrain", command.name, *parts, "[flags]"])
+    flags = [flag for flag in list_flags(command.options, None) if flag.default is MISSING and "." not in flag.path]
+    required = [f"{flag.name} {metavar(flag.hint)}" for flag in flags]
+    return " ".join(["jaxtrain", command.name, *positional_metavars(command.options).values(), *required, "[flags]"])
 
 
 def positional_metavars(options: type[Any]) -> dict[str, str]:

@@ -166,15 +166,12 @@ def summarize(found: list[Collective]) -> list[dict]:
     """Sums collectives by kind, axes and dtype: dicts with `count`, `bytes` and `blocking_bytes`, most bytes first."""
     sums: dict[tuple, dict] = {}
     for one in found:
-        key = (one.kind, one.axes, one.dtype)
-        row = sums.setdefault(
-            key,
-            {"kind": one.kind, "axes": list(one.axes), "dtype": one.dtype, "count": 0, "bytes": 0, "blocking_bytes": 0},
-        )
+        row = sums.setdefault((one.kind, one.axes, one.dtype), {"count": 0, "bytes": 0, "blocking_bytes": 0})
         row["count"] += one.count
         row["bytes"] += one.num_bytes
         row["blocking_bytes"] += one.num_bytes if one.blocking else 0
-    return sorted(sums.values(), key=lambda row: -row["bytes"])
+    rows = [{"kind": kind, "axes": list(axes), "dtype": dtype} | row for (kind, axes, dtype), row in sums.items()]
+    return sorted(rows, key=lambda row: -row["bytes"])
 
 
 def operands_of(rest: str) -> list[str]:
@@ -204,28 +201,23 @@ def _arrays(line: Instruction, group_size: int) -> list[tuple[str, tuple[int, ..
         arrays = [shape for shape in shapes if shape[1] or shape[0] not in ("u32", "s32")]
         shapes = arrays[num_operands:] if len(arrays) == 2 * num_operands else shapes
     if line.opcode.removesuffix("-start") == "reduce-scatter":
-        dimension = int(re.search(r"dimensions=\{(\d+)\}", line.rest).group(1))
-        shapes = [
-            (dtype, tuple(size * (group_size if i == dimension else 1) for i, size in enumerate(shape)))
-            for dtype, shape in shapes
-        ]
+        i = int(re.search(r"dimensions=\{(\d+)\}", line.rest).group(1))
+        shapes = [(dtype, (*shape[:i], shape[i] * group_size, *shape[i + 1 :])) for dtype, shape in shapes]
     return shapes
 
 
 def _axes(rest: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
     """Returns the mesh axes that vary within a group of devices, and the size of a group."""
     names, sizes = tuple(mesh_shape), tuple(mesh_shape.values())
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
-    if pairs:
-        groups = _brace_groups(pairs.group(1))
-        moved = [group for group in groups if group[0] != group[1]]
-        coordinates = [np.unravel_index(group, sizes) for group in moved]
-        differ = {i for one in coordinates for i, at in enumerate(one) if at[0] != at[1]}
-        return tuple(names[i] for i in sorted(differ)), 2 if moved else 1
+
+    def varying_axes(group: list[int]) -> list[int]:
+        return [i for i, at in enumerate(np.unravel_index(group, sizes)) if len(set(at.tolist())) > 1]
+
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
+        moved = [group for group in _brace_groups(pairs.group(1)) if group[0] != group[1]]
+        return tuple(names[i] for i in sorted({i for group in moved for i in varying_axes(group)})), 2 if moved else 1
     groups = _replica_groups(rest, math.prod(sizes))
-    varying = [
-        [i for i, at in enumerate(np.unravel_index(group, sizes)) if len(set(at.tolist())) > 1] for group in groups
-    ]
+    varying = [varying_axes(group) for group in groups]
     whole = math.prod(sizes[i] for i in varying[0]) == len(groups[0])
     alike = all(axes == varying[0] for axes in varying)
     return tuple(names[i] for i in varying[0]) if whole and alike else ("?",), len(groups[0])
@@ -260,24 +252,14 @@ def _mesh_groups(sizes: str, device_ids: str | None, axes: str) -> list[list[int
     """Parses `mesh['data'=2,'fsdp'=4] {'fsdp'}`, with `device_ids=([4,2]T(1,0))` for another device order."""
     mesh = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
     order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids or "")
-    grid, names = _split_named_axes(mesh, axes)
     devices = _transposed(*order.groups()) if order else np.arange(math.prod(mesh.values()))
-    devices = devices.reshape(list(grid.values()))
-    inside = [list(grid).index(name) for name in names]
-    outside = [i for i in range(len(grid)) if i not in inside]
-    group_size = math.prod(devices.shape[i] for i in inside)
-    return devices.transpose(outside + inside).reshape(-1, group_size).tolist()
-
-
-def _split_named_axes(mesh: dict[str, int], axes: str) -> tuple[dict[str, int], list[str]]:
-    """Splits each axis that is named in part, such as `'fsdp':(2)4` (4 devices after a factor of 2)."""
-    grid, names = {}, []
-    parts = {
-        name: (int(before or 1), int(size or mesh[name]))
-        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    }
+    named = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)  # `'fsdp':(2)4` names 4 devices after a factor of 2
+    parts = {name: (int(before or 1), int(size or mesh[name])) for name, before, size in named}
+    grid: list[int] = []  # each axis as three: before the named part, the part, and after it
     for name, size in mesh.items():
         before, part = parts.get(name, (1, size))
-        grid |= {f"{name}<": before, name: part, f"{name}>": size // (before * part)}
-        names += [name] if name in parts else []
-    return grid, names
+        grid += [before, part, size // (before * part)]
+    inside = [3 * i + 1 for i, name in enumerate(mesh) if name in parts]
+    outside = [i for i in range(len(grid)) if i not in inside]
+    group_size = math.prod(grid[i] for i in inside)
+    return devices.reshape(grid).transpose(outside + inside).reshape(-1, group_size).tolist()

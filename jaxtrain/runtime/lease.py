@@ -72,11 +72,9 @@ class Lease:
         left = found.get("seconds", 0.0) - age
         ended = found.get("token") in own and found.get("host") == socket.gethostname()
         if left > 0 and not found.get("released") and not ended:
-            raise ValueError(
-                f"{self.url} is being trained in by process {found.get('process')} on {found.get('host')}, seen "
-                f"{age:.0f} s ago: wait for it or stop it, or give another --run-dir (a process that was killed loses "
-                f"the run in {left:.0f} s)"
-            )
+            owner = f"process {found.get('process')} on {found.get('host')}, seen {age:.0f} s ago"
+            remedy = f"wait for it or stop it (one that was killed loses the run in {left:.0f} s)"
+            raise ValueError(f"{self.url} is being trained in by {owner}: {remedy}, or give another --run-dir")
         return number, found
 
     def acquire(self, *, own: tuple[str, ...] = ()) -> str | None:

@@ -65,24 +65,15 @@ def agree(subject: str, values: Mapping[str, Any], *, remedy: str = "", timeout:
     """
     if is_alone():
         return
-    state, key = _state(), f"jaxtrain/{new_key('agree')}"
+    task, key = f"agree on {subject}", new_key("agree")
     timeout = time_limit() if timeout is None else timeout
-    deadline = time.monotonic() + timeout
-    state.client.key_value_set(f"{key}/{state.process_id}", json.dumps(_flatten(values)))
-    if state.process_id == 0:
-        texts = {
-            process: wait_for(state.client, f"{key}/{process}", deadline) for process in range(state.num_processes)
-        }
-        if missing := [process for process, text in texts.items() if text is None]:
-            verdict = _missing(missing, f"agree on {subject}", timeout)
-        else:
-            verdict = _compare(subject, {process: json.loads(text) for process, text in texts.items()}, remedy)
-        state.client.key_value_set(f"{key}/verdict", verdict)
-    else:
-        verdict = wait_for(state.client, f"{key}/verdict", deadline + _FAILURE_SECONDS)
-        verdict = _missing([0], f"agree on {subject}", timeout) if verdict is None else verdict
-    if verdict:
-        raise ValueError(verdict)
+
+    def gather() -> list | None:
+        return gather_on_lead(task, _flatten(values), key=key, timeout=timeout)
+
+    if not is_lead():
+        gather()
+    run_on_lead(task, lambda: _require_equal(subject, gather() or [], remedy), key=key, timeout=timeout)
 
 
 def run_on_lead(
@@ -123,7 +114,7 @@ def _from_lead(
             raise
         state.client.key_value_set(key, message)
         return result
-    text = wait_for(state.client, key, time.monotonic() + timeout)
+    text = wait_for(state.client, key, time.monotonic() + timeout + _FAILURE_SECONDS)  # the lead may wait as long
     problem, value = (_missing([0], task, timeout), None) if text is None else json.loads(text)
     if problem:
         raise ValueError(problem)
@@ -276,10 +267,8 @@ def _state() -> Any:
 
 
 def _missing(processes: list[int], task: str, timeout: float) -> str:
-    return (
-        f"{name_processes(processes)} did not {task} within {timeout:g} s: see the log, or allow more time "
-        "with JAXTRAIN_TIMEOUT"
-    )
+    remedy = "see the log, or allow more time with JAXTRAIN_TIMEOUT"
+    return f"{name_processes(processes)} did not {task} within {timeout:g} s: {remedy}"
 
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,14 +276,15 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in leaves}
 
 
-def _compare(subject: str, by_process: dict[int, dict[str, Any]], remedy: str) -> str:
-    """Returns an error text with one line per key that differs, or an empty string."""
+def _require_equal(subject: str, by_process: list[dict[str, Any]], remedy: str) -> None:
+    """Raises a ValueError with one line per key whose values differ."""
     lines = []
-    for key in dict.fromkeys(key for values in by_process.values() for key in values):
+    for key in dict.fromkeys(key for values in by_process for key in values):
         by_value: dict[str, list[int]] = {}
-        for process, values in by_process.items():
+        for process, values in enumerate(by_process):
             by_value.setdefault(json.dumps(values.get(key)), []).append(process)
         if len(by_value) > 1:
             parts = (f"{name_processes(who)} {'says' if len(who) == 1 else 'say'} {v}" for v, who in by_value.items())
             lines.append(f"{key}: {', '.join(parts)}")
-    return f"the processes disagree on {subject}: {remedy}\n  " + "\n  ".join(lines) if lines else ""
+    if lines:
+        raise ValueError(f"the processes disagree on {subject}: {remedy}\n  " + "\n  ".join(lines))

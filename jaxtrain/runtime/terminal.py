@@ -93,10 +93,8 @@ def raise_interrupt() -> None:
 
 # Remedies for errors of the operating system.
 _REMEDIES = {
-    errno.ENOSPC: "free some space and repeat the command",
-    errno.EDQUOT: "free some space and repeat the command",
-    errno.EACCES: "give a path that this user may use",
-    errno.EPERM: "give a path that this user may use",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and repeat the command"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give a path that this user may use"),
     errno.EROFS: "the file system is read-only: give a path on another",
     errno.ENOTDIR: "a part of the path is a file: give another path",
     errno.EISDIR: "the path is a folder: give the path of a file",
@@ -156,9 +154,7 @@ def report_error(error: BaseException, arguments: Sequence[str] = ()) -> int:
     elif isinstance(error, OSError) and error.errno in _REMEDIES:
         text += f": {_REMEDIES[error.errno]}"
     elif _lacks_backend():
-        text = (
-            f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names a backend that is not installed or has no device here: "
-        )
+        text = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names a backend that is not installed or has no device: "
         text += "unset it, set it to cpu, or install jax for this hardware, such as jax[cuda13]"
     elif not isinstance(error, ValueError | ImportError | OSError):
         traceback.print_exception(error)
