@@ -85,27 +85,22 @@ def _result(sums: np.ndarray, positions: tuple[int, ...], split: Split, num_batc
     nll, weight = sums.sum(axis=1).tolist()
     if not weight:
         raise ValueError(f"no label counts in {num_batches} batches of {split.name}: raise train.eval_batches")
-    bits_per_token = nll / weight / math.log(2)
-    return {
-        "nll": nll / weight,
-        "perplexity": math.exp(min(nll / weight, 700.0)),
-        "bits_per_token": bits_per_token,
-        **_bits_per_byte(bits_per_token, split),
-        "tokens": round(weight),
-        **({"positions": _position_table(positions, sums)} if positions else {}),
-    }
-
-
-def _host_sums(sums: LossSums) -> np.ndarray:
-    return np.stack([np.asarray(leaf, np.float64).reshape(-1) for leaf in (sums.nll, sums.weight)])
-
-
-def _position_table(positions: tuple[int, ...], sums: np.ndarray) -> list[dict[str, Any]]:
-    return [
+    loss = _loss_terms(nll / weight)
+    result = loss | _bits_per_byte(loss["bits_per_token"], split) | {"tokens": round(weight)}
+    table = [
         {"start": start, "stop": stop, "nll": nll / weight, "tokens": round(weight)}
         for start, stop, (nll, weight) in zip(positions, positions[1:], sums.T.tolist(), strict=False)
         if weight
     ]
+    return result | ({"positions": table} if positions else {})
+
+
+def _loss_terms(nll: float) -> dict[str, float]:
+    return {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "bits_per_token": nll / math.log(2)}
+
+
+def _host_sums(sums: LossSums) -> np.ndarray:
+    return np.stack([np.asarray(leaf, np.float64).reshape(-1) for leaf in (sums.nll, sums.weight)])
 
 
 def position_step(eval_step: Callable, seq_len: int) -> tuple[Callable, tuple[int, ...]]:
@@ -156,17 +151,16 @@ def evaluate_sources(
     Returns:
       The results of `evaluate` over all tokens and, for several sources, each one's as `nll/NAME` and so on.
     """
+    sources, named = split, False
     if isinstance(split, str):
-        sources = {name: getattr(store, split) for name, store in run.store.sources.items()}
-        sources = sources or {"": getattr(run.store, split)}
-    else:
-        sources = dict(split)
+        named = bool(run.store.sources)
+        sources = {name: getattr(store, split) for name, store in (run.store.sources or {"": run.store}).items()}
     results = {name: evaluate_split(run, params, source, **options) for name, source in sources.items()}
-    if len(results) == 1 and (isinstance(split, Mapping) or not run.store.sources):
+    if len(results) == 1 and not named:
         return next(iter(results.values()))
     tables = [result.pop("positions", []) for result in results.values()]
     tokens, nll = _merge(results.values())
-    whole = {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "bits_per_token": nll / math.log(2)}
+    whole = _loss_terms(nll)
     if all("bits_per_byte" in result for result in results.values()):
         labels = sum(source.num_tokens - 1 for source in sources.values())
         num_bytes = sum(source.num_bytes for source in sources.values())

@@ -88,9 +88,7 @@ def _lock_file(folder: Path) -> Iterator[None]:
         if not mine:
             owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise ValueError(
-                f"{folder} is being trained in by {owner}: wait for it or stop it, or give another --run-dir"
-            )
+            raise ValueError(f"{folder} is being trained in by {owner}: wait for it, stop it or give another --run-dir")
         # The previous owner may have deleted the file after it was opened here: then lock the new file of that name.
         if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):
             break
@@ -119,10 +117,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def recover_config(folder: Path) -> None:
-    """Writes config.json from the newest whole checkpoint if the file is missing or no valid config; renames it then.
-
-    A power cut may lose or tear it.
-    """
+    """Writes config.json from the newest whole checkpoint if a power cut has lost or torn the file; renames it then."""
     if lost := lost_config(folder):
         (values, step), file, kept = lost, folder / "config.json", ""
         if os.path.lexists(file):
@@ -135,8 +130,7 @@ def recover_config(folder: Path) -> None:
 def absolute_paths(config: Config, run_dir: str | Path) -> Config:
     """Returns the config with absolute paths, so that config.json serves from any working directory.
 
-    Raises:
-      ValueError: a run directory below which Orbax cannot write.
+    Raises a ValueError for a run directory below which Orbax cannot write.
     """
     require_writable_path(Path(run_dir))
     store, init_from = _normalized(config.data.store), _normalized(config.train.init_from)
@@ -180,13 +174,8 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
     extends = changed and set(changed) <= _LENGTH and config.train.steps >= step and _same_rates(old, config, step)
     if fixed or not (allow_change or extends or not changed):
         lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in (fixed or changed).items()]
-        if fixed.keys() == {"train.init_from"}:
-            remedy = "initial weights are read when a run starts: repeat train.init_from, or give another --run-dir"
-        elif fixed:
-            remedy = "repeat its config, or give another --run-dir (from the weights of this run: --train.init-from)"
-        else:
-            remedy = "repeat its config, change it from this step on with --allow-change, or start another run from "
-            remedy += "its weights with --train.init-from"
+        remedy = "repeat its config" + ("" if fixed else ", change it from this step on with --allow-change")
+        remedy += ", or give another --run-dir (from the weights of this run: --train.init-from)"
         raise ValueError(f"{folder} holds a run with another config: {remedy}\n  " + "\n  ".join(lines))
     return changed
 
@@ -260,8 +249,8 @@ def check_skip(old: Sequence[str], new: Sequence[str], step: int) -> None:
     end = skip_to(step - 1, before) + 1 if step else 0  # batches read or skipped so far
     if [(a, min(b, end)) for a, b in before if a < end] == [(a, min(b, end)) for a, b in after if a < end]:
         return
-    show = lambda texts: " ".join(texts) or "(nothing)"  # noqa: E731
+    shown = " -> ".join(" ".join(texts) or "(nothing)" for texts in (old, new))
     raise ValueError(
-        f"data.skip {show(old)} -> {show(new)} changes what the first {step} steps have read: only batches from "
-        f"{skip_to(step, before)} on can be left out now; for others go back first, with --rewind STEP"
+        f"data.skip {shown} changes what the first {step} steps have read: only batches from {skip_to(step, before)} "
+        "on can be left out now; for others go back first, with --rewind STEP"
     )

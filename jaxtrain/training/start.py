@@ -30,18 +30,9 @@ from jaxtrain.runtime.stop import Stop
 from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
 from jaxtrain.training import components
+from jaxtrain.training import run as runs
 from jaxtrain.training.batches import check_mixture, train_batches
-from jaxtrain.training.run import (
-    Hooks,
-    Run,
-    check_fingerprint,
-    environment,
-    environment_changes,
-    init_state,
-    make_run_program,
-    open_data,
-    read_weights,
-)
+from jaxtrain.training.run import Hooks, Run
 from jaxtrain.training.run_folder import Changes, check_or_write_config, check_skip, has_begun, recover_config, run_lock
 from jaxtrain.version import __version__
 
@@ -108,16 +99,9 @@ def prepare_data(
         changes = check_or_write_config(folder, config, step, allow_change=allow_change)
         prepares = config.data.store is None and not config.data.stores
         if prepares and not (folder / "metrics.jsonl").exists():  # later the text may be gone
-            prepare(
-                config.data.sources,
-                folder / "data",
-                tokenizer=config.data.tokenizer,
-                eot=config.data.eot,
-                validation=config.data.validation,
-                validation_fraction=config.data.validation_fraction,
-                text_field=config.data.text_field,
-                lock=lock,
-            )
+            names = ("tokenizer", "eot", "validation", "validation_fraction", "text_field")
+            options = {name: getattr(config.data, name) for name in names}
+            prepare(config.data.sources, folder / "data", lock=lock, **options)
         return changes
 
     check_before_data(config, folder, hooks)
@@ -127,7 +111,7 @@ def prepare_data(
         {"config.json": "exists" if (folder / "config.json").exists() else "is missing"},
         remedy="--run-dir must be on a file system that they share",
     )
-    store = open_data(config, folder)
+    store = runs.open_data(config, folder)
     processes.agree(
         "the data", {"fingerprint": store.fingerprint}, remedy="give each the same store, or one that they share"
     )
@@ -142,17 +126,13 @@ def check_before_data(config: Config, folder: Path, hooks: Hooks) -> None:
     kind, argument = parse_spec(data.tokenizer)
     tokenizer = None if kind == "bpe" else read_hf(argument, data.eot) if kind == "hf" else ByteTokenizer()
     vocab_size = tokenizer.vocab_size if tokenizer else int(argument)
-    like = make_run_program(config, vocab_size, hooks).abstract_state.params
+    like = runs.make_run_program(config, vocab_size, hooks).abstract_state.params
     if source := config.train.init_from:
         weights.check(source, folder, without_lora(like) if uses_lora(config.model) else like)
 
 
 def check_resume(run: Run, rewind: int | None) -> None:
-    """Checks data, tokenizer, decay mask and data.skip against the checkpoint to resume from. Writes nothing.
-
-    Raises:
-      ValueError: one of them differs, on every process.
-    """
+    """Raises a ValueError if data, tokenizer, decay mask or data.skip do not fit the checkpoint to resume from."""
 
     def check() -> None:
         if found := find_fingerprint(CheckpointFolder(run.folder / "checkpoints"), rewind):
@@ -162,7 +142,7 @@ def check_resume(run: Run, rewind: int | None) -> None:
 
 
 def _check_saved(run: Run, saved: dict[str, Any], step: int) -> None:
-    check_fingerprint(run, saved, step)
+    runs.check_fingerprint(run, saved, step)
     old = saved.get("config", {}).get("data")
     if not isinstance(old, dict):
         raise ValueError(f"the checkpoint of step {step} does not record the config of its data: use an earlier one")
@@ -190,18 +170,13 @@ def start(session: Session, rewind: int | None) -> TrainState:
         text = f"rewinding to step {rewind}: renamed the checkpoints of steps {later} to STEP.rewound"
         recorder.event("rewind", text, step=rewind, renamed=later)
     step = int(state.step)
-    changed = environment_changes(session.run, recorder.begun, step)
+    environment = runs.environment_changes(session.run, recorder.begun, step)
     recorder.event(event.name, event.text, step=step, **event.fields, **_about(session))
-    if changed:
-        recorder.event(
-            "environment_change",
-            "; ".join(f"{name} is {now}, and was {before} until step {step}" for name, (before, now) in changed.items())
-            + ": equal numbers up to rounding only",
-            step=step,
-            changes={name: {"old": before, "new": now} for name, (before, now) in changed.items()},
-        )
-    if session.changes:
-        _record_changes(session, step)
+    rounding = ["equal numbers up to rounding only"]
+    _record_changes(recorder, step, "environment_change", "another environment", environment, rounding)
+    resized = {"train.batch_size", "train.seq_len"} & session.changes.keys()
+    order = ["step i reads the batch that it would have read with the new size from the start"] if resized else []
+    _record_changes(recorder, step, "config_change", "changed", session.changes, order)
     if event.name == "resume" and recorder.last_line < step:
         text = f"metrics.jsonl ends at step {recorder.last_line}: the lines up to step {step} are lost"
         recorder.event("log_lost", text, step=step, last_line=recorder.last_line)
@@ -229,15 +204,15 @@ def warm_start(session: Session) -> tuple[TrainState, Event] | None:
     run, source = session.run, session.run.config.train.init_from
     if not source:
         return None
-    state = session.stop.run(lambda: init_state(run))
-    state, step = session.stop.run(lambda: read_weights(run, state, source))
+    state = session.stop.run(lambda: runs.init_state(run))
+    state, step = session.stop.run(lambda: runs.read_weights(run, state, source))
     text = f"starting from the weights of {source}, step {step}, with fresh moments"
     return state, Event("start", text, {"source": source, "source_step": step})
 
 
 def fresh(session: Session) -> tuple[TrainState, Event]:
     """Initializes a state from the seed."""
-    return session.stop.run(lambda: init_state(session.run)), Event("start", "", {})
+    return session.stop.run(lambda: runs.init_state(session.run)), Event("start", "", {})
 
 
 def _about(session: Session) -> dict[str, Any]:
@@ -246,28 +221,26 @@ def _about(session: Session) -> dict[str, Any]:
     skip = {"skip": list(run.config.data.skip)} if run.config.data.skip else {}
     return skip | {
         "attempt": session.recorder.attempt,
-        **environment(run),
+        **runs.environment(run),
         "jaxtrain": __version__,
         "python": platform.python_version(),
         "commit": git_commit(Path.cwd()),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract_state.params)),
-        "data": " ".join(f"{name}={store.path}" for name, store in stores.items()) or str(run.store.path),
+        "data": _paths(run),
         "tokenizer": next(iter(stores.values()), run.store).manifest.get("tokenizer", {}).get("spec"),
         "vocab_size": run.program.vocab_size,
         "train_tokens": run.store.train.num_tokens,
     }
 
 
-def _record_changes(session: Session, step: int) -> None:
-    lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in session.changes.items()]
-    if "train.batch_size" in session.changes or "train.seq_len" in session.changes:
-        lines.append("step i reads the batch that it would have read with the new size from the start")
-    session.recorder.event(
-        "config_change",
-        f"changed from step {step + 1} on: " + "; ".join(lines),
-        step=step,
-        changes={key: {"old": before, "new": after} for key, (before, after) in session.changes.items()},
-    )
+def _record_changes(
+    recorder: Recorder, step: int, name: str, what: str, changes: Changes, consequences: list[str]
+) -> None:
+    if changes:
+        lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in changes.items()]
+        text = f"{what} from step {step + 1} on: " + "; ".join([*lines, *consequences])
+        pairs = {key: {"old": before, "new": after} for key, (before, after) in changes.items()}
+        recorder.event(name, text, step=step, changes=pairs)
 
 
 def start_table(run: Run) -> list[tuple[str, str]]:
@@ -285,36 +258,36 @@ def start_table(run: Run) -> list[tuple[str, str]]:
     if settings.accumulate > 1:
         batch += f", in {settings.accumulate} micro-batches"
     parameters, optimizer = (format_bytes(_bytes_per_device(x)) for x in (state.params, state.opt_state))
-    memory = f"parameters {parameters}, gradients {parameters}, optimizer {optimizer}"
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    skipped = [("skipped batches", " ".join(config.data.skip))] if config.data.skip else []
     batches = train_batches(run)
     documents = "" if split.num_documents is None else f" of {split.num_documents:,} documents"
-    where = " ".join(f"{name}={store.path}" for name, store in run.store.sources.items()) or run.store.path
-    packed = [source.padding for source in batches.sources if isinstance(source, PackedWindows)]
-    packing = [("packing", f"best fit, padding {' '.join(f'{share:.1%}' for share in packed)}")] if packed else []
-    mixed, epochs = [], f"{tokens * settings.steps / split.num_tokens:.2f}"
+    packed = [f"{source.padding:.1%}" for source in batches.sources if isinstance(source, PackedWindows)]
+    epochs = f"{tokens * settings.steps / split.num_tokens:.2f}"
     if batches.mixture is not None:
-        mixed = [("mixture", describe(batches.mixture))]
         seen, sizes = batches.tokens_seen(settings.steps), run.store.sources
         epochs = ", ".join(f"{name} {seen[name] / sizes[name].train.num_tokens:.2f}" for name in seen)
-    rate = []
+    rate = ""
     if run.program.scalars:  # the program of the steps, so nothing more is compiled
         last = run.program.scalars(jax.device_put(np.int32(settings.steps - 1), replicated(mesh))).learning_rate
-        rate = [("learning rate", components.describe_schedule(config, float(last)))]
-    return [
-        ("model", name),
-        ("parameters", f"{num_params:,}, computing in {settings.precision}"),
-        ("memory per device", memory),
-        ("devices", f"{len(devices)} x {devices[0].device_kind}" + (f": {axes}" if axes else "")),
-        ("data", f"{split.num_tokens:,} tokens{documents} in {where}"),
-        *mixed,
-        *packing,
-        *skipped,
-        ("tokens per step", batch),
-        ("epochs", f"{epochs} in {settings.steps:,} steps"),
-        *rate,
-    ]
+        rate = components.describe_schedule(config, float(last))
+    rows = {
+        "model": name,
+        "parameters": f"{num_params:,}, computing in {settings.precision}",
+        "memory per device": f"parameters {parameters}, gradients {parameters}, optimizer {optimizer}",
+        "devices": f"{len(devices)} x {devices[0].device_kind}" + (f": {axes}" if axes else ""),
+        "data": f"{split.num_tokens:,} tokens{documents} in {_paths(run)}",
+        "mixture": batches.mixture and describe(batches.mixture),
+        "packing": packed and f"best fit, padding {' '.join(packed)}",
+        "skipped batches": " ".join(config.data.skip),
+        "tokens per step": batch,
+        "epochs": f"{epochs} in {settings.steps:,} steps",
+        "learning rate": rate,
+    }
+    return [(name, text) for name, text in rows.items() if text]
+
+
+def _paths(run: Run) -> str:
+    return " ".join(f"{name}={store.path}" for name, store in run.store.sources.items()) or str(run.store.path)
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -6,6 +6,7 @@ data and writes records, and the processes agree on each part before they start 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,28 +150,19 @@ def _open_session(
     make_mesh(config.mesh)  # raises before the data is prepared, which may take long
     store, changes = prepare_data(config, folder, stack, hooks, **options)
     if config.train.sample_tokens and store.tokenizer_file is None:
-        raise ValueError(
-            f"train.sample_tokens {config.train.sample_tokens} needs a tokenizer: put its tokenizer.json beside "
-            f"{store.path}, or set train.sample_tokens to none"
-        )
+        remedy = f"put its tokenizer.json beside {store.path}, or set train.sample_tokens to none"
+        raise ValueError(f"train.sample_tokens {config.train.sample_tokens} needs a tokenizer: {remedy}")
     run = assemble(config, folder, store, hooks)
     train_batches(run)  # raises if the text is too short
     check_resume(run, options["rewind"])
     stop = stack.enter_context(Stop().listen())
     recorder = stack.enter_context(_open_recorder(run, track))
-    rule = config.checkpoint
-    checkpoints = CheckpointFolder(
-        folder / "checkpoints",
-        keep=rule.keep,
-        keep_every=rule.keep_every,
-        keep_best=rule.keep_best,
-        report=recorder.event,
-    )
+    retention = {name: value for name, value in vars(config.checkpoint).items() if name != "every"}
+    checkpoints = CheckpointFolder(folder / "checkpoints", report=recorder.event, **retention)
     saver = stack.enter_context(hooks.make_saver(checkpoints, log=folder / "metrics.jsonl"))
-    watchdog = hooks.make_watchdog(
-        config.train.stall_minutes, report=lambda problem: recorder.event("stalled", "", problem=problem)
-    )
-    session = Session(run, recorder, stop, checkpoints, saver, stack.enter_context(watchdog), changes)
+    stalled = lambda problem: recorder.event("stalled", "", problem=problem)  # noqa: E731
+    watchdog = stack.enter_context(hooks.make_watchdog(config.train.stall_minutes, report=stalled))
+    session = Session(run, recorder, stop, checkpoints, saver, watchdog, changes)
     _describe(session)
     return session
 
@@ -207,19 +199,13 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
     # The first step's collectives would fail for a process that compiles 30 s longer than another one (gloo).
     processes.agree("the end of compilation", {}, timeout=processes.LONG_SECONDS)
     train_step = _checked_step(session, compiled)
-    alone = processes.is_alone()  # several processes stop after the same step
+    asked_to_stop = stop.asked if processes.is_alone() else lambda: False  # several stop after the same step
     eval_every = run.config.train.eval_every
-    if alone and first and eval_every and first % eval_every == 0 and first not in recorder.evaluated:
+    if processes.is_alone() and first and eval_every and first % eval_every == 0 and first not in recorder.evaluated:
         _evaluate_between_steps(session, state)  # a stop had interrupted it
+    limits = {"time_limit": processes.time_limit(), "asked_to_stop": asked_to_stop}
     with (
-        prefetched(
-            fetch,
-            first,
-            run.config.train.steps,
-            run.config.data.prefetch,
-            time_limit=processes.time_limit(),
-            asked_to_stop=stop.asked if alone else lambda: False,
-        ) as feed,
+        prefetched(fetch, first, run.config.train.steps, run.config.data.prefetch, **limits) as feed,
         Profiler(traced, run.folder, compiled.executable, recorder) as profiler,
     ):
         for step, batch in enumerate(feed, start=first + 1):
@@ -269,11 +255,8 @@ def _due_actions(session: Session) -> Callable[[int], list[Callable[[TrainState]
         if session.mirror is not None:
             session.mirror.poll(session.checkpoints)
 
-    table = [
-        (1, poll),
-        (config.eval_every, lambda state: _evaluate_between_steps(session, state)),
-        (run.config.checkpoint.every, save),
-    ]
+    evaluation = functools.partial(_evaluate_between_steps, session)
+    table = [(1, poll), (config.eval_every, evaluation), (run.config.checkpoint.every, save)]
 
     def due(step: int) -> list[Callable[[TrainState], None]]:
         if step >= config.steps or recorder.give_up:
@@ -324,9 +307,9 @@ def _validate(session: Session, state: TrainState, num_batches: int | None, **mo
     options |= {"asked_to_stop": stop.asked} if processes.is_alone() else {}
     with session.recorder.pause("evaluating"):
         result = stop.run(lambda: evaluate_sources(run, state.params, "validation", **options)) | more
-    text = f"validation at step {step}: nll {result['nll']:.4f}, perplexity {result['perplexity']:.2f}" + (
-        f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
-    )
+    text = f"validation at step {step}: nll {result['nll']:.4f}, perplexity {result['perplexity']:.2f}"
+    if "bits_per_byte" in result:
+        text += f", {result['bits_per_byte']:.4f} bits per byte"
     if run.store.sources:
         text += " (nll " + ", ".join(f"{name} {result[f'nll/{name}']:.4f}" for name in run.store.sources) + ")"
     session.recorder.event("eval", text, step=step, **result)
