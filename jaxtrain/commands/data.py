@@ -54,14 +54,12 @@ def run_prepare(options: PrepareOptions) -> int:
 
         store = prepare(lock=lock, **{name: more[name] for name in more if name not in _COMPLETION_OPTIONS})
     for name, split in (("train", store.train), ("validation", store.validation)):
-        echo(
-            f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_bytes:,} bytes "
-            f"({(split.num_bytes or 0) / split.num_tokens:.2f} bytes per token)"
-            if split.masks is None
-            else f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {split.num_labels:,} tokens "
-            "to train on"
-        )
-    echo(f"store: {store.path}" + f" ({store.vocab_size:,} tokens in the vocabulary)")
+        if split.masks is None:
+            size = f"{split.num_bytes:,} bytes ({split.num_bytes / split.num_tokens:.2f} bytes per token)"
+        else:
+            size = f"{split.num_labels:,} tokens to train on"
+        echo(f"{name}: {split.num_tokens:,} tokens, {split.num_documents:,} documents, {size}")
+    echo(f"store: {store.path} ({store.vocab_size:,} tokens in the vocabulary)")
     return 0
 
 
@@ -133,8 +131,9 @@ def _show(name: str, found: dict[str, Any]) -> None:
     size = f"{found['vocab_size']:,} tokens in the vocabulary" if found["vocab_size"] else "vocabulary not stated"
     echo(f"{name + ': ' if name else ''}{found['path']} ({size})")
     for split, values in found["splits"].items():
+        size = f", {values['bytes']:,} bytes ({values['bytes_per_token']:.2f} per token)" if "bytes" in values else ""
         echo(f"\n{split}: {values['tokens']:,} tokens, {values['distinct_tokens']:,} of them distinct, ", end="")
-        echo(f"{values['unigram_entropy_bits']:.2f} bits of entropy each" + _bytes(values))
+        echo(f"{values['unigram_entropy_bits']:.2f} bits of entropy each" + size)
         if "documents" in values:
             sizes = values["document_tokens"]
             echo(
@@ -154,10 +153,6 @@ def _show(name: str, found: dict[str, Any]) -> None:
         for row in values["windows"]:
             echo(f"window at token {row['position']:,}: {escape(row['text'])}")
     echo("\n" + ("\n".join(f"alarm: {alarm}" for alarm in found["alarms"]) or "no alarms"))
-
-
-def _bytes(values: dict[str, Any]) -> str:
-    return f", {values['bytes']:,} bytes ({values['bytes_per_token']:.2f} per token)" if "bytes" in values else ""
 
 
 def _source_row(row: dict[str, Any]) -> list[str]:

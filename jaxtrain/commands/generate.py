@@ -2,13 +2,13 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from jaxtrain.commands.model import Checkpoint, RunOptions, model_of
+from jaxtrain.commands.model import Checkpoint, RunOptions, model_of, on_devices
 from jaxtrain.fields import LocalPath, NotNegative, Positive, PositiveShare, Share
 from jaxtrain.runtime.flags import Command
-from jaxtrain.runtime.terminal import echo, report_error
+from jaxtrain.runtime.terminal import echo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,6 @@ def run_generate(options: GenerateOptions) -> int:
     from jaxtrain.inference.generate import complete
     from jaxtrain.inference.load import load
     from jaxtrain.models.decode import Sampling, Timing
-    from jaxtrain.runtime.cluster import session
-    from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.processes import agree, is_lead
 
     if options.stream and options.json:
@@ -51,11 +49,9 @@ def run_generate(options: GenerateOptions) -> int:
     records = _read_records(options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     timing = Timing()
-    with compile_cache(), session(report_error):
-        agree("the command", asdict(options), remedy="start them with the same one")
-        model = load(
-            options.run, options.step, model=model_of(options), average=options.average, store=options.data_store
-        )
+    with on_devices(options):
+        source = {"model": model_of(options), "average": options.average, "store": options.data_store}
+        model = load(options.run, options.step, **source)
         agree("the checkpoint", {"step": model.step}, remedy="the run must be on a file system that they share")
         completions = complete(
             model.model,
@@ -76,7 +72,7 @@ def run_generate(options: GenerateOptions) -> int:
                 _write(record.get("prompt", "") if not options.chat else "")
             completion = next(completions)
             if is_lead():
-                _show(options, record, completion, many=len(records) > 1)
+                _show(options, record, completion)
     if is_lead():
         echo(timing, file=sys.stderr)
     return 0
@@ -106,7 +102,7 @@ def _prompts(model: Any, records: list[dict[str, Any]], chat: bool) -> list[list
     return [model.tokenizer.encode_special(text).tolist() for text in texts]
 
 
-def _show(options: GenerateOptions, record: dict[str, Any], completion: Any, *, many: bool) -> None:
+def _show(options: GenerateOptions, record: dict[str, Any], completion: Any) -> None:
     if options.json:
         result = {"text": completion.text, "tokens": completion.num_tokens, "finish": completion.finish}
         echo(json.dumps(record | result, ensure_ascii=False), verbatim=True)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -43,20 +44,17 @@ def run_evaluate(options: EvalOptions) -> int:
     from jaxtrain.data.compressors import compressor_bits_per_byte
     from jaxtrain.data.texts import open_split
     from jaxtrain.monitoring.console import Console
-    from jaxtrain.runtime.cluster import session
-    from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.processes import is_lead
     from jaxtrain.training.evaluation import evaluate_sources, split_text
 
     console = Console(0, sys.stderr)
-    with compile_cache(), session(report_error):
+    with on_devices(options):
         run, params, step = _trained(options)
         result: dict[str, Any] = {"step": step} | ({"data": options.data} if options.data else {"split": options.split})
         with console.busy("evaluating") if is_lead() else contextlib.nullcontext():
             splits = {name: open_split(name, options.split, run.tokenizer) for name in options.data}
-            result |= evaluate_sources(
-                run, params, splits or options.split, num_batches=options.batches, by_position=True
-            )
+            counted = {"num_batches": options.batches, "by_position": True}
+            result |= evaluate_sources(run, params, splits or options.split, **counted)
     if not is_lead():
         return 0
     if not splits:
@@ -99,13 +97,10 @@ def run_replay(options: ReplayOptions) -> int:
     """Runs a step of a run again, and shows it by micro-batch, layer and row."""
     from jaxtrain.monitoring.metrics import encode
     from jaxtrain.monitoring.replay_view import show
-    from jaxtrain.runtime.cluster import session
-    from jaxtrain.runtime.compile_cache import compile_cache
-    from jaxtrain.runtime.processes import agree, is_lead
+    from jaxtrain.runtime.processes import is_lead
     from jaxtrain.training.replay import replay
 
-    with compile_cache(), session(report_error):
-        agree("the command", asdict(options), remedy="start them with the same one")
+    with on_devices(options):
         result = replay(options.run, options.step, store=options.data_store, model=model_of(options))
     if is_lead():
         echo(json.dumps(encode(result)), verbatim=True) if options.json else show(result)
@@ -117,6 +112,18 @@ def model_of(options: RunOptions) -> Any:
     return load_config(options.config).model if options.config else None
 
 
+@contextlib.contextmanager
+def on_devices(options: RunOptions) -> Iterator[None]:
+    """Enables the compile cache and joins the processes of the command, which must agree on its options."""
+    from jaxtrain.runtime.cluster import session
+    from jaxtrain.runtime.compile_cache import compile_cache
+    from jaxtrain.runtime.processes import agree
+
+    with compile_cache(), session(report_error):
+        agree("the command", asdict(options), remedy="start them with the same one")
+        yield
+
+
 def _trained(options: EvalOptions) -> tuple[Any, Any, int]:
     """Opens a run; returns it with the parameters of a checkpoint and its step, the same on every process."""
     from jaxtrain.inference.load import find_step
@@ -124,14 +131,12 @@ def _trained(options: EvalOptions) -> tuple[Any, Any, int]:
     from jaxtrain.runtime.processes import agree
     from jaxtrain.training.run import open_pretrained, open_run, restore_run_params
 
-    agree("the command", asdict(options), remedy="start them with the same one")
     folder = local_run(options.run)
     if is_pretrained(folder):
         if not options.data:
             raise ValueError(f"{options.run} is a folder of transformers, without data: give --data STORE or FILES")
         return *open_pretrained(folder), 0
-    store = options.data_store
-    run = open_run(folder, store=store, model=model_of(options), data=not options.data)
+    run = open_run(folder, store=options.data_store, model=model_of(options), data=not options.data)
     params, step = restore_run_params(run, find_step(run.folder, options.step))
     agree("the checkpoint", {"step": step}, remedy="the run must be on a file system that they share")
     return run, params, step

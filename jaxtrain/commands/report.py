@@ -72,9 +72,8 @@ class RunsOptions(Section):
     """Options of `jaxtrain runs`."""
 
     positional = "folder"
-    folder: Annotated[str, LocalPath("DIR", or_url=True)] = (
-        "runs"  # folder of run directories; its subfolders are searched too
-    )
+    # folder of run directories; its subfolders are searched too
+    folder: Annotated[str, LocalPath("DIR", or_url=True)] = "runs"
     # column of the table, or field of the config that differs, such as peak_lr; -KEY sorts in descending order
     sort: str = "name"
     json: bool = False  # print one JSON object per run

@@ -36,22 +36,18 @@ def run_train(options: TrainOptions) -> int:
     from jaxtrain.training.train import GAVE_UP, train
 
     more = {name: getattr(options, name) for name in ("rewind", "profile", "allow_change", "track")}
+    run_dir = options.run_dir or ""  # `parse` has filled it in
     try:
         with compile_cache(), session(report_error):
-            outcome = train(
-                options.config, options.run_dir or "", lock=not options.no_lock, **more
-            )  # `parse` fills run_dir in
+            outcome = train(options.config, run_dir, lock=not options.no_lock, **more)
     except OSError as error:
         if is_stuck():
             leave(report_error(error))
         raise
     code, reason = 0, outcome["reason"]
     if reason == GAVE_UP:
-        echo(
-            f"error: gave up at step {outcome['step']} after too many bad steps (see guard.max_consecutive and "
-            f"guard.max_share); the state is saved, and {options.run_dir} has a report",
-            file=sys.stderr,
-        )
+        text = f"gave up at step {outcome['step']} after too many bad steps (see guard.max_consecutive and max_share)"
+        echo(f"error: {text}; the state is saved, and {run_dir} has a report", file=sys.stderr)
         code = 1
     elif reason.startswith("SIG"):
         code = 128 + signal.Signals[reason]

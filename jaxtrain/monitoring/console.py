@@ -80,16 +80,12 @@ class Console:
             width = max((len(name) for name, _ in rows), default=0)
             self.print("\n".join([title, *(f"  {name:{width}}  {one_line(value)}" for name, value in rows)]))
             return
-        grid = rich.table.Table(
-            title=Text(printable(title, encoding=self._encoding)),
-            title_justify="left",
-            show_header=False,
-            box=rich.box.ROUNDED,
-        )
+        text = lambda cell: Text(printable(one_line(cell), encoding=self._encoding))  # noqa: E731
+        grid = rich.table.Table(title=text(title), title_justify="left", show_header=False, box=rich.box.ROUNDED)
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
-        for name, value in rows:
-            grid.add_row(*(Text(printable(one_line(cell), encoding=self._encoding)) for cell in (name, value)))
+        for row in rows:
+            grid.add_row(*map(text, row))
         with _UNSEEN, self._lock:
             self._terminal.print(grid)
 
@@ -102,17 +98,14 @@ class Console:
             and 10 s elsewhere, where a line follows each minute.
         """
         begin, done = time.monotonic(), threading.Event()
-        first = (10.0 if self._terminal is None else 1.0) if first is None else first
+        usual, following = (10.0, 60.0) if self._terminal is None else (1.0, 1.0)
 
         def show() -> None:
-            pause = first
+            pause = usual if first is None else first
             while not done.wait(pause):
                 text = f"{activity} ... {time.monotonic() - begin:.0f} s"
-                if self._terminal is None:
-                    self.print(text)
-                else:
-                    self._draw(Text(text))
-                pause = 60.0 if self._terminal is None else 1.0
+                self.print(text) if self._terminal is None else self._draw(Text(text))
+                pause = following
 
         thread = threading.Thread(target=show, name=activity, daemon=True)
         thread.start()
@@ -127,17 +120,14 @@ class Console:
     def _draw(self, text: Text) -> None:
         """Replaces the live text; an empty one is removed."""
         with _UNSEEN, self._lock:
-            live = self._live
-            if not text:
-                self._live = None
-                if live is not None:
-                    live.stop()
-            elif live is None:
-                # Not before there is a text: an empty one would stay below everything that is printed.
+            if text and self._live:
+                self._live.update(text, refresh=True)
+            elif text:  # not before there is one: an empty one would stay below everything that is printed
                 self._live = rich.live.Live(text, console=self._terminal, auto_refresh=False, transient=True)
                 self._live.start(refresh=True)
-            else:
-                live.update(text, refresh=True)
+            elif self._live:
+                live, self._live = self._live, None
+                live.stop()
 
 
 def _wrap_words(line: str, width: int) -> str:

@@ -65,7 +65,7 @@ RUNS = {
     "resuming with other initial weights": bad(
         "train {config} --run-dir {run} --train.init-from other",
         "train.init_from: None -> ",
-        "repeat train.init_from, or give another --run-dir",
+        "repeat its config, or give another --run-dir",
     ),
     "its store is gone": bad(
         "eval {run}",

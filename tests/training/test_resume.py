@@ -185,7 +185,8 @@ def test_another_environment_is_announced(before, run_dir, tiny_config, capsys):
     expected = {name: {"old": value, "new": now[name]} for name, value in before.items() if value is not None}
     assert [event["changes"] for event in events_of(run_dir, "environment_change")] == ([expected] if expected else [])
     for name, value in expected.items():
-        assert f"{name} is {value['new']}, and was {value['old']} until step 6" in said
+        assert f"{name}: {value['old']!r} -> {value['new']!r}" in said
+    assert said.count("another environment from step 7 on: ") == bool(expected)
     train(tiny_config, run_dir)
     assert len(events_of(run_dir, "environment_change")) == bool(expected)  # step 8 was made here
 
