@@ -19,6 +19,10 @@ from jaxtrain.runtime.terminal import echo, recorded_interrupts, report_error, t
 from jaxtrain.version import __version__
 
 _HELP = {"-h", "--help"}
+_FLAGS = (
+    "`jaxtrain COMMAND --help` lists the options of a command.",
+    "`jaxtrain --version` prints the version. `--debug` shows the traceback of an error.",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str], debug: bool) -> int:
     name, rest = (words[0] if words else "--help"), words[1:]
     if name in _HELP or name == "help":
-        echo(_overview())
+        lines = [f"  {name:12}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+        echo("\n".join(["usage: jaxtrain COMMAND ...", "", *lines, "", *_FLAGS]))
         return 0
     if name in ("-V", "--version"):
         echo(f"jaxtrain {__version__}")
@@ -57,16 +62,6 @@ def _run(words: list[str], debug: bool) -> int:
     if not debug:  # Orbax logs the tracebacks of errors that are reported here in one line
         absl.logging.set_verbosity(absl.logging.FATAL)
     return command.run(options)
-
-
-def _overview() -> str:
-    lines = [f"  {name:12}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return (
-        "usage: jaxtrain COMMAND ...\n\n"
-        + "\n".join(lines)
-        + "\n\n`jaxtrain COMMAND --help` lists the options of a command.\n"
-        "`jaxtrain --version` prints the version. `--debug` shows the traceback of an error."
-    )
 
 
 _SUBJECTS = (train, model, generate, compress, report, data, exchange)

@@ -148,34 +148,20 @@ class ScheduleEntry(NamedTuple):
 
 
 def _check_room(optim: Any, total_steps: int) -> None:
-    decay = max(optim.decay_steps or 0, 1) if optim.schedule == "wsd" else 1
-    if optim.warmup_steps + decay > total_steps:
-        raise ValueError(
-            f"optim.warmup_steps {optim.warmup_steps} leaves no room to decay in train.steps {total_steps} (schedule "
-            f"{optim.schedule}, decay_steps {optim.decay_steps}): shorten the warm-up or train longer"
-        )
-
-
-def _check_wsd(optim: Any, total_steps: int) -> None:
-    if not optim.decay_steps:
+    """Raises a ValueError unless warm-up and decay fit into the run."""
+    decay_steps = {"wsd": optim.decay_steps, "constant": 0}.get(optim.schedule, 1)
+    if decay_steps is None:
         raise ValueError('optim.schedule "wsd" needs optim.decay_steps above 0: the length of its final decay')
-    _check_room(optim, total_steps)
+    if optim.warmup_steps + decay_steps > total_steps:
+        problem = f"optim.warmup_steps {optim.warmup_steps} leaves no room to decay in train.steps {total_steps}"
+        form = f"schedule {optim.schedule}, {decay_steps} steps of decay"
+        raise ValueError(f"{problem} ({form}): shorten the warm-up or train longer")
 
 
 def _check_sgdr(optim: Any, total_steps: int) -> None:
     if total_steps % optim.cycles or optim.warmup_steps >= total_steps // optim.cycles:
-        raise ValueError(
-            f"optim.cycles {optim.cycles} must divide train.steps {total_steps} into cycles longer than "
-            f"optim.warmup_steps {optim.warmup_steps}"
-        )
-
-
-def _check_constant(optim: Any, total_steps: int) -> None:
-    if optim.warmup_steps > total_steps:
-        raise ValueError(
-            f"optim.warmup_steps {optim.warmup_steps} is more than train.steps {total_steps}: shorten the warm-up or "
-            "train longer"
-        )
+        problem = f"optim.cycles {optim.cycles} must divide train.steps {total_steps}"
+        raise ValueError(f"{problem} into cycles longer than optim.warmup_steps {optim.warmup_steps}")
 
 
 # A config file may add an entry: SCHEDULES["name"] = ScheduleEntry(make, description).
@@ -195,7 +181,7 @@ SCHEDULES: dict[str, ScheduleEntry] = {
             optim.peak_lr, steps, optim.warmup_steps, optim.decay_steps, optim.floor
         ),
         "constant, then linear decay over the last {decay_steps} steps",
-        _check_wsd,
+        _check_room,
     ),
     "sgdr": ScheduleEntry(
         lambda optim, steps: sgdr(
@@ -205,7 +191,7 @@ SCHEDULES: dict[str, ScheduleEntry] = {
         _check_sgdr,
     ),
     "constant": ScheduleEntry(
-        lambda optim, steps: warmup_constant(optim.peak_lr, optim.warmup_steps), "constant", _check_constant
+        lambda optim, steps: warmup_constant(optim.peak_lr, optim.warmup_steps), "constant", _check_room
     ),
 }
 

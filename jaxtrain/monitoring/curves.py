@@ -71,7 +71,7 @@ def run_curves(lines: Records, evaluations: Records, *, points: int = POINTS) ->
         parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
         x = np.array([axis.step[i] for part in parts for i in (part.start, part.stop - 1)])
         y = {name: _extremes(found, parts) for name, found in values.items()}
-        mean = {name: _short(_part_means(found, parts)) for name, found in values.items()}
+        mean = {name: _short([_finite_mean(found[part]) for part in parts]) for name, found in values.items()}
     return {
         "x": axis.at(x),
         "y": {name: _short(found) for name, found in y.items()},
@@ -141,9 +141,9 @@ def _extremes(values: np.ndarray, parts: Sequence[slice]) -> np.ndarray:
     return np.array(pairs)
 
 
-def _part_means(values: np.ndarray, parts: Sequence[slice]) -> np.ndarray:
-    pieces = [values[part][np.isfinite(values[part])] for part in parts]
-    return np.array([piece.mean() if piece.size else math.nan for piece in pieces])
+def _finite_mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return finite.mean() if finite.size else math.nan
 
 
 def _short(values: Any, digits: int = 5) -> list[float | None]:

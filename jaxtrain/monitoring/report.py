@@ -206,7 +206,7 @@ def _one_run(run: dict[str, Any]) -> str:
             '<div class="columns">',
             _section("Summary", _table(run["about"])),
             _section("Last evaluation", _table(evaluation)),
-            _times(run["times"]),
+            _section("Time by scope", _times(run["times"])),
             "</div>",
             _section("Sample", _pre(run["sample"])),
             _section("Config", _config(run["config"])),
@@ -276,9 +276,8 @@ def _findings(run: dict[str, Any]) -> str:
 
 
 def _times(times: dict[str, Any]) -> str:
-    rows = times["rows"]
-    table = _columns(("scope", "share", "busy ms a step"), rows) if rows else ""
-    return _section("Time by scope", f"<p>{html.escape(times['heading'])}</p>{table}") if times["heading"] else ""
+    table = _columns(("scope", "share", "busy ms a step"), times["rows"]) if times["rows"] else ""
+    return f"<p>{html.escape(times['heading'])}</p>{table}" if times["heading"] else ""
 
 
 def _config(config: dict[str, Any]) -> str:

@@ -32,7 +32,8 @@ def part_costs(text: str) -> list[dict]:
     module = HloModule(text)
     sums = {part: [0, 0] for part in PARTS}
     for lines, line, part, times in _executed(module, module.entry, "rest", 1):
-        sums[part][0] += times * _cycles(line)
+        cycles = int((re.findall(r'"estimated_cycles":"(\d+)"', line.rest) or [0])[0])
+        sums[part][0] += times * cycles if cycles < 2**62 else 0  # the largest integer means unknown
         sums[part][1] += times * _moved(module, lines, line)
     return [{"part": part, "cycles": c, "bytes": b} for part, (c, b) in sums.items() if c or b]
 
@@ -71,11 +72,6 @@ def _part(line: Instruction) -> str | None:
     if "rematted_computation" in source:
         return "layers, rematerialized"
     return "layers, backward" if "transpose(" in source else "layers, forward"
-
-
-def _cycles(line: Instruction) -> int:
-    found = re.search(r'"estimated_cycles":"(\d+)"', line.rest)
-    return int(found.group(1)) if found and int(found.group(1)) < 2**62 else 0  # the largest integer means unknown
 
 
 def _moved(module: HloModule, lines: dict[str, Instruction], line: Instruction) -> int:

@@ -59,19 +59,12 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
     except BaseException as error:
         if is_lost(error):
             peers.wait_for_loss()
-            report(_lost_connection(error))
+            lost = "the connection to another process is lost, which has failed or was killed: see the other logs"
+            report(ConnectionError(f"{lost}; the same command resumes the run ({str(error).splitlines()[0]})"))
             leave(RESTART)
         if not announce_failure(error):
             leave(report(error))
         raise
-
-
-def _lost_connection(error: BaseException) -> OSError:
-    """Returns an error of one line in place of JAX's, where a collective or the coordinator has lost a process."""
-    return ConnectionError(
-        f"the connection to another process is lost, which has failed or was killed: see the other logs; the same "
-        f"command resumes the run ({str(error).splitlines()[0]})"
-    )
 
 
 def find_cluster(timeout: float) -> Cluster:

@@ -57,7 +57,9 @@ def load_config(path: str | Path) -> Config:
             raise ValueError(f"config() returned {type(result).__name__}, not a Config")
         return result
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{path}{_line_in(path, error)}: {_message(error)}; correct the config") from error
+        text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        text = text if type(error) is ValueError else f"{type(error).__name__}: {text}"
+        raise ValueError(f"{path}{_line_in(path, error)}: {text}; correct the config") from error
 
 
 def _config_near(path: Path) -> str:
@@ -109,11 +111,6 @@ def _line_in(path: Path, error: BaseException) -> str:
         return f" line {error.lineno}"
     numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f" line {numbers[-1]}" if numbers else ""
-
-
-def _message(error: BaseException) -> str:
-    text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
-    return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
 def to_json(config: Config) -> str:

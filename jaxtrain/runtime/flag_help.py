@@ -20,7 +20,9 @@ def show_help(command: Command, words: Sequence[str]) -> str:
     config = load_config(words[0]) if command.options.positional == "config" and words and words[0][:1] != "-" else None
     width = min(shutil.get_terminal_size().columns, 120)
     positional = command.options.positional
-    lines = [f"usage: {usage(command)}", "", *_wrap(inspect.getdoc(command.run) or "", width), ""]
+    lines = [f"usage: {usage(command)}", ""]
+    for paragraph in (inspect.getdoc(command.run) or "").split("\n\n"):
+        lines += [*textwrap.wrap(paragraph, width), ""]
     lines += ["example:", f"  jaxtrain {command.example}", ""]
     arguments, docs = positional_metavars(command.options), field_docs(command.options)
     lines += ["argument:" if len(arguments) == 1 else "arguments:"]
@@ -29,7 +31,8 @@ def show_help(command: Command, words: Sequence[str]) -> str:
     for item in dataclasses.fields(Config) if positional == "config" else ():
         cls = ModelConfig if item.name == "model" else item.type
         if dataclasses.is_dataclass(cls):
-            titles[item.name], groups[item.name] = f"{item.name}: {_first_line(cls)}", []
+            title = re.split(r"[.;\n]", inspect.getdoc(cls) or "")[0]
+            titles[item.name], groups[item.name] = f"{item.name}: {title[:1].lower()}{title[1:]}", []
     for flag in list_flags(command.options, config):
         groups[flag.path.rpartition(".")[0]].append(flag)
     for section, flags in groups.items():
@@ -38,11 +41,6 @@ def show_help(command: Command, words: Sequence[str]) -> str:
         for flag in flags:
             lines += _entry(*_columns(flag), width)
     return "\n".join(lines)
-
-
-def _first_line(cls: type) -> str:
-    line = re.split(r"[.;\n]", inspect.getdoc(cls) or "")[0]
-    return line[:1].lower() + line[1:]
 
 
 def _columns(flag: Flag) -> tuple[str, str]:
@@ -69,7 +67,3 @@ def _entry(left: str, right: str, width: int) -> list[str]:
     if len(first) + 2 > _COLUMN:
         return [first, *(indent + line for line in text)]
     return [first.ljust(_COLUMN) + text[0], *(indent + line for line in text[1:])]
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    return [line for paragraph in text.split("\n\n") for line in [*textwrap.wrap(paragraph, width), ""]][:-1]

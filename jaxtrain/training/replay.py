@@ -57,7 +57,10 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     """
     run = open_run(run_dir, hooks, **options)
     lines, events = read_metrics(run.folder / "metrics.jsonl")
-    _require_reached(run, step, lines, events)
+    reached = max((record["step"] for record in [*lines, *events] if "step" in record), default=0)
+    last = min(reached + run.config.train.log_every, run.config.train.steps)  # a crash may lose the last lines
+    if not 1 <= step <= last:
+        raise ValueError(f"{run.folder} has no step {step} to replay: give --step 1 to {last}, as in its metrics.jsonl")
     state, first = _state_before(run, step, events)
     fetch = batch_source(run)
     train_step = run.program.compile(state, fetch(first), functools.partial(echo, file=sys.stderr))
@@ -97,14 +100,6 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
         "layers": _layers(terms),
         "rows": _rows(run, step, jax.device_get(nll)),
     }
-
-
-def _require_reached(run: Run, step: int, lines: list[dict], events: list[dict]) -> None:
-    known = [line["step"] for line in lines] + [event["step"] for event in events if "step" in event]
-    # A crash may have come after steps that were not logged yet.
-    last = min(max(known, default=0) + run.config.train.log_every, run.config.train.steps)
-    if not 1 <= step <= last:
-        raise ValueError(f"{run.folder} has no step {step} to replay: give --step 1 to {last}, as in its metrics.jsonl")
 
 
 def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[TrainState, int]:

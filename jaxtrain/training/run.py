@@ -230,11 +230,15 @@ def fingerprint(run: Run, state: TrainState | None = None) -> dict[str, Any]:
 
     The config and, given a state, its number of skipped steps are stored with it.
     """
+    decayed = []  # another optimizer than AdamW has no mask
+    if run.config.optim.name == "adamw":
+        mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.program.abstract_state.params))
+        decayed = [jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays]
     values = {
         "config": to_dict(run.config),
         "data": None if run.store is None else identity(run.store),
         "tokenizer": tokenizer_hash(run),
-        "decay_mask": _decayed(run),
+        "decay_mask": decayed,
     }
     accepted = None if state is None else optax.tree_utils.tree_get(state.opt_state, "accepted")
     return values if accepted is None else values | {"skipped_steps": int(state.step) - int(accepted)}
@@ -248,14 +252,6 @@ def identity(store: TokenStore) -> str | dict[str, str]:
 def by_name(identity: str | dict[str, str]) -> dict[str, str]:
     """Returns the fingerprints of sources by name; the source of a single store is named ""."""
     return identity if isinstance(identity, dict) else {"": identity}
-
-
-def _decayed(run: Run) -> list[str]:
-    """Returns the paths of the parameters that decay; another optimizer than AdamW has no mask."""
-    if run.config.optim.name != "adamw":
-        return []
-    mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.program.abstract_state.params))
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays]
 
 
 def check_fingerprint(run: Run, saved: dict[str, Any], step: int) -> None:

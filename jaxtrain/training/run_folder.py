@@ -171,7 +171,10 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
     old = load_config(file)
     changed = _changes(old, config)
     fixed = {k: v for k, v in changed.items() if not k.startswith(_CHANGEABLE) or k in _FIXED}
-    extends = changed and set(changed) <= _LENGTH and config.train.steps >= step and _same_rates(old, config, step)
+    extends = set(changed) <= _LENGTH and config.train.steps >= step
+    if changed and extends:  # the learning rates of the past stay the same
+        before, after = (jax.vmap(components.make_schedule(c))(jnp.arange(max(step, 1))) for c in (old, config))
+        extends = bool((before == after).all())
     if fixed or not (allow_change or extends or not changed):
         lines = [f"{key}: {before!r} -> {after!r}" for key, (before, after) in (fixed or changed).items()]
         remedy = "repeat its config" + ("" if fixed else ", change it from this step on with --allow-change")
@@ -201,13 +204,6 @@ def _normalized(path: Any) -> Any:
     if isinstance(path, list):
         return [_normalized(each) for each in path]
     return os.path.abspath(os.path.expanduser(path)) if path and not is_url(path) else path
-
-
-def _same_rates(old: Config, new: Config, step: int) -> bool:
-    """Returns True if two configs have equal learning rates in the first `step` steps."""
-    steps = jnp.arange(max(step, 1))
-    before, after = (jax.device_get(jax.vmap(components.make_schedule(config))(steps)) for config in (old, new))
-    return bool((before == after).all())
 
 
 def write_config(folder: Path, config: Config) -> None:
