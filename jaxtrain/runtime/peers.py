@@ -5,10 +5,10 @@ also while the main thread waits in a collective, and keepalive probes find a ho
 that is slow or suspended keeps its connection, so it is never taken for a lost one.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import json
-import selectors
 import signal
 import socket
 import sys
@@ -43,12 +43,11 @@ class Peers:
         self._connections, self._leave = connections, leave
         self._done = threading.Event()
         for connection in connections.values():
-            connection.setblocking(False)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE.items():
                 with contextlib.suppress(OSError, AttributeError):  # not on every system
                     connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._watch()), name="peers", daemon=True)
         self._thread.start()
 
     def announce(self, code: int, text: str = "") -> None:
@@ -61,17 +60,25 @@ class Peers:
     def wait(self, seconds: float) -> None:
         self._done.wait(seconds)
 
-    def _watch(self) -> None:
-        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as stack:
-            for process, connection in self._connections.items():
-                stack.enter_context(connection)
-                selector.register(connection, selectors.EVENT_READ, (process, bytearray()))
-            while not self._done.is_set():
-                for key, _ in selector.select(_POLL_SECONDS):
-                    process, buffer = key.data
-                    if (news := _read(key.fileobj, buffer, process)) is not None:
-                        selector.unregister(key.fileobj)
-                        self._judge(process, *news)
+    async def _watch(self) -> None:
+        watches = [asyncio.create_task(self._read(*item)) for item in self._connections.items()]
+        while not self._done.is_set():
+            await asyncio.sleep(_POLL_SECONDS)
+        for watch in watches:
+            watch.cancel()
+
+    async def _read(self, process: int, connection: socket.socket) -> None:
+        """Waits until a process leaves, and judges how it ended."""
+        reader, writer = await asyncio.open_connection(sock=connection, limit=_MAX_BYTES)
+        try:
+            message = json.loads(await reader.readline())
+            code, text = int(message["code"]), str(message["text"])
+        except (OSError, ValueError, TypeError, KeyError):  # closed or reset without a message
+            text = f"process {process} is lost: it was killed, or its host is down; see its log; "
+            code, text = RESTART, text + "the same command resumes the run"
+        finally:
+            writer.close()
+        self._judge(process, code, text)
 
     def _judge(self, process: int, code: int, text: str) -> None:
         """Ends this process if another one did not end well."""
@@ -90,27 +97,6 @@ class Peers:
         for process in processes:
             with contextlib.suppress(OSError):  # it is gone, too
                 self._connections[process].send(message)
-
-
-def _read(connection: Any, buffer: bytearray, process: int) -> tuple[int, str] | None:
-    """Reads what has arrived. Returns the exit code and the reason of a process once it has left, else None."""
-    try:
-        piece = connection.recv(_MAX_BYTES)
-    except BlockingIOError:
-        return None
-    except OSError:  # reset, or no answer to the probes
-        piece = b""
-    buffer += piece
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        line, end, _ = buffer.partition(b"\n")
-        if end:
-            message = json.loads(line)
-            return int(message["code"]), str(message["text"])
-    if piece and len(buffer) < _MAX_BYTES:
-        return None
-    return RESTART, (
-        f"process {process} is lost: it was killed, or its host is down; see its log; the same command resumes the run"
-    )
 
 
 _watched: Peers | None = None
