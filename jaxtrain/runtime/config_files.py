@@ -23,7 +23,7 @@ _ZERO_WAS_NONE = (
     *("train.eval_every", "train.eval_batches", "train.replay_check", "train.stop_after", "train.sample_tokens"),
     *("checkpoint.keep_every", "checkpoint.keep_best"),
 )
-_RENAMED = {("model.scan_unroll", -1): "auto", ("model.scan_unroll", 0): "all"}
+_RENAMED: dict[tuple[str, Any], Any] = {("model.scan_unroll", -1): "auto", ("model.scan_unroll", 0): "all"}
 _RENAMED |= {("data.store", ""): None, ("train.init_from", ""): None} | {(path, 0): None for path in _ZERO_WAS_NONE}
 _REMOVED = ("faults", "checkpoint.retries")
 
