@@ -228,11 +228,7 @@ def suggest(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def parse_range(text: str, name: str) -> range:
-    """Reads a range START:STOP of whole numbers, without STOP.
-
-    Raises:
-      ValueError: not two whole numbers, or an empty range.
-    """
+    """Reads a range START:STOP of whole numbers, without STOP. Raises a ValueError for other text or an empty range."""
     parts = text.split(":")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts):
         raise ValueError(f"{name} {text!r} is not a range: write START:STOP, such as 10:13")

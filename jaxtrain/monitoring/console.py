@@ -93,9 +93,8 @@ class Console:
     def busy(self, activity: str, *, first: float | None = None) -> Iterator[None]:
         """Shows that an activity is running: "compiling ... 12 s".
 
-        Args:
-          first: seconds until it is first shown. None is 1 s on a terminal, where the text is then redrawn each second,
-            and 10 s elsewhere, where a line follows each minute.
+        `first` are the seconds until it is first shown. None is 1 s on a terminal, where the text is then redrawn each
+        second, and 10 s elsewhere, where a line follows each minute.
         """
         begin, done = time.monotonic(), threading.Event()
         usual, following = (10.0, 60.0) if self._terminal is None else (1.0, 1.0)

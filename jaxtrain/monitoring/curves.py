@@ -48,12 +48,7 @@ class Axis:
 
 
 def run_curves(lines: Records, evaluations: Records, *, points: int = POINTS) -> dict[str, Any]:
-    """Returns the curves of a run as JSON values, numbers that are not finite as None.
-
-    Args:
-      lines: step lines, sorted.
-      evaluations: `eval` events.
-      points: at most this many points a curve.
+    """Returns the curves of a run, at most `points` points each, as JSON values; numbers that are not finite are None.
 
     Returns:
       `x` (see `Axis`); `y`, values by metric; `mean`, for a run of more than `points` lines the mean of each pair of

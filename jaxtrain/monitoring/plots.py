@@ -19,9 +19,7 @@ _BLOCKS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # a character cel
 def plot_schedule(schedule: Schedule, total_steps: int, path: str | Path) -> Path:
     """Draws the learning rate of steps 1 to `total_steps` to a PNG file, and names the first, highest and last rate.
 
-    Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: total_steps below 1.
+    Raises an ImportError without matplotlib, and a ValueError if total_steps is below 1.
     """
     schedule_figure(schedule, total_steps).savefig(path, format="png")
     return Path(path)

@@ -64,16 +64,6 @@ class Recorder:
 
     Use it as a context manager: leaving it closes the sinks. An exception in a sink's `step` or `event` is reported
     once and never reaches the loop.
-
-    Attributes:
-      sinks: the sinks, called in order.
-      begun: events of the starts of earlier attempts.
-      attempt: number of times that the run was started, this one included.
-      last_stop: the `stop` event with which the last attempt ended; empty if it crashed.
-      evaluated: steps that earlier attempts evaluated.
-      last_line: step of the last line that they logged; 0 without one.
-      skipped_steps: steps skipped so far, those of earlier attempts included.
-      give_up: True once the guard has given up.
     """
 
     def __init__(
@@ -88,22 +78,18 @@ class Recorder:
         more: Callable[[int, int], dict[str, Any]] = lambda first, last: {},
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """Starts the clock.
+        """Starts the clock. `lines` and `events` are the records of the earlier attempts.
 
-        Args:
-          config: number and size of the steps, and which of them are logged.
-          console: where `say`, `table` and `pause` show their text; None shows nothing.
-          seconds_at_peak, more: see `open_recorder`.
-          lines, events: records of the earlier attempts, as `read_metrics` returns them.
+        The console shows the text of `say`, `table` and `pause`. `seconds_at_peak` and `more`: see `open_recorder`.
         """
-        self.sinks = list(sinks)
-        self.begun = [event for event in events if event["event"] in ("start", "resume")]
+        self.sinks = list(sinks)  # called in order
+        self.begun = [event for event in events if event["event"] in ("start", "resume")]  # earlier attempts
         self.attempt = 1 + len(self.begun)
-        self.evaluated = {event["step"] for event in events if event["event"] == "eval"}
+        self.evaluated = {event["step"] for event in events if event["event"] == "eval"}  # by earlier attempts
         last = next((event for event in reversed(events) if event["event"] in ("start", "resume", "stop")), {})
-        self.last_stop = last if last.get("event") == "stop" else {}
-        self.give_up = False
-        self.last_line = lines[-1]["step"] if lines else 0
+        self.last_stop = last if last.get("event") == "stop" else {}  # empty if the last attempt crashed
+        self.give_up = False  # True once the guard has given up
+        self.last_line = lines[-1]["step"] if lines else 0  # last step that earlier attempts logged
         self._skipped = {line["step"] for line in lines if line.get("skipped") == 1}
         self._config, self._console, self._clock, self._more = config, console, clock, more
         self._failed: set[str] = set()  # names of the sinks whose failure was reported
@@ -131,6 +117,7 @@ class Recorder:
 
     @property
     def skipped_steps(self) -> int:
+        """Number of steps skipped so far, those of earlier attempts included."""
         return len(self._skipped)
 
     def event(self, name: str, text: str, /, **fields: Any) -> None:

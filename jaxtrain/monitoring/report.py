@@ -40,10 +40,8 @@ _MOST = 400  # marks of a kind, and events in the table
 def write_report(run_dirs: str | Path | Sequence[str | Path]) -> Path:
     """Writes `report.html` of one run directory, of several, or of all in a folder; returns its path.
 
-    It lies in the run directory, in the folder, or in the folder that the run directories share.
-
-    Raises:
-      ValueError: no run there, a broken one, or no step has been logged in any.
+    It lies in the run directory, in the folder, or in the folder that the run directories share. Raises a ValueError
+    without a run, for a broken one, or if no step has been logged in any.
     """
     records, path = open_records(run_dirs)
     write_text(path, render(report_data(records)))

@@ -154,10 +154,9 @@ def read_record(folder: str | Path) -> RunRecord:
 
 
 def find_runs(folder: str | Path) -> list[Path]:
-    """Returns the run directories in a folder and its subfolders, or the folder itself if it is one; sorted by path.
+    """Returns the run directories in a folder and its subfolders, sorted, or the folder itself if it is one.
 
-    Raises:
-      ValueError: no such folder.
+    Raises a ValueError if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():

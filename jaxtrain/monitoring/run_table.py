@@ -25,10 +25,7 @@ _COLUMNS = {
 def read_rows(folder: str | Path) -> list[Row]:
     """Returns the facts of each run in a folder, as JSON values, with the config fields that differ.
 
-    A directory that cannot be read has the state `broken` and `problem` instead.
-
-    Raises:
-      ValueError: no such folder, or no run in it.
+    A directory that cannot be read has the state `broken` and `problem` instead. Raises a ValueError without a run.
     """
     folder = Path(folder)
     paths = find_runs(folder)

@@ -68,9 +68,8 @@ class BackgroundSink:
         Args:
           sink: the sink to run, or a function that makes it on the thread.
           name: its name in reports of failure; the default is that of its class.
-          every_step: pass every step on, as for a sink with that attribute.
-          capacity: records that may wait for it.
-          patience: seconds that `close` waits for it to finish.
+          every_step: passes every step on, as for a sink with that attribute.
+          capacity, patience: records that may wait for it, and seconds that `close` waits for it to finish.
         """
         self.name = name or type(sink).__name__
         self.every_step = every_step or getattr(sink, "every_step", False)

@@ -27,11 +27,8 @@ def newest_trace(run_dir: str | Path) -> Path | None:
 def read_times(folder: Path) -> tuple[range, dict[str, float]]:
     """Reads the traces of all processes in a folder.
 
-    Returns:
-      The traced steps, and by scope the milliseconds per step, summed over threads, devices and processes.
-
-    Raises:
-      ValueError: a file is missing or damaged, or the trace has no instruction of the step.
+    Returns the traced steps, and by scope the milliseconds per step, summed over threads, devices and processes. Raises
+    a ValueError if a file is missing or damaged, or if the trace has no instruction of the step.
     """
     busy: Counter[str] = Counter()
     for file in sorted(folder.glob("*.scopes.json")):

@@ -59,12 +59,7 @@ class Tracker:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Checks the names of trackers, and that their packages are installed.
-
-    Raises:
-      ValueError: an unknown name.
-      ImportError: a missing package; names the extra.
-    """
+    """Raises a ValueError for an unknown tracker, and an ImportError that names the extra if one is not installed."""
     for name in names:
         package, _ = TRACKERS[check_choice(name, TRACKERS, "--track")]
         if importlib.util.find_spec(package) is None:

@@ -90,9 +90,7 @@ def search_batch(config: Config, vocab_size: int, topology: str, unit: int, time
     """Searches the largest batch that fits: doubles until one does not fit, then bisects.
 
     `unit` is the granularity in sequences: number of row shards x micro-batches. The time-out applies to each try.
-
-    Yields:
-      The answer of `compile_step` to each try with its `batch_size`. The largest one that `fits` is the result.
+    Yields the answer of `compile_step` to each try with its `batch_size`.
     """
     fits, too_large, tried = 0, None, max(config.train.batch_size // unit, 1)
     while too_large is None or too_large - fits > 1:

@@ -19,9 +19,7 @@ from jaxtrain.runtime.terminal import echo
 def plan(config: Config, options: Any) -> None:
     """Prints the plan of a config, with the options of `commands.train.PlanOptions`.
 
-    Raises:
-      ValueError: an unknown topology or chip, or a config that does not fit the devices.
-      OSError: the compiler fails, is locked, or takes too long.
+    Raises a ValueError for an unknown chip or a config that does not fit, and an OSError if the compiler fails.
     """
     vocab_size = plan_vocab(config)
     chip, num_devices = _devices(config, options)

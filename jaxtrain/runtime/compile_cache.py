@@ -65,14 +65,11 @@ def jax_settings(values: Mapping[str, Any]) -> Iterator[None]:
     """Changes values of `jax.config` inside the block."""
     import jax
 
-    before = {name: getattr(jax.config, name) for name in values}
-    try:
+    with contextlib.ExitStack() as stack:
         for name, value in values.items():
+            stack.callback(jax.config.update, name, getattr(jax.config, name))
             jax.config.update(name, value)
         yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
 
 
 def _prepare(folder: Path) -> str:

@@ -31,10 +31,7 @@ _REMOVED = ("faults", "checkpoint.retries")
 def load_config(path: str | Path) -> Config:
     """Reads a config from a `.py` file (executed: it is the user's own code) or a `.json` file (not executed).
 
-    A `.py` file may import modules of its folder.
-
-    Raises:
-      ValueError: no such file, or one that gives no valid config; names the line.
+    A `.py` file may import modules of its folder. Raises a ValueError that names the line if there is no valid config.
     """
     path, given = Path(path), path
     if not path.is_file():
@@ -71,11 +68,7 @@ def _config_near(path: Path) -> str:
 
 
 def load_run_config(run_dir: str | Path) -> Config:
-    """Reads the config.json of a run directory.
-
-    Raises:
-      ValueError: no run directory, one that has lost its config.json, or a config.json that is not valid.
-    """
+    """Reads the config.json of a run directory; raises a ValueError if it is missing or not valid."""
     run_dir = Path(run_dir)
     if (run_dir / "config.json").is_file():
         return load_config(run_dir / "config.json")
@@ -121,8 +114,7 @@ def to_json(config: Config) -> str:
 def from_json(text: str | bytes) -> Config:
     """Reads a config from the text of `to_json`, of this or an older version. A custom model becomes a SavedModel.
 
-    Raises:
-      ValueError: an unknown key, a missing one, or a wrong value; names the key.
+    Raises a ValueError that names an unknown key, a missing one, or one with a wrong value.
     """
     try:
         values = json.loads(text)

@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -84,9 +84,9 @@ def cache_folder(name: str) -> Path:
     return Path(base) / "jaxtrain" / name
 
 
-def checksum(values: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 (hex) of JSON values; the order of keys does not count."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def checksum(values: Mapping[str, Any], default: Callable[[Any], Any] | None = None) -> str:
+    """Returns the SHA-256 (hex) of JSON values; the order of keys does not count. `default` converts other values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=default).encode()).hexdigest()
 
 
 def write_sealed_json(path: Path, values: dict[str, Any]) -> None:
@@ -140,13 +140,9 @@ def flock(descriptor: int, folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, lock: bool = True) -> Iterator[None]:
-    """Holds an exclusive lock on a folder, which is created if it is missing.
+    """Holds an exclusive lock on a folder, which is created if it is missing. `lock` False takes no lock.
 
-    Args:
-      lock: False takes no lock, for a file system that has none.
-
-    Raises:
-      ValueError: another process holds the lock, or the file system has no locks.
+    Raises a ValueError if another process holds the lock, or if the file system has no locks.
     """
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)

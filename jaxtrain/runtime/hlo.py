@@ -98,11 +98,7 @@ class HloModule:
         return {*called, *(below for name in called for one in self.walk(name) for below in one[1].called)}
 
     def trip_count(self, parent: str, loop: Instruction) -> int:
-        """Returns the trip count of a while loop: the compiler's, else the bound in the loop's condition.
-
-        Raises:
-          ValueError: the loop has neither.
-        """
+        """Returns the trip count of a while loop: the compiler's, else the bound in its condition; or raises ValueError."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
         if noted:
             return int(noted.group(1))
@@ -129,8 +125,7 @@ class HloModule:
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """Lists the arrays that the collectives of a compiled program move in one execution.
 
-    Raises:
-      ValueError: the text is not an HLO module, or has a loop of unknown length.
+    Raises a ValueError if the text is no HLO module, or has a loop of unknown length.
     """
     module = HloModule(text)
     overlapped = module.overlapped()

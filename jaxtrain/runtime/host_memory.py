@@ -13,12 +13,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc's malloc retain freed blocks of up to 1 GiB, for the rest of the process.
+    """Makes glibc's malloc retain freed blocks of up to 1 GiB, so that the process keeps its peak memory until it ends.
 
-    The process then keeps its peak memory. All threads share one arena, because only the main arena holds large blocks.
-
-    Returns:
-      True on success. With other C libraries (macOS, musl) nothing changes.
+    All threads share one arena, because only the main arena holds large blocks. Returns False with other C libraries
+    (macOS, musl), where nothing changes.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -27,12 +27,7 @@ class LeaseLost(OSError):
 
 
 class Lease:
-    """A lease on a folder.
-
-    Args:
-      url: the folder.
-      seconds: how long the lease lasts without renewal; it is renewed four times as often.
-    """
+    """Lease of `seconds` on the folder `url`; it is renewed four times as often."""
 
     def __init__(self, url: str, *, seconds: float = 120.0):
         self.url, self.token = url, uuid.uuid4().hex
@@ -59,13 +54,9 @@ class Lease:
         return number, {}
 
     def require_free(self, *, own: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
-        """Returns `newest()`.
+        """Returns `newest()`; raises a ValueError that names the process that holds the lease, if another one does.
 
-        Args:
-          own: tokens of leases that ended with a process of this host, which need not expire.
-
-        Raises:
-          ValueError: another process holds the lease; names it and the age of its last sign of life.
+        `own` are tokens of leases that ended with a process of this host, which need not expire.
         """
         number, found = self.newest()
         age = max(time.time() - found.get("time", 0.0), 0.0)
@@ -80,8 +71,7 @@ class Lease:
     def acquire(self, *, own: tuple[str, ...] = ()) -> str | None:
         """Takes the lease, and renews it until `release`; returns the token of the previous lease.
 
-        Raises:
-          ValueError: another process holds the lease.
+        Raises a ValueError if another process holds the lease.
         """
         number, previous = self.require_free(own=own)
         self._number, error = number + 1, None
@@ -101,11 +91,7 @@ class Lease:
         return previous.get("token")
 
     def require(self) -> None:
-        """Checks that this process still holds the lease.
-
-        Raises:
-          LeaseLost: another process has taken over.
-        """
+        """Raises a LeaseLost if another process has taken over the lease."""
         number, found = self.newest()
         if number > self._number:
             owner = f"process {found.get('process')} on {found.get('host')}"

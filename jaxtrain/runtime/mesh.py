@@ -27,16 +27,10 @@ LOGICAL_AXES = {"rows": ROWS, "vocab": "tensor", "heads": "tensor", "hidden": "t
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Makes a mesh that places neighboring devices next to each other.
+    """Makes a mesh with the axes `data`, `fsdp`, `tensor` that places neighboring devices next to each other.
 
-    Args:
-      config: sizes of the axes. Without a -1 among them the mesh uses the first data x fsdp x tensor devices.
-
-    Returns:
-      A mesh with the axes `data`, `fsdp`, `tensor`. TPU slices joined by a data-centre network lie along `data`.
-
-    Raises:
-      ValueError: the sizes do not fit the devices.
+    Without a -1 among its sizes it uses the first data x fsdp x tensor devices. TPU slices joined by a data-centre
+    network lie along `data`. Raises a ValueError if the sizes do not fit the devices.
     """
     everywhere = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(everywhere))
@@ -76,8 +70,7 @@ def _hybrid(shape: tuple[int, ...], num_slices: int, devices: list[jax.Device]) 
 def partition_spec(axes: Sequence[str | None], rules: dict[str, Any] = LOGICAL_AXES) -> P:
     """Returns the PartitionSpec of an array with these logical axes. None and unlisted axes are not sharded.
 
-    Raises:
-      ValueError: two dimensions are sharded over the same mesh axis.
+    Raises a ValueError if two dimensions are sharded over the same mesh axis.
     """
     spec = tuple(rules.get(axis) if axis else None for axis in axes)
     used = [name for entry in spec if entry for name in ((entry,) if isinstance(entry, str) else entry)]

@@ -239,8 +239,7 @@ def announce_failure(error: BaseException) -> bool:
 def wait_for(client: Any, key: str, deadline: float) -> str | None:
     """Returns the value of a key of the store as soon as it is set, or None at the deadline.
 
-    Raises:
-      ValueError: another process failed in the meantime.
+    Raises a ValueError if another process fails in the meantime.
     """
     while True:
         failed = client.key_value_dir_get("jaxtrain/failed")

@@ -8,7 +8,6 @@ when they are verified (checkpoints/manifest.py). `.origin.json` in it names the
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import posixpath
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.fields import is_url
-from jaxtrain.runtime.files import cache_folder, read_json, write_json
+from jaxtrain.runtime.files import cache_folder, checksum, read_json, write_json
 
 MANIFEST = "manifest.json"  # of a checkpoint, which is complete once it has one
 ORIGIN = ".origin.json"
@@ -96,8 +95,7 @@ def is_run(path: str | Path) -> bool:
 def local_run(run: str | Path) -> Path:
     """Returns the path of a run directory or of a folder of them; for a URL, that of an updated local copy.
 
-    Raises:
-      ValueError: the URL has no files, or cannot be read.
+    Raises a ValueError if the URL has no files, or cannot be read.
     """
     if not is_url(run):
         return Path(run)
@@ -110,28 +108,26 @@ def local_run(run: str | Path) -> Path:
 
 
 def fetch_records(url: str, folder: Path) -> int:
-    """Makes a folder a copy of a run at a URL, or of a folder of runs, without arrays and token stores.
+    """Makes a folder a copy of a run (or a folder of runs) at a URL, without arrays and token stores.
 
-    Returns:
-      The number of files at the URL that belong to the copy.
+    Returns the number of files at the URL that belong to the copy.
     """
     with reaching(url):
         system, root = open_filesystem(url)
         system.invalidate_cache()
         entries = system.find(root, detail=True)
         found = {posixpath.relpath(path, root): entry for path, entry in entries.items()}
-        wanted = {name: json.dumps(entry, sort_keys=True, default=str) for name, entry in found.items()}
-        wanted = {name: hashlib.sha256(wanted[name].encode()).hexdigest() for name in wanted if _is_record(name)}
-        origin: dict[str, Any] = read_json(folder / ORIGIN) or {"files": {}}
-        for name, version in origin["files"].items():
+        wanted = {name: checksum(found[name], default=str) for name in found if _is_record(name)}
+        before = (read_json(folder / ORIGIN) or {"files": {}})["files"]
+        for name, version in before.items():
             if wanted.get(name) != version:
                 (folder / name).unlink(missing_ok=True)
                 if posixpath.basename(name) == MANIFEST:  # its arrays are of another checkpoint, if there is one
                     shutil.rmtree((folder / name).parent, ignore_errors=True)
         for name, version in wanted.items():
-            if origin["files"].get(name) != version or not (folder / name).is_file():
+            if before.get(name) != version or not (folder / name).is_file():
                 fetch_file(system, posixpath.join(root, name), folder / name)
-        if wanted != origin["files"]:
+        if wanted != before:
             write_json(folder / ORIGIN, {"url": url, "files": wanted})
         return len(wanted)
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -78,21 +79,18 @@ class Stop:
         """Runs `function` on a thread. On a signal, abandons it and raises `Stopped`.
 
         With several processes the function runs to its end, because all processes stop after the same step.
-
-        Raises:
-          Stopped: the process was asked to stop. Exceptions of the function pass through.
         """
         if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
             return function(*args)
         if self.asked():
             raise Stopped
-        outcome: list[tuple[T | None, BaseException | None]] = []
+        outcome: Future[T] = Future()
 
         def work() -> None:
             try:
-                outcome.append((function(*args), None))
+                outcome.set_result(function(*args))
             except BaseException as error:
-                outcome.append((None, error))
+                outcome.set_exception(error)
 
         thread = threading.Thread(target=work, name="work", daemon=True)
         thread.start()
@@ -101,10 +99,7 @@ class Stop:
             if self.asked() and thread.is_alive():
                 abandon(thread)
                 raise Stopped
-        result, error = outcome[0]
-        if error is not None:
-            raise error
-        return result
+        return outcome.result()
 
 
 def abandon(thread: threading.Thread) -> None:

@@ -22,8 +22,7 @@ from jaxtrain.training.run import Run, by_name, identity
 def train_batches(run: Run) -> TrainBatches:
     """Returns the training batches of a run; step i + 1 reads batch i.
 
-    Raises:
-      ValueError: too little text, a mixture that does not fit the stores, or more passes than `data.max_epochs`.
+    Raises a ValueError for too little text, a mixture that does not fit, or more passes than `data.max_epochs`.
     """
     data, settings = run.config.data, run.config.train
     apart = documents(run)
@@ -51,8 +50,7 @@ def train_batches(run: Run) -> TrainBatches:
 def documents(run: Run) -> Documents:
     """Returns how the rows of a run's batches treat documents.
 
-    Raises:
-      ValueError: documents are to be kept apart, and the token files do not tell where they begin.
+    Raises a ValueError if documents are to be kept apart, and the token files do not tell where they begin.
     """
     data, store = run.config.data, run.store
     splits = (store.train, store.validation) if store else ()  # None: text that the evaluation tokenizes
@@ -88,13 +86,9 @@ def batch_source(run: Run) -> Callable[[int], dict[str, jax.Array]]:
 
 
 def check_mixture(run: Run, saved: dict[str, Any], step: int) -> None:
-    """Checks that a mixture leaves what the first `step` steps of a run have read as it was.
+    """Raises a ValueError if a mixture changes what the first `step` steps of a run have read.
 
-    Args:
-      saved: fingerprint in the checkpoint; its stores are among those of the run.
-
-    Raises:
-      ValueError: the steps would have read other sequences.
+    `saved` is the fingerprint in the checkpoint; its stores are among those of the run.
     """
     was, now = by_name(saved["data"]), by_name(identity(run.store))
     if not step or (was.keys() == now.keys() == {""}):

@@ -49,8 +49,7 @@ class ReplayChecked:
     ) -> tuple[TrainState, PackedMetrics]:
         """Runs step `done`, counted from 1.
 
-        Raises:
-          ReplayMismatch: on every process, before the state can be saved. It names the step of `last_checkpoint()`.
+        Raises a ReplayMismatch on every process, before the state can be saved, with the step of `last_checkpoint()`.
         """
         if not self._every or done % self._every:
             return self._train_step(state, batch)

@@ -142,14 +142,10 @@ def evaluate_split(
 def evaluate_sources(
     run: Run, params: chex.ArrayTree, split: str | Mapping[str, Split], **options: Any
 ) -> dict[str, Any]:
-    """Evaluates a run's model on a split of all its data, or on splits by name.
+    """Evaluates a run's model on the "train" or "validation" split of all its data, or on splits by name.
 
-    Args:
-      run, params, options: see `evaluate_split`; `num_batches` counts those of each source.
-      split: "train" or "validation", or splits.
-
-    Returns:
-      The results of `evaluate` over all tokens and, for several sources, each one's as `nll/NAME` and so on.
+    Options are those of `evaluate_split`; `num_batches` counts the batches of each source. Returns the results of
+    `evaluate` over all tokens and, for several sources, each one's as `nll/NAME` and so on.
     """
     sources, named = split, False
     if isinstance(split, str):

@@ -31,10 +31,8 @@ def import_model(folder: str | Path, run_dir: str | Path) -> Run:
     """Makes a run directory from a model of transformers: config.json, tokenizer, and a checkpoint of step 0.
 
     `--train.init-from` trains it further in another run directory. Its config computes in the dtype of the weights,
-    bfloat16 or float32; the parameters are float32.
-
-    Raises:
-      ValueError: no such model, or one that the decoder does not compute, or a run directory that is not empty.
+    bfloat16 or float32; the parameters are float32. Raises a ValueError for a model that is missing or that the decoder
+    does not compute, and for a run directory that is not empty.
     """
     model = PretrainedFolder(folder)
     tokenizer = read_tokenizer(model)

@@ -16,14 +16,11 @@ from jaxtrain.trees import Absent
 
 
 def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
-    """Selects the parameters whose path matches a pattern.
+    """Returns a tree of bools with the structure of `params`: True where the path matches a pattern.
 
     Args:
       params: a tree of arrays or of `jax.ShapeDtypeStruct`.
       patterns: such as `embedding` or `layers/attention/*`; a `*` spans `/`. `!PATTERN` selects all others.
-
-    Returns:
-      A tree of bools with the structure of `params`.
 
     Raises:
       ValueError: a pattern that matches no parameter, or patterns that leave none to train.

@@ -223,9 +223,8 @@ def _sharded_losses(config: Config, model: TransformerModel, mesh: Mesh, params:
 def _global_losses(config: Config, model: Model, mesh: Mesh, params: Any, specs: Any) -> _Losses:
     """Losses of a user's model, which are written for whole arrays and sharded by XLA.
 
-    Raises:
-      ValueError: a setting that only the built-in transformer supports, axes that do not divide a parameter, or a loss
-        that needs a key in evaluation.
+    Raises a ValueError for a setting that only the built-in transformer supports, axes that do not divide a parameter,
+    or a loss that needs a key in evaluation.
     """
     leaves = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs), strict=True)
     for (path, leaf), spec in leaves:
@@ -247,11 +246,7 @@ def _global_losses(config: Config, model: Model, mesh: Mesh, params: Any, specs:
 
 
 def _check_without_key(model: Any, params: Any, batch: Any) -> None:
-    """Traces the evaluation of a loss that takes a key, so that it does not fail only after the training.
-
-    Raises:
-      ValueError: the loss works with a key, but not with None.
-    """
+    """Raises a ValueError if a loss works with a key but not with None: at the start, not only after the training."""
     try:
         jax.eval_shape(lambda params, batch: model.loss(params, batch, None), params, batch)
     except Exception as error:

@@ -131,8 +131,7 @@ def open_pretrained(folder: str | Path) -> tuple[Run, Any]:
 def open_data(config: Config, folder: Path) -> TokenStore:
     """Opens the token store of a run: `data.store`, `data.stores` joined, or the one in the run directory.
 
-    Raises:
-      ValueError: a store that is missing, damaged, or tokenized differently than the others.
+    Raises a ValueError for a store that is missing, damaged, or tokenized differently than the others.
     """
     data, vocab_size = config.data, getattr(config.model, "vocab_size", None)
     options = {"verify": data.verify, "vocab_size": vocab_size, "validation_fraction": data.validation_fraction}
@@ -194,8 +193,7 @@ def environment_changes(run: Run, events: Sequence[dict[str, Any]], step: int) -
 def restore_run_params(run: Run, step: int | None = None) -> tuple[Any, int]:
     """Restores the parameters of a checkpoint; None takes the newest. Returns them with the step.
 
-    Raises:
-      ValueError: no such checkpoint, or one that does not fit the run.
+    Raises a ValueError if there is no such checkpoint, or if it does not fit the run.
     """
     if not (run.folder / "checkpoints").is_dir():
         raise ValueError(f"no checkpoint in {run.folder}: train first, or give another run directory")

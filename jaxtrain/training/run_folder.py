@@ -50,14 +50,9 @@ _LOCK = "lock"
 def run_lock(folder: Path, *, lock: bool = True) -> Iterator[None]:
     """Creates a run directory if it is missing, and keeps other processes from training in it.
 
-    The lock ends with the block or with the process. Directories created here are removed if they are still empty.
-
-    Args:
-      lock: False takes no lock, for a file system that has none.
-
-    Raises:
-      ValueError: another process trains there, the directory holds something else, or its file system has no locks;
-        nothing was touched.
+    The lock ends with the block or with the process; `lock` False takes none. Directories created here are removed if
+    they are still empty. Raises a ValueError, and touches nothing, if another process trains there, if the directory
+    holds something else, or if its file system has no locks.
     """
     _refuse_foreign(folder)
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -156,11 +151,8 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
       step: step to resume from; up to there the config must have the same effect.
       allow_change: accept other values after that step, where the state keeps its shapes.
 
-    Returns:
-      Fields that change the results after `step`, with old and new value.
-
-    Raises:
-      ValueError: the fields that differ, and the remedy.
+    Returns the fields that change the results after `step`, with old and new value. Raises a ValueError that names the
+    fields that differ, and the remedy.
     """
     _refuse_foreign(folder)
     file = folder / "config.json"
@@ -236,11 +228,7 @@ def rollback_refused(folder: Path) -> Iterator[None]:
 
 
 def check_skip(old: Sequence[str], new: Sequence[str], step: int) -> None:
-    """Checks that other ranges in data.skip leave the first `step` steps of a run as they were.
-
-    Raises:
-      ValueError: the steps would have read other batches.
-    """
+    """Raises a ValueError if other ranges in data.skip change what the first `step` steps of a run have read."""
     before, after = parse_ranges(old), parse_ranges(new)
     end = skip_to(step - 1, before) + 1 if step else 0  # batches read or skipped so far
     if [(a, min(b, end)) for a, b in before if a < end] == [(a, min(b, end)) for a, b in after if a < end]:

@@ -70,12 +70,8 @@ def prepare_data(
 ) -> tuple[TokenStore, Changes]:
     """Opens the token store of a run. Before that, the lead process locks and prepares the run directory.
 
-    Args:
-      stack: releases the lock when it closes.
-      rewind: step that the run goes back to; None keeps all steps.
-
-    Returns:
-      The store, and the fields that differ from those of the earlier steps (on the lead process).
+    `stack` releases the lock when it closes. Returns the store and, on the lead process, the fields that differ from
+    those of the earlier steps.
 
     Raises:
       ValueError: a config that does not fit the run, text that cannot be read, or processes that disagree.
@@ -186,8 +182,7 @@ def start(session: Session, rewind: int | None) -> TrainState:
 def resume(session: Session, rewind: int | None) -> tuple[TrainState, Event] | None:
     """Restores the newest valid checkpoint, or that of step `rewind`; returns None if there is no checkpoint.
 
-    Raises:
-      ValueError: the checkpoint was made with other data, another tokenizer or another decay mask.
+    Raises a ValueError if the checkpoint was made with other data, another tokenizer or another decay mask.
     """
     run, checkpoints = session.run, session.checkpoints
     if processes.broadcast_from_lead("find the checkpoints", checkpoints.latest_step) is None:
