@@ -16,10 +16,8 @@ def check_count(name: str, value: Any, least: int = 0) -> None:
     except TypeError:
         valid = False
     if isinstance(value, jax.core.Tracer):
-        raise ValueError(
-            f"{name} must be a Python integer, got a traced array: keep it out of the arguments of jit "
-            f'and vmap (optax.inject_hyperparams: static_args=("{name}",))'
-        )
+        remedy = f'keep it out of the arguments of jit and vmap (optax.inject_hyperparams: static_args=("{name}",))'
+        raise ValueError(f"{name} must be a Python integer, got a traced array: {remedy}")
     if not valid:
         raise ValueError(f"{name} must be a whole number from {least} to 2**31 - 2, got {value!r}")
 

@@ -52,10 +52,8 @@ def _check_scalars(values: dict[str, Any]) -> None:
         dtype = getattr(value, "dtype", type(value))
         is_real = dtype is not type(None) and jnp.issubdtype(dtype, jnp.number) and not jnp.iscomplexobj(value)
         if not is_real or jnp.shape(value):
-            raise ValueError(
-                f"loss_fn returns {name} as {_kind(value)}, and each sum is a real scalar, over all tokens: sum it, "
-                "or name each element"
-            )
+            problem = f"loss_fn returns {name} as {_kind(value)}"
+            raise ValueError(f"{problem}, and each sum is a real scalar, over all tokens: sum it, or name each element")
 
 
 def _kind(result: Any) -> str:
@@ -114,16 +112,11 @@ def split_batch(batch: Batch, keys: jax.Array | None, accumulate: int) -> tuple[
 
 def _split_rows(leaf: jax.Array, accumulate: int) -> jax.Array:
     """Reshapes `[B, ...]` to `[accumulate, B / accumulate, ...]`; row i goes to micro-batch i % accumulate."""
+    split = f"cannot be split into accumulate={accumulate} equal micro-batches"
     if not jnp.shape(leaf):
-        raise ValueError(
-            f"a batch with a leaf of shape () cannot be split into accumulate={accumulate} micro-batches: give each "
-            "leaf a row per example, and bind constants to loss_fn"
-        )
+        raise ValueError(f"a leaf of shape () {split}: give it a row per example, or bind the constant to loss_fn")
     if leaf.shape[0] % accumulate:
-        raise ValueError(
-            f"a batch of {leaf.shape[0]} rows (on each device) cannot be split into accumulate={accumulate} equal "
-            "micro-batches: change one of them"
-        )
+        raise ValueError(f"a batch of {leaf.shape[0]} rows (on each device) {split}: change one of them")
     return leaf.reshape((leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:])).swapaxes(0, 1)
 
 

@@ -112,9 +112,7 @@ def _make_update(
 
     def update(grads, state, params=None, *, loss=None, **extra):
         if not hasattr(state, "inner"):
-            raise TypeError(
-                f"the guard's state is a {type(state).__name__}, not a GuardState: make it with init of this optimizer"
-            )
+            raise TypeError(f"the guard's state is a {type(state).__name__}, not a GuardState: make it with init")
         extra = extra if loss is None else {**extra, "loss": loss}
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
         grad_norm = global_norm(grads)
@@ -238,11 +236,8 @@ def _stays_finite(new: Any, old: Any) -> jax.Array:
     """
 
     def compare():
-        return _all_finite(
-            jax.tree.map(
-                lambda leaf, before: jnp.where(jnp.isfinite(before), leaf, 0) if _is_float(leaf) else leaf, new, old
-            )
-        )
+        was_finite = lambda leaf, before: jnp.where(jnp.isfinite(before), leaf, 0) if _is_float(leaf) else leaf  # noqa: E731
+        return _all_finite(jax.tree.map(was_finite, new, old))
 
     return jax.lax.cond(_all_finite(new), lambda: jnp.bool_(True), compare)
 

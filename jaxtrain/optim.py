@@ -306,10 +306,8 @@ def _resolve_mask(mask: MaskFn | Any, params: optax.Params) -> Any:
     tree = mask(params) if callable(mask) and not is_tree else mask
     actual: Any = jax.tree.structure(tree)
     if actual != (expected := jax.tree.structure(params)):
-        raise ValueError(
-            f"the decay mask has the structure {actual}, the parameters have "
-            f"{expected}: give one bool for each parameter, and under optax.inject_hyperparams static_args=('mask',)"
-        )
+        remedy = "give one bool for each parameter, and under optax.inject_hyperparams static_args=('mask',)"
+        raise ValueError(f"the decay mask has the structure {actual}, the parameters have {expected}: {remedy}")
     for path, flag in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.shape(flag) or getattr(flag, "dtype", type(flag)) not in (bool, np.bool_, int):
             name = "/".join(path_names(path))
@@ -346,9 +344,7 @@ def scale_by_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.Gradi
         step = state.count if step is None else step
         rate = as_float32(learning_rate(step) if callable(learning_rate) else learning_rate)
         if rate.ndim:
-            raise ValueError(
-                f"the schedule returns shape {rate.shape}, and a learning rate is one number for each step"
-            )
+            raise ValueError(f"the schedule returns shape {rate.shape}, and a learning rate is one number per step")
         like = updates if params is None else params
         updates = jax.tree.map(lambda u, p: (-rate * as_float32(u)).astype(jnp.asarray(p).dtype), updates, like)
         return updates, make_state(optax.safe_increment(state.count), rate)

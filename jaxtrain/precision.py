@@ -95,10 +95,8 @@ class LossScaling:
 
     def __post_init__(self):
         if not 0 < self.floor <= self.initial <= self.ceiling < math.inf:
-            raise ValueError(
-                f"loss scaling needs 0 < floor <= initial <= ceiling, got floor {self.floor}, initial {self.initial}, "
-                f"ceiling {self.ceiling}"
-            )
+            given = f"floor {self.floor}, initial {self.initial}, ceiling {self.ceiling}"
+            raise ValueError(f"loss scaling needs 0 < floor <= initial <= ceiling, got {given}")
         check_count("growth_interval", self.growth_interval, 1)
         check_number("divisor", self.divisor, "(0, inf)")
 

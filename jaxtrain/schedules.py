@@ -262,8 +262,6 @@ def _check_steps(total_name: str, total_steps: int, warmup_steps: int, decay_ste
     else:
         check_count("decay_steps", decay_steps)
     if decay_steps < 1 or warmup_steps + decay_steps > total_steps:
-        raise ValueError(
-            f"{total_name} {total_steps} must hold warmup_steps {warmup_steps} and at least one step of decay "
-            f"(decay_steps {decay_steps}): shorten the warm-up or the decay, or train longer"
-        )
+        needs = f"must hold warmup_steps {warmup_steps} and at least one step of decay (decay_steps {decay_steps})"
+        raise ValueError(f"{total_name} {total_steps} {needs}: shorten one of them, or train longer")
     return decay_steps

@@ -177,10 +177,8 @@ class _Parts(NamedTuple):
 def _run_step(parts: _Parts, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """Runs a train step: gradients, optimizer, new state, metrics."""
     if not isinstance(state, TrainState):
-        raise TypeError(
-            f"the train step takes a TrainState, got {type(state).__name__}: make one from parameters with "
-            "TrainState.create(params, optimizer)"
-        )
+        remedy = "make one from parameters with TrainState.create(params, optimizer)"
+        raise TypeError(f"the train step takes a TrainState, got {type(state).__name__}: {remedy}")
     axis_name, loss_scaling = parts.axis_name, parts.loss_scaling
     factor = _loss_factor(state, loss_scaling)
     keys = {} if parts.keys is None else {"keys": parts.keys(state.step, axis_name=axis_name)}

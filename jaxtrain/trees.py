@@ -91,10 +91,9 @@ def check_params(params: Any) -> None:
         if not isinstance(leaf, float) and not (hasattr(leaf, "dtype") and jnp.issubdtype(dtype, jnp.floating)):
             name = "/".join(path_names(path)) or "params"
             kind = getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)
-            raise ValueError(
-                f"{name} is {kind}, and only float arrays are trained. Separate the rest first: nnx.split(model, "
-                "nnx.Param, ...) or eqx.partition(model, eqx.is_inexact_array). Store a complex number as two reals"
-            )
+            remedy = "nnx.split(model, nnx.Param, ...) or eqx.partition(model, eqx.is_inexact_array)"
+            rest = f"Separate the rest first: {remedy}. Store a complex number as two reals"
+            raise ValueError(f"{name} is {kind}, and only float arrays are trained. {rest}")
 
 
 def distinct(tree: Any) -> Any:

@@ -56,11 +56,6 @@ class RunRecord:
     def named(self, *names: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["event"] in names]
 
-    @property
-    def begun(self) -> dict[str, Any]:
-        """Facts of the newest start; empty without one."""
-        return (self.named("start", "resume") or [{}])[-1]
-
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """Evaluations with a loss, one per step, sorted by step; an attempt that was rewound leaves none behind."""
@@ -84,33 +79,19 @@ class RunRecord:
         reason = str(last[-1].get("reason"))
         return "finished" if reason == "finished" else "gave up" if reason.startswith("too many") else "stopped"
 
-    @property
-    def train_seconds(self) -> float:
-        """Seconds of all logged steps, without compilation, evaluation and saves."""
-        return float(np.nansum(column(self.lines, "step_seconds") * covered_steps(self.lines)))
-
     def median(self, name: str) -> float:
         """Returns the median of a metric over the lines; NaN without one."""
         values = column(self.lines, name)
         return float(np.median(values[np.isfinite(values)])) if np.isfinite(values).any() else math.nan
-
-    @property
-    def skipped(self) -> int:
-        return int(np.sum(column(self.lines, "skipped") == 1))
-
-    @property
-    def clipped_share(self) -> float:
-        """Share of the steps that were clipped; NaN if unknown."""
-        clipped = clipped_steps(self.lines)
-        known = ~np.isnan(clipped)
-        return float(clipped[known].sum() / covered_steps(self.lines)[known].sum()) if known.any() else math.nan
 
     def summary(self) -> dict[str, Any]:
         """Returns the facts of a run as JSON values, None where unknown."""
         finite = [event for event in self.evaluations if math.isfinite(event["nll"])]
         best = min(finite or self.evaluations[:1], key=lambda event: event["nll"], default={})
         last, line = (self.evaluations or [{}])[-1], (self.lines or [{}])[-1]
-        begun = self.begun
+        starts = self.named("start", "resume")
+        covered, clipped = covered_steps(self.lines), clipped_steps(self.lines)
+        known = ~np.isnan(clipped)
         facts = {
             "state": self.state,
             "step": self.step,
@@ -124,13 +105,15 @@ class RunRecord:
             "tokens_seen": line.get("tokens_seen"),
             "tokens_per_second": self.median("tokens_per_second"),
             "mfu": self.median("mfu"),
-            "train_seconds": self.train_seconds,
-            "skipped_steps": self.skipped,
-            "clipped_share": self.clipped_share,
-            "attempts": len(self.named("start", "resume")),
+            # without compilation, evaluation and saves
+            "train_seconds": float(np.nansum(column(self.lines, "step_seconds") * covered)),
+            "skipped_steps": int(np.sum(column(self.lines, "skipped") == 1)),
+            "clipped_share": float(clipped[known].sum() / covered[known].sum()) if known.any() else None,
+            "attempts": len(starts),
         }
+        newest = starts[-1] if starts else {}
         for kind, names in _FACTS.items():
-            facts |= {name: begun[name] if isinstance(begun.get(name), kind) else None for name in names}
+            facts |= {name: newest[name] if isinstance(newest.get(name), kind) else None for name in names}
         saved = read_json(self.folder / "tokenizer.json")
         if facts["tokenizer"] is None and isinstance(saved, dict):  # the start of an older run does not name it
             facts["tokenizer"] = "byte" if saved.get("type") == "byte" else "tokenizer.json"

@@ -6,64 +6,20 @@ of the config that alters steps which the tracker has, the run continues under a
 id keeps the abandoned steps.
 """
 
-import importlib
-import importlib.util
 import json
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxtrain.fields import check_choice
+from jaxtrain.monitoring.trackers import TRACKERS, TrackedRun, Tracker
 from jaxtrain.runtime.files import read_json, write_json
 
 Fields = Mapping[str, Any]
 
-# Trackers by name: package, and the class that receives the run.
-TRACKERS = {
-    "tensorboard": ("tensorboardX", "jaxtrain.monitoring.trackers.tensorboard:TensorBoard"),
-    "wandb": ("wandb", "jaxtrain.monitoring.trackers.wandb:WeightsAndBiases"),
-    "mlflow": ("mlflow", "jaxtrain.monitoring.trackers.mlflow:MLflow"),
-    "trackio": ("trackio", "jaxtrain.monitoring.trackers.trackio:Trackio"),
-}
 # Fields of a line that are no curve.
 _LEFT_OUT = {"step", "steps", "attempt", "skip_reason", "give_up"}
-
-
-class TrackedRun(NamedTuple):
-    """Facts of a run for its tracker."""
-
-    folder: Path
-    title: str  # name for people
-    id: str  # identity of the run with the tracker; letters and digits
-    is_new: bool  # False if the tracker has received this id before
-    config: dict[str, Any]  # value of each field by its dotted path
-    commit: str | None  # git commit of the working directory; None without one
-
-
-class Tracker:
-    """Interface of a tracker: made with a TrackedRun, it receives steps in order, each once."""
-
-    def __init__(self, run: TrackedRun):
-        """Starts or resumes the run of this id."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Receives the metrics of a logged step, as `train/nll`, or of an evaluation, as `validation/nll`."""
-
-    def note(self, step: int, name: str, text: str) -> None:
-        """Receives an event with its text for people."""
-
-    def close(self) -> None:
-        """Ends the record."""
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raises a ValueError for an unknown tracker, and an ImportError that names the extra if one is not installed."""
-    for name in names:
-        package, _ = TRACKERS[check_choice(name, TRACKERS, "--track")]
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"--track {name} needs {package}: pip install 'jaxtrain[{name}]'")
 
 
 class Tracked:
@@ -117,8 +73,7 @@ class Tracked:
         write_json(self._file, self._have)
         title = self._folder.resolve().name + (f"-{number}" if number > 1 else "")
         run = TrackedRun(self._folder, title, have["id"], not newest, self._config, self._begun.get("commit"))
-        module, _, factory = TRACKERS[self._name][1].partition(":")
-        self._tracker = getattr(importlib.import_module(module), factory)(run)
+        self._tracker = TRACKERS[self._name][1](run)
         for fields, kind in sorted(self._earlier, key=lambda record: (record[0]["step"], record[1])):
             if fields["step"] <= begin:
                 self._log(kind, fields["step"], fields)

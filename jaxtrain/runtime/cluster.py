@@ -123,7 +123,5 @@ def _detect(timeout: float) -> Cluster:
         )
         return Cluster(address, num_processes, env.get_process_id(), None)
     except (OSError, RuntimeError) as error:  # a TPU VM's metadata server, a host name, Kubernetes
-        raise ValueError(
-            f"cannot detect the processes of this cluster ({error}): set JAX_COORDINATOR_ADDRESS, "
-            "JAX_NUM_PROCESSES (1 for this process alone) and JAX_PROCESS_ID"
-        ) from None
+        names = "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES (1 for this process alone) and JAX_PROCESS_ID"
+        raise ValueError(f"cannot detect the processes of this cluster ({error}): set {names}") from None

@@ -98,7 +98,7 @@ class HloModule:
         return {*called, *(below for name in called for one in self.walk(name) for below in one[1].called)}
 
     def trip_count(self, parent: str, loop: Instruction) -> int:
-        """Returns the trip count of a while loop: the compiler's, else the bound in its condition; or raises ValueError."""
+        """Returns the trip count of a while loop: the compiler's, or the bound in its condition, or a ValueError."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
         if noted:
             return int(noted.group(1))

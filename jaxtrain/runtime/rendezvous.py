@@ -65,10 +65,9 @@ def split_address(address: str) -> tuple[str, int]:
             host.encode("idna")  # as the resolver does
             if port < 2**16:
                 return host, port
-    raise ValueError(
-        f"the coordinator's address must be host:port, such as node1:8476 or [fd00::1]:8476, got {address!r:.200}: "
-        "check JAX_COORDINATOR_ADDRESS and JAX_COORDINATOR_PORT"
-    )
+    allowed = f"host:port, such as node1:8476 or [fd00::1]:8476, got {address!r:.200}"
+    remedy = "check JAX_COORDINATOR_ADDRESS and JAX_COORDINATOR_PORT"
+    raise ValueError(f"the coordinator's address must be {allowed}: {remedy}")
 
 
 class _Reception:
@@ -166,10 +165,8 @@ def _listen(host: str, port: int) -> socket.socket:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", port))
     except OSError as error:
-        raise ValueError(
-            f"process 0 cannot listen on port {port} ({error.strerror}): another run may use it; give another port in "
-            "JAX_COORDINATOR_ADDRESS or JAX_COORDINATOR_PORT"
-        ) from None
+        remedy = "another run may use it; give another in JAX_COORDINATOR_ADDRESS or JAX_COORDINATOR_PORT"
+        raise ValueError(f"process 0 cannot listen on port {port} ({error.strerror}): {remedy}") from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -232,10 +232,9 @@ def _global_losses(config: Config, model: Model, mesh: Mesh, params: Any, specs:
             NamedSharding(mesh, spec).shard_shape(leaf.shape)
         except ValueError:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(
-                f"{type(model).__name__}.axes shards {where} {leaf.shape} as {spec} over a mesh of "
-                f"{dict(mesh.shape)}, which does not divide it: change the axes or the mesh"
-            ) from None
+            problem = f"{type(model).__name__}.axes shards {where} {leaf.shape} as {spec}"
+            remedy = f"over a mesh of {dict(mesh.shape)}, which does not divide it: change the axes or the mesh"
+            raise ValueError(f"{problem} {remedy}") from None
     ignored = ("z_loss", "label_smoothing", "loss_chunk")
     if changed := [name for name in ignored if getattr(config.train, name)]:
         reason = f"has no effect on {type(model).__name__}, which computes its own loss"
@@ -251,10 +250,9 @@ def _check_without_key(model: Any, params: Any, batch: Any) -> None:
         jax.eval_shape(lambda params, batch: model.loss(params, batch, None), params, batch)
     except Exception as error:
         jax.eval_shape(model.loss, params, batch, jax.random.key(0))  # raises an error that has nothing to do with keys
-        raise ValueError(
-            f"{type(model).__name__}.loss fails where its key is None, as in evaluation: "
-            f"{type(error).__name__}: {error}; leave out dropout if the key is None"
-        ) from error
+        problem = f"{type(model).__name__}.loss fails where its key is None, as in evaluation"
+        text = f"{problem}: {type(error).__name__}: {error}; leave out dropout if the key is None"
+        raise ValueError(text) from error
 
 
 def _model(config: Config, mesh: Mesh, vocab_size: int) -> Model:

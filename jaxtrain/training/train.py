@@ -21,7 +21,7 @@ from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.monitoring.profile import Profiler, named_as_now, parse_profile, steps_left
 from jaxtrain.monitoring.recorder import Recorder, open_recorder
 from jaxtrain.monitoring.rules import RunFacts
-from jaxtrain.monitoring.tracked import check_trackers
+from jaxtrain.monitoring.trackers import check_trackers
 from jaxtrain.optim import decay_mask, decay_report
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.chips import peak_flops

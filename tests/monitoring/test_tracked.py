@@ -17,7 +17,7 @@ from runs import change, train
 
 from jaxtrain.cli import main
 from jaxtrain.config import Config, DataConfig, OptimConfig, TrainConfig
-from jaxtrain.monitoring import tracked
+from jaxtrain.monitoring import trackers
 from jaxtrain.monitoring.metrics import pack, read_metrics
 from jaxtrain.monitoring.recorder import open_recorder
 from jaxtrain.monitoring.rules import RunFacts
@@ -29,7 +29,7 @@ CONFIG = Config(
 )
 
 
-class Fake(tracked.Tracker):
+class Fake(trackers.Tracker):
     """Tracker that stores its rows by id, and can lose the newest or fail."""
 
     stored: dict = {}  # noqa: RUF012
@@ -48,7 +48,7 @@ class Fake(tracked.Tracker):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setitem(tracked.TRACKERS, "fake", ("json", f"{__name__}:Fake"))
+    monkeypatch.setitem(trackers.TRACKERS, "fake", ("json", Fake))
     monkeypatch.setattr(Fake, "stored", {})
     monkeypatch.setattr(Fake, "runs", [])
     return Fake
@@ -157,7 +157,7 @@ class Stumbles(Fake):
 @pytest.mark.parametrize("kind", [Raises, Sleeps, Stumbles])
 def test_a_tracker_in_trouble_is_reported_once_and_holds_nothing_up(fake, tmp_path, monkeypatch, capsys, kind):
     """One that raises at once, one that hangs until its queue is full, one that raises now and then."""
-    monkeypatch.setitem(tracked.TRACKERS, "fake", ("json", f"{__name__}:{kind.__name__}"))
+    monkeypatch.setitem(trackers.TRACKERS, "fake", ("json", kind))
     config = change(CONFIG, train={"log_every": 1, "steps": 1200})
     Sleeps.gate = threading.Event()
     begin = time.monotonic()
@@ -173,7 +173,7 @@ def test_wrong_names_and_missing_packages(tmp_path, capsys, monkeypatch, tiny_co
     config.write_text("raise SystemExit")
     with pytest.raises(ValueError, match=r"--track: 'wandbb' is none of .* did you mean wandb\?"):
         train(tiny_config, tmp_path / "run", track=["wandbb"])
-    monkeypatch.setitem(tracked.TRACKERS, "mlflow", ("no_such_package", "x:y"))
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", ("no_such_package", Fake))
     with pytest.raises(ImportError, match=r"pip install 'jaxtrain\[mlflow\]'"):
         train(tiny_config, tmp_path / "run", track=["mlflow"])
     assert not (tmp_path / "run").exists()
@@ -295,7 +295,7 @@ def trackio_rows(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "read"), [("wandb", wandb_rows), ("mlflow", mlflow_rows), ("trackio", trackio_rows)])
 def test_the_real_trackers_have_each_step_once(name, read, tmp_path, monkeypatch):
-    pytest.importorskip(tracked.TRACKERS[name][0])
+    pytest.importorskip(trackers.TRACKERS[name][0])
     paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
     code = TWICE.replace("PATHS", repr(paths)).replace("NAME", repr(name))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

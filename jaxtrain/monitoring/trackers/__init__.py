@@ -1,1 +1,0 @@
-"""Sinks for experiment trackers, chosen by `--track NAME ...`; a file each."""
