@@ -5,8 +5,6 @@ that are the same on every host, and nothing waits for it. The state is a small 
 with the rest.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -93,44 +91,6 @@ def skip_bad_steps(
       [1. 1.] 1.0 1
     """
     check_transformation("inner", inner)
-    _check(window, sigmas, clip_norm, max_consecutive, max_share)
-    inner = optax.with_extra_args_support(inner)
-    limits = float32_if_array(sigmas), float32_if_array(clip_norm)
-    update = _make_update(inner, *limits, max_consecutive, max_share, check_updates)
-    return optax.GradientTransformationExtraArgs(functools.partial(_init, inner, window), update)
-
-
-def _make_update(
-    inner: optax.GradientTransformationExtraArgs,
-    sigmas: Any,
-    clip_norm: Any,
-    max_consecutive: int,
-    max_share: float,
-    check_updates: bool,
-) -> Callable:
-    """Returns the `update` of `skip_bad_steps`."""
-
-    def update(grads, state, params=None, *, loss=None, **extra):
-        if not hasattr(state, "inner"):
-            raise TypeError(f"the guard's state is a {type(state).__name__}, not a GuardState: make it with init")
-        extra = extra if loss is None else {**extra, "loss": loss}
-        updates, inner_state = inner.update(grads, state.inner, params, **extra)
-        grad_norm = global_norm(grads)
-        loss = as_float32(extra.get("value", 0.0) if loss is None else loss)
-        if loss.ndim:
-            raise ValueError(f"loss must be a scalar, got shape {loss.shape}: give the mean over the tokens")
-        finite, intact = _check_finite(updates, inner_state, state.inner, check_updates)
-        reason = _judge(state, grad_norm, loss, finite, sigmas, clip_norm)
-        bad = reason != NOT_SKIPPED
-        kept = _keep_if(bad, state.inner, inner_state, grads)
-        new_state = _record(state, kept, reason, ~bad & ~intact, loss, grad_norm, max_consecutive, max_share)
-        drop = (lambda u: bad) if check_updates else (lambda u: bad | ~jnp.isfinite(u))
-        return jax.tree.map(lambda u: jnp.where(drop(u), jnp.zeros_like(u) * -1, u), updates), new_state
-
-    return update
-
-
-def _check(window: int, sigmas: Any, clip_norm: Any, max_consecutive: int, max_share: float) -> None:
     check_count("window", window, 2)
     if sigmas is not None:
         check_number("sigmas", sigmas, "(0, inf)", "or None to skip non-finite updates only")
@@ -138,21 +98,91 @@ def _check(window: int, sigmas: Any, clip_norm: Any, max_consecutive: int, max_s
         check_number("clip_norm", clip_norm, "(0, inf]", "or None to judge gradient norms by the window alone")
     check_count("max_consecutive", max_consecutive, 1)
     check_number("max_share", max_share, "(0, 1]")
+    limits = float32_if_array(sigmas), float32_if_array(clip_norm), max_consecutive, max_share
+    guard = _Guard(optax.with_extra_args_support(inner), window, *limits, check_updates)
+    return optax.GradientTransformationExtraArgs(guard.init, guard.update)
 
 
-def _init(inner: optax.GradientTransformation, window: int, params: optax.Params) -> GuardState:
-    # Each leaf is a buffer of its own: a donated state may not hold one twice.
-    return GuardState(
-        inner=inner.init(params),
-        losses=jnp.zeros(window, jnp.float32),
-        grad_norms=jnp.zeros(window, jnp.float32),
-        accepted=jnp.zeros((), jnp.int32),
-        skipped=jnp.zeros((), jnp.float32),
-        skip_reason=jnp.zeros((), jnp.int32),
-        consecutive=jnp.zeros((), jnp.int32),
-        share=jnp.zeros((), jnp.float32),
-        give_up=jnp.zeros((), jnp.float32),
-    )
+class _Guard(NamedTuple):
+    """Wrapped optimizer, and the arguments of `skip_bad_steps`."""
+
+    inner: optax.GradientTransformationExtraArgs
+    window: int
+    sigmas: Any
+    clip_norm: Any
+    max_consecutive: int
+    max_share: float
+    check_updates: bool
+
+    def init(self, params: optax.Params) -> GuardState:
+        # Each leaf is a buffer of its own: a donated state may not hold one twice.
+        zeros = lambda dtype, *shape: jnp.zeros(shape, dtype)  # noqa: E731
+        return GuardState(
+            inner=self.inner.init(params),
+            losses=zeros(jnp.float32, self.window),
+            grad_norms=zeros(jnp.float32, self.window),
+            accepted=zeros(jnp.int32),
+            skipped=zeros(jnp.float32),
+            skip_reason=zeros(jnp.int32),
+            consecutive=zeros(jnp.int32),
+            share=zeros(jnp.float32),
+            give_up=zeros(jnp.float32),
+        )
+
+    def update(self, grads, state, params=None, *, loss=None, **extra):
+        if not hasattr(state, "inner"):
+            raise TypeError(f"the guard's state is a {type(state).__name__}, not a GuardState: make it with init")
+        extra = extra if loss is None else {**extra, "loss": loss}
+        updates, inner_state = self.inner.update(grads, state.inner, params, **extra)
+        grad_norm = global_norm(grads)
+        loss = as_float32(extra.get("value", 0.0) if loss is None else loss)
+        if loss.ndim:
+            raise ValueError(f"loss must be a scalar, got shape {loss.shape}: give the mean over the tokens")
+        finite, intact = _check_finite(updates, inner_state, state.inner, self.check_updates)
+        reason = self._judge(state, grad_norm, loss, finite)
+        bad = reason != NOT_SKIPPED
+        kept = _keep_if(bad, state.inner, inner_state, grads)
+        new_state = self._record(state, kept, reason, ~bad & ~intact, loss, grad_norm)
+        drop = (lambda u: bad) if self.check_updates else (lambda u: bad | ~jnp.isfinite(u))
+        return jax.tree.map(lambda u: jnp.where(drop(u), jnp.zeros_like(u) * -1, u), updates), new_state
+
+    def _judge(self, state: GuardState, grad_norm: jax.Array, loss: jax.Array, finite: jax.Array) -> jax.Array:
+        """Returns the reason to skip, int32: the first that holds of not finite, loss spike, gradient-norm spike."""
+        finite &= jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+        reason = jnp.where(finite, jnp.int32(NOT_SKIPPED), jnp.int32(NOT_FINITE))
+        if self.sigmas is None:
+            return reason
+        window = state.losses.shape[0]
+        count = jnp.minimum(state.accepted, window)
+        floor = 0.0 if self.clip_norm is None else SPIKE_FACTOR * self.clip_norm
+        values = (GRAD_NORM_SPIKE, grad_norm, state.grad_norms, floor), (LOSS_SPIKE, loss, state.losses, -jnp.inf)
+        for code, value, recent, least in values:
+            limit = jnp.maximum(_limit(recent, count, self.sigmas), least)
+            spike = finite & (count >= max(window // 2, 2)) & (value > limit)
+            reason = jnp.where(spike, jnp.int32(code), reason)
+        return reason
+
+    def _record(self, state: GuardState, inner: Any, reason, broken, loss, grad_norm) -> GuardState:
+        """Returns the state after an update: accepted values enter the windows, skipped updates are counted.
+
+        `broken` is True if the new inner state is not finite though the step is good.
+        """
+        bad = reason != NOT_SKIPPED
+        consecutive = jnp.where(bad, state.consecutive + 1, 0)
+        skipped = bad.astype(jnp.float32)
+        share = state.share + (skipped - state.share) / SHARE_STEPS
+        place = state.accepted % state.losses.shape[0]
+        return GuardState(
+            inner=inner,
+            losses=jnp.where(bad, state.losses, state.losses.at[place].set(loss)),
+            grad_norms=jnp.where(bad, state.grad_norms, state.grad_norms.at[place].set(grad_norm)),
+            accepted=jnp.where(bad, state.accepted, optax.safe_increment(state.accepted)),
+            skipped=skipped,
+            skip_reason=jnp.where(broken, jnp.int32(NOT_FINITE), reason),
+            consecutive=consecutive,
+            share=share,
+            give_up=((consecutive > self.max_consecutive) | (share > self.max_share) | broken).astype(jnp.float32),
+        )
 
 
 def _keep_if(bad: jax.Array, old: Any, new: Any, grads: Any) -> Any:
@@ -161,55 +191,6 @@ def _keep_if(bad: jax.Array, old: Any, new: Any, grads: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf, before: leaf if path in rates else jnp.where(bad, before, leaf), new, old
     )
-
-
-def _record(
-    state: GuardState,
-    inner: Any,
-    reason: jax.Array,
-    broken: jax.Array,
-    loss: jax.Array,
-    grad_norm: jax.Array,
-    max_consecutive: int,
-    max_share: float,
-) -> GuardState:
-    """Returns the state after an update: accepted values enter the windows, skipped updates are counted.
-
-    `broken` is True if the new inner state is not finite though the step is good.
-    """
-    bad = reason != NOT_SKIPPED
-    consecutive = jnp.where(bad, state.consecutive + 1, 0)
-    skipped = bad.astype(jnp.float32)
-    share = state.share + (skipped - state.share) / SHARE_STEPS
-    place = state.accepted % state.losses.shape[0]
-    return GuardState(
-        inner=inner,
-        losses=jnp.where(bad, state.losses, state.losses.at[place].set(loss)),
-        grad_norms=jnp.where(bad, state.grad_norms, state.grad_norms.at[place].set(grad_norm)),
-        accepted=jnp.where(bad, state.accepted, optax.safe_increment(state.accepted)),
-        skipped=skipped,
-        skip_reason=jnp.where(broken, jnp.int32(NOT_FINITE), reason),
-        consecutive=consecutive,
-        share=share,
-        give_up=((consecutive > max_consecutive) | (share > max_share) | broken).astype(jnp.float32),
-    )
-
-
-def _judge(state: GuardState, grad_norm: jax.Array, loss: jax.Array, finite: jax.Array, sigmas, clip_norm) -> jax.Array:
-    """Returns the reason to skip, int32: the first that holds of not finite, loss spike, gradient-norm spike."""
-    finite &= jnp.isfinite(grad_norm) & jnp.isfinite(loss)
-    reason = jnp.where(finite, jnp.int32(NOT_SKIPPED), jnp.int32(NOT_FINITE))
-    if sigmas is None:
-        return reason
-    window = state.losses.shape[0]
-    count = jnp.minimum(state.accepted, window)
-    floor = 0.0 if clip_norm is None else SPIKE_FACTOR * clip_norm
-    values = (GRAD_NORM_SPIKE, grad_norm, state.grad_norms, floor), (LOSS_SPIKE, loss, state.losses, -jnp.inf)
-    for code, value, recent, least in values:
-        limit = jnp.maximum(_limit(recent, count, sigmas), least)
-        spike = finite & (count >= max(window // 2, 2)) & (value > limit)
-        reason = jnp.where(spike, jnp.int32(code), reason)
-    return reason
 
 
 def _limit(values: jax.Array, count: jax.Array, sigmas: float) -> jax.Array:
