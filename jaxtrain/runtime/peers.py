@@ -61,23 +61,23 @@ class Peers:
         self._done.wait(seconds)
 
     async def _watch(self) -> None:
-        watches = [asyncio.create_task(self._read(*item)) for item in self._connections.items()]
+        streams = [await asyncio.open_connection(sock=each, limit=_MAX_BYTES) for each in self._connections.values()]
+        pairs = zip(self._connections, streams, strict=True)
+        watches = [asyncio.create_task(self._read(process, reader)) for process, (reader, _) in pairs]
         while not self._done.is_set():
             await asyncio.sleep(_POLL_SECONDS)
-        for watch in watches:
-            watch.cancel()
+        for _, writer in streams:
+            writer.close()
+        await asyncio.wait(watches)
 
-    async def _read(self, process: int, connection: socket.socket) -> None:
+    async def _read(self, process: int, reader: asyncio.StreamReader) -> None:
         """Waits until a process leaves, and judges how it ended."""
-        reader, writer = await asyncio.open_connection(sock=connection, limit=_MAX_BYTES)
         try:
             message = json.loads(await reader.readline())
             code, text = int(message["code"]), str(message["text"])
         except (OSError, ValueError, TypeError, KeyError):  # closed or reset without a message
             text = f"process {process} is lost: it was killed, or its host is down; see its log; "
             code, text = RESTART, text + "the same command resumes the run"
-        finally:
-            writer.close()
         self._judge(process, code, text)
 
     def _judge(self, process: int, code: int, text: str) -> None:

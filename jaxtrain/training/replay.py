@@ -39,21 +39,15 @@ _TEXT_TOKENS = 48  # tokens of a row that are shown as text
 def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: Any) -> dict[str, Any]:
     """Runs a train step of a run again, on the batches that the run saw. Writes nothing.
 
-    Starts from the newest checkpoint before the step or, without one, from the start of the run. The devices hold the
-    state twice for one step.
-
-    Args:
-      step: the step, counted from 1, as in metrics.jsonl.
-      hooks, options: see `open_run`.
+    Starts from the newest checkpoint before the step (counted from 1, as in metrics.jsonl) or, without one, from the
+    start of the run. The devices hold the state twice for one step. Hooks and options are those of `open_run`. Raises a
+    ValueError if there is no such run, or if it has not reached the step.
 
     Returns:
       `step`; `from_step` (0 is the start of the run); `metrics` as recomputed; `logged`, the step's line or None;
       `compared_steps`, those whose lines cover only steps since `from_step`; `reproduces`, True if these lines are
       equal to the bit, None if there are none; `differences` (step, metric, logged, replayed); `notes`; and
       `micro_batches`, `layers` and `rows` of the step. Rows come in order of falling loss.
-
-    Raises:
-      ValueError: no such run, or a step that it has not reached.
     """
     run = open_run(run_dir, hooks, **options)
     lines, events = read_metrics(run.folder / "metrics.jsonl")

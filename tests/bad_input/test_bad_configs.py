@@ -47,7 +47,7 @@ CONFIGS = {
     ),
     "py: a wrong section": bad(
         "train c.py",
-        "train: expected a TrainConfig, got 3",
+        "train: expected TrainConfig, got 3",
         "correct",
         make=py(WITHIN + "def config():\n    return Config(DataConfig('s'), train=3)\n"),
     ),
