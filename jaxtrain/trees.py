@@ -79,6 +79,12 @@ def path_names(path: KeyPath) -> list[str]:
     return names[:-1] if by_attribute or by_place else names
 
 
+def leaf_paths(tree: Any) -> list[str]:
+    """Returns the path of each leaf, such as `layers/attention/query`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
 def shape_of(leaf: Any) -> tuple[int, ...]:
     """Returns the shape of an array, an abstract array or a Python number."""
     return tuple(getattr(leaf, "shape", ()))

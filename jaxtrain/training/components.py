@@ -71,7 +71,7 @@ def make_optimizer(
       step: the current step, the very array that `update` receives as `step=`.
     """
     check_optimizer(config)
-    optim, guard, schedule = config.optim, config.guard, make_schedule(config)
+    optim, schedule = config.optim, make_schedule(config)
     entry = OPTIMIZERS[optim.name]
     clip_norm = optim.clip_norm if scalars is None else scalars.clip_norm
 
@@ -84,11 +84,8 @@ def make_optimizer(
     optimizer = entry.make(fields, learning_rate, _CLIPPING[optim.clipping](clip_norm))
     return skip_bad_steps(
         freeze_updates(optimizer, config.frozen) if config.frozen else optimizer,
-        window=guard.window,
-        sigmas=guard.sigmas,
+        **vars(config.guard),
         clip_norm=None if optim.clipping == "adaptive" else clip_norm,  # a ratio if adaptive
-        max_consecutive=guard.max_consecutive,
-        max_share=guard.max_share,
         check_updates=platform == "cpu" or not entry.stays_finite,
     )
 

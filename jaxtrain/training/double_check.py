@@ -11,6 +11,7 @@ from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.runtime.processes import compile_together
 from jaxtrain.step import TrainState
+from jaxtrain.trees import leaf_paths
 
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
@@ -58,12 +59,8 @@ class ReplayChecked:
         second = self._train_step(copy, batch)
         compile_together(self._compare, result, second)
         differs = jax.device_get(self._compare(result, second))
-        leaves = [
-            jax.tree_util.keystr(path[1:], simple=True, separator="/")
-            for path, value in jax.tree_util.tree_leaves_with_path(differs)
-            if value
-        ]
-        if leaves:
+        pairs = zip(leaf_paths(differs), jax.tree.leaves(differs), strict=True)
+        if leaves := [path.partition("/")[2] for path, value in pairs if value]:
             raise ReplayMismatch(done, leaves, last_checkpoint())
         return result
 

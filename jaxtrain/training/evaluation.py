@@ -24,6 +24,8 @@ from jaxtrain.step import Batch
 from jaxtrain.training.batches import documents
 from jaxtrain.training.run import Run
 
+_PREFETCH = 2  # batches that are loaded ahead
+
 
 def evaluate(
     eval_step: Callable[[chex.ArrayTree, Batch], LossSums],
@@ -32,7 +34,6 @@ def evaluate(
     sharding: Sharding,
     *,
     num_batches: int | None = None,
-    prefetch: int = 2,
     asked_to_stop: Callable[[], bool] = lambda: False,
     watchdog: Watchdog | None = None,
     positions: tuple[int, ...] = (),
@@ -47,7 +48,6 @@ def evaluate(
       batches: batches of the split.
       sharding: sharding of a batch.
       num_batches: number of batches from the start of the split; None takes all.
-      prefetch: number of batches to load ahead.
       asked_to_stop, watchdog: polled between batches; notified of each batch.
       positions: bounds of ranges of positions in a window, see `position_step`; () makes no table.
 
@@ -63,7 +63,7 @@ def evaluate(
     sums = np.zeros((2, max(len(positions) - 1, 1)))  # nll and weight
     pending: LossSums | None = None
     fetch = functools.partial(global_batch, batches, sharding=sharding)
-    with prefetched(fetch, 0, last, prefetch, time_limit=time_limit()) as feed:
+    with prefetched(fetch, 0, last, _PREFETCH, time_limit=time_limit()) as feed:
         for index, batch in enumerate(feed):
             if asked_to_stop():
                 raise Stopped

@@ -12,7 +12,7 @@ import optax
 
 from jaxtrain.fields import nearest
 from jaxtrain.models.masters import WithMasters
-from jaxtrain.trees import Absent
+from jaxtrain.trees import Absent, leaf_paths
 
 
 def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
@@ -25,10 +25,7 @@ def frozen_mask(params: Any, patterns: Sequence[str]) -> Any:
     Raises:
       ValueError: a pattern that matches no parameter, or patterns that leave none to train.
     """
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
+    paths = leaf_paths(params)
     frozen = set()
     for pattern in patterns:
         matching = set(fnmatch.filter(paths, pattern.removeprefix("!")))

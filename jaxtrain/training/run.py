@@ -35,6 +35,7 @@ from jaxtrain.runtime.remote import local_run, token_store_of
 from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import TrainState
 from jaxtrain.training.program import Program, make_program
+from jaxtrain.trees import leaf_paths
 
 
 class Hooks(NamedTuple):
@@ -230,8 +231,8 @@ def fingerprint(run: Run, state: TrainState | None = None) -> dict[str, Any]:
     """
     decayed = []  # another optimizer than AdamW has no mask
     if run.config.optim.name == "adamw":
-        mask = jax.tree_util.tree_leaves_with_path(decay_mask(run.program.abstract_state.params))
-        decayed = [jax.tree_util.keystr(path, simple=True, separator="/") for path, decays in mask if decays]
+        mask = decay_mask(run.program.abstract_state.params)
+        decayed = [path for path, decays in zip(leaf_paths(mask), jax.tree.leaves(mask), strict=True) if decays]
     values = {
         "config": to_dict(run.config),
         "data": None if run.store is None else identity(run.store),
