@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.manifest import Damaged, verify
 from jaxtrain.checkpoints.mirror import working_folder
 from jaxtrain.config import Config
 from jaxtrain.data.compressors import compressor_bits_per_byte
 from jaxtrain.data.loader import prefetched
+from jaxtrain.inference.generate import complete
 from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.monitoring.profile import Profiler, named_as_now, parse_profile, steps_left
 from jaxtrain.monitoring.recorder import Recorder, open_recorder
@@ -27,15 +30,14 @@ from jaxtrain.runtime import processes
 from jaxtrain.runtime.chips import peak_flops
 from jaxtrain.runtime.config_files import load_run_config
 from jaxtrain.runtime.files import write_text
-from jaxtrain.runtime.mesh import make_mesh
+from jaxtrain.runtime.mesh import make_mesh, replicated
 from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.step import TrainState
 from jaxtrain.training.batches import batch_source, train_batches
 from jaxtrain.training.components import check_optimizer
-from jaxtrain.training.double_check import ReplayChecked, ReplayMismatch
+from jaxtrain.training.double_check import ReplayChecked
 from jaxtrain.training.evaluation import evaluate_sources, split_text
 from jaxtrain.training.frozen import describe_frozen, frozen_mask
-from jaxtrain.training.generate import continue_text
 from jaxtrain.training.run import NO_HOOKS, Hooks, Run, assemble, fingerprint, save_tokenizer
 from jaxtrain.training.run_folder import absolute_paths, rollback_refused, write_config
 from jaxtrain.training.start import Session, check_resume, prepare_data, start, start_table
@@ -274,22 +276,15 @@ def _checked_step(session: Session, compiled: Callable) -> Callable[..., tuple[T
         session.watchdog.launch()
         return compiled(state, batch)
 
-    checked = ReplayChecked(run.config, run.hooks.wrap_step(launch), run.program.abstract_state)
-
-    def last_saved() -> int | None:
+    def report(step: int, leaves: list[str]) -> int | None:
+        recorder.flush()
+        recorder.event("replay_mismatch", "", step=step, leaves=leaves)
         with contextlib.suppress(Exception):  # the mismatch is the more important error
             session.saver.wait()
         return session.checkpoints.latest_step()
 
-    def train_step(step: int, state: TrainState, batch: Any) -> tuple[TrainState, PackedMetrics]:
-        try:
-            return checked(step, state, batch, last_saved)
-        except ReplayMismatch as mismatch:
-            recorder.flush()
-            recorder.event("replay_mismatch", "", step=step, leaves=mismatch.leaves)
-            raise
-
-    return train_step
+    step, every = run.hooks.wrap_step(launch), run.config.train.replay_check
+    return ReplayChecked(every, step, run.program.abstract_state, report)
 
 
 def _evaluate_between_steps(session: Session, state: TrainState) -> None:
@@ -336,7 +331,23 @@ def _finish(session: Session, state: TrainState) -> dict[str, Any]:
         outcome["sample"] = "sample.txt"
         prompt, count = config.sample_prompt, config.sample_tokens
         with recorder.pause("sampling"), session.watchdog.pause():
-            text = stop.run(lambda: continue_text(run, state.params, prompt, count, seed=run.config.seed))
+            text = stop.run(lambda: continue_text(run, state.params, prompt, count))
         if processes.is_lead():
             write_text(run.folder / "sample.txt", prompt + text)
     return outcome
+
+
+def continue_text(run: Run, params: Any, prompt: str, num_tokens: int) -> str:
+    """Continues a text, as the beginning of a document, and returns the new text only.
+
+    The parameters may be on any of the run's devices; one device per process computes.
+    """
+    if jax.process_count() > 1:  # shards of other processes arrive only by replication
+        gather = jax.jit(lambda tree: tree, out_shardings=replicated(run.program.mesh))
+        processes.compile_together(gather, params)
+        params = gather(params)
+        params = jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
+    else:
+        params = jax.device_put(params, run.program.mesh.devices.flat[0])
+    (completion,) = complete(run.program.model, params, run.tokenizer, [prompt], num_tokens, seed=run.config.seed)
+    return completion.text
