@@ -368,15 +368,8 @@ class OptimizerEntry(NamedTuple):
 
 
 def _adamw(optim: Any, learning_rate: optax.Schedule, clip: optax.GradientTransformation):
-    return clipped_adamw(
-        learning_rate,
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        clip=clip,
-        mu_dtype=jnp.dtype(optim.mu_dtype),
-    )
+    numbers = {name: getattr(optim, name) for name in ("b1", "b2", "eps", "weight_decay")}
+    return clipped_adamw(learning_rate, **numbers, clip=clip, mu_dtype=jnp.dtype(optim.mu_dtype))
 
 
 # A config file may add an entry: OPTIMIZERS["name"] = OptimizerEntry(make, description).

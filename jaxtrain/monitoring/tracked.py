@@ -82,11 +82,9 @@ class Tracked:
     def _log(self, kind: str, step: int, fields: Fields) -> None:
         if self._tracker is None or step <= self._have.get(kind, 0):
             return
-        values = {
-            f"{kind}/{name}": float(value)
-            for name, value in fields.items()
-            if name not in _LEFT_OUT and type(value) in (int, float) and math.isfinite(value)
-        }
+        is_number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
+        numbers = {name: float(value) for name, value in fields.items() if name not in _LEFT_OUT and is_number(value)}
+        values = {f"{kind}/{name}": value for name, value in numbers.items() if math.isfinite(value)}
         self._tracker.log(step, values)
         self._have[kind] = step
         # Replaced as a whole, without a sync: after a power cut, a repeated step is better than a slow tracker always.
