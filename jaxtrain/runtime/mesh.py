@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.checks import check_count
 from jaxtrain.config import MeshConfig
 from jaxtrain.fields import check_divisible
 from jaxtrain.losses import LossSums
@@ -97,6 +98,7 @@ def num_row_shards(mesh: Mesh) -> int:
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Raises a ValueError if the batch does not divide evenly over micro-batches and devices."""
     parts = num_row_shards(mesh)
+    check_count("train.accumulate", accumulate, 1)
     by = f"train.accumulate {accumulate} x {parts} devices along mesh.data and mesh.fsdp ="
     check_divisible("train.batch_size", batch_size, by, accumulate * parts)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxtrain.checks import check_count
 from jaxtrain.data.loader import EvalBatches, global_batch, prefetched
 from jaxtrain.data.store import Split
 from jaxtrain.data.tokenizer import Tokenizer
@@ -59,6 +60,8 @@ def evaluate(
       ValueError: no label that counts, as in prompts without their completions.
       Stopped: `asked_to_stop` returned True. A partial result would be misleading.
     """
+    if num_batches is not None:
+        check_count("num_batches", num_batches, 1)
     last = min(num_batches or batches.num_batches, batches.num_batches)
     sums = np.zeros((2, max(len(positions) - 1, 1)))  # nll and weight
     pending: LossSums | None = None

@@ -142,7 +142,7 @@ ROWS = {
     "a batch past the split": (lambda: EvalBatches(SPLIT, 4, 4, 100).rows(99, 0, 4), "batch 99 is not among"),
     "a number of batches below 0": (
         lambda: evaluate(None, None, EvalBatches(SPLIT, 4, 4, 100), None, num_batches=-1),
-        "must be above 0, or None for the whole split; got -1",
+        "num_batches must be a whole number from 1 .* got -1",
     ),
     "no prefetch": (lambda: prefetched(int, 0, 3, 0).__enter__(), "1 or more, got 0"),
     "tokens past the split": (lambda: SPLIT.read(90, 20), r"\[90, 110\) are not in a split of 100"),
@@ -152,7 +152,10 @@ ROWS = {
     "top_p NaN": (lambda: Sampling(top_p=NAN), r"\(0, 1\], got nan"),
     "more devices than there are": (lambda: make_mesh(MeshConfig(data=99)), "takes 99 devices, and there are 8"),
     "an axis twice": (lambda: partition_spec(("heads", "hidden")), "one dimension only"),
-    "no micro-batches on a mesh": (lambda: check_batch(4, 0, make_mesh(MeshConfig(data=1))), "at least 1 .*got 0"),
+    "no micro-batches on a mesh": (
+        lambda: check_batch(4, 0, make_mesh(MeshConfig(data=1))),
+        "accumulate must be .* from 1 .* got 0",
+    ),
     "heads that do not divide": (lambda: gpt2(num_heads=7), "num_heads 7: change one of them"),
     "a fraction of heads": (lambda: gpt2(num_heads=1.5), r"num_heads: expected int, got 1\.5"),
     "a schedule of no steps": (lambda: plot_schedule(lambda step: step, 0, "no.png"), "at least 1, got 0"),
