@@ -277,10 +277,10 @@ def _checked_step(session: Session, compiled: Callable) -> Callable[..., tuple[T
         return compiled(state, batch)
 
     def report(step: int, leaves: list[str]) -> int | None:
-        recorder.flush()
-        recorder.event("replay_mismatch", "", step=step, leaves=leaves)
         with contextlib.suppress(Exception):  # the mismatch is the more important error
             session.saver.wait()
+        recorder.flush()
+        recorder.event("replay_mismatch", "", step=step, leaves=leaves)
         return session.checkpoints.latest_step()
 
     step, every = run.hooks.wrap_step(launch), run.config.train.replay_check
