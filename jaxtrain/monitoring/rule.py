@@ -67,7 +67,8 @@ class Rule:
     name: ClassVar[str]  # of the finding
     severity: ClassVar[Severity] = "warning"
     remedy: ClassVar[str]  # advice for the user
-    quiet: ClassVar[int] = WINDOW  # CLEAR verdicts until the case is reported again; after each report ten times as many
+    # CLEAR verdicts until the case is reported again; after each report ten times as many
+    quiet: ClassVar[int] = WINDOW
 
     def __init__(self, facts: RunFacts):
         self.facts = facts
