@@ -29,11 +29,10 @@ from jaxtrain.data.prepare.formats import (
 from jaxtrain.data.prepare.prepare import unfinished_store
 from jaxtrain.data.prepare.sources import content_hash, find_sources
 from jaxtrain.data.prepare.streams import naming
-from jaxtrain.data.prepare.units import token_dtype
+from jaxtrain.data.prepare.units import token_dtype, write_manifest
 from jaxtrain.data.store import (
     MASKED_VERSION,
     STORE_DTYPES,
-    STORE_FORMAT,
     STORE_MANIFEST,
     TokenStore,
     documents_file,
@@ -41,7 +40,7 @@ from jaxtrain.data.store import (
     shard_file,
 )
 from jaxtrain.data.tokenizer import ByteTokenizer, Tokenizer, parse_spec, read_hf
-from jaxtrain.runtime.files import empty_folder, read_json, sha256_file, write_json
+from jaxtrain.runtime.files import empty_folder, read_json, sha256_file
 
 Record = Mapping[str, Any]
 Sample = tuple[np.ndarray, np.ndarray, int]  # tokens, mask of the labels that count, bytes of the completions
@@ -231,13 +230,4 @@ def _write(
     for name in TEMPLATE_FILES if template else ():
         if Path(template, name).is_file():
             shutil.copyfile(Path(template, name), folder / name)
-    manifest = {
-        "format": STORE_FORMAT,
-        "version": MASKED_VERSION,
-        "dtype": dtype,
-        "vocab_size": tokenizer.vocab_size,
-        "eot_id": tokenizer.eot_id,
-        "tokenizer": {"sha256": tokenizer.fingerprint},
-        "splits": entries,
-    }
-    write_json(folder / STORE_MANIFEST, manifest | more)
+    write_manifest(folder, MASKED_VERSION, tokenizer, entries, more)

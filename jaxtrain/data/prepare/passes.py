@@ -13,18 +13,18 @@ from jaxtrain.data.prepare.formats import BUILT_IN, FORMATS
 from jaxtrain.data.prepare.progress import Stages
 from jaxtrain.data.prepare.sources import LeftOut, SourceFile, file_version
 from jaxtrain.data.prepare.tasks import run_tasks, worker_pool
-from jaxtrain.data.prepare.units import UnitTask, encode_unit, join_units, token_dtype, training_texts
-from jaxtrain.data.store import STORE_FORMAT, STORE_MANIFEST, STORE_VERSION
+from jaxtrain.data.prepare.units import UnitTask, encode_unit, join_units, token_dtype, training_texts, write_manifest
+from jaxtrain.data.store import STORE_VERSION
 from jaxtrain.data.tokenizer import (
     TOKENIZER_FILE,
-    BPETokenizer,
     ByteTokenizer,
+    Tokenizer,
     load_tokenizer,
     parse_spec,
     read_hf,
     train_bpe,
 )
-from jaxtrain.runtime.files import read_json, write_json, write_sealed_json
+from jaxtrain.runtime.files import read_json, write_json
 from jaxtrain.runtime.terminal import one_line
 
 
@@ -91,7 +91,6 @@ def write_store(
     results = [parts / f"{number:06d}.json" for number in range(len(units))]
     with worker_pool(num_workers, len(units), _format_files(units, num_workers)) as pool:
         counts = run_tasks(encode_unit, tasks, results, pool, stages("tokenizing", sizes))
-    hashes = {path: digest for count in counts for path, digest in count["sha256"].items()}
     for file in corpus.files:
         if file_version(file.path) != (file.size, file.version):
             raise ValueError(f"{one_line(file.path)} changed while it was read: run prepare again when it is complete")
@@ -99,35 +98,21 @@ def write_store(
         split: join_units(folder, parts, split, counts, dtype, limits.shard_tokens, stages(f"writing {split}", sizes))
         for split in SPLITS
     }
-    write_sealed_json(folder / STORE_MANIFEST, _make_manifest(corpus, request, rule, tokenizer, splits, counts, hashes))
+    more = _describe(corpus, request, rule, counts)
+    more["tokenizer"] = {"spec": request["tokenizer"], "sha256": tokenizer.fingerprint}
+    write_manifest(folder, STORE_VERSION, tokenizer, splits, more)
 
 
-def _make_manifest(
-    corpus: Corpus,
-    request: dict[str, Any],
-    rule: SplitRule,
-    tokenizer: ByteTokenizer | BPETokenizer,
-    splits: dict[str, Any],
-    counts: Sequence[dict],
-    hashes: dict[str, str],
-) -> dict[str, Any]:
+def _describe(corpus: Corpus, request: dict[str, Any], rule: SplitRule, counts: Sequence[dict]) -> dict[str, Any]:
+    """Returns the values of the manifest that tell how the store was made."""
     left_out = {reason: len(paths) for reason, paths in corpus.left_out.items()}
     if num_empty := sum(count["num_empty"] for count in counts):
         left_out["empty documents"] = num_empty
     split = "documents" if rule.tail_start is None else "tail"
-    if any(file.split for file in corpus.files):
-        split = "files"
     return {
-        "format": STORE_FORMAT,
-        "version": STORE_VERSION,
-        "split": split,
-        "dtype": token_dtype(tokenizer.vocab_size),
-        "vocab_size": tokenizer.vocab_size,
-        "eot_id": tokenizer.eot_id,
-        "tokenizer": {"spec": request["tokenizer"], "sha256": tokenizer.fingerprint},
-        "splits": splits,
+        "split": "files" if any(file.split for file in corpus.files) else split,
         "sources": list(corpus.sources),
-        "source_sha256": hashes,
+        "source_sha256": {path: digest for count in counts for path, digest in count["sha256"].items()},
         "left_out": left_out,
         "request": request,
     }
@@ -145,16 +130,15 @@ def _format_files(units: Sequence[Unit], num_workers: int | None) -> list[str]:
 
 def _make_tokenizer(
     folder: Path, request: dict[str, Any], tasks: Sequence[UnitTask], sample_bytes: int, stages: Stages
-) -> ByteTokenizer | BPETokenizer:
+) -> Tokenizer:
     """Loads the tokenizer of an earlier try, or makes it; BPE learns from `sample_bytes` of the training split."""
     if (folder / TOKENIZER_FILE).exists():
         return load_tokenizer(folder)
     kind, argument = parse_spec(request["tokenizer"])
-    if kind == "byte":
-        tokenizer = ByteTokenizer()
-    elif kind == "hf":
+    tokenizer: Tokenizer = ByteTokenizer()
+    if kind == "hf":
         tokenizer = read_hf(argument, request.get("eot"))
-    else:
+    elif kind == "bpe":
         advance = stages(f"training {request['tokenizer']}", None)
         tokenizer = train_bpe(training_texts(tasks, sample_bytes), int(argument))
         advance(0)

@@ -17,9 +17,9 @@ import numpy as np
 
 from jaxtrain.data.prepare.documents import SPLITS, TRAIN, Block, SplitRule, Unit, read_blocks, read_documents
 from jaxtrain.data.prepare.sources import content_hash
-from jaxtrain.data.store import STORE_DTYPES, documents_file, shard_file
-from jaxtrain.data.tokenizer import TOKENIZER_FILE, BPETokenizer, ByteTokenizer, load_tokenizer
-from jaxtrain.runtime.files import sha256_file, sync
+from jaxtrain.data.store import STORE_DTYPES, STORE_FORMAT, STORE_MANIFEST, documents_file, shard_file
+from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from jaxtrain.runtime.files import sha256_file, sync, write_sealed_json
 
 BATCH_CHARACTERS = 1 << 21
 COPY_BYTES = 1 << 24
@@ -49,6 +49,16 @@ def unit_file(folder: Path, number: int, split: str, suffix: str) -> Path:
 def token_dtype(vocab_size: int) -> str:
     """Returns the smallest dtype that stores the ids of a vocabulary: uint16 or uint32."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_manifest(
+    folder: Path, version: int, tokenizer: Tokenizer, splits: dict[str, Any], more: dict[str, Any]
+) -> None:
+    """Writes the manifest, which completes a store; `more` are its further values."""
+    values = {"format": STORE_FORMAT, "version": version, "dtype": token_dtype(tokenizer.vocab_size)}
+    values |= {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id}
+    values |= {"tokenizer": {"sha256": tokenizer.fingerprint}, "splits": splits}
+    write_sealed_json(folder / STORE_MANIFEST, values | more)
 
 
 def encode_unit(task: UnitTask) -> dict[str, Any]:
@@ -101,7 +111,7 @@ def encode_unit(task: UnitTask) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(folder: str, changed: int) -> ByteTokenizer | BPETokenizer:
+def _load_once(folder: str, changed: int) -> Tokenizer:
     """Loads the tokenizer for all units of a process, which then knows the words of the earlier ones."""
     return load_tokenizer(folder)
 
