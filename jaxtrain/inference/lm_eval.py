@@ -100,12 +100,7 @@ class Harness:
 
     def _score_tokens(self, params: Any, inputs_BT: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the log-probability of each label, and True where it is the likeliest token."""
-        model = self._model.model
-        if hasattr(model, "logits"):
-            logits_BTV = model.logits(params, inputs_BT)
-        else:
-            logits_BTV = model.decode(params, inputs_BT, None, 0)[0]
-        logits_BTV = logits_BTV[..., : self._model.tokenizer.vocab_size]
+        logits_BTV = self._model.logits_fn(params, inputs_BT)[..., : self._model.tokenizer.vocab_size]
         chosen_BT = jnp.take_along_axis(logits_BTV, labels_BT[..., None], axis=-1)[..., 0]
         return chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1), logits_BTV.argmax(-1) == labels_BT
 

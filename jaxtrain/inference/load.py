@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +94,7 @@ class TrainedModel:
         Raises:
           ValueError: more tokens than the model's context, or a custom model that has neither `logits` nor `decode`.
         """
-        return self._logits(self.params, jnp.asarray(tokens, jnp.int32))
+        return self.logits_fn(self.params, jnp.asarray(tokens, jnp.int32))
 
     def loss(self, batch: dict[str, Any]) -> LossSums:
         """Returns the loss, summed over the tokens of a batch: `inputs`, `labels` int `[B, T]` and `where` bool."""
@@ -131,7 +131,8 @@ class TrainedModel:
         return texts[0] if isinstance(prompt, str) else texts
 
     @functools.cached_property
-    def _logits(self) -> Any:
+    def logits_fn(self) -> Callable[[Any, jax.Array], jax.Array]:
+        """Jitted function from parameters and tokens to the logits, see `logits`."""
         if hasattr(self.model, "logits"):
             return jax.jit(self.model.logits)
         if not hasattr(self.model, "decode"):
