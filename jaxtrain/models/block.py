@@ -120,6 +120,8 @@ class Attention(nn.Module):
 
     def _attend(self, arrays: tuple[jax.Array, ...], context: TokenContext, **more: Any) -> jax.Array:
         """Calls `attend` with the window of the layer, which depends on its number if some layers have none."""
+        if self.is_initializing():
+            return arrays[0]  # parameters do not depend on it
         attend_to = functools.partial(attend, softcap=self.config.attention_softcap, **more)
         within = functools.partial(attend_to, window=self.config.attention_window)
         if context.is_global is None:

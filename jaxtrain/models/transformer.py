@@ -91,13 +91,14 @@ class Transformer(nn.Module):
             rows = self.param("positions", nn.initializers.normal(INIT_STD), (c.max_seq_len, c.d_model))
             with jax.named_scope("embed"):
                 x_BTD += take_rows(rows, positions_BT)
-        if self.is_initializing():
+        if self.is_initializing():  # only parameters are asked for
             self.param("layers", functools.partial(_init_layers, c))
-        params, masters = (self.get_variable(kind, "layers") for kind in ("params", "masters"))
-        context = TokenContext(positions_BT, rope, num_cached, segment_ids, router_weight, local_rope)
-        x_BTD, cache, sums = decode_layers(c, p, params, masters, x_BTD, context, cache)
-        if sums is not None:
-            self.sow("router", "sums", sums, reduce_fn=lambda _, new: new)
+        else:
+            params, masters = (self.get_variable(kind, "layers") for kind in ("params", "masters"))
+            context = TokenContext(positions_BT, rope, num_cached, segment_ids, router_weight, local_rope)
+            x_BTD, cache, sums = decode_layers(c, p, params, masters, x_BTD, context, cache)
+            if sums is not None:
+                self.sow("router", "sums", sums, reduce_fn=lambda _, new: new)
         if not c.tie_embeddings:
             self.param("head", nn.initializers.normal(_head_std(c)), shard_VD[::-1])
         with jax.named_scope("head"):
@@ -166,12 +167,11 @@ def _cuts(config: ModelConfig, looped: bool) -> list[int]:
 
 def _init_layers(c: ModelConfig, key: jax.Array) -> Params:
     """Returns the unsharded parameters of all layers, `[L, ...]`."""
-    tokens_BT = jnp.zeros((1, 1), jnp.int32)
-    rope = rope_tables(tokens_BT, c.channels_per_head, c.rope_theta) if c.positions == "rope" else None
+    context = TokenContext(jnp.zeros((1, 1), jnp.int32), rope=None)
     block = Block(c, Parallel(), parent=None)
 
     def init(key):
-        return block.init(key, jnp.zeros((1, 1, c.d_model)), TokenContext(tokens_BT, rope), None)["params"]
+        return block.init(key, jnp.zeros((1, 1, c.d_model)), context, None)["params"]
 
     return jax.vmap(init)(jax.random.split(key, c.num_layers))
 
