@@ -17,6 +17,9 @@ from jaxtrain.runtime.rendezvous import meet, split_address
 from jaxtrain.runtime.stop import RESTART, leave
 
 _START_SECONDS = 1800.0  # for all processes of a cluster to start: nodes boot and pull images at different times
+# JAX ends the others in C++ (134) when a process is silent for so long. `peers` notices a dead one, and the watchdog,
+# whose time-out is the user's, one that is suspended or hangs.
+_HEARTBEAT_SECONDS = 30 * 24 * 3600
 
 
 class Cluster(NamedTuple):
@@ -86,7 +89,7 @@ def _initialize() -> None:
         cluster.process_id,
         cluster_detection_method=cluster.detection,
         initialization_timeout=math.ceil(timeout),
-        heartbeat_timeout_seconds=max(10, min(100, math.ceil(timeout))),
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
 
 

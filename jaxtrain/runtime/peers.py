@@ -1,6 +1,6 @@
 """Loss of a process: each process keeps a connection to the lead, which the kernel closes when the process dies.
 
-JAX notices the same by a heartbeat, after 100 s, and ends the others in C++. A closed connection shows within a second,
+JAX would notice the same by a heartbeat, and end the others in C++. A closed connection shows within a second,
 also while the main thread waits in a collective, and keepalive probes find a host that is down within 30 s. A process
 that is slow or suspended keeps its connection, so it is never taken for a lost one.
 """

@@ -16,8 +16,7 @@ def free_address():
 class Processes:
     """Some processes of one run, each with two devices; `arguments` go to Python, per process.
 
-    Where nobody is missing the time-out is long: JAX ends a run whose processes do not get to send a heartbeat for so
-    long, and on a machine with too much to do that may be half a minute.
+    Where nobody is missing the time-out is long: a machine with too much to do may need half a minute for an answer.
     """
 
     def __init__(self, *arguments, count=2, timeout=200, ranks=None):

@@ -1,7 +1,9 @@
 """Detection of a cluster from the environment."""
 
+import jax
 import pytest
 
+from jaxtrain.runtime import cluster as cluster_module
 from jaxtrain.runtime.cluster import find_cluster
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -77,3 +79,20 @@ def test_an_address_is_a_host_and_a_port_or_an_error_that_shows_it(cluster):
         assert repr(address)[:150] in str(raised.value)
     for address in ("h:5", "n-1.a_b:65535", "10.0.0.1:1", "[::1]:5", "[fd00::1]:5", "[fe80::1%eth0]:5", "k\u00f6ln:5"):
         assert cluster(**dict(zip(VARIABLES, (address, "2", "0"), strict=True))).address == address
+
+
+def test_a_process_that_is_silent_is_left_to_the_watchdog(monkeypatch):
+    """JAX would end the others in C++, after its heartbeat's time-out, whichever time-out the user has chosen."""
+    asked, was = {}, jax.config.jax_enable_preemption_service
+    for name, value in zip(VARIABLES, ("host:1", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAXTRAIN_TIMEOUT", "5")
+    monkeypatch.setattr(cluster_module, "meet", lambda *_: {})
+    monkeypatch.setattr(cluster_module, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(cluster_module.peers, "watch", lambda connections: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: asked.update(options))
+    with cluster_module.session(lambda error: 1):
+        pass
+    jax.config.update("jax_enable_preemption_service", was)
+    assert asked["heartbeat_timeout_seconds"] > 24 * 3600
+    assert asked["initialization_timeout"] == 5
