@@ -21,7 +21,7 @@ from jaxtrain.checkpoints.folder import CheckpointFolder
 from jaxtrain.checkpoints.manifest import MANIFEST, list_files
 from jaxtrain.fields import is_url, require_local
 from jaxtrain.runtime import processes
-from jaxtrain.runtime.files import empty_folder, locked, read_json, write_json
+from jaxtrain.runtime.files import empty_folder, locked, read_object, write_json
 from jaxtrain.runtime.lease import Lease, LeaseLost
 from jaxtrain.runtime.remote import ORIGIN, copy_folder, fetch_records, open_filesystem, put
 from jaxtrain.runtime.terminal import echo
@@ -79,21 +79,21 @@ def _open(url: str, folder: Path, stack: contextlib.ExitStack, lock: bool) -> "M
         lease.require_free()  # names the owner
         raise
     if known := _leases(folder):  # a kill may follow `acquire` at once
-        write_json(folder / ORIGIN, read_json(folder / ORIGIN) | {"leases": [*known, lease.token]})
+        write_json(folder / ORIGIN, read_object(folder / ORIGIN) | {"leases": [*known, lease.token]})
     previous = lease.acquire(own=known if lock else ())
     stack.callback(lease.release)
     if previous not in known:  # another host has trained since, or none ever
         (folder / ORIGIN).unlink(missing_ok=True)
         empty_folder(folder)
         fetch_records(url, folder)
-    write_json(folder / ORIGIN, (read_json(folder / ORIGIN) or {"url": url, "files": {}}) | {"leases": [lease.token]})
+    write_json(folder / ORIGIN, {"url": url, "files": {}} | read_object(folder / ORIGIN) | {"leases": [lease.token]})
     echo(f"{url}: working in {folder}, uploaded after each save", file=sys.stderr)
     return Mirror(url, folder, lease)
 
 
 def _leases(folder: Path) -> tuple[str, ...]:
     """Returns the tokens of the leases during which a working folder was the newest state of its run."""
-    return tuple((read_json(folder / ORIGIN) or {}).get("leases", ()))
+    return tuple(read_object(folder / ORIGIN).get("leases", ()))
 
 
 class Mirror:

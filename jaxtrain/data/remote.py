@@ -8,7 +8,7 @@ import posixpath
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jaxtrain.runtime.files import cache_folder, read_json, sha256_file, write_json
+from jaxtrain.runtime.files import cache_folder, read_object, sha256_file, write_json
 from jaxtrain.runtime.remote import exclusive, fetch_file, open_filesystem, reaching
 
 _BUFFER_BYTES = 1 << 20
@@ -85,7 +85,7 @@ def fetch_store(url: str, *, verify: bool = True) -> Path:
         key = hashlib.sha256(json.dumps([url, sorted(files.items())]).encode()).hexdigest()[:32]
         local = cache_folder("stores") / key
         with exclusive(local):
-            sums = read_json(local / _SUMS) or {}
+            sums = read_object(local / _SUMS)
             for name, (size, _) in files.items():
                 target = local / name
                 intact = name in sums and target.is_file() and target.stat().st_size == size

@@ -25,7 +25,7 @@ from jaxtrain.models.hf.read import PretrainedFolder, abstract_params, is_pretra
 from jaxtrain.models.lora import merge_lora, uses_lora, without_lora
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.runtime.files import read_json, sha256_file
+from jaxtrain.runtime.files import read_object, sha256_file
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.runtime.remote import local_run
 
@@ -64,8 +64,7 @@ class TrainedModel:
         """Ids that end a text: the end-of-text token and, for a model of transformers, all of its `eos_token_id`."""
         found = {self.tokenizer.eot_id}
         for name in ("config.json", "generation_config.json"):
-            values = read_json(self.folder / name)
-            ids = values.get("eos_token_id") if isinstance(values, dict) else None
+            ids = read_object(self.folder / name).get("eos_token_id")
             found.update(token for token in (ids if isinstance(ids, list) else [ids]) if isinstance(token, int))
         return tuple(sorted(found))
 
@@ -81,8 +80,7 @@ class TrainedModel:
 
     @functools.cached_property
     def _begins(self) -> bool:
-        names = read_json(self.folder / TOKENIZER_CONFIG)
-        names = names if isinstance(names, dict) else {}
+        names = read_object(self.folder / TOKENIZER_CONFIG)
         return names.get("add_bos_token") is True and names.get("bos_token") == names.get("eos_token")
 
     def __repr__(self) -> str:

@@ -15,7 +15,7 @@ from jaxtrain.data.tokenizer import (
     read_hf,
 )
 from jaxtrain.models.hf.read import PretrainedFolder
-from jaxtrain.runtime.files import read_json, write_json, write_text
+from jaxtrain.runtime.files import read_json, read_object, write_json, write_text
 
 GENERATION_CONFIG = "generation_config.json"
 # Files beside tokenizer.json that a run directory takes over from the folder, and an export from the run directory.
@@ -30,8 +30,7 @@ def read_tokenizer(model: PretrainedFolder) -> BPETokenizer | ByteTokenizer:
     file = model.path / TOKENIZER_FILE
     if not file.is_file():
         raise ValueError(f"{file} is missing: save it with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
-    values = read_json(file)
-    eot = _end_of_text(model, values)
+    eot = _end_of_text(model, read_object(file))
     try:
         tokenizer = read_hf(file)
         if eot not in (None, tokenizer.eot_text):
@@ -48,16 +47,15 @@ def read_tokenizer(model: PretrainedFolder) -> BPETokenizer | ByteTokenizer:
     return tokenizer
 
 
-def _end_of_text(model: PretrainedFolder, tokenizer: Any) -> str | None:
+def _end_of_text(model: PretrainedFolder, tokenizer: dict[str, Any]) -> str | None:
     """Returns the text of the end-of-text token by tokenizer_config.json or config.json; None if both name none."""
-    names = read_json(model.path / TOKENIZER_CONFIG)
-    token = names.get("eos_token") if isinstance(names, dict) else None
+    token = read_object(model.path / TOKENIZER_CONFIG).get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str):
         return token
     number = model.values.get("eos_token_id")
     number = number[0] if isinstance(number, list) and number else number
-    added = tokenizer.get("added_tokens") if isinstance(tokenizer, dict) else None
+    added = tokenizer.get("added_tokens")
     for entry in added if isinstance(added, list) else ():
         if isinstance(entry, dict) and entry.get("id") == number:
             return entry.get("content")

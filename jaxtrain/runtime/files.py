@@ -76,6 +76,12 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; an empty one if the file holds another value, or where `read_json` returns None."""
+    values = read_json(path)
+    return values if isinstance(values, dict) else {}
+
+
 def cache_folder(name: str) -> Path:
     """Returns the path of a folder in the user's cache (XDG_CACHE_HOME, or ~/.cache); it may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME", "")

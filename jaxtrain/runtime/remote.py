@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.fields import is_url
-from jaxtrain.runtime.files import cache_folder, checksum, read_json, write_json
+from jaxtrain.runtime.files import cache_folder, checksum, read_object, write_json
 
 MANIFEST = "manifest.json"  # of a checkpoint, which is complete once it has one
 ORIGIN = ".origin.json"
@@ -118,7 +118,7 @@ def fetch_records(url: str, folder: Path) -> int:
         entries = system.find(root, detail=True)
         found = {posixpath.relpath(path, root): entry for path, entry in entries.items()}
         wanted = {name: checksum(found[name], default=str) for name in found if _is_record(name)}
-        before = (read_json(folder / ORIGIN) or {"files": {}})["files"]
+        before = read_object(folder / ORIGIN).get("files", {})
         for name, version in before.items():
             if wanted.get(name) != version:
                 (folder / name).unlink(missing_ok=True)
@@ -148,7 +148,7 @@ def checkpoint_fetcher(checkpoint: Path) -> Callable[[str], None] | None:
 
     A file that is missing at the URL is not downloaded.
     """
-    origin = read_json(checkpoint.parent.parent / ORIGIN)
+    origin = read_object(checkpoint.parent.parent / ORIGIN)
     if not origin:
         return None
     url = f"{origin['url']}/checkpoints/{checkpoint.name}"
@@ -167,5 +167,5 @@ def checkpoint_fetcher(checkpoint: Path) -> Callable[[str], None] | None:
 
 def token_store_of(folder: Path) -> Path | str:
     """Returns the path of the token store in a run directory, or its URL if a copy of the run lacks it."""
-    origin = None if (folder / "data").exists() else read_json(folder / ORIGIN)
+    origin = {} if (folder / "data").exists() else read_object(folder / ORIGIN)
     return f"{origin['url']}/data" if origin else folder / "data"

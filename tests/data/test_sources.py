@@ -51,6 +51,13 @@ def test_hugging_face_dataset_folders(tmp_path):
     (folder / "train" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(ValueError, match=r"is damaged: it lacks data-00001-of-00002\.arrow"):
         find_sources([str(folder / "train")])
+    for damaged in ("[1]", '"x"', "{", '{"_data_files": 5, "splits": 5}', '{"_data_files": [5], "splits": [5]}'):
+        (folder / "train" / "state.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"is damaged: it lacks data files in state\.json"):
+            find_sources([str(folder / "train")])
+        (folder / "dataset_dict.json").write_text(damaged)
+        with pytest.raises(ValueError, match="is a dataset with the splits SPLIT: name one of their folders"):
+            find_sources([str(folder)])
 
 
 def test_standard_input(tmp_path, monkeypatch, capfd):

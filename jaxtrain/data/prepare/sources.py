@@ -8,12 +8,13 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.data import remote
 from jaxtrain.data.prepare.formats import find_format
 from jaxtrain.data.prepare.streams import naming
 from jaxtrain.fields import is_url, require_local
-from jaxtrain.runtime.files import read_json, sha256_file
+from jaxtrain.runtime.files import read_object, sha256_file
 from jaxtrain.runtime.terminal import one_line
 
 PYTHON_STDLIB = "python-stdlib"
@@ -201,19 +202,24 @@ def _dataset_files(folder: str, files: Sequence[str]) -> set[str]:
       ValueError: a folder of several splits, of which one must be named, or one that lacks a data file.
     """
     if "dataset_dict.json" in files:
-        splits = (read_json(Path(folder, "dataset_dict.json")) or {}).get("splits") or ["SPLIT"]
+        splits = _items(folder, "dataset_dict.json", "splits", str) or ["SPLIT"]
         raise ValueError(
             f"{folder} is a dataset with the splits {', '.join(splits)}: name one of their folders, such as "
             f"{os.path.join(folder, splits[0])} (and another for validation)"
         )
     if not {"state.json", "dataset_info.json"} <= set(files):
         return set()
-    state = read_json(Path(folder, "state.json")) or {}
-    parts = {part.get("filename") for part in state.get("_data_files", ())}
+    parts = {str(part.get("filename")) for part in _items(folder, "state.json", "_data_files", dict)}
     if not parts or parts - set(files):
-        missing = ", ".join(map(str, parts - set(files))) or "data files in state.json"
+        missing = ", ".join(parts - set(files)) or "data files in state.json"
         raise ValueError(f"the dataset {one_line(str(folder))} is damaged: it lacks {missing}; save it again")
     return parts
+
+
+def _items(folder: str, name: str, key: str, kind: type) -> list[Any]:
+    """Returns the items of a type in a list of a JSON file; none if the file is damaged."""
+    items = read_object(Path(folder, name)).get(key)
+    return [item for item in items if isinstance(item, kind)] if isinstance(items, list) else []
 
 
 def _refuse_unreadable(error: OSError) -> None:

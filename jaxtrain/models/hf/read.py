@@ -17,7 +17,7 @@ from jaxtrain.models.hf.config_json import read_config
 from jaxtrain.models.hf.families import Tensor, tensors_of
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.runtime.extras import import_extra
-from jaxtrain.runtime.files import read_json
+from jaxtrain.runtime.files import read_json, read_object
 from jaxtrain.trees import named_leaves, path_names
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -48,8 +48,7 @@ class _Stored(NamedTuple):
 
 def is_pretrained(folder: str | Path) -> bool:
     """Returns True if a folder holds a model of transformers, whole or not, rather than a run."""
-    values = read_json(Path(folder) / CONFIG)
-    return isinstance(values, dict) and "model_type" in values
+    return "model_type" in read_object(Path(folder) / CONFIG)
 
 
 class PretrainedFolder:
@@ -175,8 +174,7 @@ def _list_tensors(folder: Path) -> dict[str, _Stored]:
         if not (folder / SINGLE).exists():
             raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: save the model with safe_serialization=True")
         return _list_file(folder / SINGLE)
-    values = read_json(index)
-    names = values.get("weight_map") if isinstance(values, dict) else None
+    names = read_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) and "/" not in name for name in names.values()):
         raise ValueError(f"{index} is damaged: it has no weight_map of file names")
     found: dict[str, _Stored] = {}
