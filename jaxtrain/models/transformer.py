@@ -85,8 +85,7 @@ class Transformer(nn.Module):
         rope = local_rope = None
         if c.positions == "rope":
             rope = rope_tables(positions_BT, c.channels_per_head, c.rope_theta, c.rope_stretch)
-            if c.local_rope_theta:
-                local_rope = rope_tables(positions_BT, c.channels_per_head, c.local_rope_theta)
+            local_rope = c.local_rope_theta and rope_tables(positions_BT, c.channels_per_head, c.local_rope_theta)
         else:
             rows = self.param("positions", nn.initializers.normal(INIT_STD), (c.max_seq_len, c.d_model))
             with jax.named_scope("embed"):
