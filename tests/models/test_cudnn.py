@@ -183,7 +183,7 @@ def test_the_capability_is_that_of_nvidia_gpus(platform, name, capability):
 def test_a_program_chooses_it_on_gpus(monkeypatch):
     """Devices, precision and model decide what `auto` means."""
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.HOPPER)
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]), shape={"fsdp": 1})
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
 
     def kernel(precision="bfloat16", **fields):
         config = Config(
@@ -191,7 +191,7 @@ def test_a_program_chooses_it_on_gpus(monkeypatch):
             model=llama(1, 2, 64, 96, 256, **fields),
             train=TrainConfig(precision=precision),
         )
-        return program._resolve(config, mesh, 257).attention
+        return program._kernel(config, mesh)
 
     assert kernel() == "cudnn"
     assert kernel("float32") == kernel(attention_softcap=9.0) == kernel(head_dim=36) == "xla"
