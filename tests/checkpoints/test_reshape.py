@@ -47,9 +47,8 @@ def state_of(config, folder, step):
     return restore(CheckpointFolder(folder / "checkpoints"), run.program.abstract_state, step)[0]
 
 
-@pytest.mark.parametrize(
-    "mesh", [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:3]), MESHES[3]], ids=str
-)
+@pytest.mark.slow  # its quick siblings: the bits of the restored state below, and steps on any mesh in test_program.py
+@each_mesh
 def test_a_run_resumes_on_another_mesh_with_the_same_losses(config, whole, tmp_path, mesh):
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")

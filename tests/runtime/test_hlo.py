@@ -264,7 +264,7 @@ def check_traffic(found, config, kinds=None):
     ("mesh", "fields"),
     [
         (MeshConfig(1, 8, 1), {"remat": "full", "num_kv_heads": 2}),
-        (MeshConfig(2, 2, 2), {"style": gpt2}),
+        pytest.param(MeshConfig(2, 2, 2), {"style": gpt2}, marks=pytest.mark.slow),
         pytest.param(MeshConfig(2, 2, 2), {"num_experts": 4}, marks=pytest.mark.slow),
     ],
     ids=["fsdp", "all axes", "experts"],

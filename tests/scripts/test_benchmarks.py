@@ -127,6 +127,7 @@ def test_the_compiled_step_needs_the_compiler():
     assert (done.returncode, done.stderr) == (1, 'error: no TPU compiler: pip install -e ".[plan]"\n')
 
 
+@pytest.mark.slow  # the next test scores given findings
 def test_health_rules_are_scored_on_real_runs(tmp_path):
     record = tmp_path / "health.json"
     runs = ["--only", "no label counts", "--steps=16", "--sources", "jaxtrain/fields.py"]

@@ -70,6 +70,7 @@ def test_a_restart_does_not_change_the_guard(faulty_run, tiny_config, tmp_path):
     assert_same_bits(state_of(tmp_path / "run"), state_of(faulty_run))
 
 
+@pytest.mark.slow  # its quick sibling is the run of two processes in test_processes.py
 def test_the_same_steps_are_skipped_on_a_mesh(tiny_config, tmp_path):
     """Rows, matrices and vocabulary are sharded; the bad row lies on one device. In float16, which scales the loss."""
     config = change(faulty_config(tiny_config, precision="float16"), mesh={"data": 2, "fsdp": 2})
@@ -93,6 +94,7 @@ def test_float16_learns_as_float32_does(tiny_config, tmp_path):
     np.testing.assert_allclose(losses["float16"], losses["float32"], rtol=0.01)
 
 
+@pytest.mark.slow  # its quick sibling is the restart with a guard, whose state is restored in the same way
 def test_a_restart_does_not_change_loss_scaling(tiny_config, tmp_path):
     """The checkpoint holds the loss scale and the steps since its last change."""
     for name, stops in (("whole", [None]), ("parts", [5, None])):
