@@ -25,9 +25,9 @@ _REPORT_SECONDS = 5.0
 class Watchdog:
     """Thread that ends the process, with exit code 75, when the training loop makes no progress.
 
-    The limit is the largest of `minutes`, 20 median step times and twice the time-out for other processes, and four
-    times as long until the step time is known. Pauses do not count, nor does time in which the whole process was
-    stopped (SIGSTOP, a suspended machine). Under several processes the first stall ends all, and each prints its
+    The limit is the largest of `minutes`, 20 median step times and, with several processes, twice the time-out for
+    them; four times as long until the step time is known. Pauses do not count, nor does time in which the whole process
+    was stopped (SIGSTOP, a suspended machine). Under several processes the first stall ends all, and each prints its
     stacks. A thread that hangs while it holds Python's lock stops the watchdog too.
 
     Args:
@@ -45,7 +45,8 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         leave: Callable[[int], Any] = leave,
     ):
-        self._floor = None if minutes is None else max(60 * minutes, 2 * processes.time_limit())
+        others = 0.0 if processes.is_alone() else 2 * processes.time_limit()
+        self._floor = None if minutes is None else max(60 * minutes, others)
         self._poll = min(_POLL_SECONDS, (self._floor or 0.0) / 10)
         self._report, self._clock, self._leave = report, clock, leave
         self._progress, self._stall = processes.Board("progress"), processes.Board("stall")
