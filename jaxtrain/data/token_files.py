@@ -70,7 +70,10 @@ class TokenFile:
         return None if self.eot_id is None else np.concatenate(found).astype(np.int64)
 
     def digest(self, sample_bytes: int = 1 << 20) -> tuple[int, str, str]:
-        """Returns the number of tokens, their dtype, and their SHA-256 (hex): of 64 samples if they are shorter."""
+        """Returns the number of tokens, their dtype, and their SHA-256 (hex).
+
+        Of a file that is longer than 64 samples of `sample_bytes`, evenly spaced samples are hashed.
+        """
         data = self.tokens.as_bytes()
         hashed = hashlib.sha256()
         if len(data) <= _NUM_SAMPLES * sample_bytes:
