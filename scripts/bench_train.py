@@ -61,6 +61,7 @@ class Ours:
         begin = time.perf_counter()
         self._step = program.compile(self._state, self._batch, print)
         self.compile_seconds = time.perf_counter() - begin
+        self.executable, self.mesh = self._step.executable, mesh
         self.run(2)
 
     def run(self, num_steps: int) -> list[float]:
@@ -78,7 +79,7 @@ class Ours:
 
     def text(self) -> str:
         """Returns the compiled program."""
-        return self._step.executable.as_text()
+        return self.executable.as_text()
 
     def _one(self) -> PackedMetrics:
         self._state, metrics = self._step(self._state, self._batch)
@@ -89,7 +90,7 @@ class Ours:
         stats = jax.local_devices()[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:
             return stats["peak_bytes_in_use"]
-        plan = self._step.executable.memory_analysis()
+        plan = self.executable.memory_analysis()
         return plan.argument_size_in_bytes + plan.temp_size_in_bytes
 
 

@@ -147,7 +147,7 @@ def _compile(config: Config, vocab_size: int, topology: str) -> dict[str, Any]:
     start, refused = time.perf_counter(), list[str]()
     try:
         compiled = program.compile(program.abstract_state, program.abstract_batch, refused.append)
-        found = _analyze(compiled.executable, dict(mesh.shape), chip) | {"refused_options": refused}
+        found = analyze(compiled.executable, dict(mesh.shape), chip) | {"refused_options": refused}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -169,7 +169,8 @@ def _devices(chip: Chip, topology: str) -> list[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
-def _analyze(compiled: Any, mesh_shape: dict[str, int], chip: Chip) -> dict[str, Any]:
+def analyze(compiled: Any, mesh_shape: dict[str, int], chip: Chip) -> dict[str, Any]:
+    """Returns the memory, collectives and costs of a compiled program, as `compile_step` reports them."""
     from jaxtrain.plan.costs import part_costs
     from jaxtrain.plan.gpu import CAVEAT, kernels
     from jaxtrain.runtime.hlo import collectives, summarize

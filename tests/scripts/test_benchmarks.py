@@ -68,6 +68,17 @@ def test_a_plan_is_a_row_of_memory_and_collectives():
     assert row_of("h100:8", found | {"warning": "replaced"})[-1] == "yes"
 
 
+def test_a_plan_is_compared_with_the_real_program():
+    compare = runpy.run_path(str(ROOT / "scripts/bench_plans.py"))["compare"]
+    sizes = {f"{name}_bytes_per_device": size for name, size in (("argument", 4e9), ("temporary", 6e9), ("peak", 10e9))}
+    planned = sizes | {"kernels": {"__triton_gemm": 3}}
+    ran = sizes | {"temporary_bytes_per_device": 8e9, "peak_in_use": 12.5e9, "kernels": {"__cublas$gemm": 2}}
+    memory, kernels = compare("h200:1", planned, ran)
+    assert memory.rows[1] == ["temporaries", 6.0, 8.0, 0.75]
+    assert memory.rows[3] == ["peak in use, measured", 10.0, 12.5, 0.8]
+    assert kernels.rows == [["__cublas$gemm", 0, 2], ["__triton_gemm", 3, 0]]
+
+
 def test_the_loss_head_is_timed(tmp_path, monkeypatch):
     record = tmp_path / "loss.json"
     sizes = ["--return-memory", "--tokens=64", "--vocab", "40", "--d-model=8", "--chunk-size", "16", "--repeats=1"]
