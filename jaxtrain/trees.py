@@ -256,9 +256,9 @@ def squared(leaf: Any) -> jax.Array:
     return jnp.square(leaf.astype(jnp.float32))
 
 
-def layer_squares(leaf: jax.Array) -> jax.Array:
-    """Returns the sum of squares of each layer, float32 `[L]`, of a leaf `[L, ...]`."""
-    sums = jnp.sum(squared(leaf), axis=tuple(range(1, leaf.ndim)))
+def layer_squares(leaf: jax.Array, layer_axis: int = 0) -> jax.Array:
+    """Returns the sum of squares of each of the L layers that an axis of a leaf counts, float32 `[L]`."""
+    sums = jnp.sum(squared(leaf), axis=tuple(axis for axis in range(leaf.ndim) if axis != layer_axis))
     # Without the barrier the compiler sums all squares once more for the norm of the whole tree.
     return jax.lax.optimization_barrier(sums)
 

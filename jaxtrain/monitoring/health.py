@@ -3,6 +3,7 @@
 Reads no clock, file or device. The cases are in rules.py.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -35,8 +36,15 @@ class Health:
     """Judges one run by the rules. Feed it every step, in order."""
 
     def __init__(self, facts: RunFacts, rules: Sequence[type[Rule]] | None = None):
-        """Starts the rules; None takes `rules.RULES`. Of two rules with one name, the later replaces the other."""
-        named = {rule.name: rule for rule in (RULES if rules is None else rules)}
+        """Starts the rules; None takes `rules.RULES`. Of two rules with one name, the later replaces the other.
+
+        Raises a ValueError for a rule without a name or a remedy.
+        """
+        rules = RULES if rules is None else rules
+        for rule, name in itertools.product(rules, ("name", "remedy")):
+            if not isinstance(getattr(rule, name, None), str):
+                raise ValueError(f"the rule {rule.__name__} has no {name}: add `{name} = ...` to its class")
+        named = {rule.name: rule for rule in rules}
         self._rules = [rule(facts) for rule in named.values()]
 
     def observe(self, line: Mapping[str, Any]) -> list[Finding]:
@@ -59,6 +67,8 @@ class Health:
         for rule in list(self._rules):
             try:
                 verdict = check(rule)
+                if not isinstance(verdict, Verdict):
+                    raise TypeError(f"a check must return Found(text), CLEAR or UNKNOWN, not {verdict!r}")
                 if rule.is_news(verdict) and isinstance(verdict, Found):
                     findings.append(Finding(rule.name, rule.severity, int(step), verdict.text, rule.remedy))
             except Exception as error:  # a rule of a user's own

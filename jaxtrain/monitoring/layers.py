@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.trees import is_stacked, layer_squares
+from jaxtrain.trees import STACKED, global_norm, is_stacked, layer_axes, layer_squares, path_names
 
 # Below this multiple of eps, eps is a tenth or more of Adam's denominator: the update depends on the gradient's scale.
 _NEAR_EPS = 10.0
@@ -33,7 +33,7 @@ def layer_diagnostics(
     """Measures each of L layers, and the share of parameters that Adam's eps holds back.
 
     Args:
-      params: parameters before the update; those of the layers are stacked, `[L, ...]`, under the key `layers`.
+      params: parameters before the update; their part `layers` or `blocks` is a stack or a list, see `part_norms`.
       grads: gradient before clipping.
       updates: numbers that were added to the parameters.
       opt_state: any optax state, after the update.
@@ -52,9 +52,38 @@ def layer_diagnostics(
 
 
 def _layer_norms(tree: Any) -> jax.Array:
-    layers = tree.get("layers", {}) if isinstance(tree, dict) else {}
-    squares = [layer_squares(leaf) for leaf in jax.tree.leaves(layers)]
-    return jnp.sqrt(sum(squares[1:], squares[0])) if squares else jnp.zeros((0,), jnp.float32)
+    """Returns the norm of each layer of the first part that has layers, `[L]`."""
+    parts = part_norms(tree)
+    return next((parts[name] for name in STACKED if name in parts and parts[name].ndim), jnp.zeros((0,), jnp.float32))
+
+
+def part_norms(tree: Any) -> dict[str, jax.Array]:
+    """Returns the float32 norm of each top-level part of a tree like the parameters, by its key.
+
+    A stack of L layers (see `trees.layer_axes`), or a list of them, has one norm per layer, `[L]`; other parts one.
+    """
+    parts: dict[str, list[tuple[list[str], Any, int | None]]] = {}
+    try:
+        axes = layer_axes(tree)
+    except ValueError:  # matrices, or stacked vectors
+        axes = [None] * len(jax.tree.leaves(tree))
+    for (path, leaf), axis in zip(jax.tree_util.tree_leaves_with_path(tree), axes, strict=True):
+        names = path_names(path)
+        parts.setdefault(names[0] if names else "params", []).append((names[1:], leaf, axis))
+    return {name: _norms(leaves) for name, leaves in parts.items()}
+
+
+def _norms(leaves: list[tuple[list[str], Any, int | None]]) -> jax.Array:
+    """Returns the norm of a part, `[L]` for layers; `leaves` are names below the part, arrays and layer axes."""
+    if all(axis is not None for _, _, axis in leaves):
+        squares = [layer_squares(leaf, axis) for _, leaf, axis in leaves]
+        return jnp.sqrt(sum(squares[1:], squares[0]))
+    if not all(len(names) > 1 and names[0].isdigit() for names, _, _ in leaves):
+        return global_norm([leaf for _, leaf, _ in leaves])
+    layers: dict[int, list[Any]] = {}
+    for names, leaf, _ in leaves:
+        layers.setdefault(int(names[0]), []).append(leaf)
+    return jnp.stack([global_norm(layers[number]) for number in sorted(layers)])
 
 
 def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) -> jax.Array | None:

@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,7 +117,7 @@ class BackgroundSink:
         while method != "close":
             method, *arguments = self._queue.get()
             if sink is not None:  # else making it has failed
-                self._attempt(getattr(sink, method), *arguments)
+                self._attempt(methodcaller(method, *arguments), sink)
 
     def _attempt(self, function: Callable, *arguments: Any) -> Any:
         try:

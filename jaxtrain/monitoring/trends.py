@@ -204,14 +204,16 @@ class ParametersGrowing(Rule):
         norm = line["param_norm"]
         if not math.isfinite(norm):
             return UNKNOWN
-        self._first = norm if math.isnan(self._first) else self._first
+        if math.isnan(self._first):
+            self._first = norm or math.inf  # a model may start from zeros
         before = next(iter(self._norms), math.nan)
         self._norms.append(norm)
         self._count += 1
         doubled = self._count > 2 * WINDOW and self.after_warmup(line) and norm > self.DOUBLED * before
         if not doubled and not norm > self.TIMES * self._first:
             return CLEAR
-        return Found(f"param_norm is {norm:.4g}; it was {before:.4g} {WINDOW} steps before and {self._first:.4g} first")
+        earlier = f"{before:.4g} {WINDOW} steps before" if doubled else f"{self._first:.4g} at first"
+        return Found(f"param_norm is {norm:.4g}; it was {earlier}")
 
 
 class TokensCollapsed(Rule):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.checks import check_transformation
 from jaxtrain.clipping import clip_adaptively, clip_by_global_norm, zclip
 from jaxtrain.config import Config
 from jaxtrain.fields import check_entry
@@ -82,6 +83,7 @@ def make_optimizer(
     if scalars is not None and entry.takes_arrays:  # a config takes no arrays
         fields = types.SimpleNamespace(**{**vars(optim), "weight_decay": scalars.weight_decay})
     optimizer = entry.make(fields, learning_rate, _CLIPPING[optim.clipping](clip_norm))
+    check_transformation(f"the result of OPTIMIZERS[{optim.name!r}].make", optimizer)
     return skip_bad_steps(
         freeze_updates(optimizer, config.frozen) if config.frozen else optimizer,
         **vars(config.guard),

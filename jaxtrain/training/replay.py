@@ -20,7 +20,7 @@ from jaxtrain.gradients import takes_key
 from jaxtrain.losses import LossSums
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.interval import summarize
-from jaxtrain.monitoring.layers import drop_unsampled
+from jaxtrain.monitoring.layers import drop_unsampled, part_norms
 from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import replicated
@@ -29,7 +29,6 @@ from jaxtrain.runtime.terminal import echo
 from jaxtrain.step import TrainState
 from jaxtrain.training.batches import batch_source, train_batches
 from jaxtrain.training.run import NO_HOOKS, Hooks, Run, environment_changes, init_state, open_run, read_weights
-from jaxtrain.trees import global_norm, is_stacked, layer_squares, path_names
 
 # Fields of a step line that depend on the clock or on restarts.
 _NOT_COMPARED = {"attempt", "tokens_per_second", "step_seconds", "mfu", "time"}
@@ -133,23 +132,10 @@ def _diagnosed_step(run: Run) -> Any:
 
 
 def _layer_norms(params: Any, grads: Any, updates: Any, opt_state: Any) -> dict[str, jax.Array]:
-    """Returns the norm of each top-level part of the parameters, gradients and updates.
-
-    A part of stacked layers has one norm per layer, `[L]`.
-    """
+    """Returns the norms of the parts of the parameters, gradients and updates; see `part_norms`."""
     del opt_state
-    norms = {}
-    for kind, tree in (("grad_norm", grads), ("param_norm", params), ("update_norm", updates)):
-        parts: dict[str, dict] = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            parts.setdefault(path_names(path)[0] if path else "params", {})[path] = leaf
-        for name, leaves in parts.items():
-            if all(is_stacked(path) for path in leaves):
-                norm = jnp.sqrt(sum(layer_squares(leaf) for leaf in leaves.values()))
-            else:
-                norm = global_norm(list(leaves.values()))
-            norms[f"{kind}/{name}"] = norm
-    return norms
+    trees = {"grad_norm": grads, "param_norm": params, "update_norm": updates}
+    return {f"{kind}/{name}": norm for kind, tree in trees.items() for name, norm in part_norms(tree).items()}
 
 
 def _row_nll(run: Run) -> Any:

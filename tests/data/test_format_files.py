@@ -68,6 +68,14 @@ def test_a_format_without_its_file_needs_one_process(tmp_path, monkeypatch):
     prepare([str(tmp_path / "a.rows")], tmp_path / "store", num_workers=1, **options)
 
 
+@pytest.mark.parametrize(("document", "kind"), [({"text": "a"}, "dict"), (b"a", "bytes"), (None, "NoneType")])
+def test_a_reader_that_yields_no_text_is_an_error(document, kind, tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS, ".rows", Format(lambda *arguments: iter([document]), file=__file__))
+    (tmp_path / "a.rows").write_text("a")
+    with pytest.raises(ValueError, match=f"a.rows its reader .* yields a {kind}: yield each document as a str"):
+        prepare([str(tmp_path / "a.rows")], tmp_path / "store", num_workers=1)
+
+
 SLEEPER = """
 import multiprocessing, os, time
 from jaxtrain.data.prepare.formats import FORMATS, Format

@@ -38,6 +38,25 @@ def test_norms_of_each_layer():
         np.testing.assert_allclose(out["layer_update_ratio"][layer], ratio, rtol=1e-6)
 
 
+def test_layers_in_a_list_or_under_another_axis_and_parts_that_are_no_layers():
+    one, two = jnp.full((2, 3), 2.0), jnp.full((3, 4), 3.0)
+    listed = [{"w": one, "gain": jnp.ones(())}, {"w": two}]
+    cases = {
+        "list": ({"layers": listed}, [np.sqrt(25), np.sqrt(108)]),
+        "blocks by number": ({"blocks": {0: {"w": one}, 1: {"w": two}}}, [np.sqrt(24), np.sqrt(108)]),
+        "axis 1": ({"layers": {"w": jnp.ones((3, 2, 5)), "norm": jnp.ones((4, 2))}}, [np.sqrt(19)] * 2),
+        "other sizes": ({"layers": {"up": one, "down": two}}, []),
+        "matrices or vectors": ({"layers": {"wq": one, "wk": one}}, []),
+        "an array": ({"layers": one}, []),
+    }
+    for name, (params, norms) in cases.items():
+        grads = jax.tree.map(lambda x: 2 * x, params)
+        out = jax.eval_shape(lambda p, g: layer_diagnostics(p, g, p, (), b2=0.9, eps=1e-8), params, grads)
+        assert out["layer_grad_norm"].shape == (len(norms),), name
+        out = layer_diagnostics(params, grads, params, (), b2=0.9, eps=1e-8)
+        np.testing.assert_allclose(out["layer_grad_norm"], [2 * norm for norm in norms], rtol=1e-6, err_msg=name)
+
+
 def test_a_model_without_layers_has_none():
     out = measure({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, {"w": jnp.ones(3)}, optax.EmptyState())
     assert out["layer_grad_norm"].shape == out["layer_update_ratio"].shape == (0,)

@@ -13,7 +13,7 @@ from jaxtrain.monitoring.console import Console
 from jaxtrain.monitoring.metrics import JsonLines, pack, read_metrics
 from jaxtrain.monitoring.recorder import Recorder, open_recorder
 from jaxtrain.monitoring.rules import RunFacts
-from jaxtrain.monitoring.sinks import SINKS, BackgroundSink
+from jaxtrain.monitoring.sinks import SINKS, BackgroundSink, SinkFailed
 
 CONFIG = TrainConfig(steps=40, batch_size=4, seq_len=8, log_every=10, diagnose_every=20)
 
@@ -140,6 +140,21 @@ def test_a_sink_that_raises_is_reported_once_and_still_called(tmp_path, wrap):
     assert stream.getvalue().count("warning: the sink Fail failed, training continues: KeyError: 'no such chart'") == 1
     (event,) = read_metrics(tmp_path / "m")[1]
     assert (event["event"], event["sink"]) == ("sink_failed", "Fail")
+
+
+def test_a_sink_without_a_method_is_reported_and_closed():
+    class NoEvent:
+        closed = False
+        step = None
+
+        def close(self):
+            NoEvent.closed = True
+
+    sink = BackgroundSink(NoEvent())
+    sink.event("eval", "", {})
+    with pytest.raises(SinkFailed, match=r"AttributeError.* has no attribute 'event'"):
+        sink.close()
+    assert NoEvent.closed
 
 
 def test_a_slow_sink_loses_records_and_stops_nothing():

@@ -190,6 +190,11 @@ def parameters_grow_steadily(run):
     run.metrics["param_norm"] = 20 * (1 + run.t / 50)
 
 
+@healthy()
+def parameters_start_from_zeros(run):
+    run.metrics["param_norm"] = 20 * np.minimum((run.t - run.t[0]) / 150, 1.0)
+
+
 @sick("tokens_collapsed")
 def tokens_collapse(run):
     run.metrics["tokens"][800:] *= 0.3
@@ -309,12 +314,13 @@ def test_a_rule_from_a_file_of_the_users(tmp_path, facts, monkeypatch):
     assert str(finding) == "warning: loss_too_round at step 2: the loss is 2.5\n  Look at train.precision."
 
 
-def test_a_rule_that_raises_is_reported_once_and_the_others_go_on(facts):
+@pytest.mark.parametrize("verdict", [lambda: Found(1 / 0), lambda: "too large", lambda: None])
+def test_a_broken_rule_is_reported_once_and_the_others_continue(verdict, facts):
     class Broken(Rule):
         name, remedy = "broken", ""
 
         def check(self, line):
-            return Found(1 / 0)
+            return verdict()
 
     class Always(Rule):
         name, remedy, quiet = "always", "", 1

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -80,6 +80,9 @@ def read_documents(unit: Unit, text_field: str) -> Iterator[tuple[SourceFile, Do
         with naming(piece.file.path):
             reader = FORMATS[piece.file.format].documents
             for document in reader(piece.file.path, piece.start, piece.stop, text_field):
+                if isinstance(document, bytes | Mapping) or not isinstance(document, str | Iterable):
+                    reads = f"its reader {reader.__name__} yields a {type(document).__name__}"
+                    raise ValueError(f"{reads}: yield each document as a str, or as an iterable of strs")
                 yield piece.file, document
 
 
