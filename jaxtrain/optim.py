@@ -54,10 +54,10 @@ def decay_mask(params: optax.Params, *, stacked: tuple[str, ...] | None = None) 
     `bq`, `b_qkv` or `q_b` beside a `w`, `wq`, `W_qkv` or `q_w` of more dimensions, and a `b` under `bias`; and every
     parameter of a norm (a key such as `LayerNorm_0`, `norm1`, `ln_f`, `norm_mlp`, `bn1`, but not `norm_proj`).
 
-    A subtree `layers` or `blocks` is a stack if a named vector other than a bias has two dimensions there, none has
-    only one, and all leaves share the size of axis 0 (or of axis 1). Without such a vector, a leaf of two dimensions
-    that may be either is a ValueError, if all leaves share their leading size. A list of layers (`layers/0/...`) is
-    never a stack.
+    A subtree `layers` or `blocks` is a stack if a named vector other than a bias has two dimensions there, a matrix has
+    three, no named vector has only one, and all leaves share the size of axis 0 (or of axis 1). Without such evidence,
+    a leaf of two dimensions that may be either is a ValueError, if all leaves share their leading size. A list of
+    layers (`layers/0/...`) is never a stack.
 
     Args:
       params: a tree of arrays or of `jax.ShapeDtypeStruct`.

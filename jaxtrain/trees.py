@@ -219,7 +219,9 @@ def _proven_axis(stack: tuple[str, ...], members: list[tuple[str, ...]], shapes:
     sizes = [{shapes[names][axis] if axis < len(shapes[names]) else None for names in members} for axis in (0, 1)]
     shared = [axis for axis, found in enumerate(sizes) if len(found) == 1 and None not in found]
     proofs = [names for names in vectors if names[-1] != "b" and not _is_bias(names, shapes)]
-    if any(num_dims(shapes[names], None) >= 2 for names in proofs):
+    layered = any(len(shapes[names]) > 2 for names in members if names not in vectors)
+    proven = layered or len(vectors) == len(members)  # else a leaf named as a matrix would be a vector
+    if proven and any(num_dims(shapes[names], None) >= 2 for names in proofs):
         return shared[0] if shared else None
     if 0 not in shared:
         return None

@@ -232,6 +232,7 @@ UNPROVEN = {
     "matrices": {"blocks": {"wq": (8, 8), "wk": (8, 8)}},
     "a bias per head": {"layers": {"w": (8, 8, 4), "bias": (8, 4), "v": (8, 8)}},
     "biases per head": {"layers": {"wq": (8, 8, 4), "bq": (8, 4), "q_bias": (8, 4), "v": (8, 8)}},
+    "a scale per head": {"blocks": {"wq": (8, 8), "wk": (8, 8), "q_norm": {"scale": (8, 8)}}},
     "deeper": {"model": {"layers": {"mlp": {"w": (2, 3, 3)}, "gate": (2, 3)}}},
     "one leaf": {"layers": {"w": (4, 4)}},
 }
