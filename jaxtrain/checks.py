@@ -1,10 +1,12 @@
 """Checks of arguments; each error names the argument, what is allowed and the value."""
 
+import inspect
 import operator
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 LARGEST_COUNT = 2**31 - 2  # counts are int32 on the device, and one more must fit
 
@@ -58,3 +60,16 @@ def check_transformation(name: str, value: Any) -> Any:
     if not all(callable(getattr(value, method, None)) for method in ("init", "update")):
         raise TypeError(f"{name} must be an optax transformation, such as clipped_adamw(1e-3), got {value!r}")
     return value
+
+
+def with_extra_args(transformation: Any) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation ignore extra arguments that its `update` does not name, as `optax.contrib.sam` must."""
+    update = optax.with_extra_args_support(transformation).update
+    named = inspect.signature(update).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values()):
+        return optax.GradientTransformationExtraArgs(transformation.init, update)
+
+    def update_with_named(updates, state, params=None, **extra):
+        return update(updates, state, params, **{name: extra[name] for name in extra.keys() & named.keys()})
+
+    return optax.GradientTransformationExtraArgs(transformation.init, update_with_named)

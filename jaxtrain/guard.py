@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.checks import check_count, check_number, check_transformation
+from jaxtrain.checks import check_count, check_number, check_transformation, with_extra_args
 from jaxtrain.trees import as_float32, float32_if_array, global_norm, squared, state_fields
 
 # Reasons for a skip: `GuardState.skip_reason`.
@@ -99,7 +99,7 @@ def skip_bad_steps(
     check_count("max_consecutive", max_consecutive, 1)
     check_number("max_share", max_share, "(0, 1]")
     limits = float32_if_array(sigmas), float32_if_array(clip_norm), max_consecutive, max_share
-    guard = _Guard(optax.with_extra_args_support(inner), window, *limits, check_updates)
+    guard = _Guard(with_extra_args(inner), window, *limits, check_updates)
     return optax.GradientTransformationExtraArgs(guard.init, guard.update)
 
 

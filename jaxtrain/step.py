@@ -35,7 +35,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import trees
-from jaxtrain.checks import check_count, check_transformation
+from jaxtrain.checks import check_count, check_transformation, with_extra_args
 from jaxtrain.gradients import (
     AxisName,
     Batch,
@@ -151,7 +151,7 @@ def make_train_step(
     whole = wrap(functools.partial(accumulate_gradients, one, accumulate=accumulate, axis_name=axis_name))
     keys = functools.partial(micro_batch_keys, seed, accumulate=accumulate) if takes_key(loss_fn) else None
     options = accumulate, axis_name, policy, loss_scaling, micro_batch_terms, diagnose
-    parts = _Parts(wrap(one), whole, keys, optax.with_extra_args_support(optimizer), *options)
+    parts = _Parts(wrap(one), whole, keys, with_extra_args(optimizer), *options)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return _run_step(parts, state, batch)
@@ -303,12 +303,13 @@ def _applied_updates(new: Any, old: Any, updates: Any) -> Any:
 def _metrics(sums: LossSums, grads: Any, updates: Any, params: Any, opt_state: optax.OptState) -> Metrics:
     """Returns the metrics of every step; see `make_train_step`."""
 
-    def read(name: str) -> Metrics:
+    def read(name: str, combine: Callable = lambda first, second: first) -> Metrics:
         found = list(trees.state_fields(opt_state, name, params).values())
-        return {name: jnp.asarray(found[0], jnp.float32)} if found else {}
+        return {name: jnp.asarray(functools.reduce(combine, found), jnp.float32)} if found else {}
 
-    skipped = {"skipped": jnp.float32(0)} | read("skipped")
-    clip_factor = read("clip_factor")
+    # A chain may hold several guards or clips: one for each group of parameters, or one inside another.
+    skipped = {"skipped": jnp.float32(0)} | read("skipped", jnp.maximum)
+    clip_factor = read("clip_factor", jnp.minimum)
     return {
         "loss": sums.mean(),
         "nll": sums.mean_nll(),
@@ -320,8 +321,8 @@ def _metrics(sums: LossSums, grads: Any, updates: Any, params: Any, opt_state: o
         **read("learning_rate"),
         "tokens": sums.weight,
         **skipped,
-        **read("skip_reason"),
-        **read("give_up"),
+        **read("skip_reason", jnp.maximum),
+        **read("give_up", jnp.maximum),
     }
 
 

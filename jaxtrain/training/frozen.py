@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.checks import with_extra_args
 from jaxtrain.fields import nearest
 from jaxtrain.models.masters import WithMasters
 from jaxtrain.trees import Absent, leaf_paths
@@ -43,7 +44,7 @@ def freeze_updates(
     optimizer: optax.GradientTransformation, patterns: Sequence[str]
 ) -> optax.GradientTransformationExtraArgs:
     """Restricts an optimizer to the other parameters: it holds no state for the frozen ones, and clips without them."""
-    inner = optax.with_extra_args_support(optimizer)
+    inner = with_extra_args(optimizer)
 
     def trained(tree: Any) -> Any:
         mask = frozen_mask(tree, patterns)

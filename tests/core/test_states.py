@@ -32,6 +32,7 @@ MAKERS = {
     "guard": lambda: skip_bad_steps(clipped_adamw(SCHEDULE), clip_norm=1.0),
     "guard without sigmas": lambda: skip_bad_steps(clipped_adamw(SCHEDULE, clip=zclip()), sigmas=None),
     "guard of optax": lambda: skip_bad_steps(optax.sgd(0.1, momentum=0.9)),
+    "guard of a guard": lambda: skip_bad_steps(skip_bad_steps(clipped_adamw(SCHEDULE))),
     "injected": lambda: optax.inject_hyperparams(clipped_adamw)(0.1),
 }
 
@@ -247,12 +248,13 @@ def test_debug_nans_passes_on_a_healthy_step():
         make_train_step(square_loss, plain)(TrainState.create(make_params(), plain), jnp.ones(2))
 
 
-@pytest.mark.parametrize("make", ["reduce_on_plateau", "polyak_sgd", "momo"])
+@pytest.mark.parametrize("make", ["reduce_on_plateau", "polyak_sgd", "momo", "sam"])
 def test_optimizers_that_take_the_loss_by_optaxs_name(make):
     factories = {
         "reduce_on_plateau": lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
         "polyak_sgd": lambda: optax.polyak_sgd(max_learning_rate=0.1),
         "momo": lambda: optax.contrib.momo(learning_rate=0.1),
+        "sam": lambda: optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.01)),  # takes no extra argument but its own
     }
     for optimizer in (factories[make](), skip_bad_steps(factories[make]())):
         state = TrainState.create(make_params(), optimizer)
@@ -261,6 +263,17 @@ def test_optimizers_that_take_the_loss_by_optaxs_name(make):
             state, metrics = step(state, jnp.ones(2))
             losses.append(float(metrics["loss"]))
         assert losses[-1] < losses[0]
+
+
+def test_a_skip_by_one_of_several_guards_is_a_skip():
+    """A guard for each group of parameters, and one inside another, whose state the outer one takes back."""
+    sick, params = skip_bad_steps(optax.sgd(0.1)), make_params()
+    healthy = optax.GradientTransformation(sick.init, lambda grads, state, params: sick.update(params, state, params))
+    groups = optax.partition({"w": healthy, "b": sick}, {"w": "w", "b": "b"})
+    for optimizer in (skip_bad_steps(sick), groups, optax.partition({"w": sick, "b": healthy}, {"w": "w", "b": "b"})):
+        step = make_train_step(square_loss, optimizer)
+        metrics = step(TrainState.create(params, optimizer), jnp.full(2, jnp.nan))[1]
+        assert (metrics["skipped"], metrics["skip_reason"]) == (1, NOT_FINITE)
 
 
 def test_the_guard_watches_value_as_it_does_loss():
