@@ -224,6 +224,29 @@ def test_a_config_imports_its_neighbours_and_leaves_none_behind(tmp_path):
         assert not {"base_of_ours", "parts", "parts.longer"} & set(sys.modules)
 
 
+def test_a_config_in_a_package_imports_its_relatives(tmp_path, monkeypatch):
+    """A library of a virtual environment in the same folder stays imported."""
+    (tmp_path / "ours" / "runs").mkdir(parents=True)
+    (tmp_path / ".venv").mkdir()
+    for name in ("ours/__init__.py", "ours/runs/__init__.py", ".venv/library_there.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "ours" / "base.py").write_text(
+        "import library_there\nfrom jaxtrain.config import Config, DataConfig\n"
+        "def config():\n    return Config(data=DataConfig(sources=('python-stdlib',)))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / ".venv")
+    before, path = set(sys.modules), list(sys.path)
+    for line in ("from ..base import config", "from ours.base import config"):
+        (tmp_path / "ours" / "runs" / "run.py").write_text(f"{line}\n")
+        assert load_config(tmp_path / "ours" / "runs" / "run.py")
+        assert set(sys.modules) - before == {"library_there"}
+        assert sys.path == path
+    (tmp_path / "ours" / "runs" / "run.py").write_text("\nfrom ..nothing import config\n")
+    with pytest.raises(ValueError, match=r"run\.py line 2: ModuleNotFoundError"):
+        load_config(tmp_path / "ours" / "runs" / "run.py")
+    del sys.modules["library_there"]
+
+
 def test_a_config_that_fails_leaves_the_path_as_it_was(tmp_path):
     path = list(sys.path)
     (tmp_path / "run.py").write_text("import no_such_neighbour\n")

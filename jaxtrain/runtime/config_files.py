@@ -45,8 +45,8 @@ def load_config(path: str | Path) -> Config:
     if path.suffix != ".py":
         raise ValueError(f"config {path} must end in .py or .json")
     try:
-        with _neighbours_importable(path):
-            function = runpy.run_path(str(path)).get("config")
+        with _neighbours_importable(path) as module:
+            function = (runpy.run_module(module) if module else runpy.run_path(str(path))).get("config")
             if not callable(function):
                 raise ValueError("there is no function config() that returns a Config")
             result = function()
@@ -82,27 +82,37 @@ def load_run_config(run_dir: str | Path) -> Config:
 
 
 @contextlib.contextmanager
-def _neighbours_importable(path: Path) -> Iterator[None]:
-    """Puts the folder of a config on `sys.path`, and afterwards forgets the modules that were imported from there."""
-    folder = path.resolve().parent
-    before = set(sys.modules)
+def _neighbours_importable(path: Path) -> Iterator[str]:
+    """Puts the folder of a config, and that of its package, on `sys.path`; yields its name in the package, or "".
+
+    A file in a folder with `__init__.py` is in a package. Afterwards the modules that were imported from these folders
+    are forgotten, but not those of a virtual environment there.
+    """
+    file = path.resolve()
+    root, module = file.parent, ""
+    while "." not in file.stem and (root / "__init__.py").is_file():
+        module, root = f"{root.name}.{module or file.stem}", root.parent
+    before, inside = set(sys.modules), [entry for entry in map(Path, sys.path) if root in entry.resolve().parents]
     importlib.invalidate_caches()
-    sys.path.insert(0, str(folder))
+    added = list(dict.fromkeys(map(str, (file.parent, root))))
+    sys.path[:0] = added
     try:
-        yield
+        yield module
     finally:
-        sys.path.remove(str(folder))
+        for entry in added:
+            sys.path.remove(entry)
         for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and folder in Path(file).resolve().parents:
+            parents = Path(getattr(sys.modules[name], "__file__", None) or "/").resolve().parents
+            if root in parents and not any(entry.resolve() in parents for entry in inside):
                 del sys.modules[name]
 
 
 def _line_in(path: Path, error: BaseException) -> str:
     """Returns ` line N`, the last line of the file that led to an error; empty if none did."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    files = {str(path), str(path.resolve())}
+    if isinstance(error, SyntaxError) and error.filename in files:
         return f" line {error.lineno}"
-    numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
     return f" line {numbers[-1]}" if numbers else ""
 
 
