@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str], debug: bool) -> int:
     name, rest = (words[0] if words else "--help"), words[1:]
-    if name in _HELP or name == "help":
+    if name in {*_HELP, "help"} and rest[:1] and rest[0] in COMMANDS:  # help of a command
+        name, rest = rest[0], [*rest[1:], "--help"]
+    if name in {*_HELP, "help"}:
         lines = [f"  {name:12}{(command.run.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
         echo("\n".join(["usage: jaxtrain COMMAND ...", "", *lines, "", *_FLAGS]))
         return 0
@@ -53,7 +55,7 @@ def _run(words: list[str], debug: bool) -> int:
         echo(f"jaxtrain {__version__}")
         return 0
     if name not in COMMANDS:
-        raise ValueError(f"unknown command {name!r}: {suggest(name, list(COMMANDS))}")
+        raise ValueError(f"unknown command {name!r}: {suggest(name, [*COMMANDS, '--version', '--help'])}")
     command = COMMANDS[name]
     if _HELP & set(rest):
         echo(show_help(command, rest))

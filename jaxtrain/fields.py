@@ -187,7 +187,7 @@ _SYNONYMS = {
     "train.accumulate": "gradient_accumulation_steps grad_accum grad_accum_steps accumulation_steps micro_batches",
     "train.precision": "dtype bf16 fp16 fp32 amp mixed_precision",
     "train.log_every": "log_interval logging_steps",
-    "train.eval_every": "eval_interval eval_steps evaluate_every",
+    "train.eval_every": "eval eval_interval eval_steps evaluate_every",
     "train.eval_batches": "eval_iters",
     "model.num_layers": "layers n_layer n_layers depth num_hidden_layers",
     "model.num_heads": "heads n_head n_heads num_attention_heads",
@@ -197,15 +197,31 @@ _SYNONYMS = {
     "model.experts_per_token": "num_experts_per_tok top_k_experts moe_topk",
     "checkpoint.every": "save_every save_steps save_interval checkpoint_every",
     "data.sources": "data dataset source text train_data",
-    "run_dir": "output_dir out_dir out save_dir resume workdir",
+    "mesh.data": "dp ddp data_parallel",
+    "mesh.fsdp": "zero zero3 shard",
+    "mesh.tensor": "tp tensor_parallel model_parallel",
+    "run_dir": "output_dir output out_dir out save_dir resume workdir",
+    "devices": "gpus num_gpus chips num_devices",
+    "png": "out output plot",
+    # values
+    "wsd": "trapezoid trapezoidal",
+    "sgdr": "restarts",
+    "float32": "fp32 f32",
+    "bfloat16": "bf16",
+    "float16": "fp16 f16 half",
+    "validation": "val dev",
+    # commands
+    "train": "fit finetune",
+    "generate": "sample complete",
+    "prepare": "tokenize preprocess",
 }
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that a mistyped one most likely stands for; None if there is none.
 
-    A name also stands for a dotted one of the same last part (`steps`, train.steps), and for a synonym (`lr`,
-    optim.peak_lr).
+    A name also stands for a dotted one of the same last part (`steps`, train.steps), for a synonym (`lr`,
+    optim.peak_lr), and for the only known name that it begins (`allow`, allow_change).
     """
     lasts: dict[str, str] = {}
     for path in known:
@@ -213,12 +229,20 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         lasts.setdefault(path.split(".")[-1], path)
     name = name.lower().replace("-", "_")
     last = name.split(".")[-1]
-    for path, synonyms in _SYNONYMS.items():
-        for target in (path, path.split(".")[-1]):
-            if last in synonyms.split() and target in lasts:
-                return lasts[target]
-    near = difflib.get_close_matches(name, lasts, n=1) or difflib.get_close_matches(last, lasts, n=1)
-    return lasts[near[0]] if near else None
+    synonyms: dict[str, str] = {}
+    for path, words in _SYNONYMS.items():
+        if target := lasts.get(path) or lasts.get(path.split(".")[-1]):
+            synonyms |= dict.fromkeys(words.split(), target)
+    if last in synonyms:
+        return synonyms[last]
+    begun = {path for word, path in lasts.items() if len(name) > 2 and word.startswith(name)}
+    if len(begun) == 1:
+        return begun.pop()
+    spellings = synonyms | lasts
+    for word, among, cutoff in ((name, lasts, 0.85), (last, spellings, 0.6), (name, lasts, 0.6)):
+        if near := difflib.get_close_matches(word, among, n=1, cutoff=cutoff):
+            return spellings[near[0]]
+    return None
 
 
 def suggest(name: str, known: Sequence[str], prefix: str = "") -> str:

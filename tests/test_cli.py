@@ -122,6 +122,7 @@ FLAGS = [
     (["--data.no-verify"], "data.verify", False),
     (["--data.no-verify", "--data.verify"], "data.verify", True),
     (["--data.verify=false"], "data.verify", False),
+    (["--data.verify", "False", "--seed", "2"], "data.verify", False),
     (["--data.skip", "3:4", "7:9", "--seed", "2"], "data.skip", ("3:4", "7:9")),
     (["--data.skip", "none"], "data.skip", ()),
     (["--mesh.data", "-1"], "mesh.data", -1),
@@ -170,8 +171,11 @@ def test_help_of_every_command(name, columns, monkeypatch, capsys):
 def test_help_with_a_config_shows_its_values(config_file, capsys):
     assert main(["train", config_file, "--help"]) == 0
     assert "sequences per optimizer step, over all devices" in " ".join(capsys.readouterr().out.split())
-    assert main(["train", config_file, "-h"]) == 0
-    assert "(default: 12)" in capsys.readouterr().out
+    for words in (["train", config_file, "-h"], ["help", "train", config_file], ["--help", "train", config_file]):
+        assert main(words) == 0
+        assert "(default: 12)" in capsys.readouterr().out
+    assert main(["train", "nowhere.py", "--help"]) == 0
+    assert "(default: 1000)" in capsys.readouterr().out
 
 
 def test_overview_and_version(capsys):
@@ -215,6 +219,16 @@ MISTAKES = [
     (["train", "CONFIG", "--train.eval-every", "0"], "train.eval_every must be above 0, got 0"),
     (["train", "CONFIG", "--optim.b2", "nan"], "b2 must be in [0, 1), got nan"),
     (["train", "CONFIG", "--optim.schedule", "cosin"], "did you mean cosine?"),
+    (["train", "CONFIG", "--optim.schedule", "trapezoid"], "did you mean wsd?"),
+    (["train", "CONFIG", "--train.precision", "fp32"], "did you mean float32?"),
+    (["train", "CONFIG", "train.steps=3"], "unexpected argument 'train.steps=3'; did you mean --train.steps?"),
+    (["train", "CONFIG", "\u2014train.steps", "3"], "did you mean --train.steps?"),
+    (["train", "CONFIG", "--no-data.verify"], "did you mean --data.no-verify?"),
+    (["plan", "CONFIG", "--chip", "h1000"], "did you mean h100?"),
+    (["plan", "CONFIG", "--topology", "h1000:8"], "as h100:8"),
+    (["schedule", "CONFIG", "--out", "x.png"], "did you mean --png?"),
+    (["sample", "RUN"], "unknown command 'sample': did you mean generate?"),
+    (["--verison"], "did you mean --version?"),
     (["train", "CONFIG", "--model.scan-unroll", "al"], "'al' is none of auto, all; did you mean all?"),
     (["train", "CONFIG", "--model.norm", "rmsnrm"], "did you mean rmsnorm?"),
     (["train", "CONFIG", "--data.store", "/nowhere"], "no token store at /nowhere"),
@@ -225,6 +239,7 @@ MISTAKES = [
     (["eval", "nowhere"], "nowhere is no run directory"),
     (["eval", "RUN", "--step", "7"], "no checkpoint of step 7"),
     (["eval", "RUN", "--split", "validtion"], "did you mean validation?"),
+    (["eval", "RUN", "--split", "val"], "did you mean validation?"),
     (["generate", "RUN", "--top-p", "2"], "--top-p must be in (0, 1], got 2.0"),
     (["generate", "RUN", "--num-tokens", "0"], "--num-tokens must be above 0, got 0"),
     (["generate", "RUN", "--promt", "x"], "unknown flag --promt: did you mean --prompt?"),
@@ -241,6 +256,8 @@ NAMES = [
     *(("beta2", "optim.b2"), ("grad-clip", "optim.clip-norm"), ("warmup", "optim.warmup-steps")),
     *(("n-layer", "model.num-layers"), ("dtype", "train.precision"), ("out-dir", "run-dir"), ("resume", "run-dir")),
     *(("block-size", "train.seq-len"), ("save-every", "checkpoint.every"), ("optim.peek-lr", "optim.peak-lr")),
+    *(("optim.lrr", "optim.peak-lr"), ("mesh.tp", "mesh.tensor")),
+    *(("eval", "train.eval-every"), ("allow", "allow-change")),
     *(("zzz", None), ("rundir", "run-dir"), ("sigmas", "guard.sigmas"), ("min-lr", "optim.floor")),
 ]
 MISTAKES += [

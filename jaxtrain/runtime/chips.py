@@ -4,6 +4,8 @@ import math
 import re
 from typing import NamedTuple
 
+from jaxtrain.fields import check_choice, nearest
+
 # Dense (no 2:4 sparsity) bfloat16 FLOP/s of one jax device, by `device_kind`. NVIDIA: data sheets and architecture
 # white papers of A100, H100, H200, GH200 and B200; figures with sparsity are halved. TPU: figures per chip in the Cloud
 # TPU documentation of v4, v5e, v5p and v6e, where a jax device is a whole chip. Names are compared in full, because a
@@ -71,10 +73,8 @@ CHIPS = {
 
 
 def find_chip(name: str) -> Chip:
-    """Returns the chip of a name. Raises a ValueError that lists the known chips."""
-    if name not in CHIPS:
-        raise ValueError(f"unknown chip {name!r}: choose one of {', '.join(CHIPS)}")
-    return CHIPS[name]
+    """Returns the chip of a name. Raises a ValueError that lists the known chips and suggests one."""
+    return CHIPS[check_choice(name, CHIPS, "unknown chip")]
 
 
 def parse_topology(topology: str) -> tuple[Chip, int]:
@@ -83,12 +83,13 @@ def parse_topology(topology: str) -> tuple[Chip, int]:
     Returns the chip and the number of chips. Raises a ValueError for another form, chip, or number of dimensions.
     """
     name, _, shape = topology.partition(":")
-    chip, example = CHIPS.get(name), "v5p:2x2x2 or h100:8"
-    if chip:
-        dims, count = chip.slice_dims, shape.count("x") + 1
-        if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) and (count == dims if dims else count <= 2):
-            return chip, math.prod(map(int, shape.split("x")))
-        example = f"{name}:{'x'.join(['4'] * dims) or '8'}"
+    near, example = nearest(name, CHIPS), "v5p:2x2x2 or h100:8"
+    if near:
+        dims, count = CHIPS[near].slice_dims, shape.count("x") + 1
+        fits = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) and (count == dims if dims else count <= 2)
+        if fits and name == near:
+            return CHIPS[near], math.prod(map(int, shape.split("x")))
+        example = f"{near}:{'x'.join(['4'] * dims) or '8'}"
     known = f"with a chip of {', '.join(CHIPS)}; of GPUs their number, or hosts x GPUs"
     raise ValueError(f"unknown topology {topology!r}: give CHIP:SHAPE, as {example}, {known}")
 

@@ -1,5 +1,6 @@
 """The text of `jaxtrain COMMAND --help`."""
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -16,8 +17,11 @@ _COLUMN = 36  # characters before the text of a flag
 
 
 def show_help(command: Command, words: Sequence[str]) -> str:
-    """Returns the help of a command; a config among its words gives the defaults."""
-    config = load_config(words[0]) if command.options.positional == "config" and words and words[0][:1] != "-" else None
+    """Returns the help of a command; a config that is its first word gives the defaults, unless it cannot be read."""
+    config = None
+    if command.options.positional == "config" and words and words[0][:1] != "-":
+        with contextlib.suppress(ValueError):
+            config = load_config(words[0])
     width = min(shutil.get_terminal_size().columns, 120)
     positional = command.options.positional
     lines = [f"usage: {usage(command)}", ""]

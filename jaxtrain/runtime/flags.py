@@ -72,7 +72,7 @@ def parse(command: Command, words: Sequence[str]) -> Any:
     else:
         rest = _read_positional(command, rest, given)
     if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}; `jaxtrain {command.name} --help` lists the flags")
+        raise ValueError(_unexpected(rest[0], [flag.name for flag in flags.values()], command))
     for flag in flags.values():
         if flag.default is MISSING and flag.path not in given:
             raise ValueError(f"{flag.name} {metavar(flag.hint)} is missing: {flag.help}")
@@ -121,7 +121,7 @@ def _read(flags: dict[str, Flag], words: list[str], command: Command) -> tuple[d
             given[negations[name].path] = False
         elif flag is None:
             raise ValueError(_unknown(word.partition("=")[0], [*spellings, *negations], command))
-        elif kind_of(flag.hint) is bool and not equals:
+        elif kind_of(flag.hint) is bool and not equals and "".join(words[:1]).lower() not in ("true", "false"):
             given[flag.path] = True
         else:
             texts = [text] if equals else _take(words, many=kind_of(flag.hint) is tuple)
@@ -138,8 +138,15 @@ def _take(words: list[str], *, many: bool) -> list[str]:
     return taken
 
 
+def _unexpected(word: str, known: list[str], command: Command) -> str:
+    """Returns the error for a word that belongs to no flag, such as `train.steps=3` or a flag after a long dash."""
+    flag = "--" + word.partition("=")[0].lstrip("-\u2013\u2014").replace("_", "-")
+    hint = f"did you mean {flag}?" if flag in known else f"`jaxtrain {command.name} --help` lists the flags"
+    return f"unexpected argument {word!r}; {hint}"
+
+
 def _unknown(name: str, known: list[str], command: Command) -> str:
-    path = name.lstrip("-").replace("-", "_")
+    path = re.sub(r"^no_(\w+\.)", r"\1no_", name.lstrip("-").replace("-", "_"))
     paths = {spelling.removeprefix("--").replace("-", "_"): spelling for spelling in [*known, "--help"]}
     if path.startswith("model.") and not any(known_path.startswith("model.") for known_path in paths):
         return f"unknown flag {name}: only the fields of a frozen dataclass can be set, and this config's model is none"

@@ -189,7 +189,7 @@ def test_unknown_topologies_are_one_line_with_the_known_ones(topology, capsys):
         (["--topology", "v5p:2x2x2", "--mesh.fsdp", "1", "--mesh.tensor", "3"], "cannot be made of 8 devices"),
         (["--topology", "v5p:2x2x2", "--train.batch-size", "12"], "train.batch_size 12 is not divisible"),
         (["--topology", "v5p:2x2x2", "--devices", "8"], "leave out --devices and --chip"),
-        (["--devices", "8", "--chip", "v7"], "unknown chip 'v7'"),
+        (["--devices", "8", "--chip", "v7"], "unknown chip: 'v7'"),
         (["--max-batch"], "give a --topology"),
         (["--mfu", "40"], "--mfu must be in (0, 1]"),
         (["--price", "-1"], "--price must be"),
