@@ -75,7 +75,16 @@ def differentiate(
         return functools.reduce(jnp.multiply, loss_factor, sums.total()), (sums, aux)
 
     (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)
-    return sums, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    return sums, jax.tree.map(lambda g: g.astype(jnp.float32), _store(grads))
+
+
+def _store(grads: Any) -> Any:
+    """Returns the gradients; a GPU stores each as one array before anything reads it.
+
+    XLA would stack the gradients of unrolled layers within each operation of the optimizer and of the norms: with 24
+    layers, at a fifth of the memory's speed on an H200.
+    """
+    return jax.lax.platform_dependent(grads, cuda=jax.lax.optimization_barrier, default=lambda grads: grads)
 
 
 def accumulate_gradients(

@@ -56,24 +56,37 @@ def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+class Statistics(NamedTuple):
+    """Float32 statistics of logits `[..., V]`; sums are those of this device's columns."""
+
+    shift: jax.Array  # largest logit, `[...]`
+    shifted: jax.Array  # logits - shift, `[..., V]`
+    total: jax.Array  # sum of exp(shifted), `[...]`
+    at_label: jax.Array  # logit of the label, `[...]`; 0 where the label is not among these columns
+
+
 def sum_terms(
-    logits: jax.Array, labels: jax.Array, weights: jax.Array, terms: Terms
+    logits: jax.Array, labels: jax.Array, weights: jax.Array, terms: Terms, *, differentiable: bool = True
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Returns the sums of nll, z-loss and smoothing of float32 logits `[..., V]`, and lse `[...]`."""
+    """Returns the sums of nll, z-loss and smoothing of float32 logits `[..., V]`, and lse `[...]`.
+
+    `differentiable` False is for sums whose gradient is written by hand: a GPU then reads the logits once.
+    """
     classes, is_class = _classes(logits, terms)
     if is_class is not None:
         logits = jnp.where(is_class, logits, -jnp.inf)
-    shift = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-    if terms.vocab_axis:
-        shift = jax.lax.pmax(shift, terms.vocab_axis)
-    shifted = logits - shift[..., None]
+    two, one = (functools.partial(form, axis=terms.vocab_axis) for form in (_two_passes, _one_pass))
+    if differentiable:
+        found = two(logits, labels, classes)
+    else:
+        found = jax.lax.platform_dependent(logits, labels, classes, cuda=one, default=two)
 
     def over_parts(sums):
         return jax.lax.psum(sums, terms.vocab_axis) if terms.vocab_axis else sums
 
-    log_sum = jnp.log(over_parts(jnp.sum(jnp.exp(shifted), axis=-1)))
-    nll = log_sum - (over_parts(_at_label(logits, labels, classes)) - shift)
-    lse = shift + log_sum
+    log_sum = jnp.log(over_parts(found.total))
+    nll = log_sum - (over_parts(found.at_label) - found.shift)
+    lse = found.shift + log_sum
 
     def weighted_sum(x):
         return jnp.sum(jnp.where(weights == 0, 0.0, weights * x))
@@ -82,10 +95,51 @@ def sum_terms(
     z_loss = weighted_sum(terms.z_loss * jnp.square(lse)) if terms.z_loss else zero
     smoothing = zero
     if terms.label_smoothing:
-        counted = shifted if is_class is None else jnp.where(is_class, shifted, 0.0)
+        counted = found.shifted if is_class is None else jnp.where(is_class, found.shifted, 0.0)
         cross = log_sum - over_parts(jnp.sum(counted, axis=-1)) / terms.num_classes
         smoothing = weighted_sum(terms.label_smoothing * (cross - nll))
     return (weighted_sum(nll), z_loss, smoothing), lse
+
+
+def _two_passes(logits: jax.Array, labels: jax.Array, classes: jax.Array, axis: str | None) -> Statistics:
+    shift = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    shift = jax.lax.pmax(shift, axis) if axis else shift
+    shifted = logits - shift[..., None]
+    return Statistics(shift, shifted, jnp.sum(jnp.exp(shifted), axis=-1), _at_label(logits, labels, classes))
+
+
+def _one_pass(logits: jax.Array, labels: jax.Array, classes: jax.Array, axis: str | None) -> Statistics:
+    largest, total = _reduce_once(logits)
+    shift = jax.lax.pmax(largest, axis) if axis else largest
+    at_label = _gather(logits, labels, classes)
+    return Statistics(shift, logits - shift[..., None], total * jnp.exp(largest - shift), at_label)
+
+
+@jax.custom_jvp
+def _reduce_once(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest logit and the sum of exp(logits - largest), `[...]` each; -inf counts as the least float.
+
+    One reduction (arXiv:1805.02867, algorithm 3): partial sums are rescaled when a larger logit turns up. The head of
+    GPT-2 then takes 0.9 of the time on an H200, as XLA reads the logits once for each reduction.
+    """
+
+    def combine(a, b):
+        (largest_a, total_a), (largest_b, total_b) = a, b
+        factor = jnp.exp(-jnp.abs(largest_a - largest_b))
+        total = jnp.where(largest_a >= largest_b, total_a + factor * total_b, factor * total_a + total_b)
+        return jnp.maximum(largest_a, largest_b), total
+
+    least = jnp.finfo(jnp.float32).min  # not -inf: the distance of two would be NaN
+    operands = jnp.maximum(logits, least), jnp.ones_like(logits)
+    return tuple(jax.lax.reduce(operands, (jnp.float32(least), jnp.float32(0)), combine, (logits.ndim - 1,)))
+
+
+@_reduce_once.defjvp
+def _reduce_once_jvp(primals, tangents):
+    (logits,), (change,) = primals, tangents
+    largest, total = _reduce_once(logits)
+    slope = jnp.sum(jnp.exp(logits - largest[..., None]) * change, axis=-1)
+    return (largest, total), (jnp.zeros_like(largest), slope)
 
 
 @jax.custom_jvp
@@ -96,12 +150,13 @@ def _at_label(logits: jax.Array, labels: jax.Array, classes: jax.Array) -> jax.A
     and the operand of the other sum: twice the memory of the head (scripts/bench_loss.py). There it is a gather.
     """
 
-    def gather(logits, labels, classes):
-        columns = labels - classes[..., 0]
-        picked = jnp.take_along_axis(logits, columns[..., None], axis=-1, mode="clip")[..., 0]
-        return jnp.where((columns >= 0) & (columns < logits.shape[-1]), picked, 0.0)
+    return jax.lax.platform_dependent(logits, labels, classes, cpu=_gather, default=_compare_and_sum)
 
-    return jax.lax.platform_dependent(logits, labels, classes, cpu=gather, default=_compare_and_sum)
+
+def _gather(logits: jax.Array, labels: jax.Array, classes: jax.Array) -> jax.Array:
+    columns = labels - classes[..., 0]
+    picked = jnp.take_along_axis(logits, columns[..., None], axis=-1, mode="clip")[..., 0]
+    return jnp.where((columns >= 0) & (columns < logits.shape[-1]), picked, 0.0)
 
 
 def _compare_and_sum(values: jax.Array, labels: jax.Array, classes: jax.Array) -> jax.Array:
@@ -180,7 +235,9 @@ def linear_sums(chunks: Chunks, kernel: jax.Array, terms: Terms) -> jax.Array:
 
     def body(sums, chunk):
         _, logits_CV = _chunk_logits(chunk, kernel)
-        more, _ = sum_terms(softcap(logits_CV, terms.logit_softcap), chunk.labels, chunk.weights, terms)
+        more, _ = sum_terms(
+            softcap(logits_CV, terms.logit_softcap), chunk.labels, chunk.weights, terms, differentiable=False
+        )
         return jax.tree.map(jnp.add, sums, more), None
 
     kernel = terms.gather(kernel)
@@ -222,7 +279,7 @@ def _sums_and_gradients(chunks: Chunks, kernel: jax.Array, terms: Terms, scales)
         sums, kernel_gradient_DV = carry
         hidden_CD, logits_CV = _chunk_logits(chunk, kernel)
         capped_CV = softcap(logits_CV, terms.logit_softcap)
-        more, lse_C = sum_terms(capped_CV, chunk.labels, chunk.weights, terms)
+        more, lse_C = sum_terms(capped_CV, chunk.labels, chunk.weights, terms, differentiable=False)
         gradient_CV = _logit_gradient(logits_CV, lse_C, chunk, scales, terms).astype(kernel.dtype)
         hidden_gradient_CD = jnp.matmul(gradient_CV, kernel.T, preferred_element_type=jnp.float32)
         if not in_blocks:

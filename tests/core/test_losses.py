@@ -1,6 +1,7 @@
 """Cross-entropy against float64 numpy: every combination of terms, extreme logits and narrow dtypes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 from losses_reference import TOKENS, VOCAB, assert_close, dense_nll, logsumexp, oracle, parts, softmax
 
+from jaxtrain.loss_head import _one_pass, _two_passes
 from jaxtrain.losses import cross_entropy, linear_cross_entropy
 
 TERMS = [
@@ -90,6 +92,35 @@ def test_dense_has_forward_mode_and_second_derivatives(example):
     p = np.exp(np.float64(logits[0])) / np.exp(np.float64(logits[0])).sum()
     hessian = jax.jit(jax.hessian(lambda x: cross_entropy(x[None], labels[:1]).nll))(logits[0])
     assert_close(hessian, np.diag(p) - np.outer(p, p))
+
+
+def test_one_pass_over_the_logits_equals_two():
+    """Rows of small and large numbers, of equal ones, of one that dominates, and with masked columns at either end."""
+    normal = np.random.default_rng(0).normal(size=(4, 1000)).astype(np.float32)
+    rows = [normal[0], 300 * normal[1], np.full(1000, -7.0), np.arange(1000) - 1e30 * (np.arange(1000) != 400)]
+    rows += [np.where(np.arange(1000) < 500, -np.inf, normal[2]), np.where(np.arange(1000) < 500, normal[3], -np.inf)]
+    logits, labels = jnp.asarray(np.stack(rows), jnp.float32), jnp.array([0, 999, 3, 400, 700, 20])
+    classes = jnp.broadcast_to(jnp.arange(1000), logits.shape)
+
+    changes = jnp.broadcast_to(normal[0], logits.shape)
+
+    def run(form):
+        def terms(logits):
+            found = form(logits, labels, classes, None)
+            return found.shift + jnp.log(found.total), found.at_label
+
+        return jax.jit(lambda: (jax.jvp(terms, (logits,), (changes,)), form(logits, labels, classes, None).shift))()
+
+    for actual, expected in zip(*(jax.tree.leaves(run(form)) for form in (_one_pass, _two_passes)), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("platform", "reductions"), [("cpu", 2), ("cuda", 1), ("tpu", 3)])
+def test_a_gpu_reads_the_logits_of_the_head_once(example, platform, reductions):
+    """Elsewhere once for the maximum and once for the sum; a TPU also sums the selected logits."""
+    traced = jax.jit(lambda *a: linear_cross_entropy(*a, chunk_size=TOKENS).nll).trace(*example[:3])
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert len(re.findall(rf"stablehlo.reduce\(.*tensor<{TOKENS}x{VOCAB}xf32>", text)) == reductions
 
 
 def test_uniform_logits_cost_log_vocab():

@@ -276,3 +276,21 @@ def test_pmap_traces_once():
     for _ in range(3):
         state, _ = jax.block_until_ready(step(state, batch))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 0), ("cuda", 1)])
+def test_a_gpu_stores_the_gradients_before_the_optimizer_reads_them(platform, barriers):
+    optimizer = adamw(0.1)
+    step = jax.jit(make_train_step(lm_loss, optimizer))
+    state = TrainState.create(lm_params(), optimizer)
+    text = step.trace(state, lm_batch()).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("optimization_barrier") == barriers
+
+
+def test_a_step_without_parameters_runs():
+    optimizer = optax.sgd(0.1)
+    state = TrainState.create({}, optimizer)
+    state, metrics = jax.jit(make_train_step(lambda _, batch: sums_of(jnp.sum(batch["x"])), optimizer))(
+        state, {"x": jnp.ones(2)}
+    )
+    assert metrics["grad_norm"] == 0

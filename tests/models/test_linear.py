@@ -1,5 +1,6 @@
 """The linear layer against x @ kernel + bias in float64, for both forms of its gradient."""
 
+import re
 from functools import partial
 
 import jax
@@ -107,3 +108,11 @@ def test_the_kernels_are_concatenated_except_on_tpus(platform, products):
     x, parts = parts_of(True)
     text = jax.jit(partial(project_heads, width=2)).trace(x, parts).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("dot_general") == products
+
+
+@pytest.mark.parametrize(("platform", "stored"), [("cpu", 0), ("cuda", 1)])
+def test_a_gpu_concatenates_the_gradient_of_the_heads_once(platform, stored):
+    x, parts = parts_of(True)
+    loss = lambda x, parts: sum(jnp.sum(jnp.sin(y)) for y in project_heads(x, parts, 2))  # noqa: E731
+    text = jax.jit(jax.grad(loss, (0, 1))).trace(x, parts).lower(lowering_platforms=(platform,)).as_text()
+    assert len(re.findall(r"optimization_barrier .*tensor<2x5x16xf32>", text)) == stored

@@ -96,3 +96,10 @@ def test_far_out_gelu_is_flat_or_straight():
     output, slope = with_gradients(gelu, [x], jnp.ones(4))
     np.testing.assert_array_equal(output, [0.0, 0.0, 50.0, 1e4])
     np.testing.assert_array_equal(slope, [0.0, 0.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 1), ("cuda", 2)])
+def test_a_gpu_stores_the_gradient_of_gelu_in_its_own_dtype(platform, barriers):
+    """For the sum over the tokens too, which XLA would form from a float32 copy; one barrier is the recomputation's."""
+    traced = jax.jit(jax.grad(lambda x: jnp.sum(gelu(x).astype(jnp.float32)))).trace(jnp.ones(4, jnp.bfloat16))
+    assert traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier") == barriers

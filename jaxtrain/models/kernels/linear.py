@@ -91,7 +91,7 @@ def _separate(x_BTI: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]],
 def _concatenated(x_BTI: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]], width: int) -> list[jax.Array]:
     kernels, biases = zip(*parts, strict=True)
     bias = None if biases[0] is None else jnp.concatenate(biases, axis=-1)
-    y_BTO = linear(x_BTI, (jnp.concatenate(kernels, axis=-1), bias))
+    y_BTO = _store_gradient(linear(x_BTI, (jnp.concatenate(kernels, axis=-1), bias)))
     split = jnp.split(y_BTO, np.cumsum([kernel.shape[-1] for kernel in kernels[:-1]]), axis=-1)
     return [y.reshape(*y.shape[:-1], -1, width) for y in split]
 
@@ -102,6 +102,20 @@ def _merge(x_BTHK: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 def _merge_flat(x_BTHK: jax.Array, kernel_IO: jax.Array) -> jax.Array:
     return linear(x_BTHK.reshape(*x_BTHK.shape[:2], -1), (kernel_IO, None))
+
+
+@jax.custom_vjp
+def _store_gradient(y: jax.Array) -> jax.Array:
+    """Returns y. Its gradient is stored once for all that reads it: a GPU would concatenate once for each."""
+    return y
+
+
+_store_gradient.defvjp(
+    lambda y: (y, None),
+    lambda _, gradient: (
+        jax.lax.platform_dependent(gradient, cuda=jax.lax.optimization_barrier, default=lambda gradient: gradient),
+    ),
+)
 
 
 @jax.custom_vjp
