@@ -111,7 +111,7 @@ class OptimConfig(Section, section="optim"):
     # adaptive: clips each unit of a matrix to clip_norm times the norm of its weights (0.01 is usual)
     clipping: Clipping = "global_norm"
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of Adam's first moment
-    # paths of parameters that stay as they are: "embedding", "layers/attention/*", or "!head" for all but the head
+    # paths of parameters that are not trained: "embedding", "layers/attention/*", or "!head" for all but the head
     frozen: tuple[Annotated[str, "PATTERN"], ...] = ()
 
 

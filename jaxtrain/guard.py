@@ -59,7 +59,7 @@ def skip_bad_steps(
     values, once half of the window is filled. With `clip_norm`, a gradient-norm spike must also exceed SPIKE_FACTOR
     times that threshold: clipping bounds the effect of smaller ones.
 
-    A bad update leaves the inner state as it was, except for a `learning_rate`, which tells the place in the schedule.
+    A bad update leaves the inner state as it was, except for a `learning_rate`, which follows the schedule.
     The updates become -0.0, which adds to any number without changing its bits. With `step=`, a skip does not delay the
     schedule of `clipped_adamw`.
 
@@ -115,7 +115,7 @@ class _Guard(NamedTuple):
     check_updates: bool
 
     def init(self, params: optax.Params) -> GuardState:
-        # Each leaf is a buffer of its own: a donated state may not hold one twice.
+        # Each leaf is a separate buffer: a donated state may not hold one twice.
         zeros = lambda dtype, *shape: jnp.zeros(shape, dtype)  # noqa: E731
         return GuardState(
             inner=self.inner.init(params),

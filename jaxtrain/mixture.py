@@ -20,7 +20,7 @@ _EXAMPLE = "write such as 'web:0.7 code:0.3 until 0.8, then web:0.2 code:0.8'"
 
 
 class Stage(NamedTuple):
-    """Stage of a mixture as written: shares and passes of its sources, and its end (None: that of the run)."""
+    """Stage of a mixture as written: shares and passes of its sources, and its end (None: the end of the run)."""
 
     shares: dict[str, Fraction]
     passes: dict[str, Fraction]
@@ -92,7 +92,7 @@ def parse_stores(stores: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which source gives each sequence: a pure function of its number, exact at every length.
+    """Assignment of sequences to sources: a pure function of their number, exact at every length.
 
     Sequences count from 0 over the whole run, `batch_size` to a batch. After any number of sequences of a stage, a
     source has given its share of them to within 1 for each source listed before it, and 1 for itself.

@@ -209,7 +209,7 @@ def make_eval_step(
     """Makes `eval_step(params, batch) -> LossSums`.
 
     Add the sums over a whole data set, then divide once. A `loss_fn` that takes a key receives None: evaluation has no
-    dropout. Auxiliary sums are dropped. The arguments are those of `make_train_step`.
+    dropout. Auxiliary sums are dropped. See `make_train_step` for the arguments.
     """
 
     def eval_step(params: Any, batch: Batch) -> LossSums:

@@ -176,7 +176,7 @@ def test_values_at_their_bounds_are_allowed():
         ({"optim": OptimConfig(schedule="sgdr", cycles=10, warmup_steps=100)}, "longer than optim.warmup_steps 100"),
     ],
 )
-def test_values_that_do_not_go_together(fields, message):
+def test_incompatible_values(fields, message):
     with pytest.raises(ValueError, match=message):
         Config(data=DATA, **fields)
 
@@ -316,7 +316,7 @@ class Custom:
         raise NotImplementedError
 
 
-def test_a_model_of_ones_own_is_compared_and_stored_by_name_and_fields():
+def test_a_custom_model_is_compared_and_stored_by_name_and_fields():
     config = Config(data=DATA, model=Custom(width=16))
     text = to_json(config)
     assert json.loads(text)["model"] == {"custom": "Custom", "fields": {"width": 16, "rate": 0.5}}

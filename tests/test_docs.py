@@ -65,7 +65,7 @@ def test_every_block_has_a_language_that_a_test_checks():
     assert {block["language"] for block in BLOCKS} <= {"python", "bash", "sh", "text"}
 
 
-def test_commands_that_need_more_than_a_test_name_what_exists(capsys):
+def test_sh_blocks_name_existing_files_extras_and_commands(capsys):
     """Checks the files, extras and commands in `sh` blocks, which need a network, an accelerator or minutes."""
     cli.main(["--help"])
     commands = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)

@@ -230,7 +230,10 @@ class CheckpointFolder:
             found: Any = read_json(file) if file.is_file() else None
             return {int(step): float(nll) for step, nll in found.items()}
         except (AttributeError, TypeError, ValueError, OverflowError):
-            warn(file, "this is not a record of validation losses, and is ignored: checkpoint.keep_best starts anew")
+            warn(
+                file,
+                "this is no record of validation losses, and is ignored: checkpoint.keep_best counts from now on",
+            )
             return {}
 
     def _delete(self, path: Path, warn: Callable[[Path, object], None]) -> None:

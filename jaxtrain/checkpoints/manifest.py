@@ -15,7 +15,7 @@ from typing import Any
 from jaxtrain.runtime.files import checksum, read_json, sha256_file, sync_folder, write_sealed_json
 from jaxtrain.runtime.remote import MANIFEST, checkpoint_fetcher
 
-FINGERPRINT = "record/metadata"  # JSON; the name is that of Orbax's JSON handler, which wrote earlier checkpoints
+FINGERPRINT = "record/metadata"  # JSON, at the path where Orbax's JSON handler wrote it in earlier checkpoints
 _WRITTEN_BY = re.compile(r"ocdbt\.process_(\d+)/")
 _FORMAT, _VERSION = "jaxtrain-checkpoint", 1
 _NUM_THREADS = 8  # hashing releases the interpreter lock, and reading waits for the disk
@@ -119,7 +119,7 @@ def verify(
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the manifest of a checkpoint and verifies its own checksum and form.
+    """Reads the manifest of a checkpoint and verifies its checksum and form.
 
     Raises:
       Damaged: the manifest is missing or differs from what was written.
@@ -160,7 +160,7 @@ def _is_fingerprint(values: Any) -> bool:
 
 
 def _has_form(manifest: dict[str, Any]) -> bool:
-    """Returns True if the manifest has every entry that is read: anybody can make a valid checksum."""
+    """Returns True if the manifest has every entry that is read; a valid checksum proves no form."""
     form: dict[str, dict[str, type]] = {"leaves": {"shape": list, "dtype": str}, "files": {"bytes": int, "sha256": str}}
     return isinstance(manifest.get("step"), int) and all(
         isinstance(manifest.get(part), dict)

@@ -102,7 +102,7 @@ class Mirror:
     Args:
       url: the run directory.
       folder: the working folder.
-      lease: held lease of the URL.
+      lease: acquired lease of the URL.
     """
 
     def __init__(self, url: str, folder: Path, lease: Lease):
@@ -187,7 +187,7 @@ class Mirror:
         return [int(name) for name in names if name.isdigit()]
 
     def _records(self) -> list[str]:
-        """Returns the names of all files but those of checkpoints; the manifest of a token store comes last."""
+        """Returns the names of all files outside checkpoints; the manifest of a token store comes last."""
         names = [path.relative_to(self._folder) for path in self._folder.rglob("*") if path.is_file()]
         names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
         names = [name for name in names if name.parts[0] != "checkpoints" or name.parts[1:] == ("scores.json",)]
@@ -195,7 +195,7 @@ class Mirror:
         return [name.as_posix() for name in sorted(names, key=lambda name: (name.name == MANIFEST, name))]
 
     def _put(self, name: str) -> None:
-        """Uploads a file unless it was uploaded as it is."""
+        """Uploads a file unless its present contents are uploaded."""
         path = self._folder / name
         try:
             status = path.stat()

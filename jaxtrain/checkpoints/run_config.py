@@ -17,7 +17,7 @@ from jaxtrain.runtime.terminal import echo
 def lost_config(folder: Path) -> tuple[dict[str, Any], int] | None:
     """Returns the config in the newest whole checkpoint and its step, if config.json is missing or no valid config.
 
-    Returns None too if the checkpoint's config is not valid either, such as that of a later version.
+    Returns None too if the config in the checkpoint is not valid, as after a run of a later version.
     """
     if _is_valid(read_json(folder / "config.json")):
         return None
@@ -34,24 +34,24 @@ def _is_valid(values: Any) -> bool:
 
 
 def read_config(folder: Path, model: Any = None) -> Config:
-    """Reads the config of a run; a lost or torn config.json is replaced by that of a checkpoint. Writes nothing.
+    """Reads the config of a run; a lost or torn config.json is replaced by the config in a checkpoint. Writes nothing.
 
-    `model` is that of the config file, for a run whose config file defines its own.
+    `model` is the model of the config file, for a run whose config file defines one.
 
     Raises:
       ValueError: no run in the folder, a config that is not valid, or another model.
     """
     if lost := lost_config(folder):
         values, step = lost
-        echo(f"{folder / 'config.json'} is lost: reading that of the checkpoint of step {step}", file=sys.stderr)
+        echo(f"{folder / 'config.json'} is lost: reading the config in the checkpoint of step {step}", file=sys.stderr)
         config = from_json(json.dumps(values))
     else:
         config = load_run_config(folder)
     if isinstance(config.model, SavedModel) and model is None:
-        raise ValueError(f"{folder} has a model of its own, {config.model.custom}: give --config CONFIG.py, or `model`")
+        raise ValueError(f"{folder} has the custom model {config.model.custom}: give --config CONFIG.py, or `model`")
     # The sizes of the built-in transformer are in config.json; the config file then serves for its schedule.
     if model is not None and not (isinstance(model, ModelConfig) and isinstance(config.model, ModelConfig)):
         saved, config = config, dataclasses.replace(config, model=model)
         if changed := differences(saved, config):
-            raise ValueError(f"{folder} has another model than that of --config\n  " + "\n  ".join(changed))
+            raise ValueError(f"{folder} has another model than the file of --config\n  " + "\n  ".join(changed))
     return config

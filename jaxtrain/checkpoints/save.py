@@ -28,7 +28,7 @@ from jaxtrain.runtime.files import sync_folder, write_json
 from jaxtrain.runtime.stop import abandon
 from jaxtrain.step import TrainState
 
-# Stages of a save, in order: a crash at each leaves something else on the disk.
+# Stages of a save, in order: a crash at each leaves another state on the disk.
 STAGES = ("begin", "arrays", "unsealed", "sealed", "committed", "deleting")
 
 
@@ -128,7 +128,7 @@ class Saver:
             return False
         if bad := not_finite({"params": state.params, "opt_state": state.opt_state}):
             last = self._folder.latest_step()
-            newest = "there is no checkpoint" if last is None else f"the newest checkpoint is that of step {last}"
+            newest = "there is no checkpoint" if last is None else f"the newest checkpoint has step {last}"
             raise NotFinite(f"the state of step {step} is not finite and is not saved: {bad}; {newest}")
         rest = state.replace(params=None)
         leaves = describe(state.params, "params") | describe(rest, "rest")
@@ -146,7 +146,7 @@ class Saver:
                 probe.mkdir()
                 probe.rmdir()
             self._writer.save(self._folder.partial(step), args=args)
-        except Exception as error:  # TensorStore has exceptions of its own for a full disk
+        except Exception as error:  # a full disk raises one of TensorStore's exceptions
             self._clear(step)
             self._failed(error)
             return False
@@ -294,7 +294,7 @@ class Saver:
             time.sleep(0.01)
 
     def _sweep(self) -> bool:
-        """Deletes what failed saves have left; returns True if anything was there.
+        """Deletes the leftovers of failed saves; returns True if there were any.
 
         In place of a run directory that was moved or deleted, Orbax makes directories, which are deleted if empty.
         """

@@ -33,7 +33,7 @@ def find(source: str, run_dir: Path) -> tuple[Path, int | None]:
 
 
 def check(source: str, run_dir: Path, like: chex.ArrayTree) -> None:
-    """Verifies the checkpoint that `read` would read, and that it fits; arguments and errors are those of `read`."""
+    """Verifies the checkpoint that `read` would read, and that it fits. Arguments and errors: see `read`."""
     path, step = find(source, run_dir)
     with _naming_lora(source):
         choose(CheckpointFolder(path / "checkpoints"), {"params": like}, step)

@@ -55,7 +55,7 @@ class DecompressOptions(RunOptions):
 
 
 def run_decompress(options: DecompressOptions) -> int:
-    """Gives back the original of a compressed file, with the model that compressed it."""
+    """Restores the original of a compressed file, with the model that compressed it."""
     from jaxtrain.inference.compress import decompress
     from jaxtrain.inference.jxz import unpack
 

@@ -30,7 +30,7 @@ class PrepareOptions(Section):
     num_workers: Positive[int] | None = None  # processes; none starts one per core
     no_lock: bool = False  # take no lock, for a file system that has none
     completions: bool = False  # records hold a prompt and its completion, or chat messages; train on completions alone
-    chat_template: Folder | None = None  # folder with a chat template, if that of the tokenizer has none
+    chat_template: Folder | None = None  # folder with a chat template, if the tokenizer has none
 
     def __post_init__(self):
         super().__post_init__()

@@ -19,7 +19,7 @@ class GenerateOptions(RunOptions):
     # file with a prompt, or a JSON object with "prompt" or "messages", on each line; - reads standard input
     prompts: Annotated[str, LocalPath("FILE")] | None = None
     num_tokens: Positive[int] = 256  # tokens to add
-    batch_size: Positive[int] = 8  # prompts that run together
+    batch_size: Positive[int] = 8  # prompts per batch
     temperature: NotNegative[float] = 0.8  # divides the logits; 0 takes the likeliest token
     top_k: Positive[int] | None = None  # draws among the k likeliest tokens; none draws among all
     # draws among the likeliest tokens that hold this share of the probability

@@ -23,7 +23,7 @@ class _Descriptor:
 class FileArray:
     """One-dimensional array in a file. A slice of it is a numpy array that is read then; threads may share it.
 
-    The file is not memory-mapped: where a map reads behind the end of a file that was cut short, or from a disk that
+    The file is not memory-mapped: where a map reads past the end of a file that was cut short, or from a disk that
     fails, the kernel ends the process (SIGBUS). Here it is an OSError that names the file.
     """
 

@@ -44,7 +44,7 @@ class Batches(Protocol):
 
 
 class Windows(NamedTuple):
-    """Windows of a range of a split's tokens: seq_len tokens apart, each with the token that follows it."""
+    """Windows of seq_len tokens that cover a range of a split, each with the token that follows it."""
 
     start: int  # first token
     num_tokens: int
@@ -52,7 +52,7 @@ class Windows(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Number of windows, those of one epoch."""
+        """Number of windows in one epoch."""
         return max((self.num_tokens - 1) // self.seq_len, 0)
 
     def pieces(self, window: int) -> list[Piece]:

@@ -20,7 +20,7 @@ class PackedWindows:
 
     @property
     def count(self) -> int:
-        """Number of rows, those of one epoch."""
+        """Number of rows in one epoch."""
         return len(self.ends)
 
     @property

@@ -35,7 +35,7 @@ def file_version(url: str) -> Version:
 def _version(system: Any, path: str) -> Version:
     found = system.info(path)
     if found.get("size") is None:
-        raise OSError("its size is not told")
+        raise OSError("the server does not state its size")
     return found["size"], f"{system.ukey(path)} {found.get('ETag', '')}".strip()  # ukey alone is the name over HTTP
 
 

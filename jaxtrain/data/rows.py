@@ -43,7 +43,7 @@ class RowReader:
         """Returns the batch of some rows.
 
         Args:
-          rows: the pieces of each row, together at most `seq_len` tokens.
+          rows: the pieces of each row, at most `seq_len` tokens in all.
 
         Returns:
           `inputs` and `labels` int32 `[B, T]`, 0 in padding; `where` bool `[B, T]`, True for the labels that count;

@@ -59,7 +59,7 @@ class Split:
 
     @cached_property
     def document_starts(self) -> np.ndarray | None:
-        """First token of each document, int64 `[num_documents]`; None if a token file does not tell."""
+        """First token of each document, int64 `[num_documents]`; None if a token file does not mark them."""
         return None if self.documents is None else self.documents[:]
 
     @cached_property
@@ -101,7 +101,7 @@ class TokenStore:
 
     path: Path
     vocab_size: int
-    eot_id: int | None  # None if a token file does not tell
+    eot_id: int | None  # None if it is not known, as in token files without a description
     fingerprint: str  # SHA-256 (hex) of the tokens, their dtype and the tokenizer
     train: Split
     validation: Split
@@ -160,7 +160,7 @@ def open_store(
         files = found[0], [each for file in validation for each in _token_files(_local_path(file, verify))]
         return _open_token_files(path, files[0], files[1] or found[1], verify, vocab_size, validation_fraction)
     if validation:
-        raise ValueError(f"{path} has a validation split of its own: leave out data.validation")
+        raise ValueError(f"{path} has a validation split: leave out data.validation")
     return _open_prepared(path, verify)
 
 
@@ -198,7 +198,7 @@ def _open_token_files(
         )
     eot_ids = {file.eot_id: file.path for file in files if file.eot_id is not None}
     if len(eot_ids) > 1:
-        raise ValueError(f"{' and '.join(map(str, eot_ids.values()))} differ in the end-of-text token: keep them apart")
+        raise ValueError(f"{' and '.join(map(str, eot_ids.values()))} differ in the end-of-text token: use one of them")
     splits = []
     for part in (train, validation):
         positions = [file.scan(vocab_size) if verify else None for file in part]

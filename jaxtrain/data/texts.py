@@ -34,7 +34,7 @@ def open_split(source: str, split: str, tokenizer: Tokenizer) -> Split:
 
 
 def tokenize(documents: Iterable[str | Iterable[str]], tokenizer: Tokenizer, name: str = "the text") -> Split:
-    """Tokenizes documents, each behind the end-of-text token, so that every token of their text is a label.
+    """Tokenizes documents, each after an end-of-text token, so that every token of their text is a label.
 
     Returns:
       A split whose `num_bytes` are the UTF-8 bytes of the documents. Empty documents are left out.

@@ -97,7 +97,7 @@ def find_token_files(path: Path) -> tuple[list[Path], list[Path]] | None:
         their names.
 
     Raises:
-      ValueError: a folder of another tool, or a file whose name does not tell its split.
+      ValueError: a folder of another tool, or a file whose name does not name its split.
     """
     if path.is_file() and path.suffix in SUFFIXES:
         return [path], []
@@ -210,7 +210,7 @@ def _read_megatron(index: Path) -> TokenFile:
         raise ValueError(f"{index} is an index of Megatron's older `cached` kind: convert the dataset to `mmap`")
     if bytes(data[: len(_MEGATRON_MAGIC)]) != _MEGATRON_MAGIC:
         raise ValueError(f"{index} is not an index of Megatron-LM: its first bytes are not MMIDIDX")
-    torn = ValueError(f"{index} is torn: its size is not that of its contents; replace the file")
+    torn = ValueError(f"{index} is torn: its size differs from the size of its contents; replace the file")
     position = len(_MEGATRON_MAGIC)
 
     def take(dtype: str, count: int) -> np.ndarray:

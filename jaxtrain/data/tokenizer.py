@@ -272,7 +272,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
       vocab_size: tokens, with the 256 bytes and `<|endoftext|>` among them.
 
     Raises:
-      ValueError: fewer than 257 tokens asked for, or the texts have too few repeated pairs for that many.
+      ValueError: fewer than 257 tokens are requested, or the texts have too few repeated pairs for that many.
     """
     if vocab_size < MIN_BPE_VOCAB:
         raise ValueError(f"a BPE vocabulary of {vocab_size} is below {MIN_BPE_VOCAB}: 256 bytes and {END_OF_TEXT}")

@@ -16,7 +16,7 @@ class WordEncoder:
     """Encodes texts as a tokenizer of the library does, which encodes each new word."""
 
     def __init__(self, library: Any):
-        """Wraps a `tokenizers.Tokenizer`; a ValueError if its words are not those of GPT-2."""
+        """Wraps a `tokenizers.Tokenizer`; a ValueError if it does not split words as GPT-2 does."""
         layout = json.loads(library.to_str())
         before, model = layout["pre_tokenizer"] or {}, layout["model"]
         plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before["add_prefix_space"]

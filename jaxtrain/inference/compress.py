@@ -2,7 +2,7 @@
 
 The original is cut into streams, which are coded side by side as the rows of one batch. Encoder and decoder call the
 same compiled step, one token a row, and turn its probabilities into integers in the same way (`constriction`'s
-fixed-point tables), so that both see the same numbers to the bit. The context begins anew after `window` tokens, as the
+fixed-point tables), so that both see the same numbers to the bit. The context is cleared after `window` tokens, as the
 windows of `jaxtrain eval` do: a file takes as many bits as its loss says.
 
 Shape suffixes: R streams, V vocabulary.
@@ -88,7 +88,7 @@ def compress(
 ) -> bytes:
     """Compresses bytes.
 
-    A part that the model makes larger, or that the tokenizer cannot give back, is stored as it is.
+    A part that the model makes larger, or that the tokenizer cannot reproduce, is stored uncompressed.
 
     Args:
       num_streams: parts that are coded side by side: more are faster and take some 15 bytes each. None takes up to 64,
@@ -142,7 +142,7 @@ def decompress(
     progress: Progress | None = None,
     make_step: Callable[..., Any] = StepModel,
 ) -> bytes:
-    """Returns the original of a .jxz file; the arguments are those of `compress`.
+    """Returns the original of a .jxz file; takes the arguments of `compress`.
 
     Raises:
       ValueError: no .jxz file, a damaged one, or one of another model, tokenizer, software or kind of device.
@@ -217,7 +217,7 @@ def _decode(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
 
 
 def _check_same(header: Header, trained: TrainedModel) -> None:
-    """Raises a ValueError if the model, the tokenizer, the software or the device is not that of the encoder."""
+    """Raises a ValueError if the model, the tokenizer, the software or the device differs from the encoder's."""
     if header.parameters != _digest(trained.params):
         raise ValueError(
             f"compressed with other parameters ({header.parameters[:8]}...) than {trained!r} has: give the run and "

@@ -49,8 +49,8 @@ def complete(
 
     Args:
       model, params, tokenizer: the model; one device per process computes.
-      prompts: texts, which follow the end-of-text token, or token ids, which are taken as they are.
-      num_tokens, batch_size: tokens to add to each prompt; prompts that run together.
+      prompts: texts, which follow the end-of-text token, or token ids, which are used unchanged.
+      num_tokens, batch_size: tokens to add to each prompt; prompts per batch.
       seed, sampling, timing: see `decode.generate`.
       stop: strings that end a completion, also where they span tokens.
       stop_ids: ids that end a completion. None takes the end-of-text token; () never stops at a token.

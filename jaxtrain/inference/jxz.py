@@ -25,7 +25,7 @@ class Stream:
     """Coded part of the original."""
 
     num_bytes: int  # bytes of the original
-    num_tokens: int  # coded tokens; 0 if the bytes are stored as they are
+    num_tokens: int  # coded tokens; 0 if the bytes are stored uncompressed
     first: int  # token that the first one follows
     size: int  # bytes in the file
 
@@ -36,7 +36,7 @@ class Header:
 
     num_bytes: int  # bytes of the original
     crc: int  # CRC-32 of the original
-    window: int  # tokens after which the context begins anew
+    window: int  # tokens after which the context is cleared
     # parameters, tokenizer: SHA-256 (hex, 32 digits) of the model's parameters and of the tokenizer
     parameters: str
     tokenizer: str

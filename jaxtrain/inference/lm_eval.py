@@ -50,7 +50,7 @@ class Harness:
     Args:
       pretrained: a run directory or its URL, a folder of transformers, or a loaded model.
       step: checkpoint of a run, see `jaxtrain.load`.
-      batch_size: requests that run together; "auto" takes 8.
+      batch_size: requests per batch; "auto" takes 8.
       max_gen_toks: tokens to generate for a request that does not say.
       add_bos_token: puts the end-of-text token before every context. None does so for a run, whose documents begin
         with it, and not for a folder of transformers, as the harness' own "hf".

@@ -118,7 +118,7 @@ class TrainedModel:
           prompt: beginning of a document; several run in batches.
           num_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed: see `jaxtrain generate --help`.
           stop: strings that end a text; they are left out of it.
-          batch_size: prompts that run together.
+          batch_size: prompts per batch.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         prompts = [self.encode_prompt(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
@@ -156,9 +156,9 @@ def load(
       run_dir: directory of a run that has a checkpoint, or a folder that `save_pretrained` of transformers wrote; or
         a URL of one.
       step: step of the checkpoint, or "best" for the lowest validation loss in metrics.jsonl; None takes the newest.
-      model: the model of a run whose config file defined its own.
+      model: the model of a run whose config file defined one.
       average: number of checkpoints, the newest up to `step`, whose parameters are averaged (arXiv:1706.03762, 6.1).
-      store: token store with the tokenizer, for a run directory that has no copy of it; None takes that of the config.
+      store: token store with the tokenizer, for a run directory that has no copy; None takes the store in the config.
 
     Raises:
       ValueError: no run, no such checkpoint, or a damaged one.

@@ -129,7 +129,7 @@ class Attention(nn.Module):
         return jax.lax.cond(context.is_global, attend_to, within, *arrays)
 
     def _norm(self, name: str, x_BTHK: jax.Array) -> jax.Array:
-        """Applies RMSNorm to each head, or to the channels of all heads together."""
+        """Applies RMSNorm to each head, or to the channels of all heads at once."""
         norm = Norm(self.config, rms=True, num_shards=self.parallel.tensor, name=name)
         if self.config.qk_norm != "projection":
             return norm(x_BTHK)

@@ -67,7 +67,7 @@ def sample(key: jax.Array, logits_BV: jax.Array, sampling: Sampling) -> jax.Arra
     if sampling.top_p < 1:
         ordered = jnp.sort(scaled, axis=-1, descending=True)
         probability = jax.nn.softmax(ordered, axis=-1)
-        # Keeps a token while the likelier tokens hold less than top_p, so that the likeliest is always kept.
+        # Keeps a token while the likelier tokens sum to less than top_p; the likeliest token always stays.
         before = jnp.cumsum(probability, axis=-1) - probability
         least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         scaled = jnp.where(scaled < least, -jnp.inf, scaled)
@@ -226,7 +226,7 @@ def _start(
 
 
 def _timed(program: Any, *arguments: Any) -> tuple[Any, float]:
-    """Runs a jitted function; returns its result and its seconds, without those of compilation."""
+    """Runs a jitted function; returns its result and its seconds without compilation."""
     program.lower(*arguments).compile()  # JAX reuses the result in the call
     begin = time.perf_counter()
     result = jax.block_until_ready(program(*arguments))

@@ -65,7 +65,7 @@ def _activate(c: ModelConfig, project: Callable[[str], jax.Array]) -> jax.Array:
 
 
 class RouterSums(NamedTuple):
-    """Weighted sums over tokens of the decisions of a router, or `[L, ...]` of those of all layers; float32."""
+    """Weighted sums over tokens of a router's decisions, float32; `[L, ...]` for all layers."""
 
     load_E: jax.Array  # choices of each expert
     probability_E: jax.Array  # probability of each expert

@@ -75,7 +75,7 @@ def with_base(params: Any, base: Any) -> Any:
 
 
 def merge_lora(params: Any, model: Any) -> Any:
-    """Returns the parameters of `without_lora(model)` with the same function; those of other models unchanged."""
+    """Returns the parameters of `without_lora(model)` with the same function; parameters of other models unchanged."""
     if not uses_lora(model):
         return params
     leaves, merged = flatten_dict(params), flatten_dict(without_lora(params))

@@ -1,4 +1,4 @@
-"""The model protocol, which is all that training needs of a model, and the built-in transformer behind it.
+"""The model protocol: the interface between a model and the training loop, and the built-in transformer.
 
 A model of your own is any object with `init` and `loss`, as `Config.model` of your config file: see CONTRIBUTING.md.
 """
@@ -30,8 +30,8 @@ class Model(Protocol):
     - `axes(params)`: a tree like `params` of tuples, the logical axis of each dimension or None; see
       `runtime.mesh.LOGICAL_AXES`. Without it every parameter is replicated.
     - `flops_per_token(seq_len)`: FLOPs to train on one token. Without it no FLOP utilization is shown.
-    - `vocab_size`: number of token ids. It must not be below that of the data.
-    - `decode(params, tokens, cache, num_cached)`, together with `max_seq_len`: see `TransformerModel.decode`. Without
+    - `vocab_size`: number of token ids. It must not be below the vocabulary size of the data.
+    - `decode(params, tokens, cache, num_cached)`, with `max_seq_len`: see `TransformerModel.decode`. Without
       it the model generates no text. The cache is None, with `num_cached` 0, or as `decode` returned it; `num_cached`
       is a scalar.
     - `init_cache(params, batch_size, length)`: allocates a cache. With it, `num_cached` is None or `[B]`.

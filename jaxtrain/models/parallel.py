@@ -121,7 +121,7 @@ barrier_gradients.defvjp(lambda *arrays: (arrays, None), lambda _, gradients: ja
 
 @jax.custom_vjp
 def free_early(x, weights):
-    """Identity. On TPUs the backward pass goes on only when the gradients of x and of the weights are complete.
+    """Identity. On TPUs the backward pass waits until the gradients of x and of the weights are complete.
 
     For a linear layer: the compiler would postpone the gradient of the weights, and store x for it until then.
     """

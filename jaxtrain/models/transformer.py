@@ -90,7 +90,7 @@ class Transformer(nn.Module):
             rows = self.param("positions", nn.initializers.normal(INIT_STD), (c.max_seq_len, c.d_model))
             with jax.named_scope("embed"):
                 x_BTD += take_rows(rows, positions_BT)
-        if self.is_initializing():  # only parameters are asked for
+        if self.is_initializing():  # only the parameters are needed
             self.param("layers", functools.partial(_init_layers, c))
         else:
             params, masters = (self.get_variable(kind, "layers") for kind in ("params", "masters"))

@@ -13,7 +13,7 @@ POINTS = 3000  # of a curve; more lines than these become pairs of a minimum and
 _SHARES = 120  # points of the share of clipped steps
 _BINS = 48  # of the histogram
 _SAMPLES, _LAYERS = 240, 160  # cells of a heat map
-# Scalars that are no curve: positions, counts that have a chart of their own, and parts of nll.
+# Scalars without a curve: positions, counts that another chart shows, and parts of nll.
 _NO_CURVE = {"step", "steps", "attempt", "tokens_seen", "step_seconds", "skipped", "skip_reason", "give_up", "clipped"}
 _NO_CURVE |= {"tokens", "clip_factor"}
 HEAT_MAPS = ("layer_grad_norm", "layer_update_ratio")

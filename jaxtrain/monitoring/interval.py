@@ -22,9 +22,9 @@ def summarize(steps: Sequence[Values]) -> Values:
 
     Returns:
       `steps`, how many there are; `clipped` and `skipped`, how many of them were; `grad_norm_max`, NaN if one is NaN.
-      `learning_rate`, `param_norm`, `loss_scale`, `skip_reason` and `give_up` are those of the last step. Every other
+      `learning_rate`, `param_norm`, `loss_scale`, `skip_reason` and `give_up` come from the last step. Every other
       metric is the mean, weighted by `tokens` if it is one per token. A skipped step counts in the means only if all
-      were skipped. Of one step, all values are as they were.
+      were skipped. A line of one step has its values unchanged.
     """
     last, count = steps[-1], len(steps)
     accepted = [values for values in steps if values.get("skipped") != 1]

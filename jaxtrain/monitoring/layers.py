@@ -1,6 +1,6 @@
 """Diagnostics of each layer, computed inside the train step.
 
-Every step computes them and some steps log them: the sums fuse with those of the norms, while a branch for the logged
+Every step computes them and some steps log them: they fuse with the sums of the norms, while a branch for the logged
 steps would keep all its operands in memory (Llama 2 7B on TPU: 1.4 to 4 GB per chip).
 """
 

@@ -60,8 +60,8 @@ def pack(metrics: Mapping[str, jax.Array]) -> PackedMetrics:
 class JsonLines:
     """Sink that appends steps and events to a JSON-lines file, and flushes each line.
 
-    A crash leaves at most one torn last line. Opening the file again ends that line, so that the next object starts on
-    a line of its own. Lines that cannot be written (a full disk) wait and are retried, with a message on standard
+    A crash leaves at most one torn last line. Opening the file again ends that line, so that the next object starts a
+    new line. Lines that cannot be written (a full disk) wait and are retried, with a message on standard
     error; `close` raises an OSError if any are left. Values are strings, numbers, arrays (NumPy or JAX; a vector
     becomes a list), None, and lists and dicts of these. A float32 is written with the digits that restore it exactly;
     NaN and infinities become the strings "NaN", "Infinity" and "-Infinity".
@@ -128,7 +128,7 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
       - `step` (1 is the first) and `attempt`, the number of times that the run was started;
       - the metrics of `make_train_step`, such as `loss`, `nll`, `grad_norm`, `clip_factor`, `learning_rate` and
         `tokens`, as `interval.summarize` takes them from the `steps` steps that the line covers (absent: 1), and its
-        `clipped`, `skipped` and `grad_norm_max`; every `train.diagnose_every`-th step also has those of
+        `clipped`, `skipped` and `grad_norm_max`; every `train.diagnose_every`-th step also has the metrics of
         `layer_diagnostics`;
       - `tokens_seen` since the start, `tokens_seen/NAME` from each source of a mixture, `padding_share` if packed,
         `tokens_per_second` and `step_seconds` since the last logged step, and `mfu`, the FLOP utilization as a

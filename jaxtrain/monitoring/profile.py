@@ -52,7 +52,7 @@ def steps_left(steps: range, first: int, say: Callable[[str], None]) -> range:
 
 
 def named_as_now(steps: range) -> contextlib.AbstractContextManager[None]:
-    """Makes the compilation cache tell programs apart by their names too, if steps are to be traced.
+    """Adds the names in a program to its key in the compilation cache, if steps are to be traced.
 
     Otherwise a cached program with older names would be loaded, and the trace could not be mapped to scopes.
     """

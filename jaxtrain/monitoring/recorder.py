@@ -33,8 +33,8 @@ def open_recorder(
 ) -> "Recorder":
     """Builds the recorder of a run directory.
 
-    The lead process gets the metrics file, the console, the sinks of `SINKS` and the given ones (each on a thread of
-    its own), and the health rules. The other processes get no sink.
+    The lead process gets the metrics file, the console, the sinks of `SINKS` and the given ones (each on a separate
+    thread), and the health rules. The other processes get no sink.
 
     Args:
       folder: run directory; metrics.jsonl in it is appended to.
@@ -117,7 +117,7 @@ class Recorder:
 
     @property
     def skipped_steps(self) -> int:
-        """Number of steps skipped so far, those of earlier attempts included."""
+        """Number of steps skipped so far, in all attempts."""
         return len(self._skipped)
 
     def event(self, name: str, text: str, /, **fields: Any) -> None:

@@ -279,7 +279,7 @@ def _times(times: dict[str, Any]) -> str:
 
 
 def _config(config: dict[str, Any]) -> str:
-    """Returns the fields of a config, without those of `data.sources` that a token store overrides."""
+    """Returns the fields of a config, without the fields of `data.sources` that a token store overrides."""
     overridden = _OF_SOURCES if config.get("data.store") or config.get("data.stores") else ()
     rows = [(name, format_value(value)) for name, value in config.items() if name not in overridden]
     return f"<details><summary>{len(rows)} fields</summary>{_table(rows)}</details>"

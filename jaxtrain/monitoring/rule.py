@@ -27,7 +27,7 @@ class _Absent(enum.Enum):
 
 
 CLEAR = _Absent.CLEAR  # the case is not present
-UNKNOWN = _Absent.UNKNOWN  # the step does not tell
+UNKNOWN = _Absent.UNKNOWN  # the step decides neither way
 Verdict = Found | _Absent
 
 

@@ -176,7 +176,7 @@ class SpikesCaught(Rule):
 class UpdateNormRising(Rule):
     """The updates grow before the loss does."""
 
-    TIMES, RECENT = 2.0, 5  # median of RECENT update norms over that of WINDOW before [1.3]
+    TIMES, RECENT = 2.0, 5  # median of RECENT update norms over the median of WINDOW before [1.3]
     SAME_LOSS = 1.1  # a loss that is up by less than this has not risen
 
     name = "update_norm_rising"

@@ -1,4 +1,4 @@
-"""Record of a run as its directory tells it: config, steps, events, state and summary."""
+"""Record of a run, read from its directory: config, steps, events, state and summary."""
 
 import fcntl
 import json
@@ -58,7 +58,7 @@ class RunRecord:
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Evaluations with a loss, one per step, sorted by step; an attempt that was rewound leaves none behind."""
+        """Evaluations with a loss, one per step, sorted by step; evaluations that a rewind abandoned are left out."""
         found: dict[int, dict[str, Any]] = {}
         for event in self.events:
             if not isinstance(step := event.get("step"), int):

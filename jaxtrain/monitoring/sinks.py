@@ -49,7 +49,7 @@ class SinkFailed(RuntimeError):
 
 
 class BackgroundSink:
-    """Runs a sink on a thread of its own, so that the training loop never waits for it.
+    """Runs a sink on a separate thread, so that the training loop never waits for it.
 
     Records are dropped while the sink is `capacity` records behind. Errors and drops surface as SinkFailed from the
     next call, which `Recorder` reports once; the sink still receives what follows.
@@ -68,7 +68,7 @@ class BackgroundSink:
 
         Args:
           sink: the sink to run, or a function that makes it on the thread.
-          name: its name in reports of failure; the default is that of its class.
+          name: its name in reports of failure; the default is the name of its class.
           every_step: passes every step on, as for a sink with that attribute.
           capacity, patience: records that may wait for it, and seconds that `close` waits for it to finish.
         """

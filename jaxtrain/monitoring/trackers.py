@@ -52,7 +52,7 @@ class TensorBoard(Tracker):
     def __init__(self, run: TrackedRun):
         from tensorboardX import SummaryWriter
 
-        # Files are named by the second: a run that is resumed within it would overwrite its own.
+        # Files are named by the second: a run that is resumed within it would overwrite its file.
         suffix = f".{time.time_ns()}"
         self._writer = SummaryWriter(str(run.folder / "tensorboard" / run.id), filename_suffix=suffix)
         if run.is_new:

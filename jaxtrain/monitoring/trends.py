@@ -10,7 +10,7 @@ from jaxtrain.monitoring.rule import CLEAR, UNKNOWN, WINDOW, Found, Line, Rule, 
 
 
 class InitialLoss(Rule):
-    """The first loss is not that of a uniform guess."""
+    """The first loss is far from the loss of a uniform guess."""
 
     GAP = 0.5  # nats between the first loss and ln V [0.01]
 
@@ -28,7 +28,7 @@ class InitialLoss(Rule):
 
 
 class StuckAtUniform(Rule):
-    """The loss stays where a uniform guess has it."""
+    """The loss stays at the loss of a uniform guess."""
 
     STEPS = 200  # and the warm-up: later, a model that learns has left ln V far behind
     SHARE = 0.03  # of ln V [0.4 at step 200]
@@ -52,7 +52,7 @@ class StuckAtUniform(Rule):
 
 
 class LabelLeak(Rule):
-    """New text is predicted better than text can be."""
+    """New text is predicted better than any text can be."""
 
     SHARE, TOKENS = 0.1, 1_000_000  # loss over ln V within the first tokens of the first epoch [0.28]
     STEPS = 10  # of the median: one batch of repeated text is no leak
@@ -83,7 +83,7 @@ class LabelLeak(Rule):
         return Found(f"the loss fell to {loss:.3g}, {loss / uniform:.1%} of ln V, in {tokens:,} tokens not seen before")
 
     def check_evaluation(self, event: Line) -> Verdict:
-        bits = event.get("bits_per_byte")  # absent if the data does not tell the bytes of its text
+        bits = event.get("bits_per_byte")  # absent if the bytes of the text are not known
         if bits is None or not bits < self.FLOOR_BITS:
             return CLEAR
         return Found(f"{bits:.3g} bits per byte on held-out text; no known model needs fewer than {self.FLOOR_BITS:g}")
@@ -160,7 +160,7 @@ class ValidationRising(Rule):
         text = f"the validation loss is {loss:.4g}, it was {self._best:.4g} at step {self._best_step:,}; "
         text += f"the training loss fell from {self._train_at_best:.4g} to {train:.4g}"
         if self.facts.config.data.packing == "best_fit":
-            text += "; windows of validation cut documents, which those of best-fit packing do not"
+            text += "; validation windows cut documents, and rows of best-fit packing do not"
         return Found(text)
 
 

@@ -43,7 +43,7 @@ def _executed(
 ) -> Iterator[tuple[dict[str, Instruction], Instruction, str, int]]:
     """Yields `(lines of the computation, operation, part, executions)` of the operations that run by themselves.
 
-    An operation without a part of its own, which the compiler has added, belongs to the part of its loop.
+    An operation without a part, which the compiler has added, belongs to the part of its loop.
     """
     lines = {line.name: line for line in module.computations.get(name, ())}
     for line in lines.values():

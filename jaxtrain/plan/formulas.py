@@ -124,7 +124,7 @@ def make_plan(
 
 
 def plan_vocab(config: Config) -> int:
-    """Returns the vocabulary size of a config without preparing its data; a ValueError if only the data would tell."""
+    """Returns the vocabulary size of a config without preparing its data; a ValueError if only the data has it."""
     data = config.data
     if getattr(config.model, "vocab_size", None):
         return config.model.vocab_size

@@ -16,7 +16,7 @@ from jaxtrain.config import Config, ModelConfig, SavedModel, to_dict
 from jaxtrain.fields import check_value, nearest, require_local, suggest
 from jaxtrain.runtime.terminal import one_line
 
-# Values of older versions, which are not allowed today, with those of today.
+# Values of older versions that are no longer allowed, with their replacements.
 _ZERO_WAS_NONE = (
     *("model.vocab_size", "model.num_kv_heads", "model.head_dim", "model.attention_window", "model.logit_softcap"),
     *("model.attention_softcap", "guard.sigmas", "optim.decay_steps", "train.loss_chunk", "train.diagnose_every"),

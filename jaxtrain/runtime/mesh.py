@@ -113,7 +113,7 @@ def map_loss(loss_fn: Callable[[Any, Any], LossSums], mesh: Mesh, specs: Any) ->
 
 
 def map_gradients(mesh: Mesh, specs: Any) -> Callable[[Callable], Callable]:
-    """Returns a wrapper for `make_train_step(map_gradients=...)`: each device differentiates the loss of its own rows.
+    """Returns a wrapper for `make_train_step(map_gradients=...)`: each device differentiates the loss of its rows.
 
     A gradient is all-reduced over the axes that shard the rows but not its parameter. Over an axis that shards the
     parameter too, the loss function gathers the parameter, and the transpose of the gather has summed the gradient.

@@ -2,7 +2,7 @@
 
 JAX would notice the same by a heartbeat, and end the others in C++. A closed connection shows within a second,
 also while the main thread waits in a collective, and keepalive probes find a host that is down within 30 s. A process
-that is slow or suspended keeps its connection, so it is never taken for a lost one.
+that is slow or suspended keeps its connection, so it never counts as lost.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Peers:
     A connection that closes without such a line is a loss, with code `RESTART`. The lead forwards failures and losses.
 
     Args:
-      connections: sockets by process: those of all others on the lead, that of the lead elsewhere.
+      connections: sockets by process: on the lead to all others, elsewhere to the lead.
       leave: ends the process with an exit code.
     """
 
@@ -51,7 +51,7 @@ class Peers:
         self._thread.start()
 
     def announce(self, code: int, text: str = "") -> None:
-        """Tells the others that this process ends, and why; ends the watch. A second call does nothing."""
+        """Sends the others the exit code of this process and the reason; ends the watch. A second call does nothing."""
         if not self._done.is_set():
             self._done.set()
             self._send(code, text, self._connections)
@@ -108,7 +108,7 @@ def watch(connections: Mapping[int, socket.socket]) -> None:
     """Starts to watch the other processes of this one's run.
 
     A collective that loses a process may call abort() in C++ (gloo does). Then the watch has time to end this process
-    first, with the reason in one line and `RESTART`; an abort for another reason goes on, after 10 s.
+    first, with the reason in one line and `RESTART`; an abort for another reason ends the process after 10 s.
     """
     global _watched
     _watched = Peers(connections)
@@ -116,7 +116,7 @@ def watch(connections: Mapping[int, socket.socket]) -> None:
 
 
 def announce(code: int, text: str = "") -> None:
-    """Tells the processes that watch this one, if any, that it ends; see `Peers.announce`."""
+    """Announces the end of this process to the processes that watch it, if any; see `Peers.announce`."""
     if _watched is not None:
         _watched.announce(code, text)
 

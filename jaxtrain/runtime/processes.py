@@ -149,7 +149,7 @@ def is_lost(error: BaseException | None) -> bool:
 def compile_together(function: Any, *arguments: Any) -> None:
     """Compiles a jitted function for its arguments on every process before one of them calls it.
 
-    Gloo gives up 30 s after a process has begun to connect to the others, in their first collective; the times of
+    Gloo times out 30 s after a process begins to connect to the others, in their first collective. The times of
     compilation may differ by more. A single process compiles when it calls.
     """
     if not is_alone():

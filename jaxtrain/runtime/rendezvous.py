@@ -80,7 +80,7 @@ class _Reception:
         self._news = asyncio.Event()  # a process has come, or there is a problem
 
     async def gather(self, host: str, port: int, timeout: float) -> dict[int, socket.socket]:
-        """Tells the outcome to all that are present; returns the connections to them, or raises the problem."""
+        """Sends the outcome to all connected processes; returns the connections, or raises a ValueError."""
         server = await asyncio.start_server(self._serve, sock=_listen(host, port), limit=_MAX_BYTES)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
@@ -107,7 +107,7 @@ class _Reception:
         return connections
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Registers the process at a connection, and drops it when it ends: started again, it takes its own place."""
+        """Registers the process at a connection, and drops it when it ends, so that it can be started again."""
         try:
             line = await asyncio.wait_for(reader.readline(), _GREETING_SECONDS)
             refusal = await self._register(line, reader, writer)

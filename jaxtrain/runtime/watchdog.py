@@ -32,7 +32,7 @@ class Watchdog:
 
     Args:
       minutes: limit; None disables the watchdog.
-      report: called with the problem, on a thread of its own, before the process ends.
+      report: called with the problem, on the thread of the watchdog, before the process ends.
       clock: monotonic seconds.
       leave: ends the process with an exit code.
     """
@@ -87,7 +87,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Suspends the watchdog inside the block, for work that has a limit of its own or none."""
+        """Suspends the watchdog inside the block, for work that has another limit or none."""
         self._pauses += 1
         try:
             yield

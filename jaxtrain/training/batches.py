@@ -50,13 +50,13 @@ def train_batches(run: Run) -> TrainBatches:
 def documents(run: Run) -> Documents:
     """Returns how the rows of a run's batches treat documents.
 
-    Raises a ValueError if documents are to be kept apart, and the token files do not tell where they begin.
+    Raises a ValueError if documents are to be masked, and the token files do not mark where they begin.
     """
     data, store = run.config.data, run.store
     splits = (store.train, store.validation) if store else ()  # None: text that the evaluation tokenizes
     if data.mask_documents and any(split.document_starts is None for split in splits):
         raise ValueError(
-            f"data.mask_documents: {store.path} does not tell where its documents begin (in token files with an "
+            f"data.mask_documents: {store.path} does not mark where its documents begin (in token files with an "
             "end-of-text token, data.verify finds them); set it to false, or prepare a token store"
         )
     return Documents(data.mask_documents, data.restart_positions, (store or run.tokenizer).eot_id)
@@ -88,7 +88,7 @@ def batch_source(run: Run) -> Callable[[int], dict[str, jax.Array]]:
 def check_mixture(run: Run, saved: dict[str, Any], step: int) -> None:
     """Raises a ValueError if a mixture changes what the first `step` steps of a run have read.
 
-    `saved` is the fingerprint in the checkpoint; its stores are among those of the run.
+    `saved` is the fingerprint in the checkpoint; the run has all of its stores, and perhaps more.
     """
     was, now = by_name(saved["data"]), by_name(identity(run.store))
     if not step or (was.keys() == now.keys() == {""}):

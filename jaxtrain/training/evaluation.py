@@ -147,7 +147,7 @@ def evaluate_sources(
 ) -> dict[str, Any]:
     """Evaluates a run's model on the "train" or "validation" split of all its data, or on splits by name.
 
-    Options are those of `evaluate_split`; `num_batches` counts the batches of each source. Returns the results of
+    Takes the options of `evaluate_split`; `num_batches` counts the batches of each source. Returns the results of
     `evaluate` over all tokens and, for several sources, each one's as `nll/NAME` and so on.
     """
     sources, named = split, False

@@ -95,7 +95,7 @@ def make_program(
     Args:
       mesh: devices of the steps, or abstract devices.
       wrap_loss: wraps the training loss `(params, batch) -> LossSums`.
-      optimizer: any optax transformation; None takes that of the config.
+      optimizer: any optax transformation; None takes the optimizer of the config.
       diagnose, micro_batch_terms: see `make_train_step`; None takes the diagnostics of the config.
 
     Raises:
@@ -149,7 +149,7 @@ def _make_step(
     optimizer: optax.GradientTransformation | None,
     **options: Any,
 ) -> Callable[..., tuple[TrainState, PackedMetrics]]:
-    """Returns the function of `Program.train_step`; `options` are those of `make_train_step`."""
+    """Returns the function of `Program.train_step`; takes the options of `make_train_step`."""
 
     def train_step(state: TrainState, batch: Batch, scalars: Any = None) -> tuple[TrainState, PackedMetrics]:
         step = make_train_step(

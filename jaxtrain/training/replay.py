@@ -39,7 +39,7 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
     """Runs a train step of a run again, on the batches that the run saw. Writes nothing.
 
     Starts from the newest checkpoint before the step (counted from 1, as in metrics.jsonl) or, without one, from the
-    start of the run. The devices hold the state twice for one step. Hooks and options are those of `open_run`. Raises a
+    start of the run. The devices hold the state twice for one step. Takes the hooks and options of `open_run`. Raises a
     ValueError if there is no such run, or if it has not reached the step.
 
     Returns:
@@ -125,7 +125,7 @@ def _differences(logged: dict[str, Any], values: dict[str, Any]) -> list[dict[st
 def _diagnosed_step(run: Run) -> Any:
     """Returns the run's train step with the terms of each micro-batch and layer in its metrics.
 
-    A program of its own: more results change the fusions around the gradients, and with them the last bits.
+    A second program: more results change the fusions around the gradients, and with them the last bits.
     """
     options = {"wrap_loss": run.hooks.wrap_loss, "diagnose": _layer_norms, "micro_batch_terms": True}
     return run.hooks.make_program(run.config, run.program.mesh, run.store.vocab_size, **options).train_step

@@ -69,7 +69,7 @@ class Run(NamedTuple):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the data; the run directory has a copy. A ValueError if token files came without one."""
         if self.store is None and not (self.folder / TOKENIZER_FILE).is_file():
-            raise ValueError(f"{self.folder} has no {TOKENIZER_FILE}: copy that of its tokens there")
+            raise ValueError(f"{self.folder} has no {TOKENIZER_FILE}: copy the tokenizer of its data there")
         if self.store is not None:
             return self.store.tokenizer
         pretrained = is_pretrained(self.folder)
@@ -79,7 +79,7 @@ class Run(NamedTuple):
 def assemble(
     config: Config, folder: Path, store: TokenStore | None, hooks: Hooks = NO_HOOKS, vocab_size: int | None = None
 ) -> Run:
-    """Builds a run; allocates and compiles nothing. `vocab_size` is that of a run without data.
+    """Builds a run; allocates and compiles nothing. `vocab_size` serves a run without data.
 
     Raises as `make_program` does.
     """
@@ -95,12 +95,12 @@ def make_run_program(config: Config, vocab_size: int | None, hooks: Hooks) -> Pr
 def open_run(
     folder: str | Path, hooks: Hooks = NO_HOOKS, *, store: str | None = None, model: Any = None, data: bool = True
 ) -> Run:
-    """Opens an existing run on the devices of this machine, which need not be those of the training.
+    """Opens an existing run on the devices of this machine, which may differ from the devices of the training.
 
     Args:
       folder: the run directory, or its URL.
-      store: path of the token store; None takes that of the config.
-      model: the model of the config file, for a run whose config file defines its own.
+      store: path of the token store; None takes the path in the config.
+      model: the model of the config file, for a run whose config file defines one.
       data: False opens no token store where the run directory has the tokenizer.
 
     Raises:
@@ -185,7 +185,7 @@ def environment(run: Run) -> dict[str, Any]:
 
 
 def environment_changes(run: Run, events: Sequence[dict[str, Any]], step: int) -> dict[str, tuple[Any, Any]]:
-    """Compares the environment with that of the attempt which made `step`; returns old and new values that differ."""
+    """Compares the environment with the attempt that made `step`; returns the old and new values that differ."""
     begun = [event for event in events if event["event"] in ("start", "resume") and event["step"] < step]
     old = begun[-1] if begun else {}
     return {name: (old[name], now) for name, now in environment(run).items() if old.get(name, now) != now}

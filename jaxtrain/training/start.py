@@ -115,9 +115,9 @@ def prepare_data(
 
 
 def check_before_data(config: Config, folder: Path, hooks: Hooks) -> None:
-    """Raises, before any text is tokenized, what the tokens do not decide: a program or weights that do not fit."""
+    """Raises a ValueError for a program or weights that do not fit, before the sources are tokenized."""
     data, is_ready = config.data, lambda: (folder / "data").exists()
-    if data.store or data.stores or processes.broadcast_from_lead("look for the data", is_ready):
+    if data.store or data.stores or processes.broadcast_from_lead("find the data", is_ready):
         return
     kind, argument = parse_spec(data.tokenizer)
     tokenizer = None if kind == "bpe" else read_hf(argument, data.eot) if kind == "hf" else ByteTokenizer()
@@ -195,7 +195,7 @@ def resume(session: Session, rewind: int | None) -> tuple[TrainState, Event] | N
 
 
 def warm_start(session: Session) -> tuple[TrainState, Event] | None:
-    """Initializes a state and takes the weights from the run in `train.init_from`; returns None without that option."""
+    """Initializes a state with the weights of the run in `train.init_from`; returns None without that option."""
     run, source = session.run, session.run.config.train.init_from
     if not source:
         return None

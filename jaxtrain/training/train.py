@@ -120,7 +120,7 @@ def _describe(session: Session) -> None:
 
 
 def _settled_outcome(session: Session) -> dict[str, Any] | None:
-    """Returns and tells the recorded outcome of a run that has finished or given up; None if it is to train further."""
+    """Returns and shows the recorded outcome of a run that has finished or given up; None if it can train further."""
 
     def find() -> dict[str, Any] | None:
         run, last = session.run, session.recorder.last_stop
@@ -135,9 +135,9 @@ def _settled_outcome(session: Session) -> dict[str, Any] | None:
             return None
         return {name: value for name, value in last.items() if name not in ("event", "time")}
 
-    outcome = processes.broadcast_from_lead("look for the end of the run", find)
+    outcome = processes.broadcast_from_lead("find the end of the run", find)
     if outcome:
-        gave_up = "change the config with --allow-change, or go on from a checkpoint with --rewind STEP"
+        gave_up = "change the config with --allow-change, or return to a checkpoint with --rewind STEP"
         remedy = "nothing to do" if outcome["reason"] == "finished" else gave_up
         report = session.run.folder / "report.html"
         session.recorder.say(f"{outcome['reason']} at step {outcome['step']} before: {remedy}; {report}")
@@ -201,7 +201,7 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
     # The first step's collectives would fail for a process that compiles 30 s longer than another one (gloo).
     processes.agree("the end of compilation", {}, timeout=processes.LONG_SECONDS)
     train_step = _checked_step(session, compiled)
-    asked_to_stop = stop.asked if processes.is_alone() else lambda: False  # several stop after the same step
+    asked_to_stop = stop.asked if processes.is_alone() else lambda: False  # several processes stop after the same step
     eval_every = run.config.train.eval_every
     if processes.is_alone() and first and eval_every and first % eval_every == 0 and first not in recorder.evaluated:
         _evaluate_between_steps(session, state)  # a stop had interrupted it
@@ -288,7 +288,7 @@ def _checked_step(session: Session, compiled: Callable) -> Callable[..., tuple[T
 
 
 def _evaluate_between_steps(session: Session, state: TrainState) -> None:
-    """Evaluates between steps; a stop interrupts it."""
+    """Evaluates between steps. A stop abandons the evaluation."""
     session.recorder.flush()
     with contextlib.suppress(Stopped):
         result = _validate(session, state, session.run.config.train.eval_batches)

@@ -63,7 +63,10 @@ DATA = {
     ),
     "a folder without a name": bad("prepare {corpus} --out ''", "is ''", "give a path"),
     "a folder among its sources": bad(
-        "prepare {tmp} --out {tmp}/s", "work/s would lie in its own source", "elsewhere", make=text("a.txt", "text")
+        "prepare {tmp} --out {tmp}/s",
+        "work/s would lie in the source folder",
+        "give another --out",
+        make=text("a.txt", "text"),
     ),
     "an unknown tokenizer": bad(PREPARE + " --tokenizer words", "'words'", "use byte, bpe:VOCAB"),
     "a vocabulary too small": bad(PREPARE + " --tokenizer bpe:10", "'bpe:10'", "257 or more"),

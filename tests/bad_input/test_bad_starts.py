@@ -41,8 +41,8 @@ def test_a_refused_start_leaves_nothing(name, world, capsys):
     check(STARTS[name], world, capsys)
 
 
-def test_the_check_sees_what_a_start_leaves(world, capsys, monkeypatch):
-    """Without what it is there for, each assertion above fails."""
+def test_the_check_detects_every_leftover(world, capsys, monkeypatch):
+    """The assertions above fail where the check before the data, or the rollback of the config, is missing."""
     row = STARTS["a mesh that the heads do not divide"]
     with monkeypatch.context() as patch:
         patch.setattr(start, "check_before_data", lambda *_: None)

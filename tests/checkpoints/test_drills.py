@@ -77,7 +77,7 @@ def test_kill_9_at_every_point_of_a_save(config, whole, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_at_any_moment(config, whole, tmp_path):
-    """Before the first step, in an evaluation, in a save, in the last evaluation, in the sample; and twice."""
+    """Stops before the first step, in an evaluation, in a save, in the last evaluation, in the sample, and twice."""
     command = Command(config, tmp_path)
     checkpoints = CheckpointFolder(command.run_dir / "checkpoints")
 
@@ -191,7 +191,7 @@ def test_a_lost_config_is_read_from_the_newest_whole_checkpoint(config, whole, t
     (run_dir / "config.json").unlink(missing_ok=True)
     (run_dir / "config.json").write_bytes(b"{")
     assert open_run(run_dir, QUICK).config.seed == config.seed  # eval, generate and replay read the same config
-    assert "config.json is lost: reading that of the checkpoint of step 18" in capsys.readouterr().err
+    assert "config.json is lost: reading the config in the checkpoint of step 18" in capsys.readouterr().err
     assert (run_dir / "config.json").read_bytes() == b"{"  # and write nothing
     assert cli.main(["report", str(run_dir)]) == 0
     assert "config.json was lost: restored from the checkpoint of step 18" in capsys.readouterr().err

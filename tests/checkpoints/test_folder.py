@@ -57,7 +57,7 @@ def test_leftovers_of_a_crash_do_not_count_and_are_deleted(copy):
     assert folder.latest_step() == 4
 
 
-def test_a_rewind_sets_later_checkpoints_aside(copy):
+def test_a_rewind_renames_later_checkpoints(copy):
     folder = CheckpointFolder(copy, keep_best=1)
     for _ in range(2):
         for step in (1, 3):
@@ -81,7 +81,7 @@ SCORES += ['{"' + "9" * 5000 + '": 1}', '{"1": 1' + "0" * 4000 + "}"]
 
 @pytest.mark.parametrize("text", SCORES, ids=lambda text: text[:10])
 def test_malformed_scores_are_a_warning(copy, text):
-    """A damaged scores.json is one warning that names the file; scores start anew."""
+    """A damaged scores.json is one warning that names the file; later scores count."""
     events = Events()
     folder = CheckpointFolder(copy, keep=3, keep_best=1, report=events)
     (copy / "scores.json").write_text(text)
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(copy):
 
 
 @pytest.mark.parametrize("name", ["gs:", "x gs:", "gs:/y", "a*", "b?", "[c]", "d\\e", "\udcff"])
-def test_names_with_which_nothing_can_be_saved_are_refused(name, tmp_path):
+def test_unwritable_names_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=r"checkpoints cannot be saved in .*: give another --run-dir"):
         require_writable_path(tmp_path / name)
 

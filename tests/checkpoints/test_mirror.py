@@ -111,7 +111,7 @@ def test_a_kill_at_any_write_leaves_a_whole_checkpoint(bucket, held, tmp_path, m
     assert {path for path in bucket.store if "/checkpoints/5/" in path} == set()
 
 
-def test_of_two_that_found_the_lease_free_the_slower_one_loses(bucket):
+def test_of_two_candidates_for_a_lease_the_slower_one_loses(bucket):
     """It does not overwrite the lease of the other, however late it writes."""
     first = Lease(URL)
 

@@ -61,7 +61,7 @@ def left_by(clip, norms, params=None):
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.1])
-def test_zclip_is_the_papers(max_norm):
+def test_zclip_equals_the_algorithm_of_the_paper(max_norm):
     norms = norms_with_spikes()
     left, factors = left_by(zclip(max_norm=max_norm), norms)
     expected = zclip_in_float64(norms, max_norm=max_norm or np.inf)
@@ -82,7 +82,7 @@ def test_zclip_passes_a_healthy_gradient_bit_for_bit():
         assert np.asarray(clipped["w"]).tobytes() == np.asarray(grads["w"]).tobytes()
 
 
-def test_zclip_keeps_what_is_not_finite_out_of_its_averages():
+def test_zclip_leaves_non_finite_norms_out_of_its_averages():
     clip = zclip()
     state = clip.init({"w": jnp.zeros(2)})
     _, state = clip.update({"w": jnp.ones(2)}, state)
@@ -124,7 +124,7 @@ def test_adaptive_clipping_of_a_zero_gradient():
 
 
 @pytest.mark.parametrize("make", [zclip, clip_adaptively])
-def test_they_take_the_place_of_the_fixed_threshold(make):
+def test_zclip_and_adaptive_clipping_replace_the_fixed_threshold(make):
     """In AdamW behind the guard: a NaN is skipped and their state keeps its bits."""
     optimizer = skip_bad_steps(clipped_adamw(1e-2, clip=make()))
     params = {"w": jnp.ones((2, 2))}

@@ -301,7 +301,7 @@ wide     3x4    12  decay
 3 parameters of 60 numbers decay, 1 of 3 do not"""
 
 
-def test_the_report_marks_what_is_in_doubt():
+def test_the_report_marks_doubtful_leaves():
     """Size-1 axes, and a leaf of a subtree of stacks under another name."""
     shapes = {"block": {"w": (4, 3, 3), "g": (4, 3)}, "gamma": (1, 3), "wide": (3, 4)}
     report = decay_report(jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple)), decay_mask)

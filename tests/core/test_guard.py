@@ -49,7 +49,7 @@ def bits(tree):
 
 
 def without_rate(state):
-    """Without `learning_rate`, which tells the schedule's place whether the step is skipped or not."""
+    """Returns the state without `learning_rate`, which follows the schedule even where a step is skipped."""
     if not optax.tree_utils.tree_get_all_with_path(state, "learning_rate"):
         return state
     return optax.tree_utils.tree_set(state, learning_rate=jnp.float32(0))
@@ -108,7 +108,7 @@ def test_a_skip_changes_no_bit(inner, kind, first):
 
 
 @pytest.mark.parametrize("mu_dtype", [None, "bfloat16"])
-def test_a_decision_by_scalars_alone_is_that_of_the_whole_check(mu_dtype):
+def test_a_decision_by_scalars_equals_the_whole_check(mu_dtype):
     """With every kind of bad step; two programs round alike up to the last bits."""
     steps = [
         *quiet(70),
@@ -259,7 +259,7 @@ def test_a_constant_loss_may_change_a_little():
         assert run(skip_bad_steps(clipped_adamw(1e-2)), [*steps, (grads_of(1.0), loss)])[2][-1] == reason
 
 
-def test_without_sigmas_only_what_is_not_finite_is_skipped():
+def test_without_sigmas_only_non_finite_steps_are_skipped():
     steps = [*quiet(64), (grads_of(100.0), 100.0), (grads_of(np.nan), 1.0)]
     assert run(skip_bad_steps(clipped_adamw(1e-2), sigmas=None), steps)[2][-2:] == [NOT_SKIPPED, NOT_FINITE]
 
@@ -274,7 +274,7 @@ def test_without_a_loss_only_norms_are_watched():
     assert reasons == [0, 0, 0, 0, GRAD_NORM_SPIKE, NOT_FINITE, 0]
 
 
-def test_too_many_in_a_row_give_up_and_one_good_step_begins_anew():
+def test_too_many_in_a_row_give_up_and_a_good_step_resets_the_count():
     bad = (grads_of(np.nan), 1.0)
     optimizer = skip_bad_steps(clipped_adamw(1e-2), max_consecutive=3)
     for steps, expected in ([bad] * 3, 0), ([bad] * 4, 1), ([bad] * 3 + quiet(1) + [bad] * 3, 0):

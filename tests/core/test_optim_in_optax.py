@@ -41,7 +41,7 @@ def test_inside_optax(wrap):
     assert_close(actual, expected)
 
 
-def test_each_wrapper_does_its_own_part():
+def test_wrappers_of_optax_do_their_part():
     params, grads = random_tree(0), random_tree(1)
     kernel, rest = params["dense"]["kernel"], {"dense": {"kernel": False, "bias": True}, "norm": {"scale": True}}
     masked, _ = run(optax.masked(clipped_adamw(0.1, clip_norm=None), rest), params, [grads])

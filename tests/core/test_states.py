@@ -62,7 +62,7 @@ def describe(tree):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_every_leaf_is_a_buffer_of_its_own(name):
+def test_every_leaf_is_a_separate_buffer(name):
     """A fresh state, made eagerly, can be donated."""
     optimizer, params = MAKERS[name](), make_params()
     state = optimizer.init(params)
@@ -226,7 +226,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_what_cannot_be_trained_is_refused_at_init(name):
+def test_untrainable_leaves_are_refused_at_init(name):
     leaf, message = ODD[name]
     for init in (clipped_adamw(0.1).init, lambda params: TrainState.create(params, optax.sgd(0.1))):
         with pytest.raises(ValueError, match=message):

@@ -133,7 +133,7 @@ def test_each_device_has_a_key_and_auxiliary_sums_are_added():
         (functools.partial(lambda model, params, batch, rng: None, 0), True),
     ],
 )
-def test_which_losses_take_a_key(loss_fn, takes):
+def test_losses_that_take_a_key(loss_fn, takes):
     """A third positional parameter without a default, or named rng; evaluation passes None."""
     seen = []
 
@@ -179,7 +179,7 @@ def test_terms_of_micro_batches_change_no_other_number():
         ((sums_of(jnp.float32(1)), {"loss": 1.0, "nll": 2.0}), "loss_fn returns loss, nll, which the train step"),
     ],
 )
-def test_what_a_loss_may_return(result, message):
+def test_results_of_a_loss(result, message):
     optimizer = optax.sgd(0.1)
     step = make_train_step(lambda params, batch: result, optimizer)
     with pytest.raises(ValueError, match=message):

@@ -107,7 +107,7 @@ def test_only_the_assistant_s_messages_count(chat_tokenizer, tmp_path):
     assert (store.path / "tokenizer_config.json").read_text() == (chat_tokenizer / "tokenizer_config.json").read_text()
 
 
-def test_messages_of_a_parquet_column_are_those_of_json(chat_tokenizer, tmp_path):
+def test_messages_of_a_parquet_column_equal_json(chat_tokenizer, tmp_path):
     """A column of structs has null for each field that a message lacks."""
     asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "me"}
     (tmp_path / "chat_template.jinja").write_text(

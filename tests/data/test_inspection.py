@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     return folder
 
 
-def test_figures_are_those_of_a_plain_count(made, monkeypatch):
+def test_figures_equal_a_plain_count(made, monkeypatch):
     store = open_store(made / "store")
     found = inspection.inspect_store(store)
     train, validation = found["splits"]["train"], found["splits"]["validation"]
@@ -61,7 +61,7 @@ def test_figures_are_those_of_a_plain_count(made, monkeypatch):
     assert again == found
 
 
-def test_what_the_command_shows(made, tmp_path, capfd, tiny_config, store):
+def test_output_of_the_command(made, tmp_path, capfd, tiny_config, store):
     assert main(["inspect", str(made / "store")]) == 0
     out = capfd.readouterr().out
     for part in (

@@ -162,7 +162,7 @@ def test_refusals():
 
 
 class Counting:
-    """Batches that note which rows are asked for."""
+    """Batches that record the requested rows."""
 
     def __init__(self, batches):
         self.batches, self.batch_size, self.seq_len, self.asked = batches, batches.batch_size, batches.seq_len, []

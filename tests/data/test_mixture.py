@@ -141,7 +141,7 @@ def test_sources_are_read_epoch_by_epoch_on_any_number_of_hosts():
     assert later.tokens_seen(7) == {"a": 5 * int((read < 60).sum()), "b": 5 * int((read >= 60).sum())}
 
 
-def test_one_source_is_what_a_single_store_gives(store, tiny_config):
+def test_one_source_equals_a_single_store(store, tiny_config):
     joined = join_stores({"web": open_store(store)})
     assert joined.train.num_tokens == open_store(store).train.num_tokens
     single = TrainBatches(joined.train, seed=0, batch_size=8, seq_len=16, vocab_size=257)

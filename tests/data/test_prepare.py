@@ -145,7 +145,7 @@ def test_bad_requests(tmp_path):
         ([str(file)], {"validation_fraction": 0.0}, "between 0 and 1, got 0.0"),
         ([str(file)], {"validation_fraction": 1.0}, "between 0 and 1, got 1.0"),
         ([str(file)], {"num_workers": -1}, "num_workers must be 1 or more"),
-        ([str(tmp_path)], {}, "would lie in its own source folder"),
+        ([str(tmp_path)], {}, "would lie in the source folder"),
     ]
     for sources, options, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -140,7 +140,7 @@ def test_sources_that_change_while_they_are_read(tmp_path, counted):
         prepare([source], tmp_path / "changed", num_workers=1)
 
 
-def test_a_store_is_that_of_the_same_bytes_wherever_they_lie(tmp_path):
+def test_a_store_depends_on_the_bytes_of_its_sources_alone(tmp_path):
     tokenizer = train_bpe(DOCUMENTS, 280)
     for name in ("here", "there"):
         (tmp_path / name).mkdir()

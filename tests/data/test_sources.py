@@ -82,7 +82,7 @@ def test_standard_input(tmp_path, monkeypatch, capfd):
         prepare(["-"], tmp_path / "more")
 
 
-def test_validation_files_of_ones_own(tmp_path):
+def test_validation_files(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for name in ("train", "val"):

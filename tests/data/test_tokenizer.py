@@ -182,7 +182,7 @@ def test_hf_adds_no_tokens_and_does_not_truncate(bpe, tmp_path):
     assert read_hf(tmp_path).encode("zebra quest").tolist() == bpe.encode("zebra quest").tolist()
 
 
-def test_hf_knows_the_tokenizer_of_bytes(tmp_path):
+def test_the_tokenizers_library_reads_the_byte_tokenizer(tmp_path):
     """As a run saves it, and as an export writes it."""
     for text in ('{"type": "byte"}\n', byte_level_json()):
         (tmp_path / "tokenizer.json").write_text(text)

@@ -24,7 +24,7 @@ def model(run_dir):
     return jaxtrain.load(run_dir)
 
 
-def test_a_file_is_as_large_as_its_loss_says(model):
+def test_the_size_of_a_file_follows_from_the_loss(model):
     """Within 0.1 % and 64 bytes a stream: every token is coded with the probability that the loss gave it."""
     made = compress(model, TEXT, num_streams=1)
     header, payloads = unpack(made)
@@ -39,7 +39,7 @@ def test_a_file_is_as_large_as_its_loss_says(model):
     [b"", b"a", bytes(range(256)), np.random.default_rng(0).bytes(3000), TEXT, b"\xff" * 100, "日本 😀\0".encode() * 9],
     ids=["empty", "one byte", "all bytes", "random", "text", "no UTF-8", "unicode"],
 )
-def test_any_bytes_come_back(model, data):
+def test_any_bytes_round_trip(model, data):
     progress = []
     made = compress(model, data, progress=lambda done, total: progress.append((done, total)))
     assert decompress(model, made) == data
@@ -87,7 +87,7 @@ def test_every_flipped_bit_is_noticed(model):
             unpack(made[:length])
 
 
-def test_what_differs_is_refused_by_name(model, run_dir, monkeypatch):
+def test_differences_from_the_encoder_are_refused_by_name(model, run_dir, monkeypatch):
     made = compress(model, SHORT)
     header, payloads = unpack(made)
     with pytest.raises(ValueError, match=r"other parameters .* give the run and --step"):
@@ -139,7 +139,7 @@ def test_a_leaking_model_is_found_out(model):
     assert 8 * len(compress(leaking, SHORT)) > 2 * model_bits(leaking, SHORT)
 
 
-def test_models_that_cannot(model, monkeypatch):
+def test_models_that_cannot_compress(model, monkeypatch):
     class NoDecode:
         vocab_size = 257
 

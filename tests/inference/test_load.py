@@ -32,7 +32,7 @@ def test_load_works_from_any_folder_and_imports_nothing_of_the_training(run_dir,
     run_python(SCRIPT, cwd=tmp_path, environment=user_environment(**more))
 
 
-def test_which_checkpoint(run_dir):
+def test_choice_of_the_checkpoint(run_dir):
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = {event["step"]: event["nll"] for event in events if event.get("event") == "eval"}
     best = jaxtrain.load(run_dir, "best")

@@ -81,7 +81,7 @@ def test_a_later_key_that_is_not_finite_changes_no_query_before_it():
 
 
 def test_most_of_the_masked_half_is_not_computed():
-    """Of 8 blocks 36 / 64 of the square; the forward pass has 2 products with it, the backward pass 5."""
+    """8 blocks cover 36 / 64 of the square, in 2 products of the forward pass and 5 of the backward pass."""
     length, width = 1024, 16
     arguments = inputs(length, 1, 1, batch=1, width=width)
     flops = with_gradients.lower(*arguments).compile().cost_analysis()["flops"]
@@ -98,8 +98,8 @@ def test_no_square_is_a_residual():
 
 
 @pytest.mark.parametrize("length", [256, 640])
-def test_nor_may_the_compiler_keep_a_long_one(length):
-    """The residuals go behind a barrier together with the gradient, whose turn the second computation awaits.
+def test_a_long_square_is_recomputed(length):
+    """A barrier ties the residuals to the gradient, so that the second computation waits for it.
 
     XLA's CPU compiler heeds it from jaxlib 0.11 on: eight such layers then take 9 MB of temporaries instead of 20.
     """

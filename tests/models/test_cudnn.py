@@ -1,9 +1,8 @@
-"""cuDNN's attention: the same function as the plain one, and what JAX hands over to cuDNN.
+"""cuDNN's attention against plain attention, and the calls of cuDNN in a program lowered for a GPU.
 
-Where JAX runs on an NVIDIA GPU (`JAX_PLATFORMS=cuda scripts/test -k cudnn`) the first tests go through cuDNN.
-Elsewhere the same call of `jax.nn.dot_product_attention` goes through its XLA form: what is tested then is that
-causality, window, scale and groups mean what we take them for, and not cuDNN. What becomes of the call for a GPU is
-tested on every machine: JAX lowers it without one, once it is told that there is a cuDNN.
+On an NVIDIA GPU (`JAX_PLATFORMS=cuda scripts/test -k cudnn`) the first tests run cuDNN. Elsewhere they run the XLA form
+of the same call of `jax.nn.dot_product_attention`, which tests our causality, window, scale and groups but not cuDNN.
+Lowering for a GPU needs no GPU, only a version of cuDNN: these tests run on every machine.
 """
 
 import functools
@@ -33,7 +32,7 @@ def an_nvidia_gpu():
 
 @pytest.fixture
 def gpu_or_xla(monkeypatch):
-    """Does nothing where cuDNN runs; elsewhere JAX's XLA form of the same call replaces it."""
+    """Replaces cuDNN by the XLA form of the same call, unless there is an NVIDIA GPU."""
     if not an_nvidia_gpu():
         plain = jax.nn.dot_product_attention
 
@@ -50,7 +49,7 @@ def gpu_or_xla(monkeypatch):
 @pytest.mark.parametrize(("dtype", "window"), [(jnp.bfloat16, None), (jnp.bfloat16, 1), (jnp.float16, 17)])
 @pytest.mark.parametrize(("num_groups", "width", "length"), [(4, 64, 128), (2, 64, 128), (1, 128, 72)])
 @pytest.mark.usefixtures("gpu_or_xla")
-def test_it_agrees_with_float64(num_groups, width, length, window, dtype):
+def test_kernel_agrees_with_float64(num_groups, width, length, window, dtype):
     """Output and gradients within 2^-6 of the largest number: inputs, weights, their gradient and the results are
     rounded to 2^-9 in bfloat16 (less in float16), and the largest is a few times the usual."""
     arguments = inputs(length, 4, num_groups, width=width, dtype=dtype)
@@ -89,7 +88,7 @@ def test_the_call_passes_the_arguments(monkeypatch, window, local):
 
 @pytest.fixture
 def lowers_for_cuda(monkeypatch):
-    """JAX asks for the installed cuDNN's version before it lowers the call, which is all that it needs a GPU for."""
+    """Lowers for GPUs on any machine: states the version of cuDNN, which JAX reads from the library of a GPU."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.AMPERE)
 
@@ -114,7 +113,7 @@ FORWARD, BACKWARD = "fmhaSoftmax", "fmhaSoftmaxBackward"  # without Bias: no mas
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.usefixtures("lowers_for_cuda", "eight_devices")
-def test_it_lowers_for_a_gpu_from_here(window):
+def test_kernel_lowers_for_a_gpu(window):
     """Sharded rows and heads in `shard_map`: one call forward, one backward, and no scores [T, T]."""
     query, key = (jax.ShapeDtypeStruct((8, 1024, n, 64), jnp.bfloat16) for n in (4, 2))
     heads = P(("data", "fsdp"), None, "tensor")
@@ -180,7 +179,7 @@ def test_the_capability_is_that_of_nvidia_gpus(platform, name, capability):
     assert cudnn.capability(SimpleNamespace(platform=platform, compute_capability=name)) == capability
 
 
-def test_a_program_chooses_it_on_gpus(monkeypatch):
+def test_a_program_chooses_the_kernel_on_gpus(monkeypatch):
     """Devices, precision and model decide what `auto` means."""
     monkeypatch.setattr(cudnn, "capability", lambda device: cudnn.HOPPER)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))

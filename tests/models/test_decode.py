@@ -38,7 +38,7 @@ def likeliest(model, params, context):
 
 
 @pytest.mark.parametrize("length", [1, 5, 8])
-def test_greedy_text_is_that_of_whole_forward_passes(model, params, length):
+def test_greedy_text_equals_whole_forward_passes(model, params, length):
     context = prompt = np.arange(2 * length).reshape(2, length) % 11
     for _ in range(16 - length):
         context = np.concatenate([context, likeliest(model, params, context)[:, None]], axis=1)
@@ -46,7 +46,7 @@ def test_greedy_text_is_that_of_whole_forward_passes(model, params, length):
     np.testing.assert_array_equal(generate(model, params, prompt, 16 - length, sampling=GREEDY), context[:, length:])
 
 
-def test_greedy_text_with_a_window_is_that_of_whole_forward_passes(params):
+def test_greedy_text_with_a_window_equals_whole_forward_passes(params):
     model = TransformerModel(dataclasses.replace(CONFIG, attention_window=3, attention_softcap=2.0))
     context = prompt = np.arange(10).reshape(2, 5) % 11
     for _ in range(11):

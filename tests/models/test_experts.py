@@ -104,7 +104,7 @@ def test_the_mixture_is_a_loop_over_experts(fields):
 
 @pytest.mark.parametrize(("load", "balance"), [([5, 5, 5, 5], 1), ([10, 10, 0, 0], 2), ([20, 0, 0, 0], 4)])
 def test_the_balance_loss_is_1_for_equal_loads_and_largest_for_one_expert(load, balance):
-    """Of ten tokens that choose two experts each, or one twice; probabilities like the choices."""
+    """Ten tokens choose two experts each, or one expert twice; the probabilities follow the choices."""
     load = jnp.float32([load] * 3)
     losses = router_losses(RouterSums(load, load / 2, jnp.float32([1, 2, 6])), Parallel())
     assert (losses["balance_loss"], losses["router_z_loss"]) == (10 * balance, 3)
@@ -125,7 +125,7 @@ def config(tiny_config):
     return change(tiny_config, model=model, train=train, mesh={"data": 2, "fsdp": 2, "tensor": 2})
 
 
-def test_loss_and_gradient_on_eight_devices_are_those_of_one(config):
+def test_loss_and_gradient_on_eight_devices_equal_one_device(config):
     """With rows of unequal weight, and matrices large enough that experts matter."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 257, (8, 17)).astype(np.int32)
@@ -161,7 +161,7 @@ def test_loss_and_gradient_on_eight_devices_are_those_of_one(config):
 
 @pytest.mark.slow
 def test_a_run_reports_the_losses_of_its_routers_and_its_model_generates(config, tmp_path):
-    """Evaluation has no part of them."""
+    """The evaluation loss contains neither."""
     outcome = train(change(config, model={"num_layers": 2}), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -208,7 +208,7 @@ def test_experts_decay_are_sharded_and_start_like_other_matrices():
     assert len(np.unique(np.asarray(part["experts"]["gate"][:, :, 0, 0]))) == 8
 
 
-def test_flops_are_those_of_the_experts_that_a_token_uses():
+def test_flops_count_the_experts_that_a_token_uses():
     per_expert = 3 * 16 * 24
     one, two, more = (
         flops_per_token(dataclasses.replace(MIXTURE, **fields), 16)
@@ -230,7 +230,7 @@ def test_flops_are_those_of_the_experts_that_a_token_uses():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_experts_cannot_do_is_an_error(fields, said):
+def test_unsupported_options_of_experts_are_errors(fields, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(MIXTURE, **fields)
 

@@ -11,7 +11,7 @@ SIZES = [[0, 100, 3, 0, 57, 0], [160, 0, 0, 0, 0, 0], [16, 32, 15, 17, 40, 40], 
 
 
 @pytest.mark.parametrize("num_rows", [160, pytest.param(5, marks=pytest.mark.slow)])
-def test_products_and_gradients_are_those_of_ragged_dot(num_rows):
+def test_products_and_gradients_equal_ragged_dot(num_rows):
     """Groups that are empty, end within a block or fill several; fewer rows than groups."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (num_rows, 8), (6, 8, 12), (num_rows, 12)
@@ -32,7 +32,7 @@ def test_products_and_gradients_are_those_of_ragged_dot(num_rows):
             assert jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) < 2**-7 * jnp.linalg.norm(b.ravel())
 
 
-def test_vmap_maps_what_is_mapped():
+def test_vmap_over_any_operands():
     """Evaluation by position maps the mask of the loss alone."""
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernel = (jax.random.normal(key, shape) for key, shape in zip(keys, ((3, 6, 4), (2, 4, 5)), strict=True))

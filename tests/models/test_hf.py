@@ -84,12 +84,12 @@ def our_logits(model, params, tokens):
     return model.logits(params, tokens)
 
 
-# Of the same layer as Mixtral, and as Mistral with the biases of Qwen 2.
+# The layer of Mixtral, and the layer of Mistral with the biases of Qwen 2.
 SLOW = ("qwen 3, with experts", "olmo, with experts", "qwen 2, with a window")
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
-def test_a_family_is_that_of_transformers(case, tmp_path):
+def test_a_family_equals_transformers(case, tmp_path):
     """Logits; exported, the same bits, which transformers loads. For one case of a family, also text and bfloat16."""
     name, values = CASES[case]
     theirs = make(getattr(transformers, name)(**values))

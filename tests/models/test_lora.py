@@ -21,7 +21,7 @@ BATCH = {"inputs": TOKENS[:, :-1], "labels": TOKENS[:, 1:], "where": np.ones((2,
 
 
 @pytest.mark.parametrize("config", [LLAMA, pytest.param(GPT2, marks=pytest.mark.slow)], ids=["llama", "gpt2"])
-def test_lora_is_that_of_merged_kernels(config):
+def test_lora_equals_merged_kernels(config):
     """Logits, and gradients of the low-rank matrices, equal those of W + (alpha / R) A B; at first those of W."""
     model, plain = TransformerModel(config), TransformerModel(without_lora(config))
     params, base = (jax.jit(which.init)(jax.random.key(1)) for which in (model, plain))

@@ -77,7 +77,7 @@ def test_in_bfloat16_only_operands_and_results_are_rounded(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_keeps_its_inputs_and_numbers_of_rows_only(name):
+def test_residuals_are_the_inputs_and_numbers_of_rows(name):
     *inputs, gradient = arguments_of(name)
     _, derivative = jax.vjp(FORMS[name][0], *inputs)
     kept = sum(leaf.size for leaf in jax.tree.leaves(derivative))

@@ -81,7 +81,7 @@ def test_cached_keys_are_an_error():
 
 @pytest.mark.parametrize("options", [{}, {"window": 300, "softcap": 30.0, "segments": True}])
 @pytest.mark.parametrize("width", [64, 128])
-def test_it_lowers_for_a_tpu_from_here(width, options):
+def test_kernel_lowers_for_a_tpu(width, options):
     """Forward and backward are one kernel each, and no scores [T, T] are left."""
     options = dict(options)
     query, key = (jax.ShapeDtypeStruct((2, 1024, n, width), jnp.bfloat16) for n in (4, 2))

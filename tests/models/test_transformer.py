@@ -202,7 +202,7 @@ def batch_of(config, batch_size=4, length=12):
 
 @STYLES
 def test_loss_fn_is_the_cross_entropy_of_the_logits(config):
-    """Of the 29 tokens; three more rows of the tables are padding."""
+    """The loss covers the 29 tokens; three more rows of the tables are padding."""
     model, params = make(dataclasses.replace(config, vocab_multiple=8))
     batch = batch_of(config)
     sums = jax.jit(loss_of_module(model, z_loss=1e-3, chunk_size=5))(params, batch)
@@ -294,7 +294,7 @@ def test_gpt2_has_its_124_million_parameters():
 
 
 @STYLES
-def test_flops_by_formula_are_those_the_compiler_counts(config):
+def test_flops_by_formula_equal_the_count_of_the_compiler(config):
     """Counts the products of the compiled forward pass (a third of all), unrolled, in a wide model."""
     config = dataclasses.replace(config, d_model=128, d_ff=512, vocab_size=1024, scan_unroll="all")
     model = Transformer(config)
@@ -306,7 +306,7 @@ def test_flops_by_formula_are_those_the_compiler_counts(config):
 
 
 def test_layers_with_and_without_a_window_differ_in_keys_and_wavelengths():
-    """Of three layers, the second attends to all keys; a stretch of its wavelengths changes no other layer."""
+    """The second of three layers attends to all keys; stretching its wavelengths changes no other layer."""
     assert GEMMA.window_layers == [0, 2]
     model, params = make(GEMMA)
     tokens = tokens_of(GEMMA, length=16)
@@ -321,7 +321,7 @@ def test_layers_with_and_without_a_window_differ_in_keys_and_wavelengths():
 
 
 @pytest.mark.parametrize("window", [1, 5, 511, 512, 600])
-def test_flops_with_a_window_are_those_of_the_keys_that_are_seen(window):
+def test_flops_with_a_window_count_the_visible_keys(window):
     one = flops_per_token(dataclasses.replace(LLAMA, attention_window=1), 512)
     keys = np.mean([min(t + 1, window) for t in range(512)])
     actual = flops_per_token(dataclasses.replace(LLAMA, attention_window=window), 512)

@@ -340,7 +340,7 @@ def test_remedies_name_existing_fields_and_flags(tiny_config):
 
 
 def test_every_rule_has_a_run_that_provokes_it():
-    """Here, or in the table of test_rules.py."""
+    """Each rule has its run here or in the table of test_rules.py."""
     text = Path(__file__).read_text() + Path(__file__).with_name("test_rules.py").read_text()
     names = [rule.name for rule in RULES]
     assert len(set(names)) == len(names) >= 20
@@ -376,7 +376,7 @@ def test_a_resumed_run_does_not_repeat_findings(run, config, tmp_path):
     assert findings(tmp_path / "run")["clipping_saturated"]["step"] == 51
 
 
-def test_a_step_that_ran_twice_found_it_once(config):
+def test_a_step_that_ran_twice_has_one_finding(config):
     event = {"event": "finding", "name": "no_progress", "severity": "warning", "step": 3, "evidence": "", "remedy": ""}
     assert len(diagnose([], [event, dict(event), event | {"step": 4}], config)) == 2
 

@@ -79,7 +79,7 @@ def test_lines_are_there_when_the_process_dies(tmp_path):
     assert events[0]["event"] == "eval"
 
 
-def test_a_file_cut_anywhere_reads_and_can_be_appended_to(tmp_path):
+def test_a_file_cut_at_any_byte_can_be_read_and_appended_to(tmp_path):
     path = tmp_path / "m"
     with JsonLines(path) as writer:
         writer.step(1, dict(loss=2.5))

@@ -54,7 +54,7 @@ def run_steps(recorder, steps, skipped=()):
     recorder.flush()
 
 
-def test_sinks_receive_logged_steps_and_those_that_ask_every_step():
+def test_sinks_receive_the_logged_steps_or_every_step():
     logged, every = Collect(), Collect(every_step=True)
     with Recorder(CONFIG, [logged, every]) as recorder:
         run_steps(recorder, range(1, 41), skipped=[33])

@@ -116,7 +116,7 @@ def test_rows_that_a_crash_lost_are_sent_again(fake, tmp_path, kept):
 
 
 @pytest.mark.parametrize("event", ["rewind", "config_change"])
-def test_steps_that_are_replaced_get_an_id_of_their_own(fake, tmp_path, event):
+def test_steps_that_are_replaced_get_a_new_id(fake, tmp_path, event):
     attempt(tmp_path, 0, 30)
     attempt(tmp_path, 10, 40, {"event": event}, version=1)
     old, new = fake.stored.values()

@@ -98,7 +98,7 @@ def test_time_and_cost_follow_from_flops_and_mfu():
     assert plan.cost.price == pytest.approx(4.0 * 64 * 24 * plan.cost.days)
 
 
-def test_scores_are_held_where_no_kernel_goes_by_blocks():
+def test_attention_scores_take_memory_without_a_blockwise_kernel():
     """Scores and weights in float32: on a CPU, and on a GPU with what cuDNN cannot do."""
     config = load_config(CONFIGS / "llama2_7b.py")
 
@@ -135,7 +135,7 @@ def test_remat_policies_keep_less_and_less():
     for remat in ("none", "minimal", "full", "offload"):
         kept[remat] = make_plan(change(config, "model", remat=remat), 32_000, 64).memory.activations
     assert kept["none"] > kept["minimal"] > kept["full"] > kept["offload"] == 0
-    # Of each of 16 x 4096 tokens and 32 layers the 4096 channels of the residual stream, bfloat16.
+    # 4096 channels of the residual stream, bfloat16, for each of 16 x 4096 tokens and 32 layers.
     assert kept["full"] == 16 * 4096 * 32 * 4096 * 2
 
 

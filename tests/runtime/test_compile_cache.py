@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_used_is_reported_and_costs_nothing_else(trouble
     assert not (tmp_path / "home").is_dir() or not compiled(tmp_path, "*")
 
 
-def test_the_user_s_folder_is_used(tmp_path):
+def test_the_cache_folder_of_the_user_is_used(tmp_path):
     errors, _ = run(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
     assert "cache" not in errors
     assert not (tmp_path / "home" / "jaxtrain").exists()

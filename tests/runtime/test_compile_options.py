@@ -26,7 +26,7 @@ def test_refused_options_are_dropped_with_one_line(num_devices, tune, lines, mon
     np.testing.assert_array_equal(compiled(jnp.ones(3)), 2 * jnp.ones(3))
 
 
-def test_options_reach_the_compiler_and_its_own_errors_the_caller(monkeypatch):
+def test_options_reach_the_compiler_and_its_errors_reach_the_caller(monkeypatch):
     class Lowered:
         def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED with {compiler_options}")

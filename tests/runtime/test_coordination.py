@@ -9,7 +9,7 @@ from jaxtrain.runtime import processes
 
 
 class SlowStore:
-    """A key-value store whose answers take 2 ms on their way, as `jax.distributed`'s client tells it."""
+    """A key-value store whose answers take 2 ms on their way, as those of `jax.distributed`'s client."""
 
     def __init__(self, **values):
         self.values = {key.replace("__", "/"): value for key, value in values.items()}

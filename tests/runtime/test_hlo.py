@@ -56,7 +56,7 @@ def test_groups_of_one_device_are_no_traffic():
     assert collectives(entry(all_reduce("{{0},{1},{2},{3},{4},{5},{6},{7}}")), SHAPE) == []
 
 
-def test_bytes_are_those_of_the_whole_array():
+def test_bytes_count_the_whole_array():
     found = collectives(
         entry(
             "%a = bf16[8,4]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups=[4,2]<=[8], dimensions={0}",

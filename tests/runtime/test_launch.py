@@ -152,7 +152,7 @@ def test_tpu_dry_run_prints_the_commands(cluster):
     real = calls(cluster, "gcloud")
     assert [words[3] for words in real] == ["scp", "ssh", "ssh"]
     assert all(words[-4:] == ["--zone", "us-east5-a", "--project", "p"] for words in real)
-    # What is printed does, as a script, the same.
+    # The printed commands do the same as a script.
     (cluster.folder / "calls" / "gcloud").unlink()
     (cluster.folder / "printed").write_text(dry)
     call(cluster, str(cluster.folder / "printed"), cwd=SCRIPTS.parent)

@@ -148,7 +148,7 @@ def test_the_relay_forwards_both_ways_and_stays_open_when_the_lead_dies():
         local.close()
 
 
-def test_the_relay_passes_on_that_jax_has_left():
+def test_the_relay_forwards_the_end_of_the_jax_client():
     with socket.create_server(("localhost", 0)) as server:
         local = socket.create_connection(split_address(relay(*server.getsockname())), timeout=LIMIT)
         remote = server.accept()[0]

@@ -225,7 +225,7 @@ def test_processes_that_disagree_on_the_config_say_where(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_would_restore_another_step_say_which(config, whole, tmp_path):
+def test_processes_that_disagree_on_the_step_to_restore_name_it(config, whole, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(whole, tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoints" / "8")  # else the run is finished

@@ -14,7 +14,7 @@ from jaxtrain.runtime.rendezvous import meet
 
 
 def meet_all(arguments, timeout=60.0):
-    """Calls `meet` for each (number of processes, process) at once; what each raised, or whom it met."""
+    """Calls `meet` for each (number of processes, process) at once; returns the error of each, or the processes that it met."""
     address, outcome = free_address(), {}
 
     def one(i, count, process):
@@ -42,7 +42,7 @@ def test_processes_meet_in_any_order():
     assert meet_all([(3, 2), (3, 0), (3, 1)]) == [[0], [1, 2], [0]]
 
 
-def test_everybody_who_came_hears_who_did_not():
+def test_missing_processes_are_named_to_all_others():
     came = meet_all([(5, 3), (5, 0), (5, 1)], timeout=3.0)
     assert all("2 of 5 processes did not come within 3 s: processes 2, 4;" in text for text in came)
 
@@ -96,7 +96,7 @@ def test_strangers_at_the_port_do_no_harm():
         connection.close()
 
 
-def test_a_process_that_was_started_again_takes_its_own_place():
+def test_a_process_that_was_started_again_replaces_its_old_connection():
     address, outcome = free_address(), []
     host, port = address.split(":")
     others = [threading.Thread(target=lambda i=i: outcome.append(meet(address, 3, i, 60.0))) for i in (0, 1, 2)]

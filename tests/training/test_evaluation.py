@@ -46,7 +46,7 @@ def test_every_token_counts_once_whatever_the_batch(batch_size, seq_len, devices
     np.testing.assert_allclose(result["bits_per_byte"], nll / math.log(2) * 102 / 100, rtol=1e-6)
 
 
-def test_positions_of_a_window_are_told_apart():
+def test_loss_by_position_in_the_window():
     step, bounds = position_step(eval_step, 8)
     assert bounds == (0, 1, 2, 4, 8)
     batches = EvalBatches(SPLIT, batch_size=4, seq_len=8, vocab_size=50)

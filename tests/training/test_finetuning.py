@@ -135,7 +135,7 @@ PARAMS = {
 }
 
 
-def test_a_frozen_optimizer_is_that_of_the_other_parameters():
+def test_a_frozen_optimizer_equals_one_of_the_other_parameters():
     """The clipped norm, the moments and the decay are those of the trained leaves; the layers stay a stack."""
     grads = jax.tree.map(lambda p: 3 * p + 1, PARAMS)
     whole = freeze_updates(clipped_adamw(0.1), ("embedding", "layers/norm/*"))

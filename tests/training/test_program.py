@@ -76,7 +76,7 @@ def test_another_learning_rate_length_threshold_or_decay_is_the_same_program():
             np.testing.assert_allclose(metrics.unpack()[name], constants[name], rtol=1e-6)
 
 
-def test_an_optimizer_of_the_caller_holds_its_own_numbers():
+def test_an_optimizer_of_the_caller_takes_no_scalars():
     program = make_program(make_config("gpt2"), make_mesh(MeshConfig(*ONE)), VOCAB, optimizer=optax.sgd(0.1))
     assert program.scalars is None
 

@@ -104,7 +104,7 @@ def test_the_parts_add_up_to_the_step(sixth):
     np.testing.assert_allclose(total, metrics["update_norm"], rtol=1e-4)  # a difference of rounded parameters
 
 
-def test_the_loss_of_a_row_is_its_own(run_dir, sixth):
+def test_the_loss_of_a_row_does_not_depend_on_other_rows(run_dir, sixth):
     run = open_run(run_dir)
     params, _ = restore_run_params(run, 5)
     batch = batch_source(run)(5)
@@ -162,7 +162,7 @@ def test_lines_replaced_by_a_rewind_are_not_compared(run_dir, tmp_path):
     assert result["reproduces"] is None
 
 
-def test_a_step_that_the_run_has_not_come_to_is_refused(run_dir):
+def test_a_step_that_the_run_has_not_reached_is_refused(run_dir):
     for step in (0, -1, 13):
         with pytest.raises(ValueError, match=f"has no step {step} to replay: give --step 1 to 12"):
             replay(run_dir, step)

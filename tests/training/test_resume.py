@@ -191,7 +191,7 @@ def test_another_environment_is_announced(before, run_dir, tiny_config, capsys):
     assert len(events_of(run_dir, "environment_change")) == bool(expected)  # step 8 was made here
 
 
-def test_a_log_that_ends_before_the_checkpoint_is_told(run_dir, tiny_config, capsys):
+def test_a_log_that_ends_before_the_checkpoint_is_reported(run_dir, tiny_config, capsys):
     file = run_dir / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(line for line in lines if json.loads(line).get("step") in (None, 0, 1, 2, 3)))

@@ -81,7 +81,7 @@ def test_bits_per_byte_stand_beside_gzip_and_xz(whole_run):
     assert 0.5 < evaluation["xz_bits_per_byte"] < 8
 
 
-def test_starting_a_finished_run_again_trains_no_further(whole_run):
+def test_a_finished_run_trains_no_further(whole_run):
     folder, config, outcome = whole_run
     before = (folder / "metrics.jsonl").read_bytes()
     assert train(config, folder) == outcome
@@ -197,7 +197,7 @@ def test_a_store_made_in_the_run_directory_serves_when_the_text_is_gone(tiny_con
 
 
 def test_a_config_names_the_end_of_text_token(tiny_config, corpus, tmp_path):
-    """Of a tokenizer file without one of the usual names, such as BERT's; the remedy of the error works."""
+    """The tokenizer file has none of the usual names, like BERT's; the remedy of the error works."""
     words = [*(f"word{i}" for i in range(255)), "[UNK]", "[SEP]"]  # as many as bytes, for a shared program
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

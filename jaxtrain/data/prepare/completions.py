@@ -65,7 +65,7 @@ def prepare_completions(
       tokenizer: `byte` or `hf:PATH`; PATH may be a run directory, for the tokenizer of its model.
       validation: sources of the validation split, which then is no share of `sources`.
       validation_fraction: share of the records, chosen by hash, at least one.
-      chat_template: folder with a chat template; None takes that of the tokenizer.
+      chat_template: folder with a chat template; None takes the template of the tokenizer.
 
     Raises:
       ValueError: records that cannot be used, fewer than two of them, a bad option, or another folder at `out`.
@@ -185,7 +185,7 @@ def _render(messages: Any, template: ChatTemplate) -> tuple[str, list[tuple[int,
             whole = template.render(messages[: number + 1])
             if not (whole.startswith(before) and text.startswith(whole)):
                 raise ValueError(
-                    f"the chat template does not render message {number + 1} behind the text of those before it, as "
+                    f"the chat template does not render message {number + 1} after the text of the earlier ones, as "
                     "generation does: leave out the turns before the last, or give another template"
                 )
             spans.append((len(before), len(whole)))

@@ -34,7 +34,7 @@ Unit = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Choice of the held-out documents: by hash, or the tail of the corpus. Files with a split of their own keep it."""
+    """Choice of the held-out documents: by hash, or the tail of the corpus. Files with a fixed split keep it."""
 
     fraction: float  # of the documents, or of the bytes
     tail_start: int | None = None  # UTF-8 bytes of the corpus before its held-out tail; None: split by hash
@@ -110,7 +110,7 @@ def read_blocks(
 def choose_split(units: Sequence[Unit], text_field: str, fraction: float) -> tuple[SplitRule, list[int]]:
     """Returns a split by hash if that gives both splits documents, otherwise one by position.
 
-    Reads documents only until both splits have one. Files with a split of their own are not read.
+    Reads documents only until both splits have one. Files with a fixed split are not read.
 
     Returns:
       The rule and, for a split by position, the UTF-8 bytes of document text in each unit.

@@ -30,7 +30,7 @@ from jaxtrain.data.prepare.tars import tar_samples
 from jaxtrain.fields import is_url
 from jaxtrain.runtime.extras import import_extra
 
-HEAD_BYTES = 1 << 16  # read to tell formats apart
+HEAD_BYTES = 1 << 16  # read to recognize the format
 _ROWS = 1024  # of a column, converted at a time
 
 
@@ -41,7 +41,7 @@ class Format:
     Attributes:
       documents: called as `documents(path, start, stop, text_field)`; yields the documents that begin at the bytes
         [start, stop) of the decompressed file, as texts or, above memory's size, as re-iterable sequences of texts. A
-        ValueError says what is wrong with the file; its path is put in front.
+        ValueError says what is wrong with the file; its path is prepended.
       splittable: `documents` accepts any byte range; otherwise it is called once with `start` 0 and `stop` None. A
         compressed file is never split.
       file: `__file__` of the Python file that registers the format, for worker processes; None for built-in formats.
@@ -56,7 +56,7 @@ def find_format(path: str) -> str:
     """Returns the key in `FORMATS` of a file's format.
 
     The longest suffix in `FORMATS` decides, in any case and before the suffixes of a compression, a copy or a part.
-    Content tells JSON lines from other JSON; another file is one text unless its content is known to be something else.
+    The content distinguishes JSON lines from other JSON. Any other file is one text, unless its content is recognized.
 
     Raises:
       ValueError: an archive, an image or another file without text.
@@ -317,7 +317,7 @@ def _tar_documents(path: str, start: int, stop: int | None, text_field: str) -> 
 
 
 def _is_json(head: bytes, first_line: bytes) -> bool:
-    """Returns True if a file's first line is JSON, or too long to tell from the file's head."""
+    """Returns True if a file's first line is JSON, or longer than the file's head."""
     if len(head) == HEAD_BYTES and b"\n" not in head.lstrip():
         return True
     try:
@@ -364,5 +364,5 @@ FORMATS: dict[str, Format] = {
 }
 BUILT_IN = frozenset(FORMATS.values())
 _BINARY = (".parquet", ".arrow", ".feather", ".tar")
-# Suffixes of compressions, copies and parts behind that of the format.
+# Suffixes of compressions, copies and parts after the suffix of the format.
 _TAIL = re.compile(rf"(~|\.(bak|old|orig|tmp|[0-9]+|{'|'.join(suffix[1:] for suffix in COMPRESSIONS)}))+$")

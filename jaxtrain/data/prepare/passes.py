@@ -104,7 +104,7 @@ def write_store(
 
 
 def _describe(corpus: Corpus, request: dict[str, Any], rule: SplitRule, counts: Sequence[dict]) -> dict[str, Any]:
-    """Returns the values of the manifest that tell how the store was made."""
+    """Returns the values of the manifest that record how the store was made."""
     left_out = {reason: len(paths) for reason, paths in corpus.left_out.items()}
     if num_empty := sum(count["num_empty"] for count in counts):
         left_out["empty documents"] = num_empty

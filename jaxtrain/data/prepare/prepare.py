@@ -53,7 +53,7 @@ def prepare(
       validation: sources of the validation split, which then is no share of `sources`.
       validation_fraction: share of the documents, chosen by hash, or of the end of the text if a split would be empty.
       text_field: field or column that holds the text of a record.
-      formats: Python file that adds to `formats.FORMATS`; None keeps the formats as they are.
+      formats: Python file that adds to `formats.FORMATS`; None adds none.
       num_workers: processes; None is one a core. The store is the same for any number.
       lock: False takes no lock on the unfinished store, for a file system that has none.
       progress: show progress on stderr, or a function that starts a stage, see `progress.Stages`.
@@ -179,7 +179,7 @@ def _refuse_inside_source(sources: Sequence[str], out: Path) -> None:
     for source in sources:
         folder = Path(os.path.abspath(Path(source).expanduser()))
         if source != PYTHON_STDLIB and not is_url(source) and folder.is_dir() and out.is_relative_to(folder):
-            raise ValueError(f"the store {out} would lie in its own source folder {folder}: put it elsewhere")
+            raise ValueError(f"the store {out} would lie in the source folder {folder}: give another --out")
 
 
 def _open_existing(out: Path, request: dict[str, Any], stages: Stages) -> TokenStore:

@@ -55,7 +55,7 @@ class _Decompressed(io.BufferedReader):
 
 
 def open_binary(path: str) -> BinaryIO:
-    """Opens a file or URL for reading, as it is."""
+    """Opens a file or URL for reading, without decompression."""
     return remote.open_file(path) if is_url(path) else open(path, "rb")
 
 

@@ -145,7 +145,7 @@ HF_FAMILIES = [
     Family("GPT2LMHeadModel", "gpt2", "gpt2", _GPT2_SIZES, _GPT2, _GPT2_DEFAULTS, _GPT2_FIXED, transposed=False),
 ]
 
-# What well-known architectures need beyond this decoder.
+# Features of well-known architectures that this decoder lacks.
 _LACKING = {
     "GptOssForCausalLM": "attention sinks",
     "Qwen2MoeForCausalLM": "shared experts",

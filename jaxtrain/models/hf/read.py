@@ -38,7 +38,7 @@ class _Stored(NamedTuple):
     def open(self, source: Any) -> Any:
         """Returns the slices of the tensor in the open file; a ValueError if the file is shorter or gone.
 
-        The library maps the file into memory, where reading behind its end would end the process (SIGBUS).
+        The library maps the file into memory, where reading past its end would end the process (SIGBUS).
         """
         size = self.file.stat().st_size if self.file.exists() else 0
         if size != self.file_bytes:
