@@ -19,7 +19,7 @@ import optax
 from benchmark import Table, interleave, parser, report
 
 from jaxtrain.losses import cross_entropy, linear_cross_entropy
-from jaxtrain.runtime.host_memory import keep_freed_memory
+from jaxtrain.runtime.memory import keep_freed_memory
 
 
 def dense(hidden, kernel, labels):

@@ -32,7 +32,7 @@ from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.plan.formulas import plan_vocab
 from jaxtrain.runtime.chips import peak_flops
 from jaxtrain.runtime.flags import parse_config
-from jaxtrain.runtime.host_memory import keep_freed_memory
+from jaxtrain.runtime.memory import keep_freed_memory
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training.program import make_program
 

@@ -38,7 +38,7 @@ class Chip(NamedTuple):
     name: str  # name on the command line
     device_kind: str  # `jax.Device.device_kind`
     # memory available to a program. TPU: as the TPU compiler reports it (of 16, 95 and 32 GB in the Cloud TPU
-    # documentation); NVIDIA: from the data sheets.
+    # documentation); NVIDIA: from the data sheets, and what the commands reserve (`memory`).
     hbm_bytes: int
     slice_dims: int = 0  # number of dimensions of a TPU slice's shape; 0 for GPUs
     capability: tuple[int, int] | None = None  # CUDA compute capability; None for TPUs

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain.runtime import peers
-from jaxtrain.runtime.host_memory import keep_freed_memory
+from jaxtrain.runtime.memory import keep_freed_memory, reserve_gpu_memory
 from jaxtrain.runtime.processes import LONG_SECONDS, agree, announce_failure, is_alone, is_lost, time_limit
 from jaxtrain.runtime.relay import relay
 from jaxtrain.runtime.rendezvous import meet, split_address
@@ -40,7 +40,7 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
 
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID define a cluster. Without
     them JAX's detection is used (Slurm, Open MPI, a TPU slice, an indexed Kubernetes job). On CPUs the process keeps
-    freed memory (`host_memory`).
+    freed memory, and on GPUs it reserves nearly all (`memory`).
 
     Args:
       report: prints an error and returns the exit code. It is called if this process fails and others do not; the
@@ -49,6 +49,7 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
     Raises:
       ValueError: an incomplete address, or a missing process.
     """
+    reserve_gpu_memory()
     _initialize()
     if jax.default_backend() == "cpu":
         keep_freed_memory()

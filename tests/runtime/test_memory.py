@@ -1,4 +1,4 @@
-"""The allocator keeps freed memory; tested in a process of its own, because the setting is permanent."""
+"""The allocator keeps freed memory; tested in a process of its own, because the setting is permanent. A GPU's share."""
 
 import os
 import sys
@@ -6,12 +6,12 @@ import sys
 import pytest
 from helpers import run
 
-from jaxtrain.runtime import host_memory as hostmem
+from jaxtrain.runtime import memory
 
 CODE = """
 import resource, sys, threading
 import numpy as np
-from jaxtrain.runtime.host_memory import keep_freed_memory
+from jaxtrain.runtime.memory import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -45,10 +45,23 @@ def test_a_second_array_of_the_same_size_meets_no_new_pages():
 
 def test_elsewhere_nothing_is_done(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not hostmem.keep_freed_memory()
+    assert not memory.keep_freed_memory()
 
 
 def test_a_c_library_without_mallopt_is_ignored(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(hostmem.ctypes, "CDLL", lambda name: object())
-    assert not hostmem.keep_freed_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert not memory.keep_freed_memory()
+
+
+@pytest.mark.parametrize("given", [{}, {"XLA_CLIENT_MEM_FRACTION": ".3"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".3"}])
+def test_gpu_memory_is_reserved_unless_the_user_sets_a_share(given, monkeypatch):
+    """JAX refuses to start with both names."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, share in given.items():
+        monkeypatch.setenv(name, share)
+    memory.reserve_gpu_memory()
+    assert {name: os.environ[name] for name in names if name in os.environ} == (given or {names[0]: "0.94"})
+    monkeypatch.delenv(names[0], raising=False)
