@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models.kernels.grouped import grouped_matmul
-from jaxtrain.models.kernels.linear import Weights, linear
+from jaxtrain.models.kernels.linear import Weights, add_bias, linear
 from jaxtrain.models.kernels.pointwise import gelu, swiglu
 from jaxtrain.models.lora import add_lora
 from jaxtrain.models.parallel import Parallel, enter_tensor, free_early, leave_tensor, sum_rows
@@ -46,9 +46,9 @@ class FeedForward(nn.Module):
         x_BTD = enter_tensor(x_BTD, shards)
 
         def project(name):
-            weights = Weights(c.d_ff // shards, INIT_STD, c.use_bias, name=name)
-            y_BTF = add_lora(c, name, x_BTD, linear(x_BTD, weights(x_BTD.shape[-1])), shards, row=False)
-            return checkpoint_name(y_BTF, name)
+            kernel, bias = Weights(c.d_ff // shards, INIT_STD, c.use_bias, name=name)(x_BTD.shape[-1])
+            y_BTF = add_lora(c, name, x_BTD, linear(x_BTD, (kernel, None)), shards, row=False)
+            return checkpoint_name(y_BTF, name), bias
 
         hidden_BTF = _activate(c, project)
         down = Weights(c.d_model, residual_std(c), c.use_bias, name="down")(hidden_BTF.shape[-1])
@@ -56,12 +56,12 @@ class FeedForward(nn.Module):
         return add_lora(c, "down", hidden_BTF, down_BTD, shards, row=True)
 
 
-def _activate(c: ModelConfig, project: Callable[[str], jax.Array]) -> jax.Array:
-    """Returns the hidden channels; `project` multiplies the input by the matrix `up` or `gate`."""
-    hidden = project("up")
-    if c.feed_forward == "swiglu":
-        return swiglu(hidden, project("gate"))
-    return hidden * gelu(project("gate")) if c.gated else gelu(hidden)
+def _activate(c: ModelConfig, project: Callable[[str], tuple[jax.Array, jax.Array | None]]) -> jax.Array:
+    """Returns the hidden channels; `project` multiplies by the matrix `up` or `gate`, and returns its bias beside."""
+    if not c.gated:
+        return gelu(*project("up"))
+    hidden = add_bias(*project("up"))
+    return swiglu(hidden, add_bias(*project("gate"))) if c.feed_forward == "swiglu" else hidden * gelu(*project("gate"))
 
 
 class RouterSums(NamedTuple):
@@ -103,7 +103,7 @@ class Experts(nn.Module):
         x_SD = _spread(enter_tensor(x_ND, shards), order_S, row_NK)
 
         def project(name):
-            return checkpoint_name(grouped_matmul(x_SD, experts[name], sizes_E), name)
+            return checkpoint_name(grouped_matmul(x_SD, experts[name], sizes_E), name), None
 
         hidden_SF = _activate(c, project)
         # Scaled before the last product, whose result then need not be saved for the gradient of the shares.

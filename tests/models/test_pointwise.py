@@ -10,8 +10,8 @@ from jaxtrain.models.kernels.pointwise import gelu, norm, swiglu
 EPS = 1e-5
 
 
-def plain_gelu(x):
-    return jax.nn.gelu(x, approximate=True)
+def plain_gelu(x, bias=None):
+    return jax.nn.gelu(x if bias is None else x + bias[None, None], approximate=True)
 
 
 def plain_swiglu(x, gate):
@@ -30,6 +30,7 @@ def plain_rmsnorm(x, scale):
 
 FORMS = {
     "gelu": (gelu, plain_gelu, 1, 0),
+    "gelu with bias": (gelu, plain_gelu, 1, 1),
     "swiglu": (swiglu, plain_swiglu, 2, 0),
     "layernorm": (lambda x, s, b: norm(x, s, b, EPS, True), plain_layernorm, 1, 2),
     "layernorm without bias": (lambda x, s: norm(x, s, None, EPS, True), plain_layernorm, 1, 1),
@@ -69,9 +70,10 @@ def test_is_the_plain_form_and_its_derivative(name):
 def test_in_bfloat16_only_operands_and_results_are_rounded(name):
     """One rounding of the result, 2^-9 relative, on exactly the bfloat16 operands; sums over tokens are float32."""
     *inputs, gradient = arguments_of(name, jnp.bfloat16)
-    for x, want in zip(
-        with_gradients(FORMS[name][0], inputs, gradient), in_float64(name, [*inputs, gradient]), strict=True
-    ):
+    got, wanted = with_gradients(FORMS[name][0], inputs, gradient), in_float64(name, [*inputs, gradient])
+    if name == "gelu with bias":  # the bias takes the sum of the rounded gradient, like that of a linear layer
+        wanted[2] = np.asarray(got[1], np.float64).sum(axis=(0, 1))
+    for x, want in zip(got, wanted, strict=True):
         assert x.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(x, np.float64), want, rtol=1.01 * 2.0**-8, atol=1e-5 * np.abs(want).max())
 
@@ -101,5 +103,6 @@ def test_far_out_gelu_is_flat_or_straight():
 @pytest.mark.parametrize(("platform", "barriers"), [("cpu", 1), ("cuda", 2)])
 def test_a_gpu_stores_the_gradient_of_gelu_in_its_own_dtype(platform, barriers):
     """For the sum over the tokens too, which XLA would form from a float32 copy; one barrier is the recomputation's."""
-    traced = jax.jit(jax.grad(lambda x: jnp.sum(gelu(x).astype(jnp.float32)))).trace(jnp.ones(4, jnp.bfloat16))
+    loss = lambda x, bias: jnp.sum(gelu(x, bias).astype(jnp.float32))  # noqa: E731
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(jnp.ones((2, 4), jnp.bfloat16), jnp.ones(4, jnp.bfloat16))
     assert traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier") == barriers

@@ -38,7 +38,7 @@ def linear(x: jax.Array, weights: tuple[jax.Array, jax.Array | None], num_shards
     kernel, bias = weights
     # With all tokens in one dimension, the gradient of the kernel is one matrix product.
     y = leave_tensor(_matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1), num_shards)
-    return y if bias is None else _add(y, bias)
+    return add_bias(y, bias)
 
 
 def project_heads(x_BTI: jax.Array, parts: list[tuple[jax.Array, jax.Array | None]], width: int) -> list[jax.Array]:
@@ -60,7 +60,7 @@ def merge_heads(x_BTHK: jax.Array, weights: tuple[jax.Array, jax.Array | None], 
     """Applies a linear layer to all channels of all heads; returns `[B, T, O]`. See `linear` and `project_heads`."""
     kernel, bias = weights
     y_BTO = leave_tensor(_by_platform(_merge, _merge_flat)(x_BTHK, kernel), num_shards)
-    return y_BTO if bias is None else _add(y_BTO, bias)
+    return add_bias(y_BTO, bias)
 
 
 def _by_platform(tpu: Callable, default: Callable) -> Callable:
@@ -116,6 +116,11 @@ _store_gradient.defvjp(
         jax.lax.platform_dependent(gradient, cuda=jax.lax.optimization_barrier, default=lambda gradient: gradient),
     ),
 )
+
+
+def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Adds a bias `[O]` to y `[..., O]`; None adds nothing."""
+    return y if bias is None else _add(y, bias)
 
 
 @jax.custom_vjp

@@ -17,25 +17,41 @@ _GELU_SCALE, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
 @jax.custom_vjp
-def gelu(x: jax.Array) -> jax.Array:
-    """Computes GELU in the tanh form (arXiv:1606.08415), in float32. Returns the dtype of x."""
-    return _gelu_forward(x)[0]
+def gelu(x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Computes GELU of x + bias in the tanh form (arXiv:1606.08415), in float32. Returns the dtype of x.
+
+    The sum is not saved: with the bias added before, a GPU would write it beside the result.
+
+    Args:
+      x: `[..., D]`.
+      bias: `[D]`, or None.
+    """
+    return _gelu_forward(x, bias)[0]
 
 
-def _gelu_forward(x: jax.Array):
-    y = x.astype(jnp.float32)
-    return (y * jax.nn.sigmoid(_gelu_exponent(y))).astype(x.dtype), x
+def _gelu_forward(x: jax.Array, bias: jax.Array | None):
+    y = _shift(x, bias)
+    return (y * jax.nn.sigmoid(_gelu_exponent(y))).astype(x.dtype), (x, bias)
 
 
-def _gelu_backward(x: jax.Array, gradient: jax.Array):
+def _gelu_backward(residuals: tuple[jax.Array, jax.Array | None], gradient: jax.Array):
+    x, bias = residuals
     x, gradient = jax.lax.optimization_barrier((x, gradient))
-    y = x.astype(jnp.float32)
+    y = _shift(x, bias)
     sigmoid = jax.nn.sigmoid(_gelu_exponent(y))
     exponent_slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * jnp.square(y))
     slope = sigmoid * (1 + y * (1 - sigmoid) * exponent_slope)
     on_x = (gradient.astype(jnp.float32) * slope).astype(x.dtype)
-    # The sum for a bias follows. A GPU would store the gradient in float32 for it, and once more for the products.
-    return (jax.lax.platform_dependent(on_x, cuda=jax.lax.optimization_barrier, default=lambda on_x: on_x),)
+    if bias is None:
+        return on_x, None
+    # For the sum of the bias, a GPU would store the gradient in float32, and once more for the products.
+    on_x = jax.lax.platform_dependent(on_x, cuda=jax.lax.optimization_barrier, default=lambda on_x: on_x)
+    return on_x, jnp.sum(on_x, axis=tuple(range(x.ndim - 1)))  # accumulated in float32
+
+
+def _shift(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Returns x + bias in float32."""
+    return x.astype(jnp.float32) if bias is None else x.astype(jnp.float32) + _last(bias, x)
 
 
 def _gelu_exponent(y: jax.Array) -> jax.Array:
