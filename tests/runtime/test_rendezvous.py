@@ -14,7 +14,7 @@ from jaxtrain.runtime.rendezvous import meet
 
 
 def meet_all(arguments, timeout=60.0):
-    """Calls `meet` for each (number of processes, process) at once; returns the error of each, or the processes that it met."""
+    """Calls `meet` for each (number of processes, process) at once; returns the error of each, or those that it met."""
     address, outcome = free_address(), {}
 
     def one(i, count, process):
