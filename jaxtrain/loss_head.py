@@ -73,13 +73,12 @@ def sum_terms(
     `differentiable` False is for sums whose gradient is written by hand: a GPU then reads the logits once.
     """
     classes, is_class = _classes(logits, terms)
-    if is_class is not None:
-        logits = jnp.where(is_class, logits, -jnp.inf)
+    masked = logits if is_class is None else jnp.where(is_class, logits, -jnp.inf)
     two, one = (functools.partial(form, axis=terms.vocab_axis) for form in (_two_passes, _one_pass))
     if differentiable:
-        found = two(logits, labels, classes)
+        found = two(masked, logits, labels, classes)
     else:
-        found = jax.lax.platform_dependent(logits, labels, classes, cuda=one, default=two)
+        found = jax.lax.platform_dependent(masked, logits, labels, classes, cuda=one, default=two)
 
     def over_parts(sums):
         return jax.lax.psum(sums, terms.vocab_axis) if terms.vocab_axis else sums
@@ -101,18 +100,19 @@ def sum_terms(
     return (weighted_sum(nll), z_loss, smoothing), lse
 
 
-def _two_passes(logits: jax.Array, labels: jax.Array, classes: jax.Array, axis: str | None) -> Statistics:
-    shift = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+def _two_passes(masked, logits, labels, classes, axis: str | None) -> Statistics:
+    """Computes statistics of `masked`, where columns that are no class are -inf."""
+    shift = jax.lax.stop_gradient(jnp.max(masked, axis=-1))
     shift = jax.lax.pmax(shift, axis) if axis else shift
-    shifted = logits - shift[..., None]
+    shifted = masked - shift[..., None]
     return Statistics(shift, shifted, jnp.sum(jnp.exp(shifted), axis=-1), _at_label(logits, labels, classes))
 
 
-def _one_pass(logits: jax.Array, labels: jax.Array, classes: jax.Array, axis: str | None) -> Statistics:
-    largest, total = _reduce_once(logits)
+def _one_pass(masked, logits, labels, classes, axis: str | None) -> Statistics:
+    largest, total = _reduce_once(masked)
     shift = jax.lax.pmax(largest, axis) if axis else largest
-    at_label = _gather(logits, labels, classes)
-    return Statistics(shift, logits - shift[..., None], total * jnp.exp(largest - shift), at_label)
+    at_label = _gather(logits, labels, classes)  # of stored numbers: those that are masked would be formed again
+    return Statistics(shift, masked - shift[..., None], total * jnp.exp(largest - shift), at_label)
 
 
 @jax.custom_jvp

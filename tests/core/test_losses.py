@@ -106,10 +106,12 @@ def test_one_pass_over_the_logits_equals_two():
 
     def run(form):
         def terms(logits):
-            found = form(logits, labels, classes, None)
+            found = form(logits, logits, labels, classes, None)
             return found.shift + jnp.log(found.total), found.at_label
 
-        return jax.jit(lambda: (jax.jvp(terms, (logits,), (changes,)), form(logits, labels, classes, None).shift))()
+        return jax.jit(
+            lambda: (jax.jvp(terms, (logits,), (changes,)), form(logits, logits, labels, classes, None).shift)
+        )()
 
     for actual, expected in zip(*(jax.tree.leaves(run(form)) for form in (_one_pass, _two_passes)), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
