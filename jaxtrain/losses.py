@@ -27,7 +27,7 @@ from jaxtrain.loss_head import Terms, cut, linear_sums, softcap, sum_terms, vary
 # Tokens of a chunk, by platform. The head's gradient [D, V] is read and written once per chunk, 8 bytes for 6 * C
 # flops: long chunks hide that behind the matrix products, short ones hold few logits. scripts/bench_loss.py measures
 # the lengths: on a CPU, with V 50,304, chunks of 2,048 take the time of dense logits, and a sixth of their memory. On
-# a GPU, with 4,096, the head of GPT-2 moves 42.5 instead of 53.6 GB per 32,768 tokens (`jaxtrain plan
+# a GPU, with 4,096, the head of GPT-2 moves 35.9 instead of 46.9 GB per 32,768 tokens (`jaxtrain plan
 # configs/gpt2_124m.py --topology h100:1 --train.batch-size 32 --train.accumulate 1`).
 _CHUNKS = {"cpu": 2048, "gpu": 4096}
 _DEFAULT_CHUNK = 1024
