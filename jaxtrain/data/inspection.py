@@ -8,7 +8,6 @@ import numpy as np
 
 from jaxtrain.data.store import Split, TokenStore
 
-_CHUNK_TOKENS = 1 << 23
 _LONGEST_PERIOD = 32  # longest n-gram, in tokens, whose repetitions are searched
 # A document is flagged from 32 repetitions on of an n-gram of up to 13 tokens (OLMo 2, arXiv:2501.00656).
 REPEATS, REPEATED_NGRAM = 32, 13
@@ -19,20 +18,22 @@ _WINDOW_TOKENS, _WINDOW_CHARACTERS = 64, 300
 _TOP, _LONGEST = 10, 5
 
 
-def inspect_store(store: TokenStore, num_windows: int = 3) -> dict[str, Any]:
+def inspect_store(store: TokenStore, num_windows: int = 3, *, chunk_tokens: int = 1 << 23) -> dict[str, Any]:
     """Reads all tokens of a store twice, in constant memory beside 24 bytes a document.
 
     Args:
       store: an open store.
       num_windows: windows of text to show of each split, evenly spread.
+      chunk_tokens: tokens in memory at a time, at least 500.
 
     Returns:
       JSON values: `path`, `vocab_size`, `eot_id`, `splits` by name, and `alarms`, a list of sentences. What is not
       known of token files, such as their documents, is absent.
     """
     splits = {"train": store.train, "validation": store.validation}
-    hashes = {name: _hash_documents(split) for name, split in splits.items()}
-    found = {name: _inspect_split(store, name, split, hashes[name], num_windows) for name, split in splits.items()}
+    hashes = {name: _hash_documents(split, chunk_tokens) for name, split in splits.items()}
+    sizes = (num_windows, chunk_tokens)
+    found = {name: _inspect_split(store, name, split, hashes[name], *sizes) for name, split in splits.items()}
     if hashes["train"] is not None and hashes["validation"] is not None:
         found["validation"]["documents_in_train"] = int(np.isin(hashes["validation"], hashes["train"]).sum())
     return {
@@ -46,9 +47,9 @@ def inspect_store(store: TokenStore, num_windows: int = 3) -> dict[str, Any]:
 
 
 def _inspect_split(
-    store: TokenStore, name: str, split: Split, hashes: np.ndarray | None, num_windows: int
+    store: TokenStore, name: str, split: Split, hashes: np.ndarray | None, num_windows: int, chunk_tokens: int
 ) -> dict[str, Any]:
-    counts, repeated = _count_tokens(split)
+    counts, repeated = _count_tokens(split, chunk_tokens)
     shares = counts[counts > 0] / split.num_tokens
     top = np.argsort(-counts, kind="stable")[:_TOP]
     text = _reader(store)
@@ -114,13 +115,13 @@ def _by_source(
         yield {"source": entry["source"], "tokens": entry["num_tokens"], "bytes": entry["num_bytes"]} | counts
 
 
-def _hash_documents(split: Split) -> np.ndarray | None:
+def _hash_documents(split: Split, chunk_tokens: int) -> np.ndarray | None:
     """Returns the 64-bit hash of each document's tokens (uint64); None if the documents are not known."""
     if split.document_starts is None:
         return None
     hashes, first = np.empty(len(split.document_starts), np.uint64), 0
     starts, ends = split.document_starts, np.append(split.document_starts[1:], split.num_tokens)
-    for start, stop in _chunks(split.num_tokens, 0):
+    for start, stop in _chunks(split.num_tokens, chunk_tokens, 0):
         tokens = split.read(start, stop - start)
         last = int(np.searchsorted(ends, stop, side="right"))  # documents that end here; longer ones are read apart
         for number in range(first, last):
@@ -131,10 +132,10 @@ def _hash_documents(split: Split) -> np.ndarray | None:
     return hashes
 
 
-def _count_tokens(split: Split) -> tuple[np.ndarray, np.ndarray]:
+def _count_tokens(split: Split, chunk_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the count of each token id, and the positions where spans of REPEATS equal n-grams begin."""
     counts, places = np.zeros(0, np.int64), []
-    for start, stop in _chunks(split.num_tokens, _SPAN):
+    for start, stop in _chunks(split.num_tokens, chunk_tokens, _SPAN):
         tokens = split.read(start, stop - start)
         new = tokens if start == 0 else tokens[_SPAN:]
         found = np.bincount(new)
@@ -153,9 +154,9 @@ def _runs(tokens: np.ndarray, period: int) -> tuple[np.ndarray, np.ndarray]:
     return edges[::2], edges[1::2] - edges[::2]
 
 
-def _chunks(size: int, overlap: int) -> Iterator[tuple[int, int]]:
-    for stop in [*range(_CHUNK_TOKENS, size, _CHUNK_TOKENS), size]:
-        yield max((stop - 1) // _CHUNK_TOKENS * _CHUNK_TOKENS - overlap, 0), stop
+def _chunks(size: int, chunk: int, overlap: int) -> Iterator[tuple[int, int]]:
+    for stop in [*range(chunk, size, chunk), size]:
+        yield max((stop - 1) // chunk * chunk - overlap, 0), stop
 
 
 def longest_repetition(tokens: np.ndarray) -> tuple[int, int]:

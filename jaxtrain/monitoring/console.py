@@ -6,7 +6,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import rich.box
@@ -30,9 +30,16 @@ class Console:
     `close` clears the panel and restores the terminal.
     """
 
-    def __init__(self, total_steps: int, stream: TextIO | None = None, *, redraw_seconds: float = 2.0):
+    def __init__(
+        self,
+        total_steps: int,
+        stream: TextIO | None = None,
+        *,
+        redraw_seconds: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         """Prints to `stream`; None is standard output at the time of the call. Drawing takes about a millisecond."""
-        self._total_steps, self._redraw_seconds = total_steps, redraw_seconds
+        self._total_steps, self._redraw_seconds, self._clock = total_steps, redraw_seconds, clock
         self._stream = sys.stdout if stream is None else stream
         self._encoding = getattr(self._stream, "encoding", None)
         self._panel = Panel(total_steps)
@@ -49,7 +56,7 @@ class Console:
         if self._terminal is None:
             self.print(self._panel.line())
         else:
-            now = time.monotonic()
+            now = self._clock()
             if now - self._drawn >= self._redraw_seconds or step == self._total_steps:
                 self._drawn = now
                 self._draw(self._panel.render(self._terminal.width))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,18 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
     return {"hbm_bytes": chip.hbm_bytes} | found
 
 
-def search_batch(config: Config, vocab_size: int, topology: str, unit: int, timeout: float) -> Iterator[dict[str, Any]]:
+def search_batch(
+    config: Config, unit: int, compile_config: Callable[[Config], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """Searches the largest batch that fits: doubles until one does not fit, then bisects.
 
-    `unit` is the granularity in sequences: number of row shards x micro-batches. The time-out applies to each try.
-    Yields the answer of `compile_step` to each try with its `batch_size`.
+    `unit` is the granularity in sequences: number of row shards x micro-batches. `compile_config` is `compile_step` of
+    a config. Yields the answer to each try with its `batch_size`.
     """
     fits, too_large, tried = 0, None, max(config.train.batch_size // unit, 1)
     while too_large is None or too_large - fits > 1:
         train = dataclasses.replace(config.train, batch_size=tried * unit)
-        found = compile_step(dataclasses.replace(config, train=train), vocab_size, topology, timeout)
+        found = compile_config(dataclasses.replace(config, train=train))
         yield {"batch_size": tried * unit} | found
         fits, too_large = (tried, too_large) if found["fits"] else (fits, tried)
         tried = 2 * fits if too_large is None else (fits + too_large) // 2

@@ -1,6 +1,7 @@
 """`jaxtrain plan`: estimates by formula and the compiler's answer, as tables or as JSON."""
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -65,14 +66,15 @@ def _compile(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns the compiler's answer, with --max-batch for the largest batch that fits, and all tries."""
     stream = sys.stderr if options.json else sys.stdout
+    arguments = {"vocab_size": vocab_size, "topology": options.topology, "timeout": options.timeout}
+    compile_config = functools.partial(compile_step, **arguments)
     if not options.max_batch:
         if not options.json:
             echo(f"compiling the train step for {options.topology}: this takes minutes", flush=True)
-        answer = compile_step(config, vocab_size, options.topology, options.timeout)
-        return {"batch_size": config.train.batch_size} | answer, []
+        return {"batch_size": config.train.batch_size} | compile_config(config), []
     unit = config.train.accumulate * formulas.mesh["data"] * formulas.mesh["fsdp"]
     tries = []
-    for answer in search_batch(config, vocab_size, options.topology, unit, options.timeout):
+    for answer in search_batch(config, unit, compile_config):
         tries.append(answer)
         outcome = f"{'fits' if answer['fits'] else 'does not fit'}, {_amount(answer)}"
         echo(f"batch {answer['batch_size']}: {outcome}, {answer['compile_seconds']:.0f} s", file=stream, flush=True)

@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     return folder
 
 
-def test_figures_equal_a_plain_count(made, monkeypatch):
+def test_figures_equal_a_plain_count(made):
     store = open_store(made / "store")
     found = inspection.inspect_store(store)
     train, validation = found["splits"]["train"], found["splits"]["validation"]
@@ -53,8 +53,7 @@ def test_figures_equal_a_plain_count(made, monkeypatch):
     assert len(found["alarms"]) == 3
     assert found["alarms"][0].startswith("5 train documents repeat an n-gram 32 times or more")
     assert "2 of 4 validation documents are also in the training split" in found["alarms"][1]
-    monkeypatch.setattr(inspection, "_CHUNK_TOKENS", 500)  # spans and documents cross the chunks
-    again = inspection.inspect_store(store)
+    again = inspection.inspect_store(store, chunk_tokens=500)  # spans and documents cross the chunks
     for result in (found, again):
         for split in result["splits"].values():
             del split["repetitions"]  # a span that crosses a chunk counts twice

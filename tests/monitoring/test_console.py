@@ -117,11 +117,10 @@ def test_terminal_redraws_a_panel(terminal):
     assert terminal.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K" + "\x1b[1A\x1b[2K" * 3)  # cursor back, panel gone
 
 
-def test_panel_is_drawn_at_most_every_two_seconds(terminal, monkeypatch):
+def test_panel_is_drawn_at_most_every_two_seconds(terminal):
     """Drawing takes a millisecond or two: under 0.2 % of the loop."""
     now = [100.0]
-    monkeypatch.setattr("jaxtrain.monitoring.console.time.monotonic", lambda: now[0])
-    with closing(Console(2000, terminal)) as console:
+    with closing(Console(2000, terminal, clock=lambda: now[0])) as console:
         for step in range(1, 101):
             now[0] += 0.1  # ten seconds in all
             show(console, {**FIELDS, "step": step})

@@ -327,31 +327,29 @@ def test_the_compilers_numbers_replace_the_formulas(config_file, monkeypatch, tm
 
 
 @pytest.mark.parametrize("largest", [0, 1, 4, 5, 6, 13])
-def test_the_search_finds_the_largest_batch(largest, config, monkeypatch):
+def test_the_search_finds_the_largest_batch(largest, config):
     tried = []
 
-    def fake(config, vocab_size, topology, timeout):
+    def compile_config(config):
         tried.append(config.train.batch_size)
         return {"fits": config.train.batch_size <= 4 * largest}
 
-    monkeypatch.setattr(aot, "compile_step", fake)
-    answers = list(search_batch(config, 257, "v5e:2x2", 4, 1.0))
+    answers = list(search_batch(config, 4, compile_config))
     fitting = [one["batch_size"] for one in answers if one["fits"]]
     assert max(fitting, default=0) == 4 * largest
     assert len(set(tried)) == len(tried) <= 8
     assert all(size % 4 == 0 for size in tried)
 
 
-def test_max_batch_is_reported(config_file, monkeypatch, capsys):
-    def fake(config, vocab_size, topology, timeout):
-        rows = config.train.batch_size
-        sizes = ("argument", "temporary", "output", "alias", "code", "host", "peak")
-        fits = {f"{name}_bytes_per_device": rows * 10**8 for name in sizes} | {"collectives": [], "costs": []}
-        refused = {"needed_bytes_per_device": None, "message": "no"}
-        found = {"hbm_bytes": 16 * 10**9, "compile_seconds": 1.0, "fits": rows <= 48}
-        return found | (fits if rows <= 48 else refused)
-
-    monkeypatch.setattr(aot, "compile_step", fake)
+def test_max_batch_is_reported(config_file, monkeypatch, tmp_path, capsys):
+    sizes = ("argument", "temporary", "output", "alias", "code", "host", "peak")
+    fits = {f"{name}_bytes_per_device": 10**8 for name in sizes} | {"collectives": [], "costs": []}
+    answers = {"yes": fits | {"fits": True}, "no": {"fits": False, "needed_bytes_per_device": None, "message": "no"}}
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(json.dumps(answer | {"compile_seconds": 1.0, "hbm_bytes": 16 * 10**9}))
+    rows = "rows=$(grep -o 'batch_size[^0-9]*[0-9]*' \"$3\" | grep -o '[0-9]*$')"
+    script = f'{rows}; [ "$rows" -le 48 ] && answer=yes || answer=no; cp "{tmp_path}/$answer" "$4"'
+    pretend(monkeypatch, tmp_path, script)
     assert main(["plan", config_file, "--topology", "v5e:2x2", "--max-batch", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
