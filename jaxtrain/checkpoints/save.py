@@ -128,7 +128,7 @@ class Saver:
             return False
         if bad := not_finite({"params": state.params, "opt_state": state.opt_state}):
             last = self._folder.latest_step()
-            newest = "there is no checkpoint" if last is None else f"the newest checkpoint has step {last}"
+            newest = "there is no checkpoint" if last is None else f"the newest checkpoint is of step {last}"
             raise NotFinite(f"the state of step {step} is not finite and is not saved: {bad}; {newest}")
         rest = state.replace(params=None)
         leaves = describe(state.params, "params") | describe(rest, "rest")

@@ -220,7 +220,7 @@ def test_damaged_files_of_records(tmp_path):
     [
         ([{"role": "user", "content": "a"}], CHATML, "it has no completion"),
         ("hello", CHATML, "messages is 'hello', not a list"),
-        (CHAT["messages"], "{{ messages[-1].content }}", "does not render message 2 behind the text of"),
+        (CHAT["messages"], "{{ messages[-1].content }}", "does not render message 2 after the text of"),
         (CHAT["messages"], "{{ 1 / 0 }}", "the chat template rejects the messages: ZeroDivisionError"),
         (CHAT["messages"], "{{ ''.__class__.__mro__ }}", "the chat template rejects the messages: SecurityError"),
     ],
