@@ -22,6 +22,7 @@ from jaxtrain.models.model import TransformerModel
 from jaxtrain.monitoring.interval import summarize
 from jaxtrain.monitoring.layers import drop_unsampled, part_norms
 from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.monitoring.sentences import sentence
 from jaxtrain.precision import Policy
 from jaxtrain.runtime.mesh import replicated
 from jaxtrain.runtime.processes import LONG_SECONDS, agree, compile_together
@@ -85,10 +86,7 @@ def replay(run_dir: str | Path, step: int, hooks: Hooks = NO_HOOKS, **options: A
         "compared_steps": compared,
         "reproduces": not differences if compared else None,
         "differences": differences,
-        "notes": [  # changes of the environment, which let the numbers differ without any fault
-            f"{name} was {before} in the run and is {now} here: expect equal numbers up to rounding only"
-            for name, (before, now) in environment_changes(run, events, step).items()
-        ],
+        "notes": _notes(run, events, first, step),
         "micro_batches": _micro_batches(terms),
         "layers": _layers(terms),
         "rows": _rows(run, step, jax.device_get(nll)),
@@ -111,6 +109,16 @@ def _state_before(run: Run, step: int, events: list[dict[str, Any]]) -> tuple[Tr
         path = path / "checkpoints" / str(begun["source_step"])  # the source may have newer checkpoints by now
         state, _ = read_weights(run, state, str(path))
     return state, 0
+
+
+def _notes(run: Run, events: list[dict[str, Any]], first: int, step: int) -> list[str]:
+    """Returns the changes of environment and config that let numbers of steps after `first` differ without a fault."""
+    environment = [
+        f"{name} was {before} in the run and is {now} here: expect equal numbers up to rounding only"
+        for name, (before, now) in environment_changes(run, events, step).items()
+    ]
+    changes = [event for event in events if event["event"] == "config_change" and event["step"] > first]
+    return environment + [f"{sentence(event)} Steps up to there do not reproduce." for event in changes]
 
 
 def _differences(logged: dict[str, Any], values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -169,13 +169,16 @@ def test_a_step_that_the_run_has_not_reached_is_refused(run_dir):
 
 
 @pytest.mark.parametrize(("name", "value"), [("devices", 4), ("device", "TPU v4"), ("jax", "0.1"), ("processes", 2)])
-def test_another_environment_is_noted(run_dir, tmp_path, name, value):
+def test_another_environment_or_config_is_noted(run_dir, tmp_path, name, value):
     shutil.copytree(run_dir, tmp_path / "run")
     file = tmp_path / "run" / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
+    changes = {"train.batch_size": {"old": 2, "new": 8}}
+    lines += [{"event": "config_change", "step": done, "changes": changes} for done in (5, 6)]  # 5 is the checkpoint
     file.write_text("".join(json.dumps(line | ({name: value} if name in line else {})) + "\n" for line in lines))
-    (note,) = replay(tmp_path / "run", 6)["notes"]
+    note, change = replay(tmp_path / "run", 6)["notes"]
     assert note.startswith(f"{name} was {value} in the run and is ")
+    assert change.startswith("The config changed after step 6: train.batch_size: 2 → 8. Steps up to there do not")
 
 
 @pytest.mark.slow
