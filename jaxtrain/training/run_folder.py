@@ -40,7 +40,9 @@ _PATHS = ("data.store", "data.sources", "data.validation", "train.init_from")
 # Fields that keep the shapes of the state: a run resumes with other values under --allow-change.
 _CHANGEABLE = ("data.mixture", "data.mask_documents", "data.restart_positions", "data.packing", "train.", "optim.")
 _CHANGEABLE += ("guard.", "loss_scale.", "model.attention", "model.remat", "model.scan_unroll")
-_FIXED = ("train.init_from", "optim.frozen")
+_FIXED = ("train.init_from", "optim.frozen", "optim.mu_dtype", "guard.window")
+# Values that give the state other arrays: a field changes neither to them nor from them.
+_RESHAPING = {"optim.clipping": "zclip", "train.precision": "float16"}
 _LENGTH = {"train.steps", "optim.decay_steps"}
 
 _LOCK = "lock"
@@ -162,7 +164,11 @@ def check_or_write_config(folder: Path, config: Config, step: int, *, allow_chan
         return {}
     old = load_config(file)
     changed = _changes(old, config)
-    fixed = {k: v for k, v in changed.items() if not k.startswith(_CHANGEABLE) or k in _FIXED}
+    fixed = {
+        field: values
+        for field, values in changed.items()
+        if not field.startswith(_CHANGEABLE) or field in _FIXED or (field in _RESHAPING and _RESHAPING[field] in values)
+    }
     extends = set(changed) <= _LENGTH and config.train.steps >= step
     if changed and extends:  # the learning rates of the past stay the same
         before, after = (jax.vmap(components.make_schedule(c))(jnp.arange(max(step, 1))) for c in (old, config))

@@ -73,6 +73,10 @@ def test_settings_change_on_resume_with_the_flag_alone(run_dir, tiny_config):
     [
         ({"model": {"d_model": 32}}, "model.d_model: 16 -> 32"),
         ({"model": {"logit_softcap": 5.0}}, "model.logit_softcap: None -> 5.0"),
+        ({"optim": {"mu_dtype": "bfloat16"}}, "optim.mu_dtype: 'float32' -> 'bfloat16'"),
+        ({"optim": {"clipping": "zclip"}}, "optim.clipping: 'global_norm' -> 'zclip'"),
+        ({"guard": {"window": 8}}, "guard.window: 128 -> 8"),
+        ({"train": {"precision": "float16"}}, "train.precision: 'float32' -> 'float16'"),
     ],
 )
 def test_fields_that_shape_the_state_never_change(sections, line, run_dir, tiny_config):
