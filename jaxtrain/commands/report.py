@@ -41,7 +41,6 @@ def run_report(options: ReportOptions) -> int:
             load_run_config(folder)  # raises if no checkpoint has it
     records, path = open_records(folders)
     data = report_data(records)
-    write_text(path, render(data))
     if options.json:
         echo(json.dumps(data), verbatim=True)
     else:
@@ -51,6 +50,8 @@ def run_report(options: ReportOptions) -> int:
                 file = one_line(str(record.folder / "metrics.jsonl"))
                 echo(f"{file}: damaged lines are left out: {damaged}", file=sys.stderr)
             _show_findings(run)
+    write_text(path, render(data))  # after the findings: the folder may be read-only
+    if not options.json:
         echo(f"report: {path}")
     if options.open and not webbrowser.open(path.resolve().as_uri()) and not options.json:
         echo("no browser found: open the page by hand")

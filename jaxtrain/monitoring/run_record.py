@@ -139,20 +139,26 @@ def read_record(folder: str | Path) -> RunRecord:
 def find_runs(folder: str | Path) -> list[Path]:
     """Returns the run directories in a folder and its subfolders, sorted, or the folder itself if it is one.
 
-    Raises a ValueError if there is no such folder.
+    A symbolic link to a run counts, unless the run was found itself. Raises a ValueError if there is no such folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: give a folder of run directories, such as runs")
     found = []
-    for path, names, files in os.walk(folder):
-        # Models of transformers and other programs have a config.json too.
-        if "metrics.jsonl" in files or ("config.json" in files and "checkpoints" in names):
+    for path, names, _ in os.walk(folder):
+        if _is_run(Path(path)):
             found.append(Path(path))
             names.clear()  # runs are not nested
+        found += [link for link in map(Path(path).joinpath, names) if link.is_symlink() and _is_run(link)]
         depth = len(Path(path).relative_to(folder).parts)
         names[:] = sorted(name for name in names if not name.startswith(".") and depth < _DEPTH)
-    return sorted(found)
+    return sorted({path.resolve(): path for path in sorted(found, key=Path.is_symlink, reverse=True)}.values())
+
+
+def _is_run(path: Path) -> bool:
+    """Returns True for a run directory. Models of transformers and other programs have a config.json too."""
+    has = lambda name: os.path.exists(path / name)  # noqa: E731
+    return has("metrics.jsonl") or (has("config.json") and has("checkpoints"))
 
 
 def differences(records: Sequence[RunRecord]) -> dict[str, list[Any]]:

@@ -392,5 +392,10 @@ def test_command_line_reports_a_run_that_is_still_going(run, config, tmp_path, c
     assert f"{folder}: step 11 of 300, stopped\nwarning: adam_frozen at step 10: " in printed
     assert printed.endswith(f"report: {folder / 'report.html'}\n")
     assert (folder / "report.html").is_file()
+    (folder / "report.html.tmp").mkdir()  # the page cannot be written: the findings are printed all the same
+    assert main(["report", str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == printed.rpartition("report: ")[0]
+    assert "report.html.tmp" in captured.err
     assert main(["report", str(folder / "checkpoints")]) == 2
     assert "config.json" in capsys.readouterr().err

@@ -44,18 +44,20 @@ def test_rows_and_their_order(tmp_path, capsys):
         (runs / name / "metrics.jsonl").write_text('{"step": "x"}\n[]\n')
     (runs / "exported").mkdir()
     (runs / "exported" / "config.json").write_text('{"model_type": "llama"}')  # is no run
+    (runs / "of-a").symlink_to("a")  # the same run
+    (runs / "link").symlink_to(make_run(tmp_path / "elsewhere", peak_lr=4e-3))
     (runs / "lost").mkdir()
     (runs / "lost" / "metrics.jsonl").write_text("")
     rows = read_rows(runs)
-    assert [row["name"] for row in rows] == ["a", "b", "deep/c", "lost", "none", "text", "torn"]
-    assert [row["state"] for row in rows] == ["stopped"] * 3 + ["broken"] * 4
+    assert [row["name"] for row in rows] == ["a", "b", "deep/c", "link", "lost", "none", "text", "torn"]
+    assert [row["state"] for row in rows] == ["stopped"] * 4 + ["broken"] * 4
     assert rows[0]["config"] == {"optim.peak_lr": 1e-3}
     assert rows[0]["validation_loss"] == 1.25
     for key in ("name", "state", "steps", "validation", "tokens/s", "time", "optim.peak_lr", "peak_lr"):
         ordered = [row["name"] for row in sort_rows(rows, sort_key(rows, key))]
         assert sorted(ordered) == [row["name"] for row in rows]
     down = [row["name"] for row in sort_rows(rows, "optim.peak_lr", descending=True)]
-    assert down == ["b", "deep/c", "a", "lost", "none", "text", "torn"]
+    assert down == ["link", "b", "deep/c", "a", "lost", "none", "text", "torn"]
     assert main(["runs", str(runs), "--sort", "-optim.peak_lr"]) == 0
     printed = capsys.readouterr().out
     assert printed.index("peak_lr=0.003") < printed.index("peak_lr=0.001")
