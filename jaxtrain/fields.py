@@ -113,6 +113,7 @@ def check_value(hint: Any, value: Any, path: str) -> Any:
         kind, rule = parts
         value = check_value(kind, value, path)
         if isinstance(rule, LocalPath):
+            value = expand_user(value)
             (require_one_line if rule.or_url and is_url(value) else require_local)(value, path)
         elif isinstance(rule, Interval) and not rule.allows(value):
             finite = " and finite" if "inf" in rule.text and not math.isfinite(value) else ""
@@ -152,6 +153,12 @@ def check_entry(name: str, table: Iterable[str], path: str, table_name: str) -> 
 def is_url(path: str | os.PathLike) -> bool:
     """Returns True for text that begins with a `scheme://`, such as gs://bucket/run."""
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(path)))
+
+
+def expand_user(path: str) -> str:
+    """Replaces a leading `~`, also one after `hf:`: no shell does so in `--run-dir=~/run`, nor in a config file."""
+    kind = "hf:" if path.startswith("hf:") else ""
+    return kind + os.path.expanduser(path.removeprefix(kind))
 
 
 def require_local(path: str | os.PathLike, name: str) -> None:

@@ -131,6 +131,8 @@ FLAGS = [
     (["--train.sample-prompt", ""], "train.sample_prompt", ""),
     (["--train.sample-prompt=--x"], "train.sample_prompt", "--x"),
     (["--seed", "5"], "seed", 5),
+    (["--data.store=~/tok"], "data.store", os.path.expanduser("~/tok")),
+    (["--data.tokenizer=hf:~/tok.json"], "data.tokenizer", "hf:" + os.path.expanduser("~/tok.json")),
 ]
 
 

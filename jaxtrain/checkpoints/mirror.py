@@ -44,7 +44,7 @@ def working_folder(run_dir: str | Path, *, lock: bool = True) -> Iterator[tuple[
     """
     if not is_url(run_dir):
         require_local(run_dir, "--run-dir")
-        yield Path(run_dir), None
+        yield Path(run_dir).expanduser(), None
         return
     url = str(run_dir).rstrip("/")
     folder = copy_folder("runs", url)

@@ -33,7 +33,7 @@ def load_config(path: str | Path) -> Config:
 
     A `.py` file may import modules of its folder. Raises a ValueError that names the line if there is no valid config.
     """
-    path, given = Path(path), path
+    path, given = Path(path).expanduser(), path
     if not path.is_file():
         require_local(given, "the config file")
         raise ValueError(f"no config file {path}: {_config_near(path)}")

@@ -98,7 +98,7 @@ def local_run(run: str | Path) -> Path:
     Raises a ValueError if the URL has no files, or cannot be read.
     """
     if not is_url(run):
-        return Path(run)
+        return Path(run).expanduser()
     url = str(run).rstrip("/")
     folder = copy_folder("copies", url)
     with exclusive(folder):
