@@ -365,7 +365,9 @@ def test_the_interpreter_exits_in_silence(arguments, codes):
     assert "Exception" not in done.stderr
 
 
-@pytest.mark.parametrize("platforms", ["cuda", pytest.param("tpu", marks=pytest.mark.slow), "banana"])
+@pytest.mark.parametrize(
+    "platforms", ["cpu,", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cuda", "tpu")), "banana"]
+)
 def test_an_absent_backend_is_one_line(platforms, config_file):
     done = run_program(f"schedule {config_file}", JAX_PLATFORMS=platforms)
     assert done.returncode == 1

@@ -73,10 +73,20 @@ def require_writable_path(path: Path) -> None:
     and no restore can read the checkpoint. It takes a folder named `gs:` for a bucket.
     """
     text = str(Path(path).absolute())
-    bad = [repr(char) for char in text if char in "*?[\\" or "\ud800" <= char <= "\udfff"]
-    bad += ["'gs:/'"] if "gs:/" in f"{text}/" else []
+    bad = _unusable(text, "*?[\\") + (["'gs:/'"] if "gs:/" in f"{text}/" else [])
     if bad:
         raise ValueError(f"checkpoints cannot be saved in {text!r} with {' '.join(bad)}: give another --run-dir")
+
+
+def require_readable_path(path: Path) -> None:
+    r"""Raises a ValueError if Orbax cannot restore from a path that holds `\` or bytes that are not UTF-8."""
+    text = str(Path(path).absolute())
+    if bad := _unusable(text, "\\"):
+        raise ValueError(f"checkpoints cannot be read from {text!r} with {' '.join(bad)}: rename the folder")
+
+
+def _unusable(text: str, characters: str) -> list[str]:
+    return [repr(char) for char in text if char in characters or "\ud800" <= char <= "\udfff"]
 
 
 class CheckpointFolder:

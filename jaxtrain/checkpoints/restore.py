@@ -11,7 +11,7 @@ import chex
 import jax
 import orbax.checkpoint as ocp
 
-from jaxtrain.checkpoints.folder import CheckpointFolder
+from jaxtrain.checkpoints.folder import CheckpointFolder, require_readable_path
 from jaxtrain.checkpoints.leaves import NotFinite, compare, describe, not_finite
 from jaxtrain.checkpoints.manifest import FINGERPRINT, Damaged, verify
 from jaxtrain.runtime import processes
@@ -152,6 +152,7 @@ def _require_fit(path: Path, leaves: dict[str, Any], like: dict[str, Any]) -> No
 
 
 def _read(path: Path, like: dict[str, Any]) -> dict[str, Any]:
+    require_readable_path(path)
     handlers = {part: ocp.StandardCheckpointHandler() for part in like}
     args = {part: ocp.args.StandardRestore(tree) for part, tree in like.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as reader:

@@ -171,7 +171,7 @@ def render(data: dict[str, Any]) -> str:
     embedded = json.dumps(drawn, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":  # no text can end the script element
         embedded = embedded.replace(character, f"\\u{ord(character):04x}")
-    return string.Template(_asset("report.html")).substitute(
+    page = string.Template(_asset("report.html")).substitute(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {hashes}",
         title=html.escape(title),
         styles=f"{_asset('uPlot.min.css')}\n{_asset('report.css')}",
@@ -180,6 +180,7 @@ def render(data: dict[str, Any]) -> str:
         data=embedded,
         scripts="\n".join(f"<script>{script}</script>" for script in scripts),
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # a path may hold bytes that are no text
 
 
 def _asset(name: str) -> str:

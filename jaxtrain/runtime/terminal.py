@@ -147,13 +147,13 @@ def report_error(error: BaseException, arguments: Sequence[str] = ()) -> int:
         return 128 + signal.SIGINT
     text = str(error)
     if isinstance(error, UnicodeEncodeError):  # half of a surrogate pair: bytes of an argument that are not UTF-8
-        text = f"{error.object!r} is not Unicode text: give it as UTF-8"
+        text = f"{error.object[max(error.start - 100, 0) : error.end + 100]!r} is not Unicode text: give it as UTF-8"
     elif isinstance(error, MemoryError) or (type(error).__name__ == "JaxRuntimeError" and "EXHAUSTED" in text):
         text = f"out of memory: {text.splitlines()[0] if text else 'the host has no more'}\n"
         text += "lower train.batch_size or raise train.accumulate; `jaxtrain plan` says what a run needs"
     elif isinstance(error, OSError) and error.errno in _REMEDIES:
         text += f": {_REMEDIES[error.errno]}"
-    elif _lacks_backend():
+    elif "nable to initialize backend" in text or _lacks_backend():
         text = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names a backend that is not installed or has no device: "
         text += "unset it, set it to cpu, or install jax for this hardware, such as jax[cuda13]"
     elif not isinstance(error, ValueError | ImportError | OSError):

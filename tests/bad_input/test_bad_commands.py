@@ -65,6 +65,14 @@ COMMANDS = {
         )
         for char in "*?["
     },
+    **{
+        f"eval of a run in a folder renamed to {name!r}": bad(
+            f"eval {name}",
+            f"with {name[1]!r}: rename the folder",
+            make=lambda world, name=name: world.run.rename(world.tmp / name),
+        )
+        for name in ("r\\w", "r\udcff")
+    },
     "eval of a negative step": bad("eval {run} --step -1", "got -1", "0 or more"),
     "eval of a step that was not saved": bad("eval {run} --step 7", "no checkpoint of step 7", "there are [5, 10, 12]"),
     "eval of no batch": bad("eval {run} --batches 0", "got 0", "above 0"),

@@ -169,7 +169,7 @@ def test_several_runs_are_compared(tmp_path, capsys):
 def test_open_shows_the_page(tmp_path, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda address: not opened.append(address) and len(opened) == 1)
-    run = make_run(tmp_path / "run")
+    run = make_run(tmp_path / "run \udcff")  # a name of bytes that are no text
     assert main(["report", str(run), "--open"]) == 0
     assert "no browser" not in capsys.readouterr().out
     assert main(["report", str(run), "--open"]) == 0
