@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.checks import check_count, check_number, check_transformation, with_extra_args
+from jaxtrain.sums import update_sums
 from jaxtrain.trees import as_float32, float32_if_array, global_norm, squared, state_fields
 
 # Reasons for a skip: `GuardState.skip_reason`.
@@ -138,13 +139,14 @@ class _Guard(NamedTuple):
         loss = as_float32(extra.get("value", 0.0) if loss is None else loss)
         if loss.ndim:
             raise ValueError(f"loss must be a scalar, got shape {loss.shape}: give the mean over the tokens")
-        finite, intact = _check_finite(updates, inner_state, state.inner, self.check_updates)
+        finite = _is_usable(updates, inner_state, state.inner, self.check_updates)
         reason = self._judge(state, grad_norm, loss, finite)
         bad = reason != NOT_SKIPPED
         kept = _keep_if(bad, state.inner, inner_state, grads)
-        new_state = self._record(state, kept, reason, ~bad & ~intact, loss, grad_norm)
         drop = (lambda u: bad) if self.check_updates else (lambda u: bad | ~jnp.isfinite(u))
-        return jax.tree.map(lambda u: jnp.where(drop(u), jnp.zeros_like(u) * -1, u), updates), new_state
+        updates = jax.tree.map(lambda u: jnp.where(drop(u), jnp.zeros_like(u) * -1, u), updates)
+        intact = jnp.bool_(True) if self.check_updates else _is_intact(params, updates, inner_state, kept)
+        return updates, self._record(state, kept, reason, ~bad & ~intact, loss, grad_norm)
 
     def _judge(self, state: GuardState, grad_norm: jax.Array, loss: jax.Array, finite: jax.Array) -> jax.Array:
         """Returns the reason to skip, int32: the first that holds of not finite, loss spike, gradient-norm spike."""
@@ -203,11 +205,27 @@ def _limit(values: jax.Array, count: jax.Array, sigmas: float) -> jax.Array:
     return mean + sigmas * jnp.maximum(jnp.sqrt(variance), DEVIATION_FLOOR * jnp.abs(mean))
 
 
-def _check_finite(updates: Any, new: Any, old: Any, check_updates: bool) -> tuple[jax.Array, jax.Array]:
-    """Returns two flags: all that the decision waits for is finite; so is the new inner state beside it."""
+def _is_usable(updates: Any, new: Any, old: Any, check_updates: bool) -> jax.Array:
+    """Returns True if all that the decision waits for is finite."""
     if check_updates:
-        return _stays_finite(new, old) & _all_finite(updates), jnp.bool_(True)
-    return _all_finite([leaf for leaf in jax.tree.leaves(new) if not leaf.ndim]), _all_finite(new)
+        return _stays_finite(new, old) & _all_finite(updates)
+    return _all_finite([leaf for leaf in jax.tree.leaves(new) if not leaf.ndim])
+
+
+def _is_intact(params: Any, updates: Any, new: Any, kept: Any) -> jax.Array:
+    """Returns True if the new inner state is finite. `kept`, which is stored, equals it unless the step is bad."""
+    if params is None:
+        return _all_finite(new)
+
+    def by_sums(params, updates, new, kept):
+        del new
+        return update_sums(params, updates, kept)[2] == 0
+
+    def alone(params, updates, new, kept):
+        del params, updates, kept
+        return _all_finite(new)
+
+    return jax.lax.platform_dependent(params, updates, new, kept, cuda=by_sums, default=alone)
 
 
 def _stays_finite(new: Any, old: Any) -> jax.Array:

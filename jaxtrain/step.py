@@ -53,7 +53,8 @@ from jaxtrain.gradients import (
 )
 from jaxtrain.losses import LossSums
 from jaxtrain.precision import LossScale, LossScaling, Policy
-from jaxtrain.trees import global_norm
+from jaxtrain.sums import update_squares
+from jaxtrain.trees import global_norm, norm_of_squares
 
 _PMAP_AXIS = "devices"
 
@@ -307,6 +308,7 @@ def _metrics(sums: LossSums, grads: Any, updates: Any, params: Any, opt_state: o
         found = list(trees.state_fields(opt_state, name, params).values())
         return {name: jnp.asarray(functools.reduce(combine, found), jnp.float32)} if found else {}
 
+    param_squares, squares = update_squares(params, updates, opt_state)
     # A chain may hold several guards or clips: one for each group of parameters, or one inside another.
     skipped = {"skipped": jnp.float32(0)} | read("skipped", jnp.maximum)
     clip_factor = read("clip_factor", jnp.minimum)
@@ -316,8 +318,8 @@ def _metrics(sums: LossSums, grads: Any, updates: Any, params: Any, opt_state: o
         "z_loss": sums.z_loss / sums.divisor(),
         "grad_norm": global_norm(grads),
         **{name: jnp.where(skipped["skipped"] == 1, 0.0, value) for name, value in clip_factor.items()},
-        "update_norm": global_norm(updates),
-        "param_norm": global_norm(params),
+        "update_norm": norm_of_squares(squares),
+        "param_norm": norm_of_squares(param_squares),
         **read("learning_rate"),
         "tokens": sums.weight,
         **skipped,

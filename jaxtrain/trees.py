@@ -276,12 +276,20 @@ def global_norm(tree: Any) -> jax.Array:
       >>> float(global_norm({"a": jnp.array([3.0]), "b": jnp.array([4.0], jnp.bfloat16)}))
       5.0
     """
-    # The sums of stacked layers are those of `monitoring.layers.layer_diagnostics`, which then cost nothing extra.
-    squares = [
-        jnp.sum(layer_squares(leaf) if is_stacked(path) and shape_of(leaf) else squared(leaf))
+    return norm_of_squares(leaf_squares(tree))
+
+
+def leaf_squares(tree: Any) -> list[jax.Array]:
+    """Returns the sum of squares of each leaf, float32: a scalar, or `[L]` for the leaves of a stack of layers."""
+    return [
+        layer_squares(leaf) if is_stacked(path) and shape_of(leaf) else jnp.sum(squared(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def norm_of_squares(squares: list[jax.Array]) -> jax.Array:
+    """Returns the norm that sums of squares make."""
+    return jnp.sqrt(sum((jnp.sum(one) if one.ndim else one for one in squares), jnp.float32(0)))
 
 
 def state_fields(state: Any, name: str, params: Any) -> dict[KeyPath, jax.Array]:

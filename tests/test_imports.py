@@ -16,10 +16,11 @@ CORE = {
     "losses": {"checks", "trees", "loss_head"},
     "precision": {"checks", "trees"},
     "clipping": {"checks", "trees"},
-    "guard": {"checks", "trees"},
+    "sums": {"trees"},
+    "guard": {"checks", "trees", "sums"},
     "optim": {"checks", "trees", "clipping"},
     "gradients": {"losses"},
-    "step": {"checks", "trees", "losses", "precision", "gradients"},
+    "step": {"checks", "trees", "sums", "losses", "precision", "gradients"},
 }
 CORE_LIBRARIES = {"jax", "optax", "numpy"}  # importing chex would take 90 ms
 
@@ -69,7 +70,7 @@ def test_the_core_is_there():
 LAYERS = [
     {"checks", "fields", "version"},
     {"trees", "schedules", "mixture", "model_config"},
-    {"config", "loss_head"},
+    {"config", "loss_head", "sums"},
     {"losses", "precision", "clipping", "guard"},
     {"gradients", "optim"},
     {"step"},

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.trees import STACKED, global_norm, is_stacked, layer_axes, layer_squares, path_names
+from jaxtrain.sums import finish_update, update_squares
+from jaxtrain.trees import STACKED, is_stacked, layer_axes, layer_squares, leaf_squares, norm_of_squares, path_names
 
 # Below this multiple of eps, eps is a tenth or more of Adam's denominator: the update depends on the gradient's scale.
 _NEAR_EPS = 10.0
@@ -45,45 +46,51 @@ def layer_diagnostics(
       gradient. Only numbers with a gradient count: rows of an embedding that the batch does not use do not. It is NaN
       before the first update and for a gradient with NaN, and absent without Adam. A tree without layers has L = 0.
     """
-    norms = [_layer_norms(tree) for tree in (params, grads, updates)]
+    squares = *update_squares(params, updates, opt_state), leaf_squares(grads)
+    param_norm, update_norm, grad_norm = map(_layer_norms, (params, updates, grads), squares)
     share = _frozen_share(grads, opt_state, b2, eps)
-    metrics = {"layer_grad_norm": norms[1], "layer_update_ratio": norms[2] / norms[0]}
+    metrics = {"layer_grad_norm": grad_norm, "layer_update_ratio": update_norm / param_norm}
     return metrics if share is None else metrics | {"adam_frozen_share": share}
 
 
-def _layer_norms(tree: Any) -> jax.Array:
+def _layer_norms(tree: Any, squares: list[jax.Array]) -> jax.Array:
     """Returns the norm of each layer of the first part that has layers, `[L]`."""
-    parts = part_norms(tree)
+    parts = part_norms(tree, squares)
     return next((parts[name] for name in STACKED if name in parts and parts[name].ndim), jnp.zeros((0,), jnp.float32))
 
 
-def part_norms(tree: Any) -> dict[str, jax.Array]:
+def part_norms(tree: Any, squares: list[jax.Array] | None = None) -> dict[str, jax.Array]:
     """Returns the float32 norm of each top-level part of a tree like the parameters, by its key.
 
     A stack of L layers (see `trees.layer_axes`), or a list of them, has one norm per layer, `[L]`; other parts one.
+    `squares` are the tree's `leaf_squares`; None computes them.
     """
-    parts: dict[str, list[tuple[list[str], Any, int | None]]] = {}
+    parts: dict[str, list[tuple[list[str], Any, int | None, jax.Array]]] = {}
     try:
         axes = layer_axes(tree)
     except ValueError:  # matrices, or stacked vectors
         axes = [None] * len(jax.tree.leaves(tree))
-    for (path, leaf), axis in zip(jax.tree_util.tree_leaves_with_path(tree), axes, strict=True):
+    squares = leaf_squares(tree) if squares is None else squares
+    for (path, leaf), axis, square in zip(jax.tree_util.tree_leaves_with_path(tree), axes, squares, strict=True):
         names = path_names(path)
-        parts.setdefault(names[0] if names else "params", []).append((names[1:], leaf, axis))
+        parts.setdefault(names[0] if names else "params", []).append((names[1:], leaf, axis, square))
     return {name: _norms(leaves) for name, leaves in parts.items()}
 
 
-def _norms(leaves: list[tuple[list[str], Any, int | None]]) -> jax.Array:
-    """Returns the norm of a part, `[L]` for layers; `leaves` are names below the part, arrays and layer axes."""
-    if all(axis is not None for _, _, axis in leaves):
-        squares = [layer_squares(leaf, axis) for _, leaf, axis in leaves]
+def _norms(leaves: list[tuple[list[str], Any, int | None, jax.Array]]) -> jax.Array:
+    """Returns the norm of a part, `[L]` for layers.
+
+    `leaves` are names below the part, arrays, layer axes and `leaf_squares`, which sum over all axes but axis 0.
+    """
+    if all(axis is not None for _, _, axis, _ in leaves):
+        squares = [layer_squares(leaf, axis) if axis else square for _, leaf, axis, square in leaves]
         return jnp.sqrt(sum(squares[1:], squares[0]))
-    if not all(len(names) > 1 and names[0].isdigit() for names, _, _ in leaves):
-        return global_norm([leaf for _, leaf, _ in leaves])
-    layers: dict[int, list[Any]] = {}
-    for names, leaf, _ in leaves:
-        layers.setdefault(int(names[0]), []).append(leaf)
-    return jnp.stack([global_norm(layers[number]) for number in sorted(layers)])
+    if not all(len(names) > 1 and names[0].isdigit() for names, *_ in leaves):
+        return norm_of_squares([square for *_, square in leaves])
+    layers: dict[int, list[jax.Array]] = {}
+    for names, *_, square in leaves:
+        layers.setdefault(int(names[0]), []).append(square)
+    return jnp.stack([norm_of_squares(layers[number]) for number in sorted(layers)])
 
 
 def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) -> jax.Array | None:
@@ -96,7 +103,7 @@ def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) 
     correction = -jnp.expm1(states[0].count.astype(jnp.float32) * (math.log(b2) if b2 else -math.inf))
     frozen = moved = jnp.zeros((), jnp.float32)
     for state in states:  # one, or one for each part of a partitioned optimizer
-        for path, nu in jax.tree_util.tree_leaves_with_path(state.nu):
+        for path, nu in jax.tree_util.tree_leaves_with_path(finish_update(state.nu)):
             if path not in by_path or nu.shape != by_path[path].shape:
                 continue  # flattened or factored
             grad, stacked = by_path[path], is_stacked(path) and nu.ndim > 0

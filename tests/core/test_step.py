@@ -278,8 +278,9 @@ def test_pmap_traces_once():
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 0), ("cuda", 1)])
+@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 0), ("cuda", 1 + 2)])
 def test_a_gpu_stores_the_gradients_before_the_optimizer_reads_them(platform, barriers):
+    """The sums of the two parameters have barriers too; see `sums`."""
     optimizer = adamw(0.1)
     step = jax.jit(make_train_step(lm_loss, optimizer))
     state = TrainState.create(lm_params(), optimizer)
