@@ -20,6 +20,9 @@ from jaxtrain.runtime.terminal import echo
 
 # JSON has no such numbers; any JSON reader reads these strings, and `float` of most languages converts them.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+# Keys of an event line beside the fields of the event.
+EVENT_KEYS = {"event", "time", "text"}
+
 # Fields whose type every reader relies on. Other fields may hold any JSON value.
 _WHOLE = {"step", "attempt", "steps", "vocab_size", "train_tokens"}
 _NUMBERS = {"loss", "nll", "z_loss", "grad_norm", "grad_norm_max", "clip_factor", "clipped", "update_norm"}
@@ -80,11 +83,11 @@ class JsonLines:
         self._write_line({"step": step, **fields})
 
     def event(self, name: str, text: str, fields: Mapping[str, Any]) -> None:
-        """Writes an event: its name, the time (ISO 8601, UTC) and the fields."""
-        if clash := {"event", "time"} & fields.keys():
+        """Writes an event: its name, the time (ISO 8601, UTC), the text unless that is "", and the fields."""
+        if clash := EVENT_KEYS & fields.keys():
             raise ValueError(f"an event's fields must not be named {' or '.join(sorted(clash))}: rename them")
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._write_line({"event": name, "time": time, **fields})
+        self._write_line({"event": name, "time": time, **({"text": text} if text else {}), **fields})
 
     def close(self) -> None:
         """Closes the file; a second call does nothing. Raises an OSError if lines could not be written."""
@@ -135,7 +138,8 @@ def read_metrics(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
         fraction, where the peak of the device is known.
 
       Step lines are sorted. Lines that a `start` or `resume` from an earlier step has replaced are left out. Event
-      lines have `event` and `time`; all of them are returned, in the order of writing. Damaged lines are left out.
+      lines have `event`, `time` and mostly `text`; all of them are returned, in the order of writing. Damaged lines are
+      left out.
 
     Raises:
       ValueError: there is no such file.

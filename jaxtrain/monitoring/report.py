@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxtrain.monitoring.curves import POINTS, Axis, run_curves
 from jaxtrain.monitoring.health import Finding, diagnose
-from jaxtrain.monitoring.metrics import encode
+from jaxtrain.monitoring.metrics import EVENT_KEYS, encode
 from jaxtrain.monitoring.run_record import RunRecord, damaged_lines, describe, differences, find_runs, read_record
 from jaxtrain.monitoring.sentences import sentence
 from jaxtrain.monitoring.tables import format_seconds, format_value
@@ -194,7 +194,7 @@ _CURVES = """<section><h2>Curves</h2><div id="controls"></div><div id="charts"><
 def _one_run(run: dict[str, Any]) -> str:
     facts = run["summary"]
     name, state = html.escape(run["name"]), html.escape(facts["state"])
-    fields = {k: v for k, v in run["evaluation"].items() if k not in ("event", "time")}
+    fields = {k: v for k, v in run["evaluation"].items() if k not in EVENT_KEYS}
     evaluation = [(k.replace("_", " "), format_value(v)) for k, v in fields.items()]
     return "\n".join(
         [

@@ -20,7 +20,7 @@ from jaxtrain.config import Config
 from jaxtrain.data.compressors import compressor_bits_per_byte
 from jaxtrain.data.loader import prefetched
 from jaxtrain.inference.generate import complete
-from jaxtrain.monitoring.metrics import PackedMetrics
+from jaxtrain.monitoring.metrics import EVENT_KEYS, PackedMetrics
 from jaxtrain.monitoring.profile import Profiler, named_as_now, parse_profile, steps_left
 from jaxtrain.monitoring.recorder import Recorder, open_recorder
 from jaxtrain.monitoring.rules import RunFacts
@@ -133,7 +133,7 @@ def _settled_outcome(session: Session) -> dict[str, Any] | None:
             verify(session.checkpoints.checkpoint(end))
         except Damaged:
             return None
-        return {name: value for name, value in last.items() if name not in ("event", "time")}
+        return {name: value for name, value in last.items() if name not in EVENT_KEYS}
 
     outcome = processes.broadcast_from_lead("find the end of the run", find)
     if outcome:

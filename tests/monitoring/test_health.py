@@ -16,7 +16,7 @@ from runs import QUICK, Faults, change, train
 from jaxtrain.config import DataConfig, MeshConfig
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.monitoring.health import Health, diagnose
-from jaxtrain.monitoring.metrics import read_metrics
+from jaxtrain.monitoring.metrics import EVENT_KEYS, read_metrics
 from jaxtrain.monitoring.rules import RULES, RunFacts
 from jaxtrain.optim import clipped_adamw
 from jaxtrain.runtime.config_files import load_config
@@ -361,7 +361,7 @@ def test_a_finding_is_printed_written_and_reported(config, tmp_path, capsys):
     assert text in printed
     lines, events = read_metrics(folder / "metrics.jsonl")
     (finding,) = diagnose(lines, events, config)
-    assert dataclasses.asdict(finding) == {k: v for k, v in event.items() if k not in ("event", "time")}
+    assert dataclasses.asdict(finding) == {k: v for k, v in event.items() if k not in EVENT_KEYS}
     without = [e for e in events if e["event"] != "finding"]  # the lines alone say the same
     assert diagnose(lines, without, config) == [finding]
     page = (folder / "report.html").read_text()

@@ -41,7 +41,7 @@ def test_values_of_every_kind(tmp_path):
             jnp.int32(3), dict(loss=jnp.float32(0.1), low=jnp.bfloat16(1.5), flag=np.bool_(True), none=None, big=2**40)
         )
         writer.event(
-            "eval", "", dict(step=3, nested={"values": [jnp.float32(math.nan), -math.inf, math.inf]}, text="a\nb\u20ac")
+            "eval", "a\nb\u20ac", dict(step=3, nested={"values": [jnp.float32(math.nan), -math.inf, math.inf]})
         )
     (step,), (event,) = read_metrics(path)
     assert step == {"step": 3, "loss": float(np.float32(0.1)), "low": 1.5, "flag": True, "none": None, "big": 2**40}

@@ -109,7 +109,7 @@ def test_a_report_shows_the_run(tmp_path):
     assert page.cell("commit") == "abc123"
     assert page.cell("gzip bits per byte") == "2.5"
     assert page.cell("optim.clip_norm") == "0.25"
-    assert "Saved step 40 (2.00 kB)." in page.words
+    assert "Saved at step 40: 2.00 kB" in page.words
     (drawn,) = page.data["runs"]
     assert drawn["threshold"] == 0.25
     assert drawn["curves"]["x"]["step"] == list(range(1, 41))
@@ -206,10 +206,10 @@ def test_lines_of_older_runs_and_odd_numbers():
 
 
 def test_events_are_sentences():
-    change = {"optim.peak_lr": {"old": 0.001, "new": 0.002}}
-    assert sentence({"event": "config_change", "step": 4, "changes": change}).endswith("optim.peak_lr: 0.001 → 0.002.")
-    assert sentence({"event": "stop", "step": 40, "reason": "finished"}) == "Stopped at step 40: finished."
-    assert sentence({"event": "stop", "steps": "?"}) == "Stop: steps ?"  # of another version
+    assert sentence({"event": "stop", "step": 40, "text": "stopped at step 40"}) == "stopped at step 40"
+    assert sentence({"event": "stop", "step": 40, "reason": "finished"}) == "Stop at step 40: reason finished"
+    assert sentence({"event": "start", "step": 0, "jax": "0.10.2"}) == "Start at step 0"
+    assert sentence({"event": "saved", "step": 40, "bytes_hashed": [10**6, 10**6]}) == "Saved at step 40: 2.00 MB"
     assert sentence({"event": "my_event", "time": "", "step": 3, "big": 2.5}) == "My event at step 3: big 2.5"
 
 
