@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 LARGEST_COUNT = 2**31 - 2  # counts are int32 on the device, and one more must fit
 
@@ -62,8 +61,10 @@ def check_transformation(name: str, value: Any) -> Any:
     return value
 
 
-def with_extra_args(transformation: Any) -> optax.GradientTransformationExtraArgs:
+def with_extra_args(transformation: Any) -> Any:
     """Makes a transformation ignore extra arguments that its `update` does not name, as `optax.contrib.sam` must."""
+    import optax  # not at the top: the losses and `jaxtrain.load` need no optax
+
     update = optax.with_extra_args_support(transformation).update
     named = inspect.signature(update).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values()):
