@@ -1,5 +1,7 @@
 """Attention in blocks with its derivative written out, against the textbook's form in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,29 @@ def test_in_half_precision(dtype):
     for got, want in zip(with_gradients(*arguments), reference(*arguments), strict=True):
         assert got.dtype == dtype
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=bound * np.abs(want).max())
+
+
+def with_segments(query, key, value, gradient):
+    segment_ids = jnp.arange(query.shape[0] * query.shape[1]).reshape(query.shape[:2]) // 70
+    output, derivative = jax.vjp(causal.causal_attention, query, key, value, segment_ids)
+    return output, *derivative(gradient)[:3]
+
+
+def test_on_a_cpu_groups_of_rows_are_independent(monkeypatch):
+    """No product has more rows than a group. There are groups for two to four blocks, 5 rows in 3 groups for two."""
+
+    def products(lowered):
+        return max(int(rows) for rows in re.findall(r"dot_general.*-> tensor<(\d+)x", lowered.as_text()))
+
+    for length, rows in {128: 5, 500: 3, 640: 5, 200: 2}.items():
+        arguments = inputs(length, 4, 2, batch=5)
+        in_groups = jax.jit(with_segments).lower(*arguments)
+        assert products(in_groups) == rows, length
+    monkeypatch.setattr(causal, "_over_rows", lambda function, arrays, _: function(*arrays))
+    whole = jax.jit(lambda *arrays: with_segments(*arrays)).lower(*arguments)
+    assert products(whole) == 5
+    for mine, want in zip(in_groups.compile()(*arguments), whole.compile()(*arguments), strict=True):
+        np.testing.assert_allclose(mine, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
 def test_large_scores_do_not_overflow():

@@ -2,11 +2,14 @@
 
 The custom derivative saves the output and the log-sum of each row and recomputes the weights (arXiv:2205.14135,
 without its kernel). Queries are processed in blocks, each with the keys up to its last query, so that most of the
-masked half is never computed.
+masked half is never computed. On CPUs, groups of rows are independent of each other.
 
 Shape suffixes: B batch, T tokens (S as keys), H query heads, G key and value heads, M query heads per group
 (H = G x M), K channels per head, R rows of a block: its queries for each of the M heads.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,16 @@ def causal_attention(
 
 
 def _forward(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array, segment_ids_BT: jax.Array | None):
+    arrays = query_BTHK, key_BTGK, value_BTGK, segment_ids_BT
+    *inputs, mixed_BGMTK, log_sum_BGMT1 = _over_rows(_mix, arrays, query_BTHK.shape[1])
+    # Named in the layout that the derivative reads, so that rematerialization can save them.
+    mixed_BGMTK = checkpoint_name(mixed_BGMTK, ATTENTION)
+    log_sum_BGMT1 = checkpoint_name(log_sum_BGMT1, ATTENTION)
+    return _by_token(mixed_BGMTK), ((*inputs, mixed_BGMTK, log_sum_BGMT1), segment_ids_BT)
+
+
+def _mix(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array, segment_ids_BT: jax.Array | None):
+    """Returns queries, keys, values, output and log-sum of each row, in the layout that the derivative reads."""
     query_BGMTK = _by_group(query_BTHK, key_BTGK.shape[2])
     key_BGSK, value_BGSK = key_BTGK.swapaxes(1, 2), value_BTGK.swapaxes(1, 2)
     mixed, log_sum = [], []
@@ -44,15 +57,15 @@ def _forward(query_BTHK: jax.Array, key_BTGK: jax.Array, value_BTGK: jax.Array, 
         # Normalized after the product with the values: R x K divisions instead of R x S.
         mixed.append(_from_rows((mixed_BGRK / total_BGR1).astype(query_BTHK.dtype), stop - start))
         log_sum.append(_from_rows(top_BGR1 + jnp.log(total_BGR1), stop - start))
-    # Named in the layout that the derivative reads, so that rematerialization can save them.
-    mixed_BGMTK = checkpoint_name(jnp.concatenate(mixed, axis=3), ATTENTION)
-    log_sum_BGMT1 = checkpoint_name(jnp.concatenate(log_sum, axis=3), ATTENTION)
-    residuals = query_BGMTK, key_BGSK, value_BGSK, mixed_BGMTK, log_sum_BGMT1
-    return _by_token(mixed_BGMTK), (residuals, segment_ids_BT)
+    return query_BGMTK, key_BGSK, value_BGSK, jnp.concatenate(mixed, axis=3), jnp.concatenate(log_sum, axis=3)
 
 
 def _backward(saved, gradient_BTHK: jax.Array):
-    residuals, segment_ids_BT = saved
+    return *_over_rows(_gradients, (*saved, gradient_BTHK), gradient_BTHK.shape[1]), None
+
+
+def _gradients(residuals: tuple[jax.Array, ...], segment_ids_BT: jax.Array | None, gradient_BTHK: jax.Array):
+    """Returns the gradients of queries, keys and values."""
     if gradient_BTHK.shape[1] > _SHORT:
         # Without it the compiler merges both computations of the scores, or starts the second one too early.
         residuals, gradient_BTHK = jax.lax.optimization_barrier((residuals, gradient_BTHK))
@@ -78,10 +91,29 @@ def _backward(saved, gradient_BTHK: jax.Array):
         value_parts.append(_product(transposed_BGKR[1], weights_BGRS.astype(query_BGMTK.dtype)))
     query_gradient = _by_token(jnp.concatenate(query_parts, axis=3))
     gradients = query_gradient, _sum_blocks(key_parts, length), _sum_blocks(value_parts, length)
-    return *(gradient.astype(gradient_BTHK.dtype) for gradient in gradients), None
+    return tuple(gradient.astype(gradient_BTHK.dtype) for gradient in gradients)
 
 
 causal_attention.defvjp(_forward, _backward)
+
+
+def _over_rows(function: Callable, arrays: tuple[Any, ...], length: int) -> Any:
+    """Calls a function of arrays `[B, ...]`: on CPUs for groups of rows, elsewhere for all at once.
+
+    XLA on a CPU runs a batched product on one core (jax 0.10.2), but independent products on several, and the scores of
+    fewer rows stay in the cache. There are at most `_MAX_BLOCKS` blocks in all groups, and one group for a single block
+    of queries, which is faster whole.
+    """
+    batch, num_blocks = jax.tree.leaves(arrays)[0].shape[0], len(_blocks(length))
+    size = -(-batch // (_MAX_BLOCKS // num_blocks)) if num_blocks > 1 else batch
+
+    def in_groups(*arrays):
+        groups = [jax.tree.map(lambda x: x[i : i + size], arrays) for i in range(0, batch, size)]  # noqa: B023
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(function(*group) for group in groups))
+
+    if size >= batch:
+        return function(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=in_groups, default=function)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
