@@ -2,9 +2,9 @@
 """Time of the train step's operations on a CPU, beside those of the same step in compiled PyTorch.
 
 Traces some steps of both: JAX by the kind of the HLO instruction, torch by the name of the operator. Each moment of a
-thread counts for the innermost operation. The first table compares both by kind of work. In the other two, milliseconds
-of JAX are summed over its threads, so that they exceed those of a step; torch's profiler counts the calling thread
-alone.
+thread counts for the innermost operation; while fewer threads than cores work, the idle cores count as waiting for the
+operations that run. The first table compares both by kind of work. In the other two, milliseconds of JAX are summed
+over its threads, so that they exceed those of a step; torch's profiler counts the calling thread alone.
 
   python scripts/bench_operations.py configs/gpt2_124m.py --peer-python .venv-torch/bin/python --steps 5 \\
       --train.batch-size=8 --train.accumulate=1 --train.precision=float32
@@ -46,9 +46,13 @@ KINDS = {
     "its own, where PyTorch's fused AdamW has one",
     "norms, activations, loss": "sums are operations of their own",
     "copies, norms for the record": "weights are stored stacked over layers, and the step reports norms by layer",
-    "waiting": "one thread works on an operation that is not divided, or both wait for the next one",
 }
-*_, POINTWISE, RECORD, WAITING = KINDS
+*_, POINTWISE, RECORD = KINDS
+BETWEEN = "between operations"
+# Parts of attention, which PyTorch's kernel does not have as operations of their own.
+ATTENTION = ("its products", "its passes over the scores", "its copies to other layouts")
+_LAYOUT = {"parameter", "copy", "transpose", "bitcast", "slice", "concatenate", "reshape", "pad", "constant", "fusion"}
+_LAYOUT |= {"add", "broadcast"}  # of biases, and of the blocks' gradients
 
 
 class Times(NamedTuple):
@@ -56,12 +60,16 @@ class Times(NamedTuple):
 
     Attributes:
       by_name: By operation.
-      by_kind: By kind of work, one of `KINDS`; as a share of the step, so over all threads at once.
+      by_kind: By kind of work, one of `KINDS` or `ATTENTION`; as a share of the step, so over all threads at once.
+      waiting: Of idle cores, by operation, all cores added.
+      waiting_by_kind: Of idle cores, as a share of the step, by kind of the operations that run meanwhile.
       traced, plain: Of the step under the profiler and without it, median.
     """
 
     by_name: dict[str, float]
     by_kind: Counter[str]
+    waiting: Counter[str]
+    waiting_by_kind: Counter[str]
     traced: float
     plain: float
 
@@ -71,42 +79,76 @@ def ours_times(config: Any, steps: int) -> tuple[Times, Any]:
     import jax
     from bench_train import Ours
 
-    from jaxtrain.monitoring.profile import scopes_of
-    from jaxtrain.monitoring.trace import OTHER, busy_times, read_lines
-    from jaxtrain.runtime.hlo import HloModule
+    from jaxtrain.monitoring.trace import busy_parts, read_lines
 
     ours = Ours(config)
     text = ours.text()
-    scopes = scopes_of(text)
     plain = ours.run(steps)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             traced = ours.run(steps)
         (file,) = Path(folder).rglob("*.xplane.pb")
-        busy = busy_times(list(read_lines(file, text.split(",")[0].removeprefix("HloModule "))))
-    module = HloModule(text)
-    lines = {line.name: line for lines in module.computations.values() for line in lines}
-    fused = {name: line.called if line.opcode == "fusion" else () for name, line in lines.items()}
-    inside = {
-        name: [lines[name], *(one for called in names for one in module.computations[called])]
-        for name, names in fused.items()
-    }
-    with_dot = {name for name, parts in inside.items() if any(one.opcode == "dot" for one in parts)}
-    attends = {name for name, parts in inside.items() if any("_attend" in one.source for one in parts)}
-    by_name: Counter[str] = Counter()
-    by_kind: Counter[str] = Counter()
-    for name, nanoseconds in busy.items():
-        scope, milliseconds = scopes.get(name, OTHER), nanoseconds / 1e6 / (steps + 1)
-        opcode = lines[name].opcode if name in lines else name
-        by_name[f"{scope}: {opcode}{' with dot' * (opcode == 'fusion' and name in with_dot)}"] += milliseconds
-        if name in attends:
-            kind = "attention"
-        elif name in with_dot:
-            kind = "matrix products"
+        parts = busy_parts(list(read_lines(file, text.split(",")[0].removeprefix("HloModule "))))
+    busy: Counter[str] = Counter()
+    for start, end, name in parts:
+        busy[name] += end - start
+    labels, cores = labels_of(text), os.cpu_count()
+    sums = []
+    for times in (busy, waiting_times(parts, cores)):
+        by_name: Counter[str] = Counter()
+        by_kind: Counter[str] = Counter()
+        for name, nanoseconds in times.items():
+            operation, *kinds = labels.get(name, (name, RECORD))
+            by_name[operation] += nanoseconds / 1e6 / (steps + 1)
+            for kind in kinds if name != BETWEEN else [BETWEEN]:
+                by_kind[kind] += nanoseconds / 1e6 / (steps + 1) / cores
+        sums += [by_name, by_kind]
+    return Times(*sums, *(1e3 * statistics.median(seconds) for seconds in (traced, plain))), ours.model
+
+
+def labels_of(text: str) -> dict[str, tuple[str, ...]]:
+    """Returns scope and opcode of each instruction of a compiled program, its kind, and its part of attention."""
+    from jaxtrain.monitoring.profile import scopes_of
+    from jaxtrain.monitoring.trace import OTHER
+    from jaxtrain.runtime.hlo import HloModule
+
+    scopes, module = scopes_of(text), HloModule(text)
+    labels: dict[str, tuple[str, ...]] = {}
+    for line in (line for lines in module.computations.values() for line in lines):
+        called = line.called if line.opcode == "fusion" else ()
+        inside = [line, *(one for name in called for one in module.computations[name])]
+        scope, has_dot = scopes.get(line.name, OTHER), any(one.opcode == "dot" for one in inside)
+        operation = f"{scope}: {line.opcode}{' with dot' * (line.opcode == 'fusion' and has_dot)}"
+        if any("_attend" in one.source for one in inside):
+            layout = all(one.opcode in _LAYOUT for one in inside)
+            labels[line.name] = operation, "attention", ATTENTION[0 if has_dot else 2 if layout else 1]
+        elif has_dot:
+            labels[line.name] = operation, "matrix products"
         else:
-            kind = {"optimizer": "optimizer", OTHER: RECORD}.get(scope, POINTWISE)
-        by_kind[kind] += milliseconds / os.cpu_count()
-    return Times(by_name, by_kind, *(1e3 * statistics.median(seconds) for seconds in (traced, plain))), ours.model
+            labels[line.name] = operation, {"optimizer": "optimizer", OTHER: RECORD}.get(scope, POINTWISE)
+    return labels
+
+
+def waiting_times(parts: list[tuple[float, float, str]], cores: int) -> Counter[str]:
+    """Returns the nanoseconds of idle cores, by the operations that run meanwhile, or `BETWEEN` where none does.
+
+    `parts` are start, end and operation of every time that a thread works on one.
+    """
+    changes = sorted((at, change, name) for start, end, name in parts for at, change in ((start, 1), (end, -1)))
+    waiting: Counter[str] = Counter()
+    running: Counter[str] = Counter()
+    since = 0.0
+    for at, change, name in changes:
+        threads = running.total()
+        for one in running if threads < cores else ():
+            waiting[one] += (at - since) * (cores - threads) * running[one] / threads
+        if since and not threads:
+            waiting[BETWEEN] += (at - since) * cores
+        running[name] += change
+        if not running[name]:
+            del running[name]
+        since = at
+    return +waiting  # without those of 0
 
 
 def peer_times(python: Path, spec: dict[str, Any], steps: int) -> Times:
@@ -116,7 +158,8 @@ def peer_times(python: Path, spec: dict[str, Any], steps: int) -> Times:
     if done.returncode:
         raise SystemExit(f"error: the peer failed:\n{done.stderr[-2000:]}")
     by_name, *seconds = json.loads(done.stdout.splitlines()[-1])
-    return Times(by_name, by_kind_of_peer(by_name), *(1e3 * statistics.median(one) for one in seconds))
+    medians = (1e3 * statistics.median(one) for one in seconds)
+    return Times(by_name, by_kind_of_peer(by_name), Counter(), Counter(), *medians)
 
 
 def by_kind_of_peer(by_name: dict[str, float]) -> Counter[str]:
@@ -136,33 +179,48 @@ def by_kind_of_peer(by_name: dict[str, float]) -> Counter[str]:
 
 def comparison(ours: Times, peer: Times) -> Table:
     """Returns the times by kind of work, and of the whole step."""
+    cores = os.cpu_count()
     table = Table(
         "Both, by kind of work",
-        {"": "", "jaxtrain, ms": ".1f", "torch.compile, ms": ".1f", "difference": "+.1f"},
+        {"": "", "jaxtrain, ms": ".1f", "waiting, ms": ".1f", "torch.compile, ms": ".1f", "difference": "+.1f"},
         notes=[
-            f"Per step. jaxtrain: time of all threads, divided by {os.cpu_count()} cores; torch: the calling thread. "
-            "Waiting: the rest of the step under the profiler."
+            f"Per step. jaxtrain: time of all threads, divided by {cores} cores; torch: the calling thread. Waiting: "
+            f"idle cores while an operation of this kind runs, divided by {cores}; part of the difference. A thread "
+            "that waits for its own sum may help with another's product: its time counts for the sum."
         ],
     )
-
-    for times in (ours, peer):
-        times.by_kind[WAITING] = max(0.0, times.traced - times.by_kind.total())
-    rows = {kind: (ours.by_kind[kind], peer.by_kind[kind]) for kind in KINDS}
-    rows |= {"step under the profiler": (ours.traced, peer.traced), "step without it": (ours.plain, peer.plain)}
-    table.rows += [[name, mine, theirs, mine - theirs] for name, (mine, theirs) in rows.items()]
-    for name, _, _, lost in sorted(table.rows[: len(KINDS)], key=lambda row: -row[-1]):
-        if lost > 0.01 * peer.plain:
-            table.notes.append(f"Slower by {lost:.1f} ms, {name}: {KINDS[name]}.")
+    for kind in KINDS:
+        mine, idle, theirs = ours.by_kind[kind], ours.waiting_by_kind[kind], peer.by_kind[kind]
+        table.rows.append([kind, mine, idle, theirs, mine + idle - theirs])
+        if kind == "attention":
+            table.rows += [[part, ours.by_kind[part], ours.waiting_by_kind[part], None, None] for part in ATTENTION]
+    idle, rest = ours.waiting_by_kind[BETWEEN], max(0.0, peer.traced - peer.by_kind.total())
+    table.rows.append([BETWEEN, None, idle, rest, idle - rest])
+    for name, mine, theirs in (
+        ("step under the profiler", ours.traced, peer.traced),
+        ("step without it", ours.plain, peer.plain),
+    ):
+        table.rows.append([name, mine, None, theirs, mine - theirs])
+    for name, _, idle, _, lost in sorted(table.rows[:-2], key=lambda row: -(row[-1] or 0)):
+        if name in KINDS and lost > 0.01 * peer.plain:
+            table.notes.append(f"Slower by {lost:.1f} ms, {name}, {idle:.1f} of them waiting: {KINDS[name]}.")
+    waiting = sum(ours.waiting_by_kind[kind] for kind in (*KINDS, BETWEEN))
+    table.notes.append(f"Without waiting the step would take {ours.plain - waiting:.1f} ms.")
     return table
 
 
-def table_of(title: str, threads: str, times: dict[str, float], top: int) -> Table:
-    """Returns the longest operations, and the sum of the others."""
-    rows = sorted(times.items(), key=lambda row: -row[1])
+def table_of(title: str, threads: str, times: dict[str, float], top: int, waiting: Counter[str] | None = None) -> Table:
+    """Returns the longest operations, and the sum of the others; with the time of cores that are idle meanwhile."""
+    names = [name for name, _ in sorted(times.items(), key=lambda row: -row[1])]
+    groups = {name: [name] for name in names[:top]} | {"others": names[top:], "total": names}
     table = Table(title, {"operation": "", "ms / step": ".2f", "share": ".1%"}, notes=[f"Time of {threads}."])
-    total, longest = sum(times.values()), rows[:top]
-    for name, value in [*longest, ("others", sum(value for _, value in rows[top:])), ("total", total)]:
-        table.rows.append([name, value, value / total])
+    for label, group in groups.items():
+        value = sum(times[name] for name in group)
+        table.rows.append([label, value, value / sum(times.values())])
+    if waiting is not None:
+        table.columns["a core idle, ms"] = ".2f"
+        for row, group in zip(table.rows, groups.values(), strict=True):
+            row.append(sum(waiting[name] for name in group))
     return table
 
 
@@ -184,7 +242,7 @@ def main() -> None:
         options,
         [
             comparison(ours, peer),
-            table_of("jaxtrain", "all threads, added", ours.by_name, options.top),
+            table_of("jaxtrain", "all threads, added", ours.by_name, options.top, ours.waiting),
             table_of("torch.compile", "the calling thread", peer.by_name, options.top),
         ],
     )

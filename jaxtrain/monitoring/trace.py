@@ -5,6 +5,7 @@ instruction may leave its work to a thread pool: the time of a task counts for t
 """
 
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -83,27 +84,40 @@ def read_line(line: Any, module: str, only_ops: bool) -> tuple[list[Span], list[
 
 def busy_times(lines: list[tuple[list[Span], list[tuple[float, str]]]]) -> Counter[str]:
     """Returns nanoseconds by instruction; each moment of a thread counts for the innermost span around it."""
-    own: Counter[Span] = Counter()
+    busy: Counter[str] = Counter()
+    for start, end, name in busy_parts(lines):
+        busy[name] += end - start
+    return busy
+
+
+def busy_parts(lines: list[tuple[list[Span], list[tuple[float, str]]]]) -> list[tuple[float, float, str]]:
+    """Returns start and end, in ns, of every time that a thread works on one instruction, the innermost, and its name.
+
+    A task that no instruction has scheduled waits for others.
+    """
+    parts: list[tuple[float, float, Span]] = []
     scheduled_in: dict[str, Span] = {}  # task number: the innermost span that scheduled it
     for spans, scheduled in lines:
         stack: list[Span] = []
+        since = 0.0
         moments = [(span[0], -span[1], span, "") for span in spans] + [(at, 0.0, None, n) for at, n in scheduled]
-        for start, _, span, number in sorted(moments, key=lambda moment: moment[:2]):
+        for start, _, span, number in [*sorted(moments, key=lambda moment: moment[:2]), (math.inf, 0.0, None, "")]:
             while stack and stack[-1][1] <= start:
-                stack.pop()
+                parts.append((since, stack[-1][1], stack[-1]))
+                since = max(since, stack.pop()[1])
             if span is None:
                 scheduled_in |= {number: stack[-1]} if stack else {}
                 continue
-            own[span] += span[1] - span[0]
             if stack:
-                own[stack[-1]] -= span[1] - span[0]
+                parts.append((since, start, stack[-1]))
             stack.append(span)
-    busy: Counter[str] = Counter()
-    for span, nanoseconds in own.items():
+            since = start
+    found = []
+    for begin, end, span in parts:
         seen = {span}
         while span[2] == "task" and (earlier := scheduled_in.get(span[3])) and earlier not in seen:
             span = earlier
             seen.add(span)
-        if span[2] == "op":
-            busy[span[3]] += max(0.0, nanoseconds)
-    return busy
+        if span[2] == "op" and end > begin:
+            found.append((begin, end, span[3]))
+    return found

@@ -119,15 +119,33 @@ def test_operations_are_compared_by_kind_of_work():
     operators = {"aten::addmm": 4.0, "aten::mm": 3.0, "aten::_scaled_dot_product_flash_attention_for_cpu_backward": 2.0}
     operators |= {"aten::_fused_adamw_": 1.0, "aten::linalg_vector_norm": 1.0, "aten::copy_": 0.5, "## Call Fx": 8.0}
     peer = names["by_kind_of_peer"](operators)
-    assert [peer[kind] for kind in names["KINDS"]] == [7.0, 2.0, 2.0, 8.0, 0.5, 0.0]
-    Times, ours = names["Times"], {"matrix products": 6.0, "attention": 3.0}
-    table = names["comparison"](Times({}, names["Counter"](ours), 11.0, 10.0), Times(operators, peer, 19.5, 19.0))
-    assert [row[1:] for row in table.rows if row[0] in ("attention", "waiting")] == [[3.0, 2.0, 1.0], [2.0, 0.0, 2.0]]
-    assert table.rows[-1][1:] == [10.0, 19.0, -9.0]
-    assert [note[:30] for note in table.notes[1:]] == [
-        "Slower by 2.0 ms, waiting: one",
-        "Slower by 1.0 ms, attention: e",
+    assert [peer[kind] for kind in names["KINDS"]] == [7.0, 2.0, 2.0, 8.0, 0.5]
+    Times, Counter = names["Times"], names["Counter"]
+    ours = Counter({"matrix products": 6.0, "attention": 3.0, "its products": 2.0})
+    waiting = Counter({"attention": 1.5, "between operations": 0.5})
+    table = names["comparison"](
+        Times({}, ours, Counter(), waiting, 11.0, 10.0), Times({}, peer, *2 * ({},), 19.5, 19.0)
+    )
+    rows = {name: numbers for name, *numbers in table.rows}
+    assert rows["attention"] == [3.0, 1.5, 2.0, 2.5]
+    assert rows["its products"] == [2.0, 0.0, None, None]
+    assert rows["between operations"] == [None, 0.5, 0.0, 0.5]
+    assert rows["step without it"] == [10.0, None, 19.0, -9.0]
+    assert [note.partition(": every")[0] for note in table.notes[1:]] == [
+        "Slower by 2.5 ms, attention, 1.5 of them waiting",
+        "Without waiting the step would take 8.0 ms.",
     ]
+
+
+def test_an_idle_core_waits_for_the_operations_that_run():
+    """Of two cores: `a` runs alone from 10 to 30, beside `b` to 40, `b` alone to 50, later `c` on three threads."""
+    names = runpy.run_path(str(ROOT / "scripts/bench_operations.py"))
+    parts = [(10, 40, "a"), (30, 50, "b"), *3 * [(60, 70, "c")]]
+    waiting = names["waiting_times"](parts, 2)
+    assert waiting == {"a": 20, "b": 10, "between operations": 2 * 10}
+    table = names["table_of"]("ours", "all threads", {"a": 30.0, "b": 20.0, "c": 30.0}, 2, waiting)
+    assert list(table.columns) == ["operation", "ms / step", "share", "a core idle, ms"]
+    assert table.rows == [["a", 30, 0.375, 20], ["c", 30, 0.375, 0], ["others", 20, 0.25, 10], ["total", 80, 1, 30]]
 
 
 def test_the_compiled_step_needs_the_compiler():
