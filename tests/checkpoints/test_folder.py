@@ -69,6 +69,15 @@ def test_a_rewind_renames_later_checkpoints(copy):
     assert names(copy) == ["1", "2", "3", "3.rewound", "3.rewound.2", "scores.json"]
 
 
+def test_a_rewind_survives_a_power_cut(copy, monkeypatch):
+    """The folder is synced after each rename: otherwise a later checkpoint might come back and be resumed."""
+    done, rename = [], os.rename
+    monkeypatch.setattr(os, "rename", lambda old, new: (rename(old, new), done.append(new.name)))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    CheckpointFolder(copy).rewind(1)
+    assert done == ["3.rewound", str(copy), "2.rewound", str(copy)]
+
+
 @pytest.mark.parametrize("rule", [{"keep": 0}, {"keep_every": -1}, {"keep_best": -1}])
 def test_a_rule_that_keeps_less_than_nothing_is_refused(tmp_path, rule):
     with pytest.raises(ValueError, match="keep must be 1 or more"):

@@ -164,8 +164,9 @@ def test_failures_are_reported_once_and_slow_uploads_block_nothing(bucket, held,
         folder.prune()
         mirror.poll(folder)
     assert time.monotonic() - begin < LIMIT / 2
-    assert folder.steps() == [5, 7]  # that which is uploaded stays, beyond keep
+    there = folder.steps()
     go.set()
+    assert there == [5, 7]  # that which is uploaded stays, beyond keep
     mirror._thread.join(LIMIT)
     assert steps_at_url() == [5]
     mirror.poll(folder)
