@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.clipping import ClipState, ZClipState, clip_adaptively, zclip
-from jaxtrain.config import Config, DataConfig, OptimConfig
+from jaxtrain.config import Config, DataConfig, GuardConfig, OptimConfig
 from jaxtrain.guard import skip_bad_steps
 from jaxtrain.optim import clipped_adamw, global_norm
 from jaxtrain.training.components import make_optimizer
@@ -157,10 +157,18 @@ def test_arguments_out_of_range(make, message):
 
 @pytest.mark.parametrize("clipping", ["global_norm", "zclip", "adaptive"])
 def test_a_config_chooses_the_clipping(clipping):
-    """The gradient equals the weights: its global norm is 2, and each unit has the norm of its weights."""
-    config = Config(data=DataConfig(store="none"), optim=OptimConfig(clipping=clipping, clip_norm=0.05))
+    """The gradient equals the weights: its global norm is 2, and each unit has the norm of its weights.
+
+    A later norm of 40 is no spike where each unit is clipped to a share of its weights.
+    """
+    optim = OptimConfig(clipping=clipping, clip_norm=0.05)
+    config = Config(data=DataConfig(store="none"), optim=optim, guard=GuardConfig(window=2))
     params, optimizer = {"w": jnp.ones((2, 2))}, make_optimizer(config)
-    _, state = optimizer.update(params, optimizer.init(params), params, loss=1.0)
+    update = jax.jit(lambda factor, state: optimizer.update({"w": factor * params["w"]}, state, params, loss=1.0)[1])
+    later = state = update(1.0, optimizer.init(params))
+    for factor in (1.0, 20.0):
+        later = update(factor, later)
+    assert later.skipped == (clipping != "adaptive")
     assert isinstance(state.inner[0], ZClipState if clipping == "zclip" else ClipState)
     np.testing.assert_allclose(state.inner[0].clip_factor, 0.05 if clipping == "adaptive" else 0.025, rtol=1e-6)
 

@@ -132,6 +132,13 @@ def test_paths_are_compared_by_their_target(run_dir, tiny_config, store, tmp_pat
     assert train(change(tiny_config, data={"store": "moved"}), run_dir)["reason"] == "finished"
 
 
+def test_a_run_of_more_devices_opens_on_these(run_dir):
+    """Eight rows in two micro-batches: each is sharded over four of the eight devices here."""
+    file = run_dir / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mesh": {"data": 16, "fsdp": 1, "tensor": 1}}))
+    assert dict(open_run(run_dir).program.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 1}
+
+
 def test_other_data_is_refused(run_dir, tiny_config, corpus, tmp_path):
     prepare([str(corpus)], tmp_path / "other", validation_fraction=0.5, progress=False)
     with pytest.raises(ValueError, match=r"other data than .*other holds \(fingerprint \w{12}, not \w{12}\)"):
