@@ -29,8 +29,13 @@ COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# On GPUs, for a program that a profiler will trace. A CUDA graph starts many kernels at once, and a trace of it does
+# not say to which instruction a kernel belongs.
+_TRACED = {"xla_gpu_enable_command_buffer": ""}
+
+
 def compile_for_chip(
-    lowered: jax.stages.Lowered, devices: Any, *, tune: bool, report: Callable[[str], None]
+    lowered: jax.stages.Lowered, devices: Any, *, tune: bool, report: Callable[[str], None], traced: bool = False
 ) -> jax.stages.Compiled:
     """Compiles a program with the options of its chips.
 
@@ -38,8 +43,12 @@ def compile_for_chip(
       devices: array of the devices of its mesh. One device has no collectives, and gets no options.
       tune: False uses the compiler's defaults.
       report: receives a line for each option that the compiler refuses; the program is compiled without it.
+      traced: a profiler will trace the program.
     """
-    options = COMPILE_OPTIONS.get(devices.flat[0].device_kind, {}) if tune and devices.size > 1 else {}
+    first = devices.flat[0]
+    options = COMPILE_OPTIONS.get(first.device_kind, {}) if tune and devices.size > 1 else {}
+    if traced and first.platform == "gpu":
+        options = options | _TRACED
     while True:
         try:
             return lowered.compile(compiler_options=options or None)

@@ -57,16 +57,19 @@ class Program(NamedTuple):
     tune_compiler: bool  # see `TrainConfig`
     eval_step: Callable  # `(params, batch) -> LossSums`
 
-    def compile(self, state: TrainState, batch: Batch, report: Callable[[str], None]) -> "CompiledStep":
+    def compile(
+        self, state: TrainState, batch: Batch, report: Callable[[str], None], *, traced: bool = False
+    ) -> "CompiledStep":
         """Compiles the train step for the shapes of a state and a batch, with the options of the chip.
 
-        `report` receives a line for each option that the compiler refuses.
+        `report` receives a line for each option that the compiler refuses; `traced` is for a profiler.
         """
         more = () if self.scalars is None else (jax.eval_shape(self.scalars, state.step),)
         everywhere = replicated(self.mesh)
         more = jax.tree.map(lambda scalar: _abstract(scalar, everywhere), more)
         lowered = self.train_step.lower(state, batch, *more)
-        compiled = compile_for_chip(lowered, self.mesh.devices, tune=self.tune_compiler, report=report)
+        options = {"tune": self.tune_compiler, "report": report, "traced": traced}
+        compiled = compile_for_chip(lowered, self.mesh.devices, **options)
         return CompiledStep(compiled, self.scalars)
 
 

@@ -196,7 +196,7 @@ def _train(session: Session, state: TrainState, traced: range) -> tuple[TrainSta
     fetch = batch_source(run)
     # Compiled once, ahead of time: a call that would need another program is an error, not a silent recompilation.
     with named_as_now(traced):
-        make = run.program.compile
+        make = functools.partial(run.program.compile, traced=bool(traced))
         compiled = recorder.compile(lambda: stop.run(lambda: make(state, fetch(first), recorder.say)))
     # The first step's collectives would fail for a process that compiles 30 s longer than another one (gloo).
     processes.agree("the end of compilation", {}, timeout=processes.LONG_SECONDS)

@@ -1,5 +1,7 @@
 """Compiler options of a chip: applied, disabled, and dropped one by one where the compiler refuses them."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,17 @@ def test_options_reach_the_compiler_and_its_errors_reach_the_caller(monkeypatch)
     monkeypatch.setitem(compile_options.COMPILE_OPTIONS, "cpu", {})
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED with None"):
         compile_for_chip(Lowered(), np.array(jax.devices()[:2]), tune=True, report=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("platform", "traced", "has"), [("gpu", True, True), ("gpu", False, False), ("cpu", True, False)]
+)
+def test_a_gpu_starts_the_kernels_of_a_traced_program_one_by_one(platform, traced, has):
+    """A trace of a CUDA graph does not name the instructions: `report` would count the whole step as "other"."""
+    lowered = SimpleNamespace(compile=lambda compiler_options: compiler_options or {})
+    devices = np.array([SimpleNamespace(platform=platform, device_kind="")])
+    options = compile_for_chip(lowered, devices, tune=True, report=pytest.fail, traced=traced)
+    assert options == ({"xla_gpu_enable_command_buffer": ""} if has else {})
 
 
 def test_no_chip_reduces_gradients_on_its_sparse_cores():
