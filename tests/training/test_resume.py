@@ -12,7 +12,14 @@ import jaxtrain
 from jaxtrain.cli import main
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.monitoring.metrics import read_metrics
-from jaxtrain.training.run import open_run, restore_run_params
+from jaxtrain.training.run import (
+    check_fingerprint,
+    environment,
+    environment_changes,
+    fingerprint,
+    open_run,
+    restore_run_params,
+)
 from jaxtrain.training.run_folder import check_or_write_config, write_config
 
 
@@ -130,6 +137,18 @@ def test_paths_are_compared_by_their_target(run_dir, tiny_config, store, tmp_pat
         open_run(run_dir)
     assert open_run(run_dir, store=str(tmp_path / "moved")).store.vocab_size == 257
     assert train(change(tiny_config, data={"store": "moved"}), run_dir)["reason"] == "finished"
+
+
+def test_a_run_is_compared_with_what_made_its_steps(run_dir):
+    """Another decay mask is refused; step 6 was made by the attempt before the one that resumed from step 6."""
+    run = open_run(run_dir)
+    saved = fingerprint(run)
+    check_fingerprint(run, saved, 6)
+    with pytest.raises(ValueError, match=rf"another decay mask \(it differs for {saved['decay_mask'][0]}\)"):
+        check_fingerprint(run, saved | {"decay_mask": saved["decay_mask"][1:]}, 6)
+    start = {"event": "start", "step": 0, **environment(run)}
+    events = [start, start | {"event": "resume", "step": 6, "devices": 99}]
+    assert [environment_changes(run, events, step) for step in (6, 7)] == [{}, {"devices": (99, 1)}]
 
 
 def test_a_run_of_more_devices_opens_on_these(run_dir):
