@@ -2,7 +2,8 @@
 
 XLA fuses what an optimizer does to a parameter to one GPU kernel. It writes the new parameter and moments over the old
 ones if these reach no reduction of the kernel but the first; else it writes fresh arrays and copies them. `update_sums`
-therefore forms all sums in one reduction, and what follows reads the new arrays behind `finish_update`.
+therefore forms all sums in one reduction, and what follows reads the new arrays behind `finish_update`: 34 instead of
+63 bytes of memory traffic per parameter, without temporaries (scripts/bench_compiled.py --optimizer).
 """
 
 import functools

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 """Costs of the compiled train step by part, for several forms of a config or of the code. Needs no accelerator.
 
-Compiles with the TPU compiler (`pip install -e ".[plan]"`) for a slice that need not exist, and prints temporaries,
-memory traffic and the compiler's cycles (see jaxtrain/plan/costs.py). A form is the config with more flags, or with the
-jaxtrain of another checkout. `--optimizer` compiles what follows the gradients, which are then an argument.
+Compiles with the compiler of the chips (extra `plan` or `plan-gpu`), which need not exist, and prints temporaries,
+memory traffic and, for TPUs, the compiler's cycles (see jaxtrain/plan/costs.py). A form is the config with more flags,
+or with the jaxtrain of another checkout. `--optimizer` compiles what follows the gradients, which are then an argument.
 
   python scripts/bench_compiled.py configs/llama2_7b.py --topology v5p:2x2x2 --train.batch-size 16 \\
       --model.num-layers 4 --form "--train.no-tune-compiler" --form "--model.remat minimal"
   git worktree add ../before HEAD~1
   python scripts/bench_compiled.py configs/llama2_7b.py --topology v5p:2x2x2 --optimizer --checkout ../before
+  python scripts/bench_compiled.py configs/llama_1b.py --topology h200:1 --optimizer --checkout ../before
 
 Other flags change the config of all forms, as those of `jaxtrain train` do.
 """
@@ -29,6 +30,7 @@ from benchmark import Table, parser, report
 
 from jaxtrain.plan.compiler import ENVIRONMENT
 from jaxtrain.plan.costs import part_costs
+from jaxtrain.runtime.chips import parse_topology
 
 
 def compile_form(arguments: list[str], folder: Path) -> None:
@@ -48,7 +50,14 @@ def compile_form(arguments: list[str], folder: Path) -> None:
 
     topology, what, *words = arguments
     config = parse_config(words)
-    mesh = make_mesh(config.mesh, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    chip, _ = parse_topology(topology)
+    if chip.platform == "gpu":
+        from jaxtrain.plan.gpu import target_devices
+
+        devices = target_devices(chip, topology.partition(":")[2])
+    else:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = make_mesh(config.mesh, devices)
     program = make_program(config, mesh, plan_vocab(config))
     if what == "optimizer":
         compiled = lower_optimizer(config, program).compile()
@@ -60,8 +69,9 @@ def compile_form(arguments: list[str], folder: Path) -> None:
             compiled = program.train_step.lower(*arguments).compile()
     memory = compiled.memory_analysis()
     (folder / "program.hlo").write_text(compiled.as_text())
+    peak = memory.peak_memory_in_bytes - memory.argument_size_in_bytes
     sizes = {
-        "temporary_bytes": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes if chip.platform == "gpu" else peak,
         "parameters": sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(program.abstract_state.params)
         ),
@@ -90,7 +100,8 @@ def lower_optimizer(config: Any, program: Any) -> Any:
         return from_batch
 
     # An older checkout's optimizer is the same on every platform.
-    platform = ["tpu"] if "platform" in inspect.signature(components.make_optimizer).parameters else []
+    given_platform = "platform" in inspect.signature(components.make_optimizer).parameters
+    platform = [program.mesh.devices.flat[0].platform] if given_platform else []
     state, optimizer = program.abstract_state, components.make_optimizer(config, *platform)
     step = make_train_step(
         lambda params, batch: None, optimizer, map_gradients=given, diagnose=components.make_diagnose(config)
@@ -141,15 +152,22 @@ def tabulate(title: str, forms: dict[str, dict[str, Any]]) -> Table:
 def main() -> None:
     if sys.argv[1:2] == ["--compile"]:
         return compile_form(sys.argv[3:], Path(sys.argv[2]))
+    from jaxtrain.plan.compiler import _COMPILERS  # which an older checkout lacks
+
     arguments = parser(__doc__)
     arguments.add_argument("config", help="config file")
-    arguments.add_argument("--topology", required=True, help="TPU slice, such as v5p:2x2x2")
+    arguments.add_argument("--topology", required=True, help="TPU slice or GPUs: v5p:2x2x2, h200:1")
     arguments.add_argument("--optimizer", action="store_true", help="only what follows the gradients")
     arguments.add_argument("--form", action="append", default=[], metavar="FLAGS", help="the config with more flags")
     arguments.add_argument("--checkout", type=Path, help="another checkout, whose jaxtrain compiles the config first")
     options, flags = arguments.parse_known_args()
-    if importlib.util.find_spec("libtpu") is None:
-        sys.exit('error: no TPU compiler: pip install -e ".[plan]"')
+    try:
+        platform = parse_topology(options.topology)[0].platform
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    modules, extra = _COMPILERS[platform]
+    if not any(map(importlib.util.find_spec, modules)):
+        sys.exit(f'error: no {platform.upper()} compiler: pip install -e ".[{extra}]"')
     here, what = Path(__file__).resolve().parents[1], "optimizer" if options.optimizer else "step"
     common = [options.topology, what, options.config, *flags]
     forms = {}
