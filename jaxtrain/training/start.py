@@ -199,15 +199,21 @@ def warm_start(session: Session) -> tuple[TrainState, Event] | None:
     run, source = session.run, session.run.config.train.init_from
     if not source:
         return None
-    state = session.stop.run(lambda: runs.init_state(run))
-    state, step = session.stop.run(lambda: runs.read_weights(run, state, source))
+    state = _initial_state(session)
+    with session.recorder.pause("reading the weights"):
+        state, step = session.stop.run(lambda: runs.read_weights(run, state, source))
     text = f"starting from the weights of {source}, step {step}, with fresh moments"
     return state, Event("start", text, {"source": source, "source_step": step})
 
 
 def fresh(session: Session) -> tuple[TrainState, Event]:
     """Initializes a state from the seed."""
-    return session.stop.run(lambda: runs.init_state(session.run)), Event("start", "", {})
+    return _initial_state(session), Event("start", "", {})
+
+
+def _initial_state(session: Session) -> TrainState:
+    with session.recorder.pause("initializing"):  # its program is compiled, too
+        return session.stop.run(lambda: runs.init_state(session.run))
 
 
 def _about(session: Session) -> dict[str, Any]:
