@@ -218,7 +218,7 @@ def past_of(
     ]
 
 
-def describe(mixture: Mixture) -> str:
+def describe_mixture(mixture: Mixture) -> str:
     """Returns one line, such as `web 70%, code 30%; from step 801: code 100%`."""
     lines = []
     for start, shares in mixture.stages:

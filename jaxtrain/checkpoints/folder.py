@@ -109,8 +109,9 @@ class CheckpointFolder:
         report: Callable[..., None] = report_to_stderr,
         delete: Callable[[Path], None] = shutil.rmtree,
     ):
-        if keep < 1 or (keep_every or 0) < 0 or (keep_best or 0) < 0:
-            raise ValueError(f"keep must be 1 or more, the others 0 or more: {keep}, {keep_every}, {keep_best}")
+        self._rule: dict[str, Any] = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
+        if wrong := {name: count for name, count in self._rule.items() if count is not None and count < 1}:
+            raise ValueError(f"{wrong} of a checkpoint folder must be above 0; None disables keep_every and keep_best")
         self.path = Path(path).absolute()
         self._run_directory: int | None = None  # open, so that no other directory can get its inode
         with contextlib.suppress(OSError):
@@ -120,7 +121,6 @@ class CheckpointFolder:
         self.pinned: int | None = None  # step that `prune` leaves, while it is uploaded
         self._warned: set[Path] = set()
         self._unwritten: dict[int, float] | None = None  # scores whose file could not be written
-        self._rule: dict[str, Any] = {"keep": keep, "keep_every": keep_every, "keep_best": keep_best}
 
     def has_run_directory(self) -> bool:
         """Returns False if the run directory was moved, deleted or replaced since this object was made."""

@@ -17,7 +17,7 @@ class NotFinite(ValueError):
     """A state with NaN or infinities in it: it is neither saved nor trained on."""
 
 
-def describe(tree: chex.ArrayTree, name: str) -> dict[str, dict[str, Any]]:
+def describe_leaves(tree: chex.ArrayTree, name: str) -> dict[str, dict[str, Any]]:
     """Returns the shape and dtype of every array (or jax.ShapeDtypeStruct) of a tree, by its path under `name`."""
     return {
         f"{name}/{_show(path)}": {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
@@ -26,7 +26,7 @@ def describe(tree: chex.ArrayTree, name: str) -> dict[str, dict[str, Any]]:
 
 
 def compare(saved: dict[str, dict[str, Any]], wanted: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns one line for each leaf that differs between a checkpoint and a run, as described by `describe`."""
+    """Returns one line for each leaf that differs between a checkpoint and a run, as described by `describe_leaves`."""
     problems = [f"{path}: missing from the checkpoint" for path in wanted if path not in saved]
     problems += [f"{path}: in the checkpoint, not in the run" for path in saved if path not in wanted]
     for path in wanted:

@@ -52,7 +52,7 @@ def seal(folder: Path, step: int, leaves: dict[str, dict[str, Any]], files: dict
     Args:
       folder: the checkpoint.
       step: step of the state in it.
-      leaves: the result of `leaves.describe`.
+      leaves: the result of `leaves.describe_leaves`.
       files: the result of `hash_files`; files that it lacks are hashed here.
     """
     files = files | hash_files(folder, [name for name in list_files(folder) if name not in files])
@@ -89,7 +89,7 @@ def verify(
       process, count: verify the share of one of `count` processes.
 
     Returns:
-      The description of the leaves (`leaves.describe`), and the number of bytes hashed.
+      The description of the leaves (`leaves.describe_leaves`), and the number of bytes hashed.
 
     Raises:
       Damaged: the first file that differs from what was written, and how.

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxtrain.checkpoints.folder import CheckpointFolder, require_readable_path
-from jaxtrain.checkpoints.leaves import NotFinite, compare, describe, not_finite
+from jaxtrain.checkpoints.leaves import NotFinite, compare, describe_leaves, not_finite
 from jaxtrain.checkpoints.manifest import FINGERPRINT, Damaged, verify
 from jaxtrain.runtime import processes
 
@@ -145,7 +145,7 @@ def _require_finite(path: Path, tree: chex.ArrayTree) -> None:
 def _require_fit(path: Path, leaves: dict[str, Any], like: dict[str, Any]) -> None:
     for part, tree in like.items():
         saved = {name: leaf for name, leaf in leaves.items() if name.split("/")[0] == part}
-        if problems := compare(saved, describe(tree, part)):
+        if problems := compare(saved, describe_leaves(tree, part)):
             more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
             listed = "\n  ".join(problems[:_LISTED] + more)
             raise ValueError(f"checkpoint {path} does not fit this run: give its config ({part}):\n  {listed}")

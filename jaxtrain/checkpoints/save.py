@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
-from jaxtrain.checkpoints.leaves import NotFinite, describe, not_finite
+from jaxtrain.checkpoints.leaves import NotFinite, describe_leaves, not_finite
 from jaxtrain.checkpoints.manifest import FINGERPRINT, hash_files, list_files, seal, share_of
 from jaxtrain.runtime import processes
 from jaxtrain.runtime.files import sync_folder, write_json
@@ -131,7 +131,7 @@ class Saver:
             newest = "there is no checkpoint" if last is None else f"the newest checkpoint is of step {last}"
             raise NotFinite(f"the state of step {step} is not finite and is not saved: {bad}; {newest}")
         rest = state.replace(params=None)
-        leaves = describe(state.params, "params") | describe(rest, "rest")
+        leaves = describe_leaves(state.params, "params") | describe_leaves(rest, "rest")
         args = ocp.args.Composite(params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest))
         self._step = step
         self._progress()

@@ -57,14 +57,14 @@ class DecompressOptions(RunOptions):
 def run_decompress(options: DecompressOptions) -> int:
     """Restores the original of a compressed file, with the model that compressed it."""
     from jaxtrain.inference.compress import decompress
-    from jaxtrain.inference.jxz import unpack
+    from jaxtrain.inference.jxz import unpack_file
 
     if options.out is None and not options.file.endswith(SUFFIX):
         raise ValueError(f"{options.file} does not end in {SUFFIX}: name the new file with --out")
     out = _new_file(options.out or options.file.removesuffix(SUFFIX))
     data = read_file(options.file)
     try:
-        unpack(data)  # a damaged file is an error before the model is read
+        unpack_file(data)  # a damaged file is an error before the model is read
         work = lambda model, progress: decompress(model, data, progress=progress)  # noqa: E731
         seconds, made = _timed(options, work, "decompressing")
     except ValueError as error:

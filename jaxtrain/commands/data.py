@@ -105,7 +105,7 @@ def run_inspect(options: InspectOptions) -> int:
 
 def _describe_mixture(config: Config, store: Any) -> dict[str, Any]:
     """Returns the shares of a run's sources, and how often the run reads each."""
-    from jaxtrain.mixture import describe, make_mixture
+    from jaxtrain.mixture import describe_mixture, make_mixture
     from jaxtrain.training.batches import source_windows
 
     windows = {name: source.count for name, source in source_windows(config, store).items()}
@@ -121,7 +121,7 @@ def _describe_mixture(config: Config, store: Any) -> dict[str, Any]:
         }
         for name, count in zip(mixture.names, counts, strict=True)
     }
-    return {"shares": describe(mixture), "sources": rows}
+    return {"shares": describe_mixture(mixture), "sources": rows}
 
 
 def _show(name: str, found: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def open_file(url: str) -> BinaryIO:
         return io.BufferedReader(system.open(path, "rb"), _BUFFER_BYTES)
 
 
-def file_version(url: str) -> Version:
+def url_version(url: str) -> Version:
     """Returns the size of a URL in bytes, and a text that changes with its content."""
     with reaching(url):
         return _version(*open_filesystem(url))

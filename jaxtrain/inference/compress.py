@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.data.tokenizer import ByteTokenizer, Tokenizer
-from jaxtrain.inference.jxz import Header, Stream, pack, unpack
+from jaxtrain.inference.jxz import Header, Stream, pack_file, unpack_file
 from jaxtrain.inference.load import TrainedModel
 from jaxtrain.models.decode import check_decodes
 from jaxtrain.runtime.extras import import_extra
@@ -132,7 +132,7 @@ def compress(
         payloads.append(part if stored else coded)
         streams.append(Stream(len(part), 0 if stored else len(ids), first, len(payloads[-1])))
     identity = _digest(trained.params), trained.tokenizer.fingerprint[:32], _software(), probe
-    return pack(Header(len(data), zlib.crc32(data), window, *identity, tuple(streams)), payloads)
+    return pack_file(Header(len(data), zlib.crc32(data), window, *identity, tuple(streams)), payloads)
 
 
 def decompress(
@@ -149,7 +149,7 @@ def decompress(
       ImportError: no constriction.
     """
     coding = import_extra("constriction", "compress", "compression needs the constriction package")
-    header, payloads = unpack(compressed)
+    header, payloads = unpack_file(compressed)
     _check_same(header, trained)
     rows = max(len(payloads), 1)
     step = make_step(trained, rows, header.window)

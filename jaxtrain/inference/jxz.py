@@ -45,7 +45,7 @@ class Header:
     streams: tuple[Stream, ...]  # the streams in the order of the original
 
 
-def pack(header: Header, payloads: list[bytes]) -> bytes:
+def pack_file(header: Header, payloads: list[bytes]) -> bytes:
     """Returns the file of a header and the bytes of its streams."""
     fields = dataclasses.asdict(header) | {"streams": [dataclasses.astuple(stream) for stream in header.streams]}
     text = zlib.compress(json.dumps(fields, separators=(",", ":")).encode(), 9)
@@ -53,7 +53,7 @@ def pack(header: Header, payloads: list[bytes]) -> bytes:
     return head + _CRC.pack(zlib.crc32(body, zlib.crc32(head))) + body
 
 
-def unpack(data: bytes) -> tuple[Header, list[bytes]]:
+def unpack_file(data: bytes) -> tuple[Header, list[bytes]]:
     """Reads a file. Returns its header and the bytes of its streams.
 
     Raises:

@@ -16,7 +16,14 @@ from typing import Any
 from jaxtrain.monitoring.curves import POINTS, Axis, run_curves
 from jaxtrain.monitoring.health import Finding, diagnose
 from jaxtrain.monitoring.metrics import EVENT_KEYS, encode
-from jaxtrain.monitoring.run_record import RunRecord, damaged_lines, describe, differences, find_runs, read_record
+from jaxtrain.monitoring.run_record import (
+    RunRecord,
+    damaged_lines,
+    describe_run,
+    differing_fields,
+    find_runs,
+    read_record,
+)
 from jaxtrain.monitoring.sentences import sentence
 from jaxtrain.monitoring.tables import format_seconds, format_value
 from jaxtrain.monitoring.trace import newest_trace, read_times
@@ -83,7 +90,7 @@ def report_data(records: Sequence[RunRecord]) -> dict[str, Any]:
     return {
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "runs": [_run_data(record, name, len(records)) for record, name in zip(records, distinct, strict=True)],
-        "differences": differences(records),
+        "differences": differing_fields(records),
     }
 
 
@@ -111,7 +118,7 @@ def _run_data(record: RunRecord, name: str, num_runs: int) -> dict[str, Any]:
             "times": {"heading": heading, "rows": times},
             "sample": _sample(record),
             "config": record.config,
-            "about": describe(record),
+            "about": describe_run(record),
             "events": [
                 (str(event.get("time", "")).split(".")[0].replace("T", " "), event["event"], sentence(event))
                 for event in events

@@ -161,7 +161,7 @@ def _is_run(path: Path) -> bool:
     return has("metrics.jsonl") or (has("config.json") and has("checkpoints"))
 
 
-def differences(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
+def differing_fields(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Returns the config fields that differ between runs, with the value of each run; None where it is absent."""
     if len(records) < 2:
         return {}
@@ -210,7 +210,7 @@ def damaged_lines(record: RunRecord) -> str:
     return ", ".join(map(str, record.damaged[:8])) + more
 
 
-def describe(record: RunRecord) -> Rows:
+def describe_run(record: RunRecord) -> Rows:
     """Returns the summary as rows of names and texts for people."""
     facts = record.summary()
     seen, corpus, clipped = facts["tokens_seen"], facts["train_tokens"], facts["clipped_share"]

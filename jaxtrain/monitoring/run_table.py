@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtrain.fields import check_choice
 from jaxtrain.monitoring.metrics import encode
-from jaxtrain.monitoring.run_record import differences, find_runs, read_record
+from jaxtrain.monitoring.run_record import differing_fields, find_runs, read_record
 from jaxtrain.monitoring.tables import format_seconds, format_table
 from jaxtrain.runtime.terminal import echo
 
@@ -40,7 +40,7 @@ def read_rows(folder: str | Path) -> list[Row]:
             records.append((rows[-1], record))
         except Exception as error:  # one damaged run does not hide the others
             rows.append({"name": name, "folder": str(path), "state": "broken", "problem": str(error)})
-    for field, values in differences([record for _, record in records]).items():
+    for field, values in differing_fields([record for _, record in records]).items():
         for (row, _), value in zip(records, values, strict=True):
             row.setdefault("config", {})[field] = value
     return encode(rows)

@@ -51,7 +51,7 @@ def compile_step(config: Config, vocab_size: int, topology: str, timeout: float)
       `argument_bytes_per_device`; `peak_bytes_per_device`; `temporary_bytes_per_device`, the peak minus the arguments;
       `temporary_sum_bytes_per_device`, the compiler's `temp_size_in_bytes`, which on TPUs counts temporaries that share
       memory; `output_bytes_per_device`; `alias_bytes_per_device`, outputs in the memory of donated arguments;
-      `code_bytes_per_device`; `host_bytes_per_device`, temporaries in host memory; `collectives` (`hlo.summarize`);
+      `code_bytes_per_device`; `host_bytes_per_device`, temporaries in host memory; `collectives` (see runtime/hlo.py);
       `costs` (`costs.part_costs`); `refused_options`, lines; `estimated_seconds`, the compiler's estimate or None. For
       a program that does not fit: `needed_bytes_per_device`, or None if the compiler does not report it, and the
       compiler's `message`.
@@ -175,7 +175,7 @@ def analyze(compiled: Any, mesh_shape: dict[str, int], chip: Chip) -> dict[str, 
     """Returns the memory, collectives and costs of a compiled program, as `compile_step` reports them."""
     from jaxtrain.plan.costs import part_costs
     from jaxtrain.plan.gpu import CAVEAT, kernels
-    from jaxtrain.runtime.hlo import collectives, summarize
+    from jaxtrain.runtime.hlo import collectives, summarize_collectives
 
     memory, text = compiled.memory_analysis(), compiled.as_text()
     arguments, temporary_sum = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -193,7 +193,7 @@ def analyze(compiled: Any, mesh_shape: dict[str, int], chip: Chip) -> dict[str, 
         "code_bytes_per_device": code,
         "host_bytes_per_device": memory.host_temp_size_in_bytes,
         "peak_bytes_per_device": peak,
-        "collectives": summarize(collectives(text, mesh_shape)),
+        "collectives": summarize_collectives(collectives(text, mesh_shape)),
         "costs": part_costs(text),
         "estimated_seconds": _estimate(compiled, text) if is_tpu else None,
     }

@@ -63,7 +63,7 @@ def expected_traffic(config: Config, model: ModelConfig, mesh: AbstractMesh, num
 def replaced_gathers(expected: list[Traffic], collectives: list[dict], mesh: dict[str, int]) -> str | None:
     """Returns a warning if the compiler gathers weights by all-reduces of whole arrays, which move twice the bytes.
 
-    `collectives` come from the compiled program, see `hlo.summarize`.
+    `collectives` come from the compiled program, see `hlo.summarize_collectives`.
     """
 
     def gathered(rows):

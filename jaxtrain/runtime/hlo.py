@@ -157,7 +157,7 @@ def is_collective(line: Instruction) -> bool:
     return line.opcode.removesuffix("-start") in KINDS + _OTHER_KINDS
 
 
-def summarize(found: list[Collective]) -> list[dict]:
+def summarize_collectives(found: list[Collective]) -> list[dict]:
     """Sums collectives by kind, axes and dtype: dicts with `count`, `bytes` and `blocking_bytes`, most bytes first."""
     sums: dict[tuple, dict] = {}
     for one in found:

@@ -14,7 +14,7 @@ from jaxtrain.data.packing import PackedWindows, pack_documents
 from jaxtrain.data.rows import Documents
 from jaxtrain.data.store import Split, TokenStore
 from jaxtrain.fields import parse_ranges
-from jaxtrain.mixture import Mixture, check_epochs, describe, make_mixture, past_of
+from jaxtrain.mixture import Mixture, check_epochs, describe_mixture, make_mixture, past_of
 from jaxtrain.runtime.mesh import by_rows
 from jaxtrain.training.run import Run, by_name, identity
 
@@ -103,7 +103,8 @@ def check_mixture(run: Run, saved: dict[str, Any], step: int) -> None:
     after = mixture(run.config.data.mixture, now, settings.steps)
     batches = skip_to(step - 1, parse_ranges(run.config.data.skip)) + 1
     if past_of(before, was, batches) != past_of(after, now, batches):
+        shown = ", now ".join(map(describe_mixture, (before, after)))
         raise ValueError(
-            f"data.mixture changes what the first {step} steps have read ({describe(before)}, now {describe(after)}): "
+            f"data.mixture changes what the first {step} steps have read ({shown}): "
             f"keep the stages up to there, with the end of a stage as a step (`until {step}`), or go back with --rewind"
         )

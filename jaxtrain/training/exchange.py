@@ -15,7 +15,7 @@ from jaxtrain.checkpoints.save import Saver
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from jaxtrain.inference.load import find_step, is_imported, read_mean
 from jaxtrain.inference.pretrained import copy_companions, read_tokenizer, write_tokenizer
-from jaxtrain.models.hf.config_json import write_config as to_hf
+from jaxtrain.models.hf.config_json import to_hf_config
 from jaxtrain.models.hf.read import PretrainedFolder
 from jaxtrain.models.hf.write import SHARD_BYTES, write_model
 from jaxtrain.models.lora import without_lora
@@ -90,7 +90,7 @@ def export_model(
         name = type(run.config.model).__name__
         raise ValueError(f"{name} has no format in transformers: write its parameters yourself")
     model = run.program.model.config
-    to_hf(model)
+    to_hf_config(model)
     path = Path(folder).expanduser()
     _require_empty(path)
     like = run.program.abstract_state.params

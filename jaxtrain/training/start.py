@@ -19,7 +19,7 @@ from jaxtrain.data.packing import PackedWindows
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.store import TokenStore
 from jaxtrain.data.tokenizer import ByteTokenizer, parse_spec, read_hf
-from jaxtrain.mixture import describe
+from jaxtrain.mixture import describe_mixture
 from jaxtrain.models.lora import uses_lora, without_lora
 from jaxtrain.monitoring.recorder import Recorder
 from jaxtrain.monitoring.tables import format_bytes
@@ -277,7 +277,7 @@ def start_table(run: Run) -> list[tuple[str, str]]:
         "memory per device": f"parameters {parameters}, gradients {parameters}, optimizer {optimizer}",
         "devices": f"{len(devices)} x {devices[0].device_kind}" + (f": {axes}" if axes else ""),
         "data": f"{split.num_tokens:,} tokens{documents} in {_paths(run)}",
-        "mixture": batches.mixture and describe(batches.mixture),
+        "mixture": batches.mixture and describe_mixture(batches.mixture),
         "packing": packed and f"best fit, padding {' '.join(packed)}",
         "skipped batches": " ".join(config.data.skip),
         "tokens per step": batch,

@@ -13,7 +13,7 @@ import pytest
 from checkpoint_helpers import FINGERPRINT, Events, abstract, assert_same, big_file, make_state, names, save_steps
 
 from jaxtrain.checkpoints.folder import CheckpointFolder
-from jaxtrain.checkpoints.leaves import NotFinite, describe
+from jaxtrain.checkpoints.leaves import NotFinite, describe_leaves
 from jaxtrain.checkpoints.manifest import MANIFEST, seal, share_of
 from jaxtrain.checkpoints.restore import choose, find_fingerprint, restore, restore_params
 from jaxtrain.runtime.files import write_json
@@ -151,7 +151,7 @@ def test_a_state_that_is_not_finite_is_refused_by_name(tmp_path, leaf, value):
         writer.save(tmp_path / "3", args=ocp.args.Composite(**args))
     (tmp_path / "3" / "record").mkdir()
     write_json(tmp_path / "3" / "record" / "metadata", FINGERPRINT)
-    seal(tmp_path / "3", 3, describe(parts["params"], "params") | describe(parts["rest"], "rest"), {})
+    seal(tmp_path / "3", 3, describe_leaves(parts["params"], "params") | describe_leaves(parts["rest"], "rest"), {})
     with pytest.raises(NotFinite, match=rf"checkpoint .*/3 holds NaN or infinities in {leaf}: use an earlier"):
         restore(CheckpointFolder(tmp_path), abstract(state))
     if leaf.startswith("params"):

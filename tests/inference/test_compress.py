@@ -13,7 +13,7 @@ from jaxtrain.cli import main
 from jaxtrain.data.tokenizer import train_bpe
 from jaxtrain.inference.bits import model_bits
 from jaxtrain.inference.compress import StepModel, compress, decompress
-from jaxtrain.inference.jxz import pack, unpack
+from jaxtrain.inference.jxz import pack_file, unpack_file
 
 TEXT = "".join(f"{a} + {b} = {a + b}\n" for a in range(9) for b in range(20, 30)).encode()
 SHORT = TEXT[:300]
@@ -27,7 +27,7 @@ def model(run_dir):
 def test_the_size_of_a_file_follows_from_the_loss(model):
     """Within 0.1 % and 64 bytes a stream: every token is coded with the probability that the loss gave it."""
     made = compress(model, TEXT, num_streams=1)
-    header, payloads = unpack(made)
+    header, payloads = unpack_file(made)
     assert [stream.num_tokens for stream in header.streams] == [len(TEXT)]
     assert len(payloads[0]) == pytest.approx(model_bits(model, TEXT) / 8, rel=1e-3, abs=8)
     assert len(made) - len(payloads[0]) < 256
@@ -52,7 +52,7 @@ def test_streams_take_turns(model):
     sizes = {}
     for number in (1, 5, 1000):
         made = compress(model, SHORT, num_streams=number)
-        header, payloads = unpack(made)
+        header, payloads = unpack_file(made)
         assert decompress(model, made) == SHORT
         sizes[number] = sum(map(len, payloads))
         assert len(payloads) == min(number, -(-len(SHORT) // header.window)) or number == 1000
@@ -70,7 +70,7 @@ def test_another_tokenizer(model):
     for number in (1, 4):
         made = compress(bpe, data, num_streams=number)
         assert decompress(bpe, made) == data
-    assert any(stream.num_tokens for stream in unpack(made)[0].streams)
+    assert any(stream.num_tokens for stream in unpack_file(made)[0].streams)
     with pytest.raises(ValueError, match="other parameters"):
         decompress(model, made)
 
@@ -81,15 +81,15 @@ def test_every_flipped_bit_is_noticed(model):
         broken = bytearray(made)
         broken[index] ^= 1 << index % 8
         with pytest.raises(ValueError, match=r"jxz"):
-            unpack(bytes(broken))
+            unpack_file(bytes(broken))
     for length in range(len(made)):
         with pytest.raises(ValueError, match=r"jxz"):
-            unpack(made[:length])
+            unpack_file(made[:length])
 
 
 def test_differences_from_the_encoder_are_refused_by_name(model, run_dir, monkeypatch):
     made = compress(model, SHORT)
-    header, payloads = unpack(made)
+    header, payloads = unpack_file(made)
     with pytest.raises(ValueError, match=r"other parameters .* give the run and --step"):
         decompress(jaxtrain.load(run_dir, 5), made)
     for field, value, message in (
@@ -100,10 +100,10 @@ def test_differences_from_the_encoder_are_refused_by_name(model, run_dir, monkey
         ("crc", 1, "decoded bytes are not the original"),
     ):
         with pytest.raises(ValueError, match=message):
-            decompress(model, pack(dataclasses.replace(header, **{field: value}), payloads))
+            decompress(model, pack_file(dataclasses.replace(header, **{field: value}), payloads))
     for change in ({"num_bytes": 3}, {"streams": header.streams[:0]}):
         with pytest.raises(ValueError, match="malformed"):
-            unpack(pack(dataclasses.replace(header, **change), payloads))
+            unpack_file(pack_file(dataclasses.replace(header, **change), payloads))
 
 
 def test_a_leak_gives_a_low_loss_and_no_file(model):
@@ -118,7 +118,7 @@ def test_a_leak_gives_a_low_loss_and_no_file(model):
             return StepModel(model, num_streams, self.window).probe(num_streams)
 
     made = compress(model, SHORT, num_streams=1, make_step=Leaking)
-    assert sum(map(len, unpack(made)[1])) < 16 < sum(map(len, unpack(compress(model, SHORT))[1])) / 4
+    assert sum(map(len, unpack_file(made)[1])) < 16 < sum(map(len, unpack_file(compress(model, SHORT))[1])) / 4
     with pytest.raises(ValueError, match="the decoded bytes are not the original"):
         decompress(model, made)
 

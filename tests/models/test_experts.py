@@ -14,7 +14,7 @@ from runs import change, shared_program, train
 import jaxtrain
 from jaxtrain.config import family, llama
 from jaxtrain.models.feed_forward import Experts, RouterSums, router_losses
-from jaxtrain.models.hf.config_json import read_config, write_config
+from jaxtrain.models.hf.config_json import from_hf_config, to_hf_config
 from jaxtrain.models.layout import logical_axes
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.models.parallel import Parallel
@@ -236,7 +236,7 @@ def test_unsupported_options_of_experts_are_errors(fields, said):
 
 
 OLMOE, QWEN, MIXTRAL = (
-    write_config(family(name, **SIZES | {"num_experts": 4, "experts_per_token": 2}))[1]
+    to_hf_config(family(name, **SIZES | {"num_experts": 4, "experts_per_token": 2}))[1]
     for name in ("olmoe", "qwen3_moe", "mixtral")
 )
 
@@ -255,12 +255,12 @@ OLMOE, QWEN, MIXTRAL = (
 )
 def test_other_mixtures_are_refused_by_name(values, said):
     with pytest.raises(ValueError, match=re.escape(said)):
-        read_config(values)
+        from_hf_config(values)
 
 
 def test_both_names_of_the_number_of_experts_are_read_and_a_dense_model_takes_no_mixture():
     renamed = QWEN | {"num_local_experts": QWEN["num_experts"]}
     del renamed["num_experts"]
-    assert read_config(renamed) == read_config(QWEN)
+    assert from_hf_config(renamed) == from_hf_config(QWEN)
     with pytest.raises(ValueError, match="no architecture of transformers computes this model"):
-        write_config(llama(**SIZES, qk_norm="projection"))
+        to_hf_config(llama(**SIZES, qk_norm="projection"))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.models.hf.config_json import read_config, write_config
+from jaxtrain.models.hf.config_json import from_hf_config, to_hf_config
 from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
 from jaxtrain.models.hf.write import write_model
 from jaxtrain.models.lora import merge_lora, without_lora
@@ -123,17 +123,17 @@ def test_a_family_equals_transformers(case, tmp_path):
 def test_an_export_takes_the_simplest_architecture():
     """A Mistral without a window computes what a Llama does; so does a Gemma 3 whose layers all have one window."""
     mistral = transformers.MistralConfig(**SIZES, sliding_window=None).to_dict()
-    config = read_config(mistral)[1]
-    assert (write_config(config)[0].style, config) == ("llama", read_config(write_config(config)[1])[1])
+    config = from_hf_config(mistral)[1]
+    assert (to_hf_config(config)[0].style, config) == ("llama", from_hf_config(to_hf_config(config)[1])[1])
     local = transformers.Gemma3TextConfig(**GEMMA | {"layer_types": ["sliding_attention"] * 3}).to_dict()
-    config = read_config(local)[1]
+    config = from_hf_config(local)[1]
     assert (config.global_every, config.local_rope_theta, config.rope_theta) == (None, None, 10_000.0)
-    assert read_config(write_config(config)[1]) == (write_config(config)[0], config)
+    assert from_hf_config(to_hf_config(config)[1]) == (to_hf_config(config)[0], config)
 
 
 def test_lora_matrices_are_merged_in_an_export(tmp_path):
     targets = ("query", "out", "gate", "down")
-    config = dataclasses.replace(read_config(transformers.LlamaConfig(**SIZES).to_dict())[1], lora_rank=3)
+    config = dataclasses.replace(from_hf_config(transformers.LlamaConfig(**SIZES).to_dict())[1], lora_rank=3)
     config = dataclasses.replace(config, lora_targets=targets)
     model, noise = TransformerModel(config), np.random.default_rng(0)
     params = jax.tree.map(

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig, gpt2, llama
 from jaxtrain.plan.compiler import compile_step
 from jaxtrain.plan.formulas import make_plan
-from jaxtrain.runtime.hlo import collectives, summarize
+from jaxtrain.runtime.hlo import collectives, summarize_collectives
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training.program import make_program
 
@@ -210,7 +210,7 @@ def test_traffic_of_a_program_that_can_be_counted():
         for shape, spec in zip([(8, 16), (5, 16, 16)], specs, strict=True)
     ]
     found = collectives(jax.jit(mapped).lower(*arguments).compile().as_text(), mesh.shape)
-    assert summarize(found) == [
+    assert summarize_collectives(found) == [
         {
             "kind": "all-gather",
             "axes": ["fsdp"],
@@ -275,7 +275,7 @@ def test_the_traffic_of_the_train_step_follows_the_layout(mesh, fields):
     program = make_program(config, mesh, 250)
     compiled = program.train_step.lower(program.abstract_state, program.abstract_batch).compile()
     found = collectives(compiled.as_text(), mesh.shape)
-    check_traffic(summarize(found), config)
+    check_traffic(summarize_collectives(found), config)
     matrices = {leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(program.abstract_state.params["layers"])}
     tables = {64 * 256}
     tokens = 16 * 32 // mesh.shape["data"]

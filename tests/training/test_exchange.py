@@ -14,7 +14,7 @@ from runs import assert_same_bits, change, train
 import jaxtrain
 from jaxtrain.cli import main
 from jaxtrain.config import family
-from jaxtrain.models.hf.config_json import write_config
+from jaxtrain.models.hf.config_json import to_hf_config
 from jaxtrain.models.hf.read import PretrainedFolder, abstract_params
 from jaxtrain.training.exchange import export_model
 from jaxtrain.training.run import open_run
@@ -224,4 +224,4 @@ def test_folders_that_hold_something_and_models_without_an_architecture_are_refu
         ({"qkv_bias": True, "qk_norm": True}, "differs by model.qk"),
     ):
         with pytest.raises(ValueError, match=f"no architecture of transformers computes this model; .*{message}"):
-            write_config(family("llama", **sizes, **fields))
+            to_hf_config(family("llama", **sizes, **fields))

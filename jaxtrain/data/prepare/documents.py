@@ -40,7 +40,7 @@ class SplitRule:
     tail_start: int | None = None  # UTF-8 bytes of the corpus before its held-out tail; None: split by hash
 
 
-class Block(NamedTuple):
+class TextBlock(NamedTuple):
     """Consecutive text of one document in one split."""
 
     document: int  # number of the document among those that were read together
@@ -88,7 +88,7 @@ def read_documents(unit: Unit, text_field: str) -> Iterator[tuple[SourceFile, Do
 
 def read_blocks(
     documents: Iterable[tuple[SourceFile, Document]], rule: SplitRule, offset: int, size: int
-) -> Iterator[Block]:
+) -> Iterator[TextBlock]:
     """Yields blocks of about `size` characters; an empty document has none.
 
     Args:
@@ -104,7 +104,7 @@ def read_blocks(
             offset += hash_document(file.key, document)[1]
         for split, group in groupby(parts, key=itemgetter(0)):
             for index, text in enumerate(split_blocks((text for _, text in group), size)):
-                yield Block(number, file, split, index == 0, text)
+                yield TextBlock(number, file, split, index == 0, text)
 
 
 def choose_split(units: Sequence[Unit], text_field: str, fraction: float) -> tuple[SplitRule, list[int]]:

@@ -97,14 +97,14 @@ def _identity(path: str) -> str:
 def file_version(path: str) -> tuple[int, str]:
     """Returns the size in bytes of a file or URL, and a text that changes with its content."""
     if is_url(path):
-        return remote.file_version(path)
+        return remote.url_version(path)
     status = os.stat(path)
     return status.st_size, str(status.st_mtime_ns)
 
 
 def content_hash(path: str) -> str:
     """Returns the SHA-256 (hex) of a file; of a URL, the version, which needs no second download."""
-    return remote.file_version(path)[1] if is_url(path) else sha256_file(Path(path))
+    return remote.url_version(path)[1] if is_url(path) else sha256_file(Path(path))
 
 
 def describe_left_out(counts: dict[str, int], names: LeftOut) -> str:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jaxtrain.data.prepare.documents import SPLITS, TRAIN, Block, SplitRule, Unit, read_blocks, read_documents
+from jaxtrain.data.prepare.documents import SPLITS, TRAIN, SplitRule, TextBlock, Unit, read_blocks, read_documents
 from jaxtrain.data.prepare.sources import content_hash
 from jaxtrain.data.store import STORE_DTYPES, STORE_FORMAT, STORE_MANIFEST, documents_file, shard_file
 from jaxtrain.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -140,7 +140,7 @@ def training_texts(tasks: Sequence[UnitTask], max_bytes: int) -> Iterator[str]:
                 left -= len(block.text)
 
 
-def _batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+def _batches(blocks: Iterable[TextBlock]) -> Iterator[list[TextBlock]]:
     """Groups blocks into lists of about BATCH_CHARACTERS."""
     batch, size = [], 0
     for block in blocks:

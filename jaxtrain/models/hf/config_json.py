@@ -9,7 +9,7 @@ from jaxtrain.models.hf.families import FIXED, HF_FAMILIES, Family, find_family
 _MOST_LAYERS = 10_000  # no model has as many; each takes memory before the files can tell that it is missing
 
 
-def read_config(config: dict[str, Any]) -> tuple[Family, ModelConfig]:
+def from_hf_config(config: dict[str, Any]) -> tuple[Family, ModelConfig]:
     """Returns the family and the model of a config.json.
 
     Raises:
@@ -109,7 +109,7 @@ def canonical(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(c, **fields)
 
 
-def write_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
+def to_hf_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     """Returns the first family that computes the same as a model, and the model's config.json.
 
     Raises:
@@ -119,7 +119,7 @@ def write_config(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     nearest: tuple[list[str], str] | None = None
     for family in HF_FAMILIES:
         values = _write(family, wanted)
-        found = read_config(values)[1]
+        found = from_hf_config(values)[1]
         differ = [
             f"model.{item.name} {getattr(wanted, item.name)!r} (it has {getattr(found, item.name)!r})"
             for item in dataclasses.fields(ModelConfig)

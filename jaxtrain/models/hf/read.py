@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxtrain.config import ModelConfig
-from jaxtrain.models.hf.config_json import read_config
+from jaxtrain.models.hf.config_json import from_hf_config
 from jaxtrain.models.hf.families import Tensor, tensors_of
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.runtime.extras import import_extra
@@ -73,7 +73,7 @@ class PretrainedFolder:
         try:
             if not isinstance(self.values, dict):
                 raise ValueError(_no_model(self.path))
-            self.family, self.config = read_config(self.values)
+            self.family, self.config = from_hf_config(self.values)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path / CONFIG}: {error}") from None
         self._shapes = leaf_shapes(abstract_params(self.config))

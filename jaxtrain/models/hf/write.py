@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.config import ModelConfig
-from jaxtrain.models.hf.config_json import write_config
+from jaxtrain.models.hf.config_json import to_hf_config
 from jaxtrain.models.hf.families import Tensor, tensors_of
 from jaxtrain.models.hf.read import CONFIG, DTYPES, INDEX, SINGLE, leaf_shapes
 from jaxtrain.runtime.files import write_json
@@ -41,7 +41,7 @@ def write_model(
     Raises:
       ValueError: no architecture of transformers computes the model.
     """
-    family, values = write_config(config)
+    family, values = to_hf_config(config)
     leaves = {"/".join(path_names(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     assert config.vocab_size is not None
     tensors = tensors_of(family, leaf_shapes(params), config.vocab_size)
