@@ -150,6 +150,7 @@ def test_leaving_a_terminal_that_is_gone():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:os.fork")  # of jax, if an earlier test of this process has started it
 def test_a_closed_terminal_saves_the_run(tiny_config, tmp_path):
     """As a lost SSH session: SIGHUP, and every write to the terminal fails."""
     config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, steps=100_000))
