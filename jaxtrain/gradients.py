@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.losses import LossSums
+from jaxtrain.trees import store_on
 
 Batch = Any  # a pytree of arrays [B, ...]
 Metrics = dict[str, jax.Array]
@@ -75,17 +76,10 @@ def differentiate(
         return functools.reduce(jnp.multiply, loss_factor, sums.total()), (sums, aux)
 
     (_, sums), grads = jax.value_and_grad(total, has_aux=True)(params)
-    return sums, jax.tree.map(lambda g: g.astype(jnp.float32), _store(grads))
-
-
-def _store(grads: Any) -> Any:
-    """Returns the gradients; a GPU stores each as one array before anything reads it.
-
-    XLA would stack the gradients of unrolled layers within each operation of the optimizer and of the norms, which then
-    choose among the layers for every number: the optimizer of configs/llama_1b.py took a sixth of a step of 8 x 2,048
-    tokens on an H200 (`--profile`).
-    """
-    return jax.lax.platform_dependent(grads, cuda=jax.lax.optimization_barrier, default=lambda grads: grads)
+    # A GPU would stack the gradients of unrolled layers within each operation of the optimizer and of the norms, which
+    # then choose among the layers for every number: the optimizer of configs/llama_1b.py took a sixth of a step of
+    # 8 x 2,048 tokens on an H200 (`--profile`).
+    return sums, jax.tree.map(lambda g: g.astype(jnp.float32), store_on("cuda", grads))
 
 
 def accumulate_gradients(

@@ -2,7 +2,7 @@
 
 XLA fuses what an optimizer does to a parameter to one GPU kernel. It writes the new parameter and moments over the old
 ones if these reach no reduction of the kernel but the first; else it writes fresh arrays and copies them. `update_sums`
-therefore forms all sums in one reduction, and what follows reads the new arrays behind `finish_update`: 34 instead of
+therefore forms all sums in one reduction, and what follows reads the new arrays behind `trees.store_on`: 34 instead of
 63 bytes of memory traffic per parameter, without temporaries (scripts/bench_compiled.py --optimizer).
 """
 
@@ -55,11 +55,6 @@ def update_sums(params: Any, updates: Any, state: Any) -> tuple[list[jax.Array],
         squares.append(sums[1])
         faults += map(jnp.sum, sums[2:])
     return param_squares, squares, sum(faults, jnp.float32(0))
-
-
-def finish_update(tree: Any) -> Any:
-    """Returns arrays that an update has written; on GPUs, what reads them follows the update's kernel."""
-    return jax.lax.platform_dependent(tree, cuda=jax.lax.optimization_barrier, default=lambda tree: tree)
 
 
 def flag_faults(leaf: jax.Array) -> jax.Array:

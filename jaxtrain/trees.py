@@ -292,6 +292,15 @@ def norm_of_squares(squares: list[jax.Array]) -> jax.Array:
     return jnp.sqrt(sum((jnp.sum(one) if one.ndim else one for one in squares), jnp.float32(0)))
 
 
+def store_on(platform: str, tree: Any) -> Any:
+    """Returns the arrays; the compiler of a platform ("cuda", "tpu") forms all of them before anything reads one."""
+    return jax.lax.platform_dependent(
+        tree,
+        **{platform: jax.lax.optimization_barrier},
+        default=lambda tree: tree,  # type: ignore[arg-type]
+    )
+
+
 def state_fields(state: Any, name: str, params: Any) -> dict[KeyPath, jax.Array]:
     """Finds the scalars that an optimizer state holds under a field name.
 

@@ -19,7 +19,7 @@ CORE = {
     "sums": {"trees"},
     "guard": {"checks", "trees", "sums"},
     "optim": {"checks", "trees", "clipping"},
-    "gradients": {"losses"},
+    "gradients": {"losses", "trees"},
     "step": {"checks", "trees", "sums", "losses", "precision", "gradients"},
 }
 CORE_LIBRARIES = {"jax", "optax", "numpy"}  # importing chex would take 90 ms

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.trees import store_on
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -129,7 +131,7 @@ def free_early(x, weights):
 
 
 def _free_early_backward(_, gradients):
-    return jax.lax.platform_dependent(gradients, tpu=jax.lax.optimization_barrier, default=lambda pair: pair)
+    return store_on("tpu", gradients)
 
 
 free_early.defvjp(lambda x, weights: ((x, weights), None), _free_early_backward)

@@ -11,8 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.sums import finish_update, update_squares
-from jaxtrain.trees import STACKED, is_stacked, layer_axes, layer_squares, leaf_squares, norm_of_squares, path_names
+from jaxtrain.sums import update_squares
+from jaxtrain.trees import (
+    STACKED,
+    is_stacked,
+    layer_axes,
+    layer_squares,
+    leaf_squares,
+    norm_of_squares,
+    path_names,
+    store_on,
+)
 
 # Below this multiple of eps, eps is a tenth or more of Adam's denominator: the update depends on the gradient's scale.
 _NEAR_EPS = 10.0
@@ -103,7 +112,7 @@ def _frozen_share(grads: Any, opt_state: optax.OptState, b2: float, eps: float) 
     correction = -jnp.expm1(states[0].count.astype(jnp.float32) * (math.log(b2) if b2 else -math.inf))
     frozen = moved = jnp.zeros((), jnp.float32)
     for state in states:  # one, or one for each part of a partitioned optimizer
-        for path, nu in jax.tree_util.tree_leaves_with_path(finish_update(state.nu)):
+        for path, nu in jax.tree_util.tree_leaves_with_path(store_on("cuda", state.nu)):  # see `sums`
             if path not in by_path or nu.shape != by_path[path].shape:
                 continue  # flattened or factored
             grad, stacked = by_path[path], is_stacked(path) and nu.ndim > 0

@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxtrain.models.parallel import leave_tensor
+from jaxtrain.trees import store_on
 
 
 class Weights(nn.Module):
@@ -110,12 +111,7 @@ def _store_gradient(y: jax.Array) -> jax.Array:
     return y
 
 
-_store_gradient.defvjp(
-    lambda y: (y, None),
-    lambda _, gradient: (
-        jax.lax.platform_dependent(gradient, cuda=jax.lax.optimization_barrier, default=lambda gradient: gradient),
-    ),
-)
+_store_gradient.defvjp(lambda y: (y, None), lambda _, gradient: (store_on("cuda", gradient),))
 
 
 def add_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -12,6 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.trees import store_on
+
 # (1 + tanh(u)) / 2 equals sigmoid(2 u), which stays accurate where the tanh is near -1.
 _GELU_SCALE, _GELU_CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 
@@ -45,7 +47,7 @@ def _gelu_backward(residuals: tuple[jax.Array, jax.Array | None], gradient: jax.
     if bias is None:
         return on_x, None
     # For the sum of the bias, a GPU would store the gradient in float32, and once more for the products.
-    on_x = jax.lax.platform_dependent(on_x, cuda=jax.lax.optimization_barrier, default=lambda on_x: on_x)
+    on_x = store_on("cuda", on_x)
     return on_x, jnp.sum(on_x, axis=tuple(range(x.ndim - 1)))  # accumulated in float32
 
 
@@ -79,7 +81,7 @@ def _swiglu_backward(residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
     on_gate = gradient * x.astype(jnp.float32) * sigmoid * (1 + y * (1 - sigmoid))
     gradients = (gradient * y * sigmoid).astype(x.dtype), on_gate.astype(gate.dtype)
     # Two products take each; a TPU would form it again in both.
-    return jax.lax.platform_dependent(gradients, tpu=jax.lax.optimization_barrier, default=lambda pair: pair)
+    return store_on("tpu", gradients)
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
