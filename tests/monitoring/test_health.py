@@ -394,8 +394,7 @@ def test_command_line_reports_a_run_that_is_still_going(run, config, tmp_path, c
     assert (folder / "report.html").is_file()
     (folder / "report.html.tmp").mkdir()  # the page cannot be written: the findings are printed all the same
     assert main(["report", str(folder)]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == printed.rpartition("report: ")[0]
-    assert "report.html.tmp" in captured.err
+    out, err = capsys.readouterr()
+    assert out == printed.rpartition("report: ")[0] and "report.html.tmp" in err
     assert main(["report", str(folder / "checkpoints")]) == 2
     assert "config.json" in capsys.readouterr().err
