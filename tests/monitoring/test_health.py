@@ -13,6 +13,7 @@ import jax
 import pytest
 from runs import QUICK, Faults, change, train
 
+from jaxtrain.cli import main
 from jaxtrain.config import DataConfig, MeshConfig
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.monitoring.health import Health, diagnose
@@ -378,12 +379,10 @@ def test_a_resumed_run_does_not_repeat_findings(run, config, tmp_path):
 
 def test_a_step_that_ran_twice_has_one_finding(config):
     event = {"event": "finding", "name": "no_progress", "severity": "warning", "step": 3, "evidence": "", "remedy": ""}
-    assert len(diagnose([], [event, dict(event), event | {"step": 4}], config)) == 2
+    assert len(diagnose([], [event, {**event}, event | {"step": 4}], config)) == 2
 
 
 def test_command_line_reports_a_run_that_is_still_going(run, config, tmp_path, capsys):
-    from jaxtrain.cli import main
-
     folder = tmp_path / "run"
     run(change(config, optim={"eps": 0.1}), folder)
     capsys.readouterr()
@@ -395,6 +394,7 @@ def test_command_line_reports_a_run_that_is_still_going(run, config, tmp_path, c
     (folder / "report.html.tmp").mkdir()  # the page cannot be written: the findings are printed all the same
     assert main(["report", str(folder)]) == 1
     out, err = capsys.readouterr()
-    assert out == printed.rpartition("report: ")[0] and "report.html.tmp" in err
+    assert out == printed.rpartition("report: ")[0]
+    assert "report.html.tmp" in err
     assert main(["report", str(folder / "checkpoints")]) == 2
     assert "config.json" in capsys.readouterr().err
