@@ -118,7 +118,7 @@ def _notes(run: Run, events: list[dict[str, Any]], first: int, step: int) -> lis
         for name, (before, now) in environment_changes(run, events, step).items()
     ]
     changes = [event for event in events if event["event"] == "config_change" and event["step"] > first]
-    return environment + [f"{sentence(event)} Steps up to there do not reproduce." for event in changes]
+    return environment + [f"steps up to {event['step']} do not reproduce: {sentence(event)}" for event in changes]
 
 
 def _differences(logged: dict[str, Any], values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -173,12 +173,12 @@ def test_another_environment_or_config_is_noted(run_dir, tmp_path, name, value):
     shutil.copytree(run_dir, tmp_path / "run")
     file = tmp_path / "run" / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    changes = {"train.batch_size": {"old": 2, "new": 8}}
-    lines += [{"event": "config_change", "step": done, "changes": changes} for done in (5, 6)]  # 5 is the checkpoint
+    change = {"event": "config_change", "text": "changed from step 7 on: train.batch_size: 2 -> 8", "changes": {}}
+    lines += [change | {"step": done} for done in (5, 6)]  # 5 is the checkpoint
     file.write_text("".join(json.dumps(line | ({name: value} if name in line else {})) + "\n" for line in lines))
-    note, change = replay(tmp_path / "run", 6)["notes"]
-    assert note.startswith(f"{name} was {value} in the run and is ")
-    assert change.startswith("The config changed after step 6: train.batch_size: 2 → 8. Steps up to there do not")
+    environment, config = replay(tmp_path / "run", 6)["notes"]
+    assert environment.startswith(f"{name} was {value} in the run and is ")
+    assert config == "steps up to 6 do not reproduce: changed from step 7 on: train.batch_size: 2 -> 8"
 
 
 @pytest.mark.slow
