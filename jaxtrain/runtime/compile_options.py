@@ -29,9 +29,9 @@ COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# On GPUs, for a program that a profiler will trace. A CUDA graph starts many kernels at once, and a trace of it does
-# not say to which instruction a kernel belongs.
-_TRACED = {"xla_gpu_enable_command_buffer": ""}
+# Options for a program that a profiler will trace, by platform. A CUDA graph starts many kernels at once, and a trace
+# of it does not say to which instruction a kernel belongs.
+TRACE_OPTIONS: dict[str, dict[str, Any]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}}
 
 
 def compile_for_chip(
@@ -47,8 +47,8 @@ def compile_for_chip(
     """
     first = devices.flat[0]
     options = COMPILE_OPTIONS.get(first.device_kind, {}) if tune and devices.size > 1 else {}
-    if traced and first.platform == "gpu":
-        options = options | _TRACED
+    if traced:
+        options = options | TRACE_OPTIONS.get(first.platform, {})
     while True:
         try:
             return lowered.compile(compiler_options=options or None)

@@ -17,6 +17,7 @@ from jaxtrain.monitoring.metrics import read_metrics
 from jaxtrain.monitoring.profile import parse_profile, scopes_of
 from jaxtrain.monitoring.report import describe_times, write_report
 from jaxtrain.monitoring.trace import OTHER, SCOPES, busy_times, newest_trace, read_line, read_times
+from jaxtrain.runtime.compile_options import TRACE_OPTIONS
 from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.hlo import HloModule
 from jaxtrain.runtime.mesh import make_mesh
@@ -109,13 +110,18 @@ def test_a_damaged_trace_leaves_the_report_whole(profiled, tmp_path):
         read_times(trace)
 
 
-def test_a_run_resumed_after_the_range_says_so_and_trains(tiny_config, tmp_path, capsys):
+def test_a_run_resumed_after_the_range_says_so_and_trains(tiny_config, tmp_path, capsys, monkeypatch):
+    """The program has the options of a traced one only if the range is ahead: here one that the compiler refuses."""
+    monkeypatch.setitem(TRACE_OPTIONS, "cpu", {"xla_no_such_option": True})
     first = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, stop_after=6))
     train(first, tmp_path / "run", profile="2:4")
     assert newest_trace(tmp_path / "run").name == "steps_2-3"
-    capsys.readouterr()
+    refused = "this compiler refuses xla_no_such_option: compiling without"
+    assert refused in capsys.readouterr().out
     assert train(tiny_config, tmp_path / "run", profile="6:9")["reason"] == "finished"
-    assert "no profile: the run resumes after step 6, and --profile begins with step 6" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no profile: the run resumes after step 6, and --profile begins with step 6" in printed
+    assert refused not in printed
     assert newest_trace(tmp_path / "run").name == "steps_2-3"
 
 

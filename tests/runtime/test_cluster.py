@@ -1,5 +1,7 @@
 """Detection of a cluster from the environment."""
 
+import os
+
 import jax
 import pytest
 
@@ -81,18 +83,21 @@ def test_an_address_is_a_host_and_a_port_or_an_error_that_shows_it(cluster):
         assert cluster(**dict(zip(VARIABLES, (address, "2", "0"), strict=True))).address == address
 
 
-def test_a_process_that_is_silent_is_left_to_the_watchdog(monkeypatch):
+def test_a_session_reserves_gpu_memory_and_leaves_a_silent_process_to_the_watchdog(monkeypatch):
     """JAX would end the others in C++, after its heartbeat's time-out, whichever time-out the user has chosen."""
     asked, was = {}, jax.config.jax_enable_preemption_service
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     for name, value in zip(VARIABLES, ("host:1", "2", "0"), strict=True):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAXTRAIN_TIMEOUT", "5")
     monkeypatch.setattr(cluster_module, "meet", lambda *_: {})
     monkeypatch.setattr(cluster_module, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(cluster_module.peers, "watch", lambda connections: None)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: asked.update(options))
+    memory = lambda: {"memory": os.environ.get("XLA_CLIENT_MEM_FRACTION")}  # noqa: E731
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: asked.update(options | memory()))
     with cluster_module.session(lambda error: 1):
         pass
     jax.config.update("jax_enable_preemption_service", was)
+    assert asked["memory"] == "0.94"  # set before JAX starts
     assert asked["heartbeat_timeout_seconds"] > 24 * 3600
     assert asked["initialization_timeout"] == 5
