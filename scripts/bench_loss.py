@@ -19,7 +19,7 @@ import optax
 from benchmark import Table, interleave, parser, report
 
 from jaxtrain.losses import cross_entropy, linear_cross_entropy
-from jaxtrain.runtime.memory import keep_freed_memory
+from jaxtrain.runtime.memory import expects_cpu, keep_freed_memory
 
 
 def dense(hidden, kernel, labels):
@@ -94,7 +94,7 @@ def main() -> None:
         help="let the C library return freed memory to the system, unlike the commands on a CPU",
     )
     options = arguments.parse_args()
-    if jax.default_backend() == "cpu" and not options.return_memory:
+    if expects_cpu() and not options.return_memory:
         keep_freed_memory()
     report(options, [bench(vocab, options) for vocab in options.vocab])
 

@@ -1,8 +1,11 @@
 """Memory of the process: freed blocks that a CPU keeps between steps, and the share of a GPU that JAX reserves."""
 
 import ctypes
+import importlib.util
 import os
 import sys
+
+import jax
 
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -13,15 +16,23 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _GPU_SHARE = "0.94"
 
 
+def expects_cpu() -> bool:
+    """Returns True if JAX will run on a CPU: JAX_PLATFORMS says so, or no other platform is installed."""
+    if names := jax.config.jax_platforms:
+        return names.startswith("cpu")
+    return not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+
+
 def keep_freed_memory() -> bool:
     """Makes glibc's malloc retain freed blocks of up to 1 GiB, so that the process keeps its peak memory until it ends.
 
     XLA allocates the temporary memory of a program in one block and frees it when the program ends. glibc would return
-    a block of that size to the system, so that every step faults in all pages again: 129,000 page faults per step for
-    six layers of 384 channels, a fifth of the step's time.
+    a block of that size to the system, so that every step faults in all pages again. The process keeps about three
+    such blocks: the next step starts before the last one ends, and fragments spoil a block.
 
-    All threads share one arena, because only the main arena holds large blocks. Returns False with other C libraries
-    (macOS, musl), where nothing changes.
+    All threads share one arena, because only the main arena holds large blocks. Call it before JAX starts: XLA's
+    threads keep an arena that they already have. Returns False with other C libraries (macOS, musl), where nothing
+    changes.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 
 import pytest
 from helpers import run
@@ -41,6 +42,50 @@ def test_a_second_array_of_the_same_size_meets_no_new_pages():
     pages = 100 * 2**20 // os.sysconf("SC_PAGE_SIZE")
     assert faults_of_the_second_array("leave") > 0.9 * pages
     assert faults_of_the_second_array("keep") < 0.01 * pages
+
+
+PROGRAM = """
+import resource, statistics
+import jax, jax.numpy as jnp
+from jaxtrain.runtime.cluster import session
+
+with session(lambda error: 1):
+    x, weights = jnp.ones((5000, 5000)), jnp.ones(5000)
+    program = jax.jit(lambda x, weights: jnp.sin(x) @ weights).lower(x, weights).compile()
+    faults = []
+    for _ in range(30):
+        weights, last = program(x, weights), weights
+        last.block_until_ready()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+new = [after - before for before, after in zip(faults[-11:], faults[-10:])]
+print(program.memory_analysis().temp_size_in_bytes, int(statistics.median(new)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_in_a_session_a_program_finds_its_temporary_memory_again():
+    """XLA's own threads allocate it, so the setting must precede them. Fragments may cost a few blocks at first."""
+    size, faults = map(int, run([sys.executable, "-c", PROGRAM], environment=dict(os.environ)).split())
+    assert size > 64 * 2**20  # more than any arena but the main one holds
+    assert faults < 0.01 * size / os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("platforms", "installed", "expected"),
+    [
+        (None, (), True),
+        ("", (), True),
+        ("cpu", ("jax_plugins", "libtpu"), True),
+        ("cpu,cuda", ("jax_plugins",), True),
+        ("cuda,cpu", (), False),
+        (None, ("jax_plugins",), False),
+        (None, ("libtpu",), False),
+    ],
+)
+def test_a_cpu_is_expected_where_it_is_named_or_alone(platforms, installed, expected, monkeypatch):
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(memory.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
+    assert memory.expects_cpu() is expected
 
 
 def test_elsewhere_nothing_is_done(monkeypatch):
