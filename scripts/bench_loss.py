@@ -68,8 +68,9 @@ def bench(vocab: int, options: argparse.Namespace) -> Table:
     forms = {"dense": dense, "optax": with_optax}
     forms |= {f"chunk {size}": chunked(size) for size in options.chunk_size}
     rows = measure(forms, (hidden, kernel, labels), options.repeats)
+    memory = ", freed memory returned to the system" if options.return_memory else ""
     table = Table(
-        f"Loss head: V {vocab:,}, {options.tokens:,} tokens, D {options.d_model}, {dtype.name}",
+        f"Loss head: V {vocab:,}, {options.tokens:,} tokens, D {options.d_model}, {dtype.name}{memory}",
         {"form": "", "seconds": ".3f", "GiB": ".3f", "time / dense": ".3f", "memory / dense": ".3f"},
         notes=[f"Median of {options.repeats} interleaved runs, forward and backward; the compiler's temporary memory."],
     )

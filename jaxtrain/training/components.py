@@ -67,7 +67,8 @@ def make_optimizer(
     """Returns the optimizer of the config under the schedule, behind the guard.
 
     Args:
-      platform: of the devices. On CPUs the guard checks all updates of all optimizers: one pass more is cheap there.
+      platform: of the devices. On CPUs the guard checks all updates of all optimizers. Without the check the compiler
+        fuses moments and updates, which changes the last bits of a run.
       scalars: takes these in place of the config's constants; the learning rate where the optimizer asks for `step`.
       step: the current step, the very array that `update` receives as `step=`.
     """
