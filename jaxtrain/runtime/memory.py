@@ -30,9 +30,9 @@ def keep_freed_memory() -> bool:
     a block of that size to the system, so that every step faults in all pages again. The process keeps about three
     such blocks: the next step starts before the last one ends, and fragments spoil a block.
 
-    All threads share one arena, because only the main arena holds large blocks. A step of some 40 ms loses a few
-    percent, as its threads wait for each other's small allocations. Call it before JAX starts: XLA's threads keep an
-    arena that they already have. Returns False with other C libraries (macOS, musl), where nothing changes.
+    All threads share one arena, because only the main arena holds large blocks; they then wait for each other's small
+    allocations, which slows small steps and compilation. Call it before JAX starts: XLA's threads keep an arena that
+    they already have. Returns False with other C libraries (macOS, musl), where nothing changes.
     """
     if not sys.platform.startswith("linux"):
         return False
