@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark import Table, interleave, parser, report
+from benchmark import Table, interleave, parser, report, start_jax
 
 from jaxtrain.models.kernels import cudnn
 from jaxtrain.models.kernels.attention import attend, choose_kernel
@@ -150,7 +150,7 @@ def bench(shape: Shape, options: argparse.Namespace) -> Table:
 
 
 def main() -> None:
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = start_jax() == "cpu"
     arguments = parser(__doc__)
     arguments.add_argument("--shape", type=Shape.parse, nargs="+", help="B,T,H,G,K: rows, tokens, heads, groups, width")
     arguments.add_argument(

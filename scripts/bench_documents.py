@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from benchmark import Table, interleave, parser, report
+from benchmark import Table, interleave, parser, report, start_jax
 
 from jaxtrain.config import Config
 from jaxtrain.data.prepare.prepare import prepare
@@ -99,6 +99,7 @@ def main() -> None:
     arguments.add_argument("--bytes", type=int, default=8_000_000, help="size of the corpus")
     arguments.add_argument("--repeats", type=int, default=30, help="timed steps")
     options, flags = arguments.parse_known_args()
+    start_jax()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder / "corpus.jsonl", options.bytes)

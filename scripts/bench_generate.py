@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from benchmark import Table, interleave, parser, report
+from benchmark import Table, interleave, parser, report, start_jax
 
 from jaxtrain.config import llama
 from jaxtrain.models.decode import Sampling, Timing, generate
@@ -36,6 +36,7 @@ def main() -> None:
     arguments.add_argument("--num-tokens", type=int, default=32)
     arguments.add_argument("--repeats", type=int, default=3)
     options = arguments.parse_args()
+    start_jax()
     table = Table(
         f"Generation: prompts of up to {options.prompt} tokens, {options.num_tokens} new tokens each",
         {"model": "", "form": "", "prefill tokens/s": ",.0f", "decode tokens/s": ",.0f", "decode / one by one": ".2f"},

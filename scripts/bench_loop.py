@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from benchmark import Table, parser, report
+from benchmark import Table, parser, report, start_jax
 
 from jaxtrain.config import CheckpointConfig, Config, DataConfig
 from jaxtrain.data.prepare.prepare import prepare
@@ -99,6 +99,7 @@ def main() -> None:
     arguments.add_argument("--terminal", action="store_true", help="draw the live panel")
     arguments.add_argument("--log-every", type=int, help="steps; default: as in the config")
     options = arguments.parse_args()
+    start_jax()
     config = load_config(Path(options.config))
     with tempfile.TemporaryDirectory() as folder:
         store = options.store or config.data.store

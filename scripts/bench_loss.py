@@ -16,10 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from benchmark import Table, interleave, parser, report
+from benchmark import Table, interleave, parser, report, start_jax
 
 from jaxtrain.losses import cross_entropy, linear_cross_entropy
-from jaxtrain.runtime.memory import expects_cpu, keep_freed_memory
 
 
 def dense(hidden, kernel, labels):
@@ -95,8 +94,8 @@ def main() -> None:
         help="let the C library return freed memory to the system, unlike the commands on a CPU",
     )
     options = arguments.parse_args()
-    if expects_cpu() and not options.return_memory:
-        keep_freed_memory()
+    if not options.return_memory:
+        start_jax()
     report(options, [bench(vocab, options) for vocab in options.vocab])
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from benchmark import Table, parser, report
+from benchmark import Table, parser, report, start_jax
 
 from jaxtrain.config import Config, ModelConfig
 from jaxtrain.models.model import TransformerModel
@@ -32,7 +32,6 @@ from jaxtrain.monitoring.metrics import PackedMetrics
 from jaxtrain.plan.formulas import plan_vocab
 from jaxtrain.runtime.chips import peak_flops
 from jaxtrain.runtime.flags import parse_config
-from jaxtrain.runtime.memory import expects_cpu, keep_freed_memory
 from jaxtrain.runtime.mesh import make_mesh
 from jaxtrain.training.program import make_program
 
@@ -43,8 +42,7 @@ class Ours:
     """Train step of a config on the available devices."""
 
     def __init__(self, config: Config):
-        if expects_cpu():  # as the commands do
-            keep_freed_memory()
+        start_jax()
         mesh, vocab_size = make_mesh(config.mesh), plan_vocab(config)
         program = make_program(config, mesh, vocab_size)
         self.model = program.model.config

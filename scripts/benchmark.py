@@ -69,6 +69,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def start_jax() -> str:
+    """Starts JAX as the commands do; returns its platform."""
+    import jax
+
+    from jaxtrain.runtime.memory import execute_inline, keep_freed_memory
+
+    execute_inline()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+    return jax.default_backend()
+
+
 def interleave(forms: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Times the forms in turn, `repeats` times, so that a busy machine slows all forms alike. Returns seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}

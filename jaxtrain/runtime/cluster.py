@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain.runtime import peers
-from jaxtrain.runtime.memory import expects_cpu, keep_freed_memory, reserve_gpu_memory
+from jaxtrain.runtime.memory import execute_inline, keep_freed_memory, reserve_gpu_memory
 from jaxtrain.runtime.processes import LONG_SECONDS, agree, announce_failure, is_alone, is_lost, time_limit
 from jaxtrain.runtime.relay import relay
 from jaxtrain.runtime.rendezvous import meet, split_address
@@ -50,9 +50,10 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
       ValueError: an incomplete address, or a missing process.
     """
     reserve_gpu_memory()
-    if expects_cpu():
-        keep_freed_memory()
+    execute_inline()
     _initialize()
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     if is_alone():
         yield
         return
