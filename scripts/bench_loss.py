@@ -19,6 +19,7 @@ import optax
 from benchmark import Table, interleave, parser, report, start_jax
 
 from jaxtrain.losses import cross_entropy, linear_cross_entropy
+from jaxtrain.runtime.memory import ARENA_BYTES
 
 
 def dense(hidden, kernel, labels):
@@ -95,7 +96,7 @@ def main() -> None:
     )
     options = arguments.parse_args()
     if not options.return_memory:
-        start_jax()
+        start_jax(4 * max(options.vocab) * options.d_model > ARENA_BYTES)
     report(options, [bench(vocab, options) for vocab in options.vocab])
 
 

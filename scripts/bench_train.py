@@ -29,7 +29,7 @@ from jaxtrain.config import Config, ModelConfig
 from jaxtrain.models.model import TransformerModel
 from jaxtrain.models.size import flops_per_token
 from jaxtrain.monitoring.metrics import PackedMetrics
-from jaxtrain.plan.formulas import plan_vocab
+from jaxtrain.plan.formulas import has_large_matrix, plan_vocab
 from jaxtrain.runtime.chips import peak_flops
 from jaxtrain.runtime.flags import parse_config
 from jaxtrain.runtime.mesh import make_mesh
@@ -42,7 +42,7 @@ class Ours:
     """Train step of a config on the available devices."""
 
     def __init__(self, config: Config):
-        start_jax()
+        start_jax(has_large_matrix(config))
         mesh, vocab_size = make_mesh(config.mesh), plan_vocab(config)
         program = make_program(config, mesh, vocab_size)
         self.model = program.model.config

@@ -69,13 +69,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def start_jax() -> str:
+def start_jax(large_matrices: bool = False) -> str:
     """Starts JAX as the commands do; returns its platform."""
     import jax
 
-    from jaxtrain.runtime.memory import execute_inline, keep_freed_memory
+    from jaxtrain.runtime.memory import execute_inline, keep_freed_memory, share_arena
 
     execute_inline()
+    if large_matrices:
+        share_arena()
     if jax.default_backend() == "cpu":
         keep_freed_memory()
     return jax.default_backend()

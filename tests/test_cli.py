@@ -10,6 +10,7 @@ from helpers import ROOT, call
 from runs import change, train
 
 from jaxtrain.cli import COMMANDS, main
+from jaxtrain.runtime import cluster
 from jaxtrain.runtime.config_files import to_json
 from jaxtrain.runtime.flags import list_flags, parse_config
 from jaxtrain.version import __version__
@@ -374,3 +375,13 @@ def test_an_absent_backend_is_one_line(platforms, config_file):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: JAX_PLATFORMS={platforms} names a backend that is not installed")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("vocab_size", "large"), [("257", False), ("50304", True)])
+def test_training_says_before_jax_starts_whether_it_multiplies_large_matrices(vocab_size, large, monkeypatch, capsys):
+    def session(report, large_matrices):
+        raise ValueError(f"large: {large_matrices}")
+
+    monkeypatch.setattr(cluster, "session", session)
+    assert main(["train", str(ROOT / "configs/gpt2_124m.py"), "--model.vocab-size", vocab_size]) == 2
+    assert f"large: {large}" in capsys.readouterr().err

@@ -30,6 +30,7 @@ def run_train(options: TrainOptions) -> int:
 
     Every field of the config is a flag. `none` switches off an option that may be absent: --train.eval-every none.
     """
+    from jaxtrain.plan.formulas import has_large_matrix
     from jaxtrain.runtime.cluster import session
     from jaxtrain.runtime.compile_cache import compile_cache
     from jaxtrain.runtime.stop import is_stuck, leave
@@ -38,7 +39,7 @@ def run_train(options: TrainOptions) -> int:
     more = {name: getattr(options, name) for name in ("rewind", "profile", "allow_change", "track")}
     run_dir = options.run_dir or ""  # `parse` has filled it in
     try:
-        with compile_cache(), session(report_error):
+        with compile_cache(), session(report_error, large_matrices=has_large_matrix(options.config)):
             outcome = train(options.config, run_dir, lock=not options.no_lock, **more)
     except OSError as error:
         if is_stuck():

@@ -6,6 +6,7 @@ rematerialization policy. What the compiler makes of a program is the subject of
 Symbols: B sequences, T tokens each, D d_model, F d_ff, V vocabulary, L layers.
 """
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -25,6 +26,7 @@ from jaxtrain.models.model import TransformerModel
 from jaxtrain.models.size import active_params, flops_per_token, matrices_per_layer
 from jaxtrain.plan.traffic import Traffic, expected_traffic
 from jaxtrain.runtime.chips import Chip
+from jaxtrain.runtime.memory import ARENA_BYTES
 from jaxtrain.runtime.mesh import AXES, check_batch, mesh_shape, partition_spec
 from jaxtrain.training.frozen import frozen_mask
 from jaxtrain.training.program import check_parts
@@ -134,6 +136,13 @@ def plan_vocab(config: Config) -> int:
     if not store and data.tokenizer == "byte":
         return ByteTokenizer.vocab_size
     raise ValueError("the vocabulary size depends on data that is not here: give it with --model.vocab-size")
+
+
+def has_large_matrix(config: Config) -> bool:
+    """Returns True if the embedding takes over `ARENA_BYTES` in float32; False if its size is not known yet."""
+    with contextlib.suppress(ValueError, OSError):
+        return 4 * plan_vocab(config) * getattr(config.model, "d_model", 0) > ARENA_BYTES
+    return False
 
 
 def _cost(

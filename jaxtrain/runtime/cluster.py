@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from jaxtrain.runtime import peers
-from jaxtrain.runtime.memory import execute_inline, keep_freed_memory, reserve_gpu_memory
+from jaxtrain.runtime.memory import execute_inline, keep_freed_memory, reserve_gpu_memory, share_arena
 from jaxtrain.runtime.processes import LONG_SECONDS, agree, announce_failure, is_alone, is_lost, time_limit
 from jaxtrain.runtime.relay import relay
 from jaxtrain.runtime.rendezvous import meet, split_address
@@ -35,7 +35,7 @@ _NUMBER = re.compile("[0-9]{1,6}")
 
 
 @contextlib.contextmanager
-def session(report: Callable[[BaseException], int]) -> Iterator[None]:
+def session(report: Callable[[BaseException], int], *, large_matrices: bool = False) -> Iterator[None]:
     """Joins the processes of a cluster, if there is one, for the duration of the block. Enter it before JAX is used.
 
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID define a cluster. Without
@@ -45,12 +45,15 @@ def session(report: Callable[[BaseException], int]) -> Iterator[None]:
     Args:
       report: prints an error and returns the exit code. It is called if this process fails and others do not; the
         process then exits immediately, because only its exit releases processes that wait in a collective.
+      large_matrices: True if programs multiply matrices of over `memory.ARENA_BYTES`, for which CPUs `share_arena`.
 
     Raises:
       ValueError: an incomplete address, or a missing process.
     """
     reserve_gpu_memory()
     execute_inline()
+    if large_matrices:
+        share_arena()
     _initialize()
     if jax.default_backend() == "cpu":
         keep_freed_memory()

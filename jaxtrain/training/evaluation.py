@@ -19,7 +19,7 @@ from jaxtrain.data.tokenizer import Tokenizer
 from jaxtrain.losses import LossSums
 from jaxtrain.runtime.mesh import by_rows
 from jaxtrain.runtime.processes import compile_together, time_limit
-from jaxtrain.runtime.stop import Stopped
+from jaxtrain.runtime.stop import Stop, Stopped
 from jaxtrain.runtime.watchdog import Watchdog
 from jaxtrain.step import Batch
 from jaxtrain.training.batches import documents
@@ -35,7 +35,7 @@ def evaluate(
     sharding: Sharding,
     *,
     num_batches: int | None = None,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    stop: Stop | None = None,
     watchdog: Watchdog | None = None,
     positions: tuple[int, ...] = (),
 ) -> dict[str, Any]:
@@ -49,7 +49,8 @@ def evaluate(
       batches: batches of the split.
       sharding: sharding of a batch.
       num_batches: number of batches from the start of the split; None takes all.
-      asked_to_stop, watchdog: polled between batches; notified of each batch.
+      stop: polled while data is awaited, during compilation and between batches.
+      watchdog: notified of each batch.
       positions: bounds of ranges of positions in a window, see `position_step`; () makes no table.
 
     Returns:
@@ -58,7 +59,7 @@ def evaluate(
 
     Raises:
       ValueError: no label that counts, as in prompts without their completions.
-      Stopped: `asked_to_stop` returned True. A partial result would be misleading.
+      Stopped: a stop was requested. A partial result would be misleading.
     """
     if num_batches is not None:
         check_count("num_batches", num_batches, 1)
@@ -66,7 +67,8 @@ def evaluate(
     sums = np.zeros((2, max(len(positions) - 1, 1)))  # nll and weight
     pending: LossSums | None = None
     fetch = functools.partial(global_batch, batches, sharding=sharding)
-    with prefetched(fetch, 0, last, _PREFETCH, time_limit=time_limit()) as feed:
+    asked_to_stop = stop.asked if stop else lambda: False
+    with prefetched(fetch, 0, last, _PREFETCH, time_limit=time_limit(), asked_to_stop=asked_to_stop) as feed:
         for index, batch in enumerate(feed):
             if asked_to_stop():
                 raise Stopped
@@ -75,10 +77,13 @@ def evaluate(
                     compile_together(eval_step, params, batch)
             if watchdog:
                 watchdog.beat()
-            following = eval_step(params, batch)
+            # The first call compiles. A CPU keeps the memory of what the main thread calls (`keep_freed_memory`).
+            following = stop.run(eval_step, params, batch) if stop and index == 0 else eval_step(params, batch)
             if pending is not None:  # read one batch late, while the next batch runs
                 sums += _host_sums(pending)
             pending = following
+    if asked_to_stop():  # perhaps before the last batch
+        raise Stopped
     sums += _host_sums(pending)
     return _result(sums, positions, batches.split, last)
 

@@ -299,9 +299,9 @@ def _validate(session: Session, state: TrainState, num_batches: int | None, **mo
     """Evaluates the validation split, and records the result with the values in `more`."""
     run, stop, step = session.run, session.stop, int(state.step)
     options = {"num_batches": num_batches, "watchdog": session.watchdog}
-    options |= {"asked_to_stop": stop.asked} if processes.is_alone() else {}
+    options |= {"stop": stop} if processes.is_alone() else {}  # several processes stop after the same step
     with session.recorder.pause("evaluating"):
-        result = stop.run(lambda: evaluate_sources(run, state.params, "validation", **options)) | more
+        result = evaluate_sources(run, state.params, "validation", **options) | more
     text = f"validation at step {step}: nll {result['nll']:.4f}, perplexity {result['perplexity']:.2f}"
     if "bits_per_byte" in result:
         text += f", {result['bits_per_byte']:.4f} bits per byte"

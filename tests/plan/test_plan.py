@@ -14,7 +14,7 @@ from jaxtrain.cli import main
 from jaxtrain.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig, llama
 from jaxtrain.plan import compiler as aot
 from jaxtrain.plan.compiler import CompilerMissing, compile_step, search_batch
-from jaxtrain.plan.formulas import make_plan, plan_vocab
+from jaxtrain.plan.formulas import has_large_matrix, make_plan, plan_vocab
 from jaxtrain.plan.traffic import replaced_gathers
 from jaxtrain.runtime.chips import CHIPS, find_chip, parse_topology
 from jaxtrain.runtime.config_files import load_config, to_json
@@ -210,6 +210,16 @@ def test_the_vocabulary_comes_from_config_store_or_byte_tokenizer(store, tmp_pat
     for data in (DataConfig(store=str(tmp_path / "none")), DataConfig(sources=("x",), tokenizer="bpe:300")):
         with pytest.raises(ValueError, match=r"--model\.vocab-size"):
             plan_vocab(Config(data=data))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "d_model", "large"),
+    [(50_304, 384, True), (50_304, 256, False), (257, 768, False), (None, 64, False)],
+)
+def test_a_matrix_is_large_if_an_arena_of_malloc_cannot_hold_it(vocab_size, d_model, large):
+    """The vocabulary may be known only when the text is tokenized."""
+    model = ModelConfig(vocab_size=vocab_size, d_model=d_model)
+    assert has_large_matrix(Config(data=DataConfig(sources=("x",), tokenizer="bpe:300"), model=model)) is large
 
 
 @pytest.fixture

@@ -10,33 +10,43 @@ from helpers import run
 from jaxtrain.runtime import memory
 
 CODE = """
-import resource, sys
+import resource, sys, threading
 import numpy as np
-from jaxtrain.runtime.memory import keep_freed_memory
+from jaxtrain.runtime.memory import keep_freed_memory, share_arena
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-if sys.argv[1] == "keep":
+def again():
+    np.ones(100 * 2**20, np.uint8)
+    before = faults()
+    np.ones(100 * 2**20, np.uint8)
+    print(faults() - before)
+
+if "share" in sys.argv:
+    assert share_arena()
+if "keep" in sys.argv:
     assert keep_freed_memory()
-np.ones(100 * 2**20, np.uint8)
-before = faults()
-np.ones(100 * 2**20, np.uint8)
-print(faults() - before)
+if "thread" in sys.argv:
+    thread = threading.Thread(target=again)
+    thread.start()
+    thread.join()
+else:
+    again()
 """
 
 
-def faults_of_the_second_array(how):
-    # Huge pages would hide what this is about: NumPy asks for them.
-    environment = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}
-    return int(run([sys.executable, "-c", CODE, how], environment=environment))
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_a_second_array_of_the_same_size_meets_no_new_pages():
-    pages = 100 * 2**20 // os.sysconf("SC_PAGE_SIZE")
-    assert faults_of_the_second_array("leave") > 0.9 * pages
-    assert faults_of_the_second_array("keep") < 0.01 * pages
+@pytest.mark.parametrize(
+    ("words", "faults"),
+    [("", True), ("keep", False), ("thread keep", True), ("thread keep share", False), ("thread share", True)],
+)
+def test_a_second_array_of_the_same_size_meets_no_new_pages(words, faults):
+    # Huge pages would hide what this is about: NumPy asks for them.
+    environment = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0", "JAX_PLATFORMS": "cpu"}
+    share = int(run([sys.executable, "-c", CODE, *words.split()], environment=environment)) / 2**20 / 100
+    pages = share * os.sysconf("SC_PAGE_SIZE")
+    assert pages > 0.9 if faults else pages < 0.01
 
 
 PROGRAM = """
@@ -73,6 +83,29 @@ def test_a_cpu_executes_inline_unless_the_user_decides(given, monkeypatch):
         monkeypatch.setenv("JAX_CPU_ENABLE_ASYNC_DISPATCH", given)
     memory.execute_inline()
     assert settings == ({} if given else {"jax_cpu_enable_async_dispatch": False})
+
+
+@pytest.mark.parametrize(
+    ("platforms", "installed", "shared"),
+    [
+        (None, (), True),
+        ("", (), True),
+        ("cpu", ("jax_plugins", "libtpu"), True),
+        ("cpu,cuda", ("jax_plugins",), True),
+        ("cuda,cpu", (), False),
+        (None, ("jax_plugins",), False),
+        (None, ("libtpu",), False),
+    ],
+)
+def test_threads_share_an_arena_where_a_cpu_is_named_or_alone(platforms, installed, shared, monkeypatch):
+    settings = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(memory.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
+    library = types.SimpleNamespace(mallopt=lambda *setting: settings.append(setting) or 1)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: library)
+    assert memory.share_arena() is shared
+    assert bool(settings) is shared
 
 
 def test_elsewhere_nothing_is_done(monkeypatch):

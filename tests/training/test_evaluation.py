@@ -3,6 +3,8 @@
 import gzip
 import lzma
 import math
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ from jaxtrain.data.loader import EvalBatches
 from jaxtrain.data.store import Split, open_store
 from jaxtrain.losses import LossSums
 from jaxtrain.runtime.mesh import by_rows, make_mesh
-from jaxtrain.runtime.stop import Stopped
+from jaxtrain.runtime.stop import Stop, Stopped
+from jaxtrain.training import evaluation
 from jaxtrain.training.evaluation import evaluate, position_step, split_text
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 103).astype(np.uint16)
@@ -30,9 +33,9 @@ def eval_step(scale, batch):
     return LossSums(nll, jnp.float32(0), jnp.float32(0), jnp.sum(where))
 
 
-def run(batch_size, seq_len, devices=1, **options):
+def run(batch_size, seq_len, devices=1, step=eval_step, **options):
     batches = EvalBatches(SPLIT, batch_size=batch_size, seq_len=seq_len, vocab_size=50)
-    return evaluate(eval_step, jnp.float32(0.1), batches, by_rows(make_mesh(MeshConfig(data=devices))), **options)
+    return evaluate(step, jnp.float32(0.1), batches, by_rows(make_mesh(MeshConfig(data=devices))), **options)
 
 
 @pytest.mark.parametrize(("batch_size", "seq_len", "devices"), [(1, 7, 1), (4, 7, 1), (8, 16, 4), (8, 200, 8)])
@@ -78,8 +81,45 @@ def test_compressors_see_exactly_the_held_out_text(store):
     assert 0 < result["xz"] < 8
 
 
-def test_a_stop_leaves_no_result_of_a_part():
-    seen = iter([False, False, True])
+class StopAfter(Stop):
+    """Is asked from the given poll on."""
+
+    def __init__(self, polls):
+        super().__init__()
+        self.polls = polls
+
+    def asked(self):
+        self.polls -= 1
+        return self.polls < 0
+
+
+@pytest.mark.parametrize("polls", [0, 1, 3, 4])
+def test_a_stop_leaves_no_result_of_a_part(polls):
     with pytest.raises(Stopped):
-        run(1, 7, asked_to_stop=lambda: next(seen))
-    assert list(seen) == []
+        run(1, 7, num_batches=3, stop=StopAfter(polls))
+
+
+def test_a_stop_abandons_compilation_and_a_wait_for_data(monkeypatch):
+    """Both can take minutes. Other batches run on the calling thread, whose memory a CPU keeps."""
+    threads, hangs, released = [], [False], threading.Event()
+
+    def step(scale, batch):
+        threads.append(threading.current_thread() is threading.main_thread())
+        if hangs[0]:
+            released.wait()
+        return eval_step(scale, batch)
+
+    def soon():
+        stop = Stop()
+        threading.Timer(0.2, setattr, (stop, "reason", "SIGTERM")).start()
+        return stop
+
+    assert run(4, 7, step=step, stop=Stop())["tokens"] == 102
+    assert threads == [False, True, True, True]
+    hangs[0] = True
+    with pytest.raises(Stopped):
+        run(4, 7, step=step, stop=soon())
+    released.set()
+    monkeypatch.setattr(evaluation, "global_batch", lambda *_, **__: time.sleep(2))
+    with pytest.raises(Stopped):
+        run(4, 7, stop=soon())
