@@ -45,8 +45,8 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the temporary memory of a program in one block and frees it when the program ends. glibc would return
     a large block to the system, so that every step faults in all pages again. The main thread's arena keeps blocks of
-    any size, those of other threads up to `ARENA_BYTES`. Returns False with other C libraries (macOS, musl), where
-    nothing changes.
+    any size, those of other threads up to `ARENA_BYTES`. Fragments between them make the peak larger than it would be.
+    Returns False with other C libraries (macOS, musl), where nothing changes.
     """
     return _set_malloc({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
 
